@@ -1,0 +1,96 @@
+"""What a linear layer that holds several precisions can do.
+
+Legend: M tokens, K in_features, N out_features.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+
+class Segment(NamedTuple):
+    """Tokens `start:stop` of a forward run at `bits`."""
+
+    start: int
+    stop: int | None
+    bits: int
+
+
+@dataclass
+class PrecisionState:
+    """The precision of the forward that runs now: one object that all `PrecisionLinear`s of a model share.
+
+    Setting it is one assignment, whatever the number of layers. `segments` lie end to end over the tokens of the forward.
+    """
+
+    segments: tuple[Segment, ...] = field(default=(Segment(0, None, 16),))
+
+    def set_uniform(self, bits: int) -> None:
+        self.segments = (Segment(0, None, bits),)
+
+    def set_tokens(self, bits: Sequence[int]) -> None:
+        """One precision per token, equal ones side by side (the engine sorts its rows so)."""
+        segments, start = [], 0
+        for index in range(1, len(bits) + 1):
+            if index == len(bits) or bits[index] != bits[start]:
+                segments.append(Segment(start, index, int(bits[start])))
+                start = index
+        self.segments = tuple(segments)
+
+
+class PrecisionLinear(nn.Module, ABC):
+    """A linear layer `y = x Wᵀ + bias` whose W exists at several precisions; `state` says which token uses which.
+
+    A subclass stores the weights of one format and multiplies; it never looks at `state`.
+    """
+
+    def __init__(self, in_features: int, out_features: int, precisions: Sequence[int], state: PrecisionState) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.precisions = tuple(sorted(precisions, reverse=True))
+        self.state = state
+
+    def forward(self, x: Tensor) -> Tensor:  # [..., K] -> [..., N]
+        segments = self.state.segments
+        if len(segments) == 1:
+            return self.multiply(x, segments[0].bits)
+        x_MK = x.reshape(-1, self.in_features)
+        y_MN = x_MK.new_empty(x_MK.shape[0], self.out_features)
+        for start, stop, bits in segments:
+            y_MN[start:stop] = self.multiply(x_MK[start:stop], bits)
+        return y_MN.view(*x.shape[:-1], self.out_features)
+
+    @abstractmethod
+    def multiply(self, x: Tensor, bits: int) -> Tensor:
+        """`x` [..., K] times the weights at precision `bits`, plus the bias: [..., N], the dtype of `x`."""
+
+    @abstractmethod
+    def dequantize(self, bits: int) -> Tensor:
+        """The weight matrix [N, K] at precision `bits`, in the dtype the layer computes in."""
+
+    @abstractmethod
+    def packed_bytes(self) -> int:
+        """Memory that the packed weights of all precisions take (caches not counted)."""
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, precisions={self.precisions}"
+
+
+def shared_state(model: nn.Module) -> PrecisionState:
+    """The state of the model's `PrecisionLinear`s (a fresh, unused one for a model that has none)."""
+    for module in model.modules():
+        if isinstance(module, PrecisionLinear):
+            return module.state
+    return PrecisionState()
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """float32 on a CPU, float16 on a GPU: what weights are loaded as unless asked otherwise."""
+    return torch.float32 if device.type == "cpu" else torch.float16
