@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,6 +19,8 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor
+
+from pmpd.classifier import FRACTIONS, check_fit, load_artefact
 
 NUM_CLASSES = 4
 NEVER = 2**30
@@ -217,8 +219,84 @@ class ConfidenceScheduler(Scheduler):
         return {**super().describe(), "threshold": self.threshold, "patience": self.patience}
 
 
-def _kv_cache(**options: Any) -> Scheduler:
-    raise ValueError("scheduler 'kv_cache': the learned scheduler is not part of this version yet; use 'static', 'random' or 'confidence'")
+DEMO_ARTEFACT = Path(__file__).parent / "demo" / "scheduler"
+
+
+class KVCacheScheduler(ClassScheduler):
+    """The learned scheduler: a classifier per pair reads the prefill cache and chooses the switch class.
+
+    One decision per row and pair, before decode forward 1: all rows in one batch on the device of the features, one transfer of
+    B·J·4 scores to the host, none per row.
+
+    precisions: the chain; the artefact must hold a classifier for each of its pairs.
+    precision_switch_points: when the four classes switch. None = the artefact's own (0, 1/3, 2/3, 1 of the decode forwards).
+        Four ascending numbers in 0..1 = fractions of the decode forwards; four ascending integers with one above 1 = decode forwards.
+    save_dir: folder of the artefact (or of published `classifier_{high}_{low}.pt`); None = the one of the embedded demo model.
+    dim, num_heads: head dim and number of kv heads of the model; None = not checked.
+    model_fingerprint: fingerprint of the model that generates; None = not checked (see also `check_model`).
+    """
+
+    name = "kv_cache"
+
+    def __init__(
+        self,
+        precisions: Sequence[int],
+        precision_switch_points: Sequence[float] | None = None,
+        save_dir: str | Path | None = None,
+        dim: int | None = None,
+        num_heads: int | None = None,
+        model_fingerprint: str | None = None,
+    ) -> None:
+        super().__init__(precisions)
+        self.save_dir = Path(DEMO_ARTEFACT if save_dir is None else save_dir)
+        self.artefact = load_artefact(self.save_dir, self.pairs, dim=dim, num_heads=num_heads, model_fingerprint=model_fingerprint)
+        points = self.artefact.config.switch_fractions if precision_switch_points is None else tuple(precision_switch_points)
+        ascending = len(points) == NUM_CLASSES and min(points) >= 0 and list(points) == sorted(points)
+        if not ascending or (max(points) > 1 and any(point % 1 for point in points)):
+            raise ValueError(
+                f"precision_switch_points {list(points)}: give four ascending numbers, either fractions 0..1 of the decode forwards "
+                "(e.g. 0, 1/3, 2/3, 1) or whole decode forwards (e.g. 0, 85, 170, 255)"
+            )
+        self.switch_points = points
+        self.last_scores: np.ndarray | None = None
+        """Softmax scores of the last decision, float32 [B, J, 4], rows as in its `PrefillState`."""
+
+    def check_model(self, fingerprint: str | None, dim: int, num_heads: int) -> None:
+        """ValueError, with the reason, where the artefact does not fit this model."""
+        check_fit(self.artefact.config, str(self.save_dir), dim=dim, num_heads=num_heads, model_fingerprint=fingerprint)
+
+    def begin(self, state: PrefillState) -> np.ndarray:
+        steps = np.asarray([self._steps(n) for n in state.max_new_tokens], dtype=np.int32)  # [B, 4]
+        return np.take_along_axis(steps, self.classes(state), axis=1)
+
+    def classes(self, state: PrefillState) -> np.ndarray:
+        keys_BTD, values_BTD, lengths_B = state.features()
+        classifiers = self.artefact.classifiers.to(keys_BTD.device)
+        with torch.inference_mode():
+            logits = torch.stack([classify(keys_BTD.float(), values_BTD.float(), lengths_B) for classify in classifiers], dim=1)
+            scores = logits.softmax(-1).cpu().numpy()
+        self.last_scores = scores
+        # A row without finite features is the engine's to report; until then it must not lower anything, nor stop its batch mates.
+        return np.where(np.isfinite(scores).all(-1), scores.argmax(-1), NUM_CLASSES - 1)
+
+    def _steps(self, max_new_tokens: int) -> tuple[int, ...]:
+        m = max_new_tokens - 1
+        if max(self.switch_points) > 1:
+            return tuple(int(point) for point in self.switch_points)
+        by_rule = dict(zip(FRACTIONS, class_steps(max_new_tokens), strict=True))
+        return tuple(by_rule.get(point, int(point * m)) for point in self.switch_points)
+
+    def describe(self) -> dict[str, Any]:
+        config = self.artefact.config
+        return {
+            **super().describe(),
+            "precision_switch_points": list(self.switch_points),
+            "dim": config.dim,
+            "num_heads": config.num_heads,
+            "classifier_fingerprint": self.artefact.fingerprint,
+            "labels_fingerprint": config.labels_fingerprint,
+            "model_fingerprint": config.model_fingerprint,
+        }
 
 
 SCHEDULERS: dict[str, tuple[Callable[..., Scheduler], tuple[str, ...]]] = {
@@ -226,5 +304,5 @@ SCHEDULERS: dict[str, tuple[Callable[..., Scheduler], tuple[str, ...]]] = {
     "static": (StaticScheduler, ("precisions", "high_bit_steps")),
     "random": (RandomScheduler, ("precisions", "seed", "prior")),
     "confidence": (ConfidenceScheduler, ("precisions", "threshold", "patience")),
-    "kv_cache": (_kv_cache, ("precisions", "precision_switch_points", "save_dir", "dim", "num_heads")),
+    "kv_cache": (KVCacheScheduler, ("precisions", "precision_switch_points", "save_dir", "dim", "num_heads", "model_fingerprint")),
 }
