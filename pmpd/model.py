@@ -1,0 +1,226 @@
+"""`PMPDForCausalLM`: weights, tokenizer and scheduler behind `generate()`."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from pmpd.engine import Completion, Engine, Prefix, Request, TokenEvent
+from pmpd.schedulers import Scheduler
+from pmpd.weights import anyprec, dense
+from pmpd.weights.base import compute_dtype
+from pmpd.weights.checkpoint import Checkpoint
+
+
+@dataclass
+class GenerateOutput:
+    """What `generate` returns. B rows."""
+
+    input_ids: Tensor
+    """int64 [B, L]: each prompt with its new tokens, right-padded with the pad (else end-of-sequence) token."""
+    new_token: Tensor
+    """int64 [B]: number of new tokens of each row, the end-of-sequence token included."""
+    precision_log: list[list[int]]
+    """Per row the precision of the forward that produced each new token; the first is the prefill's."""
+    precision_trace: list[list[tuple[int, int]]]
+    """The same, run-length encoded: (bits, count)."""
+    past_key_values: list[Prefix]
+    """Per row the cache of all tokens but the last, to be passed to the next call."""
+    completions: list[Completion]
+    """The engine's own records, with seconds and finish reasons."""
+
+
+class PMPDForCausalLM(nn.Module):
+    """A causal language model whose linear layers hold several weight precisions.
+
+    `model_path`: an Any-Precision checkpoint folder, or an unquantized one (then precisions is (16,)).
+    `precisions`: those to load (default: all the checkpoint holds). `prefill_bit` defaults to the highest of them.
+    `dtype`: what activations and unquantized weights are (default: float32; `.cuda()` keeps it, so pass float16 there).
+    `kernel`: forces an implementation of the multiplication (`reference`, `cpu`, `triton`).
+    `trust_remote_code`: allows model code from the checkpoint folder to run.
+
+    ValueError: no such checkpoint, precisions it does not hold, tensors missing or misshapen.
+    """
+
+    def __init__(
+        self,
+        model_path: str | Path,
+        precisions: Sequence[int] | None = None,
+        use_anyprec: bool = True,
+        *,
+        dtype: torch.dtype | None = None,
+        kernel: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        super().__init__()
+        if not use_anyprec:
+            raise ValueError("use_anyprec=False: checkpoints of one precision each (GPTQ) are not part of this version; pass an Any-Precision one")
+        dtype = dtype or compute_dtype(torch.device("cpu"))
+        checkpoint = Checkpoint(model_path, trust_remote_code)
+        self.model_path = Path(model_path)
+        self.fingerprint = checkpoint.fingerprint()
+        wanted = sorted({int(bits) for bits in precisions}, reverse=True) if precisions is not None else None
+        self.model: PreTrainedModel
+        if "anyprec" in checkpoint.config_json:
+            self.precisions = tuple(wanted or anyprec.precisions_of(checkpoint))
+            self.model = anyprec.load(checkpoint, self.precisions, dtype, kernel)
+        elif wanted in (None, [dense.BITS]):
+            self.precisions = (dense.BITS,)
+            self.model = dense.load(checkpoint, dtype)
+        else:
+            anyprec.precisions_of(checkpoint)  # raises: says that the folder holds no precisions
+        self.tokenizer = _load_tokenizer(checkpoint)
+        self.eos_token_ids = _eos_token_ids(self.model, self.tokenizer)
+        self.scheduler: Scheduler | None = None
+        self._engine: Engine | None = None
+
+    @classmethod
+    def from_pretrained(cls, model_path: str | Path, precisions: Sequence[int] | None = None, **options) -> PMPDForCausalLM:
+        """The same as the constructor, under the name that transformers users look for."""
+        return cls(model_path, precisions, **options)
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.model.parameters()).device
+
+    @property
+    def max_positions(self) -> int:
+        """Tokens a sequence can have, prompt and continuation together."""
+        return int(getattr(self.model.config, "max_position_embeddings", 2**31))
+
+    def engine(self, slots: int, max_length: int | None = None) -> Engine:
+        """An engine of at least that size, kept and reused while it is large enough."""
+        max_length = min(max_length or self.max_positions, self.max_positions)
+        engine = self._engine
+        if engine is None or engine.slots < slots or engine.max_length < max_length or engine.device != self.device:
+            self._engine = None  # its cache goes before the new one comes
+            self._engine = Engine(self.model, slots, max_length)
+        assert self._engine is not None
+        return self._engine
+
+    def decide(self, scheduler: Scheduler | None, prefill_bit: int | None) -> tuple[Scheduler | None, int]:
+        """Checks scheduler and prefill precision against what is loaded; the precision defaults to the highest."""
+        bits = prefill_bit if prefill_bit is not None else self.precisions[0]
+        wanted = {bits, *(scheduler.precisions if scheduler else ())}
+        absent = sorted(wanted - set(self.precisions))
+        if absent:
+            raise ValueError(
+                f"precision {', '.join(map(str, absent))} of the scheduler or of prefill_bit is not loaded; "
+                f"loaded are {', '.join(map(str, self.precisions))}: pass precisions= to PMPDForCausalLM"
+            )
+        return scheduler, bits
+
+    def generate(
+        self,
+        input_ids: Tensor,
+        max_new_tokens: int = 256,
+        prefill_bit: int | None = None,
+        past_key_values: Sequence[Prefix] | None = None,
+        attention_mask: Tensor | None = None,
+        keys: Sequence[str] | None = None,
+    ) -> GenerateOutput:
+        """Greedy continuation of a batch of prompts under `self.scheduler` (None: all at `prefill_bit`).
+
+        `input_ids` int64 [B, L] and `attention_mask` [B, L] (1 = token; padding on either side; default: no padding).
+        `past_key_values`: as returned by an earlier call, for prompts that begin with that call's tokens; the rest is prefilled.
+        `keys`: names of the rows, from which random schedulers draw (default: a hash of the prompt).
+        """
+        requests = self._requests(input_ids, max_new_tokens, past_key_values, attention_mask, keys)
+        engine, scheduler, bits = self._prepare(requests, prefill_bit)
+        by_key = {completion.key: completion for completion in engine.run(requests, scheduler, bits, self.eos_token_ids)}
+        completions = [by_key[request.key] for request in requests]
+        failed = [completion for completion in completions if completion.error]
+        if failed:
+            raise ValueError(failed[0].error)
+        return self._output(requests, completions)
+
+    def stream(
+        self,
+        input_ids: Tensor,
+        max_new_tokens: int = 256,
+        prefill_bit: int | None = None,
+        past_key_values: Sequence[Prefix] | None = None,
+    ) -> Iterator[tuple[int, int]]:
+        """As `generate` for one prompt int64 [1, L], yielding (token, precision) as soon as each token is known."""
+        requests = self._requests(input_ids, max_new_tokens, past_key_values, None, None)
+        if len(requests) != 1:
+            raise ValueError(f"stream takes one prompt, got {len(requests)}; use generate for a batch")
+        engine, scheduler, bits = self._prepare(requests, prefill_bit)
+        for event in engine.stream(requests, scheduler, bits, self.eos_token_ids):
+            if isinstance(event, TokenEvent):
+                yield event.token, event.bits
+            elif event.error:
+                raise ValueError(event.error)
+
+    def _prepare(self, requests: list[Request], prefill_bit: int | None) -> tuple[Engine, Scheduler | None, int]:
+        scheduler, bits = self.decide(self.scheduler, prefill_bit)
+        longest = max(len(request.input_ids) + request.max_new_tokens for request in requests)
+        return self.engine(len(requests), longest), scheduler, bits
+
+    def _requests(
+        self,
+        input_ids: Tensor,
+        max_new_tokens: int,
+        past_key_values: Sequence[Prefix] | None,
+        attention_mask: Tensor | None,
+        keys: Sequence[str] | None,
+    ) -> list[Request]:
+        if input_ids.dim() != 2 or len(input_ids) == 0:
+            raise ValueError(f"input_ids has shape {list(input_ids.shape)}; allowed: [batch, length] with at least one row")
+        if attention_mask is not None and attention_mask.shape != input_ids.shape:
+            raise ValueError(f"attention_mask has shape {list(attention_mask.shape)}, input_ids {list(input_ids.shape)}; they must agree")
+        if past_key_values is not None and len(past_key_values) != len(input_ids):
+            raise ValueError(f"past_key_values has {len(past_key_values)} rows, input_ids {len(input_ids)}; they must agree")
+        prompts = [
+            row[mask.bool()].tolist()
+            for row, mask in zip(input_ids, attention_mask if attention_mask is not None else torch.ones_like(input_ids), strict=True)
+        ]
+        return [
+            Request(
+                key=str(index),
+                draw_key=keys[index] if keys else hashlib.sha256(json.dumps(prompt).encode()).hexdigest()[:16],
+                input_ids=prompt,
+                max_new_tokens=max_new_tokens,
+                prefix=past_key_values[index] if past_key_values is not None else None,
+                want_prefix=True,
+            )
+            for index, prompt in enumerate(prompts)
+        ]
+
+    def _output(self, requests: list[Request], completions: list[Completion]) -> GenerateOutput:
+        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else min(self.eos_token_ids, default=0)
+        sequences = [torch.tensor([*r.input_ids, *c.tokens]) for r, c in zip(requests, completions, strict=True)]
+        return GenerateOutput(
+            input_ids=torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=pad).to(self.device),
+            new_token=torch.tensor([len(completion.tokens) for completion in completions]),
+            precision_log=[[bits for bits, count in c.precision_trace for _ in range(count)] for c in completions],
+            precision_trace=[completion.precision_trace for completion in completions],
+            past_key_values=[completion.prefix for completion in completions if completion.prefix is not None],
+            completions=completions,
+        )
+
+
+def _load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=checkpoint.trust_remote_code, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"checkpoint {checkpoint.folder}: no usable tokenizer in it ({error}); copy the base model's tokenizer files there") from error
+
+
+def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """End-of-sequence tokens: of the generation config (may be several), else of the config, else of the tokenizer; may be empty."""
+    for value in (
+        getattr(getattr(model, "generation_config", None), "eos_token_id", None),
+        getattr(model.config, "eos_token_id", None),
+        tokenizer.eos_token_id,
+    ):
+        if value is not None:
+            return frozenset(value if isinstance(value, list | tuple) else [value])
+    return frozenset()

@@ -1,0 +1,182 @@
+"""Checkpoint folders: reading tensors by name, building a model around them, and the fingerprint that names a model.
+
+A folder holds `config.json`, tokenizer files and weights as safetensors or as `pytorch_model.bin`, each single or sharded with an
+index. Tensors are memory-mapped and read when asked for. A pickle is only ever read with `weights_only=True`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+_WEIGHT_FILES = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
+
+
+class Checkpoint:
+    """The tensors of one checkpoint folder.
+
+    ValueError: no such folder, no config.json, no weights.
+    """
+
+    def __init__(self, folder: str | Path, trust_remote_code: bool = False) -> None:
+        self.folder = Path(folder)
+        self.trust_remote_code = trust_remote_code
+        if not self.folder.is_dir():
+            raise ValueError(f"checkpoint {folder}: no such folder; give the folder that holds config.json and the weights")
+        if not (self.folder / "config.json").is_file():
+            raise ValueError(f"checkpoint {folder}: no config.json in it; give the folder that holds config.json and the weights")
+
+    @cached_property
+    def config_json(self) -> dict[str, Any]:
+        return json.loads((self.folder / "config.json").read_text())
+
+    def config(self):
+        """The Hugging Face config object. `trust_remote_code` is off unless the caller switched it on."""
+        try:
+            return AutoConfig.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code, local_files_only=True)
+        except ValueError as error:
+            if "trust_remote_code" in str(error):
+                raise ValueError(
+                    f"checkpoint {self.folder}: its model is defined by code in the folder; read that code, then pass --trust-remote-code"
+                ) from error
+            raise
+
+    @cached_property
+    def _index(self) -> dict[str, Path]:
+        """Tensor name -> file."""
+        for pattern in _WEIGHT_FILES:
+            path = self.folder / pattern
+            if not path.is_file():
+                continue
+            if pattern.endswith(".index.json"):
+                weight_map = json.loads(path.read_text())["weight_map"]
+                missing = sorted({file for file in weight_map.values() if not (self.folder / file).is_file()})
+                if missing:
+                    raise ValueError(f"checkpoint {self.folder}: {pattern} names files that are not there: {', '.join(missing)}")
+                return {name: self.folder / file for name, file in weight_map.items()}
+            return dict.fromkeys(self._open(path).keys(), path)
+        shards = sorted(self.folder.glob("*.safetensors"))
+        if shards:
+            return {name: shard for shard in shards for name in self._open(shard).keys()}  # noqa: SIM118 - a file, not a dict
+        raise ValueError(f"checkpoint {self.folder}: no weights in it; looked for {', '.join(_WEIGHT_FILES)}")
+
+    @cached_property
+    def _files(self) -> dict[Path, Any]:
+        return {}
+
+    def _open(self, path: Path) -> Any:
+        """A dict-like of tensors: an open safetensors file, or the memory-mapped dict of a `.bin`."""
+        if path not in self._files:
+            try:
+                if path.suffix == ".safetensors":
+                    self._files[path] = safe_open(path, framework="pt", device="cpu")
+                else:
+                    self._files[path] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+            except Exception as error:
+                raise ValueError(f"checkpoint file {path} can't be read: {type(error).__name__}: {error}") from error
+        return self._files[path]
+
+    def names(self) -> set[str]:
+        return set(self._index)
+
+    def tensor(self, name: str) -> Tensor:
+        """ValueError where the checkpoint has no such tensor."""
+        if name not in self._index:
+            raise ValueError(f"checkpoint {self.folder}: tensor {name} is missing")
+        file = self._open(self._index[name])
+        return file[name] if isinstance(file, dict) else file.get_tensor(name)
+
+    def fingerprint(self) -> str:
+        """16 hex digits over what makes the model: config, and name, shape, dtype and a sample of each tensor. Not the path."""
+        digest = hashlib.sha256()
+        config = {key: value for key, value in self.config_json.items() if key not in ("_name_or_path", "transformers_version")}
+        digest.update(json.dumps(config, sort_keys=True).encode())
+        for name in sorted(self._index):
+            tensor = self.tensor(name)
+            flat = tensor.reshape(-1)
+            sample = flat[:: max(1, flat.numel() // 64)][:64].contiguous()
+            digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
+            digest.update(sample.view(torch.uint8).numpy().tobytes() if sample.numel() else b"")
+        return digest.hexdigest()[:16]
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Inside, modules are built without memory for their parameters; buffers (rotary frequencies) are real."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        register(module, name, parameter)
+        if parameter is not None:
+            module._parameters[name] = nn.Parameter(parameter.data.to("meta"), requires_grad=False)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def build_skeleton(checkpoint: Checkpoint) -> PreTrainedModel:
+    """The model of the checkpoint's config with all parameters on the meta device, in eval mode."""
+    config = checkpoint.config()
+    try:
+        with _parameters_on_meta():
+            model = AutoModelForCausalLM.from_config(
+                config, trust_remote_code=checkpoint.trust_remote_code, dtype=torch.float32, attn_implementation="sdpa"
+            )
+    except ValueError as error:
+        if "scaled_dot_product_attention" not in str(error):
+            raise
+        raise ValueError(f"checkpoint {checkpoint.folder}: models of type {config.model_type!r} are not supported: {error}") from error
+    return model.eval()
+
+
+def replace_linears(model: nn.Module, make: Callable[[str, nn.Linear], nn.Module | None]) -> None:
+    """Puts `make(name, linear)` in the place of every `nn.Linear` for which it is not None."""
+    for name, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear):
+            replacement = make(name, module)
+            if replacement is not None:
+                parent, _, attribute = name.rpartition(".")
+                setattr(model.get_submodule(parent), attribute, replacement)
+
+
+def fill(model: PreTrainedModel, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+    """Gives every parameter that is still on the meta device its tensor from the checkpoint, floating ones as `dtype`.
+
+    ValueError naming all tensors that are missing or of another shape.
+    """
+    problems, names = [], checkpoint.names()
+    for name, parameter in list(model.named_parameters()):
+        if not parameter.is_meta or name not in names:
+            continue
+        tensor = checkpoint.tensor(name)
+        if tensor.shape != parameter.shape:
+            problems.append(f"{name} has shape {list(tensor.shape)}, the config asks for {list(parameter.shape)}")
+            continue
+        module, _, attribute = name.rpartition(".")
+        model.get_submodule(module)._parameters[attribute] = nn.Parameter(
+            tensor.to(dtype) if tensor.is_floating_point() else tensor, requires_grad=False
+        )
+    for name, buffer in list(model.named_buffers()):
+        module_name, _, attribute = name.rpartition(".")
+        module = model.get_submodule(module_name)
+        if name in names and attribute not in module._non_persistent_buffers_set:
+            stored = checkpoint.tensor(name)
+            module._buffers[attribute] = stored.to(dtype) if buffer.is_floating_point() else stored
+    model.tie_weights()
+    problems += [f"{name} is missing" for name, parameter in model.named_parameters() if parameter.is_meta and name not in names]
+    if problems:
+        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
+        raise ValueError(f"checkpoint {checkpoint.folder} does not fit its own config.json: {shown}")

@@ -1,0 +1,18 @@
+"""Unquantized checkpoints: precision 16, whatever the dtype they compute in."""
+
+from __future__ import annotations
+
+import torch
+from transformers import PreTrainedModel
+
+from pmpd.weights.checkpoint import Checkpoint, build_skeleton, fill
+
+BITS = 16
+"""The precision number of unquantized weights (see the vocabulary in CONTRIBUTING)."""
+
+
+def load(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
+    """The model with its weights as `dtype`, on the CPU."""
+    model = build_skeleton(checkpoint)
+    fill(model, checkpoint, dtype)
+    return model
