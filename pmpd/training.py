@@ -1,0 +1,525 @@
+"""Fit the KV-cache classifiers from labels: split, rebalance, epochs, metrics. Plain torch; no Ray, no files.
+
+Legend: N labelled prompts, B rows of a micro-batch, T tokens, D head dim, J pairs, K = 4 classes, S bootstrap samples.
+
+Several workers may each hold a part of the features. The plan of an epoch (which rows, in which order) is the same for all and comes
+from ids and labels alone; a worker computes the part of each batch that it holds and `Workers.sum` adds the gradients. So the result
+of a run without dropout does not depend on the number of workers beyond rounding, and on a CPU one worker is deterministic.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pmpd.classifier import FRACTIONS, NUM_CLASSES, KVCacheClassifier, MeanPooledClassifier
+
+SPLITS = ("train", "validation", "test")
+SHARES = (0.8, 0.1, 0.1)
+NO_LABEL = -1
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How the classifiers are fitted."""
+
+    num_train_epochs: int = 30
+    """At most so many passes over the (rebalanced) training split."""
+    learning_rate: float = 1e-3
+    """Of AdamW, constant."""
+    weight_decay: float = 0.05
+    """Of AdamW."""
+    gradient_accumulation_steps: int = 1
+    """Micro-batches per optimizer step."""
+    batch_size: int = 32
+    """Rows per micro-batch, all workers together."""
+    dropout: float = 0.1
+    """Probability that an attention weight is dropped in training."""
+    rebalance: Literal["oversample", "weights", "none"] = "oversample"
+    """How rare classes of the training split are made up for: drawn more often, weighted in the loss, or not at all."""
+    patience: int = 6
+    """Epochs without a lower validation loss after which a pair stops."""
+    seed: int = 0
+    """Of the split, the initial weights, the order and the dropout."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_train_epochs", "gradient_accumulation_steps", "batch_size", "patience"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} {getattr(self, name)}: must be at least 1")
+        if self.learning_rate <= 0 or self.weight_decay < 0 or not 0 <= self.dropout < 1:
+            raise ValueError(
+                f"learning_rate {self.learning_rate}, weight_decay {self.weight_decay}, dropout {self.dropout}: "
+                "learning rate > 0, weight decay >= 0, 0 <= dropout < 1"
+            )
+        if self.rebalance not in ("oversample", "weights", "none"):
+            raise ValueError(f"rebalance {self.rebalance!r}: oversample, weights or none")
+
+
+# ---- Data ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Ids and labels of all usable rows, ordered by id: what the plan of the training is made from."""
+
+    ids: tuple[str, ...]
+    pairs: tuple[tuple[int, int], ...]
+    labels: np.ndarray
+    """int64 [N, J], NO_LABEL where a row has none for a pair."""
+
+    def fingerprint(self) -> str:
+        """First 16 hex digits of the SHA-256 over ids, pairs and labels: the same for the same labels in any order or sharding."""
+        lines = [f"{key} {' '.join(map(str, row))}" for key, row in zip(self.ids, self.labels.tolist(), strict=True)]
+        return hashlib.sha256("\n".join([str(self.pairs), *lines]).encode()).hexdigest()[:16]
+
+    def splits(self, seed: int) -> np.ndarray:
+        """Index into SPLITS per row, int64 [N]: 80/10/10, by prompt, from (seed, prompt_id) alone."""
+        draws = [int.from_bytes(hashlib.sha256(f"split/{seed}/{key}".encode()).digest()[:8], "big") / 2**64 for key in self.ids]
+        return np.searchsorted(np.cumsum(SHARES)[:-1], np.asarray(draws), side="right")
+
+
+def usable(table: pa.Table) -> pa.Table:
+    """The rows of a labels table that have no error and features."""
+    keep = pc.is_valid(table["pairs"])
+    if "error" in table.column_names:
+        keep = pc.and_(keep, pc.is_null(table["error"]))
+    return table.filter(keep)
+
+
+def labels_from_table(table: pa.Table, pairs: Sequence[tuple[int, int]] | None = None) -> Labels:
+    """Ids and labels from a labels table (columns prompt_id, pairs, error). `pairs`: those wanted, None = all that occur.
+
+    ValueError where no row is usable or a pair is not in the table.
+    """
+    table = usable(table).sort_by("prompt_id")
+    ids = tuple(table["prompt_id"].to_pylist())
+    if len(set(ids)) != len(ids):
+        raise ValueError(
+            "labels: a prompt_id occurs twice; each prompt may have one row (two label runs with other settings in one folder?)"
+        )
+    rows = [{(int(p["high"]), int(p["low"])): p["label"] for p in row} for row in table["pairs"].to_pylist()]
+    held = sorted({pair for row in rows for pair in row}, reverse=True)
+    wanted = held if pairs is None else list(pairs)
+    missing = [pair for pair in wanted if pair not in held]
+    if not rows or missing:
+        raise ValueError(
+            f"labels: {len(rows)} usable rows with the pairs {held}, wanted {wanted or 'any'}; label with --precisions of that chain"
+        )
+    values = [[NO_LABEL if row.get(pair) is None else row[pair] for pair in wanted] for row in rows]
+    return Labels(ids, tuple(wanted), np.asarray(values, dtype=np.int64))
+
+
+@dataclass(frozen=True)
+class Features:
+    """Ragged KV features of some rows, one after the other, on the CPU."""
+
+    ids: tuple[str, ...]
+    keys: Tensor
+    """float16 [sum T, D]"""
+    values: Tensor
+    """float16 [sum T, D]"""
+    lengths: Tensor
+    """int64 [rows]"""
+
+    @property
+    def dim(self) -> int:
+        return self.keys.shape[1]
+
+    def batch(self, rows: Sequence[int] | np.ndarray, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
+        """Keys and values float32 [B, T, D], zero-padded on the right, and lengths int64 [B], of the rows at these positions."""
+        index = torch.as_tensor(np.asarray(rows, dtype=np.int64))
+        starts, lengths = (torch.cumsum(self.lengths, 0) - self.lengths)[index], self.lengths[index]
+        offsets = torch.arange(int(lengths.max()))[None, :]
+        valid = offsets < lengths[:, None]
+        flat = torch.where(valid, starts[:, None] + offsets, 0)
+        keys, values = (torch.where(valid[:, :, None], tensor[flat].float(), 0.0) for tensor in (self.keys, self.values))
+        return keys.to(device), values.to(device), lengths.to(device)
+
+
+def features_from_table(table: pa.Table) -> Features:
+    """KV features of the usable rows of a labels table, in its order. Exact: the stored float16 as they are."""
+    table = usable(table)
+    columns, lengths = [], []
+    for name in ("keys", "values"):
+        column = table[name].combine_chunks()
+        column = column if isinstance(column, pa.ListArray | pa.LargeListArray) else pa.concat_arrays(column.chunks)
+        dim = column.type.value_type.list_size
+        flat = column.flatten().flatten().to_numpy(zero_copy_only=False)
+        columns.append(torch.from_numpy(np.array(flat).reshape(-1, dim)))
+        lengths.append(pc.list_value_length(column).to_numpy(zero_copy_only=False).astype(np.int64))
+    if not np.array_equal(lengths[0], lengths[1]) or (lengths[0] < 1).any():
+        raise ValueError("labels: keys and values of a row have different or zero lengths; label these prompts again")
+    return Features(tuple(table["prompt_id"].to_pylist()), columns[0], columns[1], torch.from_numpy(lengths[0].copy()))
+
+
+def join_features(parts: Sequence[Features]) -> Features:
+    """Several parts as one, ordered by id."""
+    ids = [key for part in parts for key in part.ids]
+    order = np.argsort(np.asarray(ids))
+    rows = [
+        part_rows
+        for part in parts
+        for part_rows in zip(part.keys.split(part.lengths.tolist()), part.values.split(part.lengths.tolist()), strict=True)
+    ]
+    return Features(
+        tuple(ids[i] for i in order),
+        torch.cat([rows[i][0] for i in order]),
+        torch.cat([rows[i][1] for i in order]),
+        torch.cat([part.lengths for part in parts])[torch.from_numpy(order)],
+    )
+
+
+# ---- Fit ----------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Workers:
+    """How several workers fit together. The default is one worker alone."""
+
+    rank: int = 0
+    count: int = 1
+    sum: Callable[[Tensor], None] = lambda tensor: None
+    """Replaces a tensor by its sum over all workers."""
+
+
+@dataclass
+class FitState:
+    """Everything that one pair's training needs to go on after an epoch."""
+
+    epoch: int = 0
+    """Epochs done."""
+    stale: int = 0
+    """Epochs since the lowest validation loss."""
+    done: bool = False
+    model: dict[str, Tensor] = field(default_factory=dict)
+    optimizer: dict[str, Any] = field(default_factory=dict)
+    best_loss: float = float("inf")
+    best_model: dict[str, Tensor] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    """One line per epoch, as in metrics.jsonl."""
+
+
+def epoch_order(labels_N: np.ndarray, rows: np.ndarray, rebalance: str, generator: np.random.Generator) -> np.ndarray:
+    """Rows of one epoch in training order, from the training `rows`. Oversampling repeats the rows of a rare class, each equally often
+    but for a random remainder, until every class that occurs is as frequent as the most frequent one."""
+    if rebalance == "oversample":
+        classes = [rows[labels_N[rows] == k] for k in range(NUM_CLASSES)]
+        most = max(len(members) for members in classes)
+        parts = []
+        for members in classes:
+            if len(members):
+                repeats, rest = divmod(most, len(members))
+                parts += [np.tile(members, repeats), generator.permutation(members)[:rest]]
+        rows = np.concatenate(parts)
+    return generator.permutation(rows)
+
+
+def class_weights(labels_N: np.ndarray, rows: np.ndarray, rebalance: str) -> Tensor:
+    """Loss weight of each class, float32 [4]: inverse to its frequency for "weights" (mean 1 over the rows), else 1."""
+    if rebalance != "weights":
+        return torch.ones(NUM_CLASSES)
+    counts = np.bincount(labels_N[rows], minlength=NUM_CLASSES)
+    occurring = (counts > 0).sum()
+    return torch.tensor([len(rows) / (occurring * count) if count else 0.0 for count in counts], dtype=torch.float32)
+
+
+class PairTraining:
+    """Fits the classifier of one pair, epoch by epoch; every worker calls the same methods in the same order."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        labels: Labels,
+        pair: int,
+        features: Features,
+        config: TrainConfig,
+        workers: Workers | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.config = config
+        self.workers = workers or Workers()
+        self.device = torch.device(device)
+        self.features = features
+        self.pair = pair
+        self.name = "{}-{}".format(*labels.pairs[pair])
+        self.labels = labels.labels[:, pair]
+        splits = labels.splits(config.seed)
+        self.rows = {name: np.nonzero((splits == i) & (self.labels != NO_LABEL))[0] for i, name in enumerate(SPLITS)}
+        for name in ("train", "validation"):
+            if len(self.rows[name]) == 0:
+                raise ValueError(
+                    f"pair {self.name}: {len(labels.ids)} labelled prompts leave the {name} split empty; "
+                    "label more prompts (some hundreds at least)"
+                )
+        position = {key: i for i, key in enumerate(features.ids)}
+        self.local = np.asarray([position.get(key, -1) for key in labels.ids])  # position in `features`, -1 = another worker's
+        self.weights = class_weights(self.labels, self.rows["train"], config.rebalance).to(self.device)
+        self.model = model.to(self.device)
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay)
+        self.state = FitState()
+
+    def restore(self, state: FitState) -> None:
+        self.state = state
+        self.model.load_state_dict(state.model)
+        self.optimizer.load_state_dict(state.optimizer)
+
+    def epoch(self) -> dict[str, Any]:
+        """One pass over the training split and an evaluation; returns the metrics line. `state` is complete afterwards."""
+        number = self.state.epoch + 1
+        seed = int.from_bytes(hashlib.sha256(f"{self.config.seed}/{self.name}/{number}".encode()).digest()[:4], "big")
+        order = epoch_order(self.labels, self.rows["train"], self.config.rebalance, np.random.default_rng(seed))
+        size = self.config.batch_size
+        per_step = size * self.config.gradient_accumulation_steps
+        self.model.train()
+        total = torch.zeros(1)
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(seed + self.workers.rank)  # dropout: a resumed run draws what an undisturbed one does
+            for start in range(0, len(order), per_step):
+                step_rows = order[start : start + per_step]
+                self.optimizer.zero_grad(set_to_none=False)
+                for micro in range(0, len(step_rows), size):
+                    loss = self._loss(step_rows[micro : micro + size])
+                    if loss is not None:
+                        (loss / len(step_rows)).backward()
+                        total += loss.detach().cpu()
+                self._sum_gradients()
+                self.optimizer.step()
+        self.workers.sum(total)
+        line = {"pair": self.name, "epoch": number, "train_rows": len(order), "train_loss": float(total) / len(order)}
+        logits_NK = self.logits()
+        for split in ("train", "validation"):
+            rows = self.rows[split]
+            targets = torch.from_numpy(self.labels[rows])
+            if split == "validation":
+                line["validation_loss"] = float(F.cross_entropy(logits_NK[rows], targets))
+            line[f"{split}_accuracy"] = float((logits_NK[rows].argmax(-1) == targets).float().mean())
+        self._close_epoch(number, line)
+        return line
+
+    def _loss(self, rows: np.ndarray) -> Tensor | None:
+        """Summed loss of the rows of a micro-batch that this worker holds."""
+        rows = rows[self.local[rows] >= 0]
+        if len(rows) == 0:
+            return None
+        logits = self.model(*self.features.batch(self.local[rows], self.device))
+        return F.cross_entropy(logits, torch.from_numpy(self.labels[rows]).to(self.device), weight=self.weights, reduction="sum")
+
+    def _sum_gradients(self) -> None:
+        if self.workers.count == 1:
+            return
+        parameters = list(self.model.parameters())
+        flat = torch.cat([p.grad.flatten() if p.grad is not None else torch.zeros_like(p).flatten() for p in parameters])
+        self.workers.sum(flat)
+        for parameter, gradient in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            parameter.grad = gradient.view_as(parameter).clone()
+
+    @torch.no_grad()
+    def logits(self) -> Tensor:
+        """Logits float32 [N, 4] of all rows, on the CPU, the same on every worker."""
+        self.model.eval()
+        result = torch.zeros(len(self.labels), NUM_CLASSES)
+        mine = np.nonzero(self.local >= 0)[0]
+        mine = mine[np.argsort(self.features.lengths.numpy()[self.local[mine]], kind="stable")]  # like lengths together: less padding
+        for start in range(0, len(mine), self.config.batch_size):
+            rows = mine[start : start + self.config.batch_size]
+            result[rows] = self.model(*self.features.batch(self.local[rows], self.device)).float().cpu()
+        self.workers.sum(result)
+        return result
+
+    def _close_epoch(self, number: int, line: dict[str, Any]) -> None:
+        state = self.state
+        state.epoch = number
+        state.model = _copy(self.model.state_dict())
+        state.optimizer = copy.deepcopy(self.optimizer.state_dict())
+        if line["validation_loss"] < state.best_loss:
+            state.best_loss, state.best_model, state.stale = line["validation_loss"], state.model, 0
+        else:
+            state.stale += 1
+        state.history.append(line)
+        state.done = number >= self.config.num_train_epochs or state.stale >= self.config.patience
+
+    def best_logits(self) -> Tensor:
+        """Load the weights of the lowest validation loss and return their `logits`."""
+        self.model.load_state_dict(self.state.best_model)
+        return self.logits()
+
+
+def _copy(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
+
+
+HEADS = ("kv_cache", "mean_pooled")
+"""The classifier and the baseline head that is fitted the same way and reported beside it."""
+
+
+def make_head(head: str, dim: int, num_heads: int, dropout: float, seed: int, pair: int) -> nn.Module:
+    """A freshly initialised head; the weights depend on (seed, pair) only."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed * 1009 + pair)
+        return KVCacheClassifier(dim, num_heads, dropout) if head == "kv_cache" else MeanPooledClassifier(dim)
+
+
+@dataclass
+class TrainState:
+    """A whole training: one `FitState` per pair and head, and the logits of the finished ones."""
+
+    fits: dict[str, FitState] = field(default_factory=dict)
+    logits: dict[str, Tensor] = field(default_factory=dict)
+    """float32 [N, 4] per finished fit, rows as in `Labels`."""
+
+    def to_plain(self) -> dict[str, Any]:
+        """Dictionaries, lists, numbers and tensors only: loads again with `torch.load(weights_only=True)`."""
+        return asdict(self)
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> TrainState:
+        return cls({key: FitState(**fit) for key, fit in plain["fits"].items()}, dict(plain["logits"]))
+
+    def history(self) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl, in the order they were made."""
+        return [{"head": key.split("/")[0], **line} for key, fit in self.fits.items() for line in fit.history]
+
+    def states(self, pairs: Sequence[tuple[int, int]], head: str = "kv_cache") -> dict[tuple[int, int], dict[str, Tensor]]:
+        """Best weights per pair."""
+        return {pair: self.fits[f"{head}/{pair[0]}-{pair[1]}"].best_model for pair in pairs}
+
+
+def train(
+    labels: Labels,
+    features: Features,
+    num_heads: int,
+    config: TrainConfig,
+    *,
+    state: TrainState | None = None,
+    on_epoch: Callable[[TrainState, dict[str, Any]], None] | None = None,
+    workers: Workers | None = None,
+    device: torch.device | str = "cpu",
+    heads: Sequence[str] = HEADS,
+) -> TrainState:
+    """Fit every head of every pair. Goes on from `state`; `on_epoch(state, line)` is called after each epoch (a checkpoint's moment)."""
+    state = state or TrainState()
+    for pair, (high, low) in enumerate(labels.pairs):
+        for head in heads:
+            key = f"{head}/{high}-{low}"
+            if key in state.logits:
+                continue
+            model = make_head(head, features.dim, num_heads, config.dropout, config.seed, pair)
+            training = PairTraining(model, labels, pair, features, config, workers, device)
+            if key in state.fits:
+                training.restore(state.fits[key])
+            state.fits[key] = training.state
+            while not training.state.done:
+                line = training.epoch()
+                if on_epoch is not None:
+                    on_epoch(state, {"head": head, **line})
+            state.logits[key] = training.best_logits()
+    return state
+
+
+# ---- Metrics ------------------------------------------------------------------------------------------------------------
+
+INTERVALS = 1000
+"""Bootstrap samples behind a 95 % interval."""
+
+
+def confusion(labels_N: np.ndarray, choices_NK: np.ndarray, counts_SN: np.ndarray | None = None) -> np.ndarray:
+    """Rows per (label, chosen class): float64 [4, 4], or [S, 4, 4] for S resamplings that take row n `counts_SN[s, n]` times.
+
+    `choices_NK`: probability of each class per row (one-hot for a policy without chance), so the matrix is an expectation.
+    """
+    cells_NC = (np.eye(NUM_CLASSES)[labels_N][:, :, None] * choices_NK[:, None, :]).reshape(len(labels_N), -1)
+    if counts_SN is None:
+        return cells_NC.sum(0).reshape(NUM_CLASSES, NUM_CLASSES)
+    return (counts_SN @ cells_NC).reshape(-1, NUM_CLASSES, NUM_CLASSES)
+
+
+def measures(matrix: np.ndarray, pair: tuple[int, int]) -> dict[str, np.ndarray]:
+    """Measures of confusion matrices [..., 4, 4], each [...].
+
+    accuracy; macro_f1: mean F1 over the classes that occur as a label; average_bits: mean precision of the decode forwards of this
+    pair under the chosen classes; quality_loss: share of rows whose chosen class is below their label.
+    """
+    total = matrix.sum((-2, -1))
+    hits = np.diagonal(matrix, axis1=-2, axis2=-1)
+    actual, chosen = matrix.sum(-1), matrix.sum(-2)
+    f1 = 2 * hits / np.maximum(actual + chosen, 1e-12)
+    high, low = pair
+    bits = low + (high - low) * np.asarray(FRACTIONS)
+    return {
+        "accuracy": hits.sum(-1) / total,
+        "macro_f1": f1.sum(-1) / (actual > 0).sum(-1),
+        "average_bits": (chosen * bits).sum(-1) / total,
+        "quality_loss": np.tril(matrix, -1).sum((-2, -1)) / total,
+    }
+
+
+def policies(train_labels: np.ndarray, labels_N: np.ndarray, chosen: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Choices [N, 4] of everything that is compared: `chosen` (name → class per row), then majority (of the training split),
+    static classes, random with the training split's prior (as an expectation), oracle."""
+    one_hot = np.eye(NUM_CLASSES)
+    counts = np.bincount(train_labels, minlength=NUM_CLASSES)
+    rows = len(labels_N)
+    result = {name: one_hot[classes] for name, classes in chosen.items()}
+    result["majority"] = np.tile(one_hot[counts.argmax()], (rows, 1))
+    result |= {f"static_{k}": np.tile(one_hot[k], (rows, 1)) for k in range(NUM_CLASSES)}
+    result["random"] = np.tile(counts / counts.sum(), (rows, 1))
+    result["oracle"] = one_hot[labels_N]
+    return result
+
+
+def evaluate(labels: Labels, splits_N: np.ndarray, logits: Mapping[str, Tensor], seed: int = 0) -> dict[str, Any]:
+    """Everything `metrics.json` reports: per pair and split the label counts and, per policy, the measures with 95 % bootstrap
+    intervals over prompts, the confusion matrix (rows = label), and the paired difference of accuracy to the majority class.
+
+    `logits`: "head/high-low" → float [N, 4]. The head kv_cache is reported as "learned".
+    """
+    result: dict[str, Any] = {}
+    for j, pair in enumerate(labels.pairs):
+        name = "{}-{}".format(*pair)
+        column = labels.labels[:, j]
+        train_labels = column[(splits_N == 0) & (column != NO_LABEL)]
+        heads = {key.split("/")[0]: value for key, value in logits.items() if key.endswith(f"/{name}")}
+        result[name] = {}
+        for s, split in enumerate(SPLITS):
+            rows = np.nonzero((splits_N == s) & (column != NO_LABEL))[0]
+            if len(rows) == 0:
+                continue
+            chosen = {("learned" if head == "kv_cache" else head): value[rows].argmax(-1).numpy() for head, value in heads.items()}
+            result[name][split] = compare(train_labels, column[rows], chosen, pair, seed)
+    return result
+
+
+def compare(
+    train_labels: np.ndarray, labels_N: np.ndarray, chosen: Mapping[str, np.ndarray], pair: tuple[int, int], seed: int = 0
+) -> dict[str, Any]:
+    """One split's part of `evaluate`."""
+    generator = np.random.default_rng(seed)
+    counts_SN = generator.multinomial(len(labels_N), np.full(len(labels_N), 1 / len(labels_N)), size=INTERVALS).astype(float)
+    choices = policies(train_labels, labels_N, chosen)
+    point = {name: measures(confusion(labels_N, choice), pair) for name, choice in choices.items()}
+    resampled = {name: measures(confusion(labels_N, choice, counts_SN), pair) for name, choice in choices.items()}
+    report: dict[str, Any] = {"rows": len(labels_N), "label_counts": np.bincount(labels_N, minlength=NUM_CLASSES).tolist(), "policies": {}}
+    for name, choice in choices.items():
+        difference = resampled[name]["accuracy"] - resampled["majority"]["accuracy"]
+        report["policies"][name] = {
+            **{measure: float(value) for measure, value in point[name].items()},
+            "interval": {measure: _interval(values) for measure, values in resampled[name].items()},
+            "accuracy_minus_majority": float(point[name]["accuracy"] - point["majority"]["accuracy"]),
+            "accuracy_minus_majority_interval": _interval(difference),
+            "confusion": confusion(labels_N, choice).round(3).tolist(),
+        }
+    return report
+
+
+def _interval(values: np.ndarray) -> list[float]:
+    return [float(value) for value in np.quantile(values, [0.025, 0.975])]

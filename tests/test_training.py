@@ -1,0 +1,251 @@
+"""Splits, rebalancing, fitting and metrics, on made-up labels."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import io
+from collections import Counter
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+
+from pmpd import training
+from pmpd.training import Features, Labels, TrainConfig, Workers
+
+DIM = 4
+PAIRS = ((4, 3), (3, 2))
+
+
+def key(index: int) -> str:
+    return hashlib.sha256(str(index).encode()).hexdigest()[:16]
+
+
+def made_up(rows: int = 120, seed: int = 0) -> tuple[Labels, Features]:
+    """Class 0 or 3 of pair (4,3), told by the sign of one token's value; pair (3,2) is the opposite."""
+    generator = np.random.default_rng(seed)
+    ids = sorted(key(i) for i in range(rows))
+    lengths = generator.integers(2, 9, rows)
+    keys = generator.normal(size=(lengths.sum(), DIM)).astype(np.float16)
+    values = generator.normal(size=(lengths.sum(), DIM)).astype(np.float16)
+    marked = np.cumsum(lengths) - 1
+    side = generator.integers(0, 2, rows)
+    keys[marked] = [6, 0, 0, 0]
+    values[marked] = np.where(side[:, None] == 1, 2.0, -2.0)
+    labels = np.stack([3 * side, 3 * (1 - side)], axis=1)
+    return Labels(tuple(ids), PAIRS, labels), Features(tuple(ids), *map(torch.from_numpy, (keys, values, lengths)))
+
+
+def table(labels: Labels, features: Features, order=None, errors: int = 0) -> pa.Table:
+    """A labels table in shuffled order, with some error rows without features."""
+    order = range(len(labels.ids)) if order is None else order
+    ends = np.cumsum(features.lengths.numpy())
+    vector = pa.list_(pa.list_(pa.float16(), DIM))
+
+    def column(tensor):
+        rows = [list(tensor[ends[i] - features.lengths[i] : ends[i]].numpy()) for i in order]
+        return pa.array([*[[list(token) for token in row] for row in rows], *[None] * errors], vector)
+
+    pairs = [[{"high": h, "low": low, "label": int(k)} for (h, low), k in zip(labels.pairs, labels.labels[i], strict=True)] for i in order]
+    return pa.table(
+        {
+            "prompt_id": [*[labels.ids[i] for i in order], *[f"{i:016x}" for i in range(errors)]],
+            "pairs": [*pairs, *[None] * errors],
+            "keys": column(features.keys),
+            "values": column(features.values),
+            "error": [*[None] * len(pairs), *["boom"] * errors],
+        }
+    )
+
+
+CONFIG = TrainConfig(num_train_epochs=8, learning_rate=0.01, batch_size=16, dropout=0.1)
+
+
+def test_tables_give_back_labels_and_features_exactly_whatever_the_row_order():
+    labels, features = made_up(20)
+    shuffled = table(labels, features, np.random.default_rng(1).permutation(20), errors=3)
+    assert training.labels_from_table(shuffled).ids == labels.ids
+    assert np.array_equal(training.labels_from_table(shuffled).labels, labels.labels)
+    parts = [training.features_from_table(shuffled.slice(0, 7)), training.features_from_table(shuffled.slice(7))]
+    joined = training.join_features(parts)
+    assert joined.ids == features.ids
+    assert torch.equal(joined.keys, features.keys)
+    assert torch.equal(joined.values, features.values)
+    assert torch.equal(joined.lengths, features.lengths)
+    assert training.labels_from_table(shuffled, [(3, 2)]).fingerprint() != labels.fingerprint()
+    with pytest.raises(ValueError, match=r"wanted \[\(4, 2\)\]"):
+        training.labels_from_table(shuffled, [(4, 2)])
+    with pytest.raises(ValueError, match="twice"):
+        training.labels_from_table(pa.concat_tables([shuffled, shuffled]))
+
+
+def test_batches_are_zero_padded_and_hold_their_rows():
+    _, features = made_up(20)
+    keys, _, lengths = features.batch([4, 0, 19])
+    starts = np.cumsum(features.lengths.numpy()) - features.lengths.numpy()
+    for b, row in enumerate([4, 0, 19]):
+        assert lengths[b] == features.lengths[row]
+        assert torch.equal(keys[b, : lengths[b]], features.keys[starts[row] : starts[row] + lengths[b]].float())
+        assert not keys[b, lengths[b] :].any()
+
+
+def test_the_split_is_by_prompt_and_does_not_depend_on_the_other_rows():
+    labels, _ = made_up(2000)
+    splits = dict(zip(labels.ids, labels.splits(0), strict=True))
+    shares = np.bincount(list(splits.values())) / 2000
+    assert np.allclose(shares, [0.8, 0.1, 0.1], atol=0.03)
+    part = Labels(labels.ids[::3], labels.pairs, labels.labels[::3])
+    assert dict(zip(part.ids, part.splits(0), strict=True)).items() <= splits.items()
+    assert (labels.splits(0) != labels.splits(1)).any()
+
+
+def test_only_the_training_split_is_rebalanced():
+    column = np.asarray([0] * 70 + [1] * 20 + [3] * 10)
+    rows = np.arange(0, 100, 2)
+    order = training.epoch_order(column, rows, "oversample", np.random.default_rng(0))
+    assert set(order) == set(rows), "rows of another split were drawn, or some were lost"
+    assert Counter(column[order].tolist()) == {0: 35, 1: 35, 3: 35}
+    assert sorted(training.epoch_order(column, rows, "none", np.random.default_rng(0))) == sorted(rows)
+    weights = training.class_weights(column, rows, "weights")
+    assert weights[2] == 0
+    assert torch.allclose(weights[torch.from_numpy(column[rows])].mean(), torch.tensor(1.0))
+    labels, features = made_up()
+    state = training.train(labels, features, 2, CONFIG)
+    report = training.evaluate(labels, labels.splits(0), state.logits)
+    assert sum(report["4-3"]["test"]["label_counts"]) == (labels.splits(0) == 2).sum()
+
+
+@pytest.mark.parametrize("rebalance", ["oversample", "weights"])
+def test_a_two_class_toy_problem_is_learned_by_both_pairs(rebalance):
+    labels, features = made_up(240)
+    config = TrainConfig(num_train_epochs=15, learning_rate=0.01, batch_size=16, rebalance=rebalance)
+    state = training.train(labels, features, 2, config)
+    report = training.evaluate(labels, labels.splits(0), state.logits)
+    for pair in ("4-3", "3-2"):
+        learned, majority = (report[pair]["test"]["policies"][name]["accuracy"] for name in ("learned", "majority"))
+        assert learned >= 0.9, (pair, learned)
+        assert majority < 0.75
+
+
+def test_training_is_deterministic_on_cpu():
+    labels, features = made_up()
+    first, second = (training.train(labels, features, 2, CONFIG) for _ in range(2))
+    for name, logits in first.logits.items():
+        assert torch.equal(logits, second.logits[name])
+    other = training.train(labels, features, 2, TrainConfig(**{**vars(CONFIG), "seed": 1}), heads=["kv_cache"])
+    assert not torch.equal(first.logits["kv_cache/4-3"], other.logits["kv_cache/4-3"])
+
+
+def test_a_resumed_training_ends_as_an_undisturbed_one():
+    labels, features = made_up()
+    undisturbed = training.train(labels, features, 2, CONFIG)
+
+    saved = io.BytesIO()
+
+    class Killed(Exception):
+        pass
+
+    def kill(state, line):
+        if (line["head"], line["pair"], line["epoch"]) == ("kv_cache", "3-2", 3):
+            torch.save(state.to_plain(), saved)
+            raise Killed
+
+    with pytest.raises(Killed):
+        training.train(labels, features, 2, CONFIG, on_epoch=kill)
+    saved.seek(0)
+    state = training.TrainState.from_plain(torch.load(saved, weights_only=True))
+    resumed = training.train(labels, features, 2, CONFIG, state=state)
+    assert resumed.history() == undisturbed.history()
+    for name, logits in undisturbed.logits.items():
+        assert torch.equal(logits, resumed.logits[name]), name
+
+
+def test_two_workers_with_half_the_features_fit_what_one_does():
+    """Two workers in lockstep: each computes its half, sums go through a barrier."""
+    import threading
+
+    labels, features = made_up(80)
+    config = TrainConfig(num_train_epochs=2, learning_rate=0.01, batch_size=16, dropout=0.0)
+    alone = training.train(labels, features, 2, config, heads=["kv_cache"])
+    barrier, inbox, results = threading.Barrier(2), [None, None], [None, None]
+
+    def run(rank: int) -> None:
+        def add(tensor):
+            inbox[rank] = tensor.clone()
+            barrier.wait(30)
+            tensor.copy_(inbox[0] + inbox[1])
+            barrier.wait(30)
+
+        mine = np.arange(rank, 80, 2)
+        keys, values, lengths = features.batch(mine)
+        valid = torch.arange(keys.shape[1])[None, :] < lengths[:, None]
+        part = Features(tuple(features.ids[i] for i in mine), keys[valid].half(), values[valid].half(), lengths)
+        results[rank] = training.train(labels, part, 2, config, workers=Workers(rank, 2, add), heads=["kv_cache"])
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    for name, logits in alone.logits.items():
+        torch.testing.assert_close(results[0].logits[name], logits, rtol=1e-3, atol=1e-3)
+        assert torch.equal(results[0].logits[name], results[1].logits[name])
+
+
+def test_early_stopping_keeps_the_weights_of_the_lowest_validation_loss():
+    labels, features = made_up()
+    noise = np.random.default_rng(3).integers(0, 2, labels.labels.shape) * 3
+    labels = Labels(labels.ids, labels.pairs, noise)
+    config = TrainConfig(num_train_epochs=60, learning_rate=0.03, batch_size=16, patience=3)
+    state = training.train(labels, features, 2, config, heads=["kv_cache"])
+    fit = state.fits["kv_cache/4-3"]
+    losses = [line["validation_loss"] for line in fit.history]
+    assert len(losses) < 60, "nothing can be learned from noise, so it must stop early"
+    assert len(losses) - 1 - int(np.argmin(losses)) == 3
+    rows = np.nonzero(labels.splits(0) == 1)[0]
+    loss = torch.nn.functional.cross_entropy(state.logits["kv_cache/4-3"][rows], torch.from_numpy(labels.labels[rows, 0]))
+    assert loss == pytest.approx(min(losses), abs=1e-6)
+
+
+def test_rows_without_a_label_for_a_pair_are_left_out_of_that_pair():
+    labels, features = made_up()
+    labels.labels[:40, 1] = training.NO_LABEL
+    state = training.train(labels, features, 2, TrainConfig(num_train_epochs=1), heads=["mean_pooled"])
+    report = training.evaluate(labels, labels.splits(0), state.logits)
+    assert sum(split["rows"] for split in report["4-3"].values()) == 120
+    assert sum(split["rows"] for split in report["3-2"].values()) == 80
+
+
+def test_measures_by_hand():
+    labels, chosen = np.asarray([0, 1, 3, 3]), np.asarray([0, 2, 1, 3])
+    measured = training.measures(training.confusion(labels, np.eye(4)[chosen]), (4, 2))
+    assert measured["accuracy"] == pytest.approx(0.5)
+    assert measured["quality_loss"] == pytest.approx(0.25), "one row of four got less than its label"
+    assert measured["average_bits"] == pytest.approx(2 + 2 * (0 + 2 / 3 + 1 / 3 + 1) / 4)
+    assert measured["macro_f1"] == pytest.approx((1 + 0 + 2 / 3) / 3)
+
+
+def test_every_baseline_is_reported_and_the_oracle_is_one():
+    labels = np.asarray([0] * 6 + [1] * 2 + [2] + [3])
+    report = training.compare(np.asarray([0, 0, 3]), labels, {"learned": labels}, (3, 2))
+    policies = report["policies"]
+    assert set(policies) == {"learned", "majority", "static_0", "static_1", "static_2", "static_3", "random", "oracle"}
+    assert policies["oracle"]["accuracy"] == 1
+    assert policies["oracle"]["quality_loss"] == 0
+    assert policies["majority"]["accuracy"] == policies["static_0"]["accuracy"] == pytest.approx(0.6)
+    assert policies["random"]["accuracy"] == pytest.approx(2 / 3 * 0.6 + 1 / 3 * 0.1)
+    assert policies["static_3"]["average_bits"] == 3
+    assert policies["learned"]["accuracy_minus_majority"] == pytest.approx(0.4)
+    low, high = policies["majority"]["interval"]["accuracy"]
+    assert low < 0.6 < high
+
+
+def test_settings_out_of_range_are_refused():
+    for bad in ({"learning_rate": 0}, {"num_train_epochs": 0}, {"dropout": 1.0}, {"rebalance": "some"}):
+        with pytest.raises(ValueError, match=next(iter(bad))):
+            TrainConfig(**bad)
+    labels, features = made_up(3)
+    with pytest.raises(ValueError, match="label more prompts"):
+        training.train(labels, features, 2, copy.copy(CONFIG))
