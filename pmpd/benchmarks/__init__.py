@@ -1,0 +1,24 @@
+"""The benchmarks, by name. Each is one file with its version, its prompts and its published record schema."""
+
+from __future__ import annotations
+
+from pmpd.benchmarks import cnn_dm, demo, dialogsum, iwslt, mt_bench
+from pmpd.benchmarks.base import Benchmark, Question, load_questions
+
+BENCHMARKS: dict[str, Benchmark] = {
+    "demo": demo.BENCHMARK,
+    "mt_bench": mt_bench.BENCHMARK,
+    "cnn_dm": cnn_dm.BENCHMARK,
+    "dialogsum": dialogsum.BENCHMARK,
+    "iwslt": iwslt.BENCHMARK,
+}
+
+
+def get_benchmark(name: str) -> Benchmark:
+    """The benchmark called `name`; a ValueError lists those that exist."""
+    if name not in BENCHMARKS:
+        raise ValueError(f"--bench-name {name}: known are {', '.join(BENCHMARKS)}")
+    return BENCHMARKS[name]
+
+
+__all__ = ["BENCHMARKS", "Benchmark", "Question", "get_benchmark", "load_questions"]

@@ -1,0 +1,231 @@
+"""What a benchmark is: numbered questions with stable ids, read from a published data set or a local file in its schema.
+
+A benchmark is one file with one `Benchmark`. Its `version` is part of every prompt id, so answers to differently worded prompts can
+never be compared by accident: whoever changes a prompt raises the version.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+Split = Literal["test", "validation"]
+Reference = Literal["dataset", "reference_output"]
+
+NumberedRecords = Iterator[tuple[int, Mapping[str, Any]]]
+"""(line or row number from 1, record)."""
+
+CountTokens = Callable[[str], int]
+"""Length of a text in the model's tokens, without special tokens."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """One conversation to hold: what the user says in each turn, and what a good answer is where the data set knows it."""
+
+    prompt_id: str
+    """16 hex digits; depends on benchmark, version, split and `key` only."""
+    key: str
+    """The record's own id in its data set (FastChat's `question_id`, CNN/DailyMail's `id`), or a hash of its text where it has none."""
+    category: str
+    turns: tuple[str, ...]
+    references: tuple[str | None, ...]
+    """One per turn, None where the data set has no reference."""
+    template: str | None = None
+    """Forces a conversation template for this question (a continuation is not a conversation)."""
+
+
+class MakeQuestion(Protocol):
+    """Turns one record of the published schema into (key, category, turns, references), or None to leave it out."""
+
+    def __call__(self, record: Mapping[str, Any], count_tokens: CountTokens) -> Parsed | None: ...
+
+
+@dataclass(frozen=True)
+class Parsed:
+    key: str
+    category: str
+    turns: tuple[str, ...]
+    references: tuple[str | None, ...]
+    template: str | None = None
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    name: str
+    version: str
+    make: MakeQuestion
+    metric: Literal["rouge_l", "rouge_l_stemmed", "bleu"]
+    """The score on the vertical axis of its quality figure."""
+    reference: Reference
+    """What that score compares with: the data set's references or the unquantized model's answers."""
+    max_new_tokens: int
+    """Default answer length in tokens."""
+    schema: str
+    """The record schema of a local file, in words, for error messages."""
+    hub: tuple[str, str | None, str | None] | None = None
+    """(data set id, config, revision) on the Hugging Face hub; None: embedded."""
+    splits: Mapping[str, str] | None = None
+    """Our split -> the hub's split name; a split that is absent does not exist."""
+    records: Callable[[Split], Iterable[Mapping[str, Any]]] | None = None
+    """The embedded records, for a benchmark without a hub data set."""
+
+
+def text_field(record: Mapping[str, Any], name: str) -> str:
+    """A non-empty string field, or a ValueError that says what the record has instead."""
+    value = record.get(name)
+    if not isinstance(value, str) or not value.strip():
+        have = ", ".join(record) or "nothing"
+        raise ValueError(f"field {name!r} must be a non-empty text, got {value!r} (the record has: {have})")
+    return value
+
+
+def prompt_id(benchmark: Benchmark, split: str, key: str) -> str:
+    identity = {"dataset": benchmark.name, "config": benchmark.version, "split": split, "key": key}
+    canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def text_key(*texts: str) -> str:
+    """A key for records that have no id of their own."""
+    return hashlib.sha256("\x00".join(texts).encode()).hexdigest()[:16]
+
+
+def load_questions(
+    benchmark: Benchmark,
+    *,
+    split: Split = "test",
+    question_file: str | Path | None = None,
+    begin: int | None = None,
+    end: int | None = None,
+    count_tokens: CountTokens | None = None,
+) -> list[Question]:
+    """The questions [begin, end) of a split, in the data set's order.
+
+    `begin` and `end` count the questions that the benchmark keeps. A malformed record is a ValueError that names its line; two
+    records with one key too.
+    """
+    records, where = _open_records(benchmark, split, question_file)
+    questions: list[Question] = []
+    seen: dict[str, int] = {}
+    for number, record in records:
+        try:
+            parsed = benchmark.make(record, count_tokens or _count_words)
+        except ValueError as error:
+            raise ValueError(f"{where} line {number}: {error}. Expected: {benchmark.schema}") from None
+        if parsed is None:
+            continue
+        if parsed.key in seen:
+            raise ValueError(f"{where} line {number}: the id {parsed.key!r} is taken by line {seen[parsed.key]}; ids must be unique")
+        seen[parsed.key] = number
+        questions.append(
+            Question(prompt_id(benchmark, split, parsed.key), parsed.key, parsed.category, parsed.turns, parsed.references, parsed.template)
+        )
+        if end is not None and end >= 0 and len(questions) >= end:
+            break
+    chosen = questions[slice(begin, end)]
+    if not chosen:
+        raise ValueError(
+            f"{where}: no question left ({len(questions)} read, --question-begin {begin}, --question-end {end}); "
+            "widen the range or check the file"
+        )
+    return chosen
+
+
+def _count_words(text: str) -> int:
+    return len(text.split())
+
+
+def _open_records(benchmark: Benchmark, split: Split, question_file: str | Path | None) -> tuple[NumberedRecords, str]:
+    if question_file is not None:
+        return read_records(Path(question_file), benchmark.schema), str(question_file)
+    if benchmark.records is not None:
+        return iter(enumerate(benchmark.records(split), start=1)), f"{benchmark.name} ({split})"
+    if benchmark.hub is None or split not in (benchmark.splits or {}):
+        raise ValueError(
+            f"--validation: {benchmark.name} has no {split} split; give one as a local file with --question-file ({benchmark.schema})"
+        )
+    return iter(enumerate(_hub_records(benchmark, split), start=1)), f"{benchmark.hub[0]} ({split})"
+
+
+def _hub_records(benchmark: Benchmark, split: Split) -> Iterator[Mapping[str, Any]]:
+    from datasets import load_dataset
+
+    assert benchmark.hub is not None
+    assert benchmark.splits is not None
+    name, config, revision = benchmark.hub
+    try:
+        dataset = load_dataset(name, config, split=benchmark.splits[split], revision=revision, streaming=True)
+        yield from dataset
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(
+            f"--bench-name {benchmark.name}: {name} could not be read from the Hugging Face hub "
+            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}); "
+            f"give a local copy with --question-file ({benchmark.schema})"
+        ) from error
+
+
+def read_records(path: Path, schema: str = "one JSON object per line") -> NumberedRecords:
+    """The records of a .jsonl, .json (an array, or lines), .csv or .parquet file; the text ones also as .gz."""
+    if not path.is_file():
+        raise ValueError(f"--question-file {path}: no such file. Expected: {schema}")
+    suffixes = [suffix for suffix in path.suffixes if suffix != ".gz"]
+    kind = suffixes[-1] if suffixes else ""
+    if kind == ".parquet":
+        import pyarrow.parquet as pq
+
+        yield from enumerate(pq.read_table(path).to_pylist(), start=1)
+        return
+    if kind not in (".jsonl", ".json", ".csv"):
+        raise ValueError(f"--question-file {path}: known are .jsonl, .json, .csv (each also .gz) and .parquet")
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "rt", encoding="utf-8", newline="" if kind == ".csv" else None) as file:
+        try:
+            if kind == ".csv":
+                yield from _csv_records(file, path)
+            else:
+                yield from _json_records(file, path, schema, array_allowed=kind == ".json")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not UTF-8 text ({error}). Expected: {schema}") from None
+
+
+def _csv_records(file: Any, path: Path) -> NumberedRecords:
+    reader = csv.DictReader(file)
+    for record in reader:
+        if None in record or None in record.values():
+            raise ValueError(
+                f"{path} line {reader.line_num}: not {len(reader.fieldnames or [])} columns ({', '.join(reader.fieldnames or [])})"
+            )
+        yield reader.line_num, record
+
+
+def _json_records(file: Any, path: Path, schema: str, array_allowed: bool) -> NumberedRecords:
+    lines: Iterable[tuple[int, str]] = enumerate(file, start=1)
+    for number, line in lines:
+        if not line.strip():
+            continue
+        if number == 1 and array_allowed and line.lstrip().startswith("["):
+            array = _parse_json(line + file.read(), path, 1, schema)
+            yield from ((n, _checked_object(record, path, n, schema)) for n, record in enumerate(array, start=1))
+            return
+        yield number, _checked_object(_parse_json(line.rstrip(), path, number, schema), path, number, schema)
+
+
+def _parse_json(text: str, path: Path, number: int, schema: str) -> Any:
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError as error:
+        line = number + error.lineno - 1
+        raise ValueError(f"{path} line {line}: not valid JSON ({error.msg} at column {error.colno}). Expected: {schema}") from None
+
+
+def _checked_object(record: Any, path: Path, number: int, schema: str) -> Mapping[str, Any]:
+    if not isinstance(record, dict):
+        raise ValueError(f"{path} line {number}: a JSON object is wanted, got {type(record).__name__}. Expected: {schema}")
+    return record

@@ -1,0 +1,215 @@
+"""Benchmarks: ids, published schemas, templates, malformed input."""
+
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pmpd.benchmarks import BENCHMARKS, get_benchmark, load_questions
+from pmpd.benchmarks.conversation import FALLBACK, PLAIN, TOKENIZER, Stops, choose_template, render, stops
+
+DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+
+RECORDS = {
+    "mt_bench": {"question_id": 81, "category": "writing", "turns": ["Write a poem.", "Now make it rhyme."]},
+    "cnn_dm": {"article": "A man walked.\nHe ran.", "highlights": "A man moved.", "id": "abc"},
+    "dialogsum": {"id": "test_0", "dialogue": "#A#: Hi.\n#B#: Hello.", "summary": "Two people greet.", "topic": "greeting"},
+    "iwslt": {"translation": {"fr": "mot " * 80, "en": "word " * 80}},
+    "demo": {"id": "x", "category": "statements", "turns": ["a?", "b?"], "reference": None},
+}
+
+
+def write_lines(path: Path, *records: object) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_every_benchmark_reads_its_published_schema_from_a_local_file(name: str, tmp_path: Path) -> None:
+    (question,) = load_questions(get_benchmark(name), question_file=write_lines(tmp_path / "q.jsonl", RECORDS[name]))
+    assert len(question.prompt_id) == 16
+    assert len(question.references) == len(question.turns)
+    expected = {"cnn_dm": "A man moved.", "dialogsum": "Two people greet.", "iwslt": ("word " * 80).strip()}
+    assert question.references[0] == expected.get(name)
+    for suffix, text in ((".json", json.dumps([RECORDS[name]], indent=1)), (".json", json.dumps(RECORDS[name]))):
+        path = tmp_path / f"again{suffix}"
+        path.write_text(text)
+        assert load_questions(get_benchmark(name), question_file=path)[0] == question
+    with gzip.open(tmp_path / "q.jsonl.gz", "wt") as file:
+        file.write(json.dumps(RECORDS[name]))
+    assert load_questions(get_benchmark(name), question_file=tmp_path / "q.jsonl.gz")[0] == question
+
+
+def test_both_published_schemas_of_mt_bench_give_the_same_question(tmp_path: Path) -> None:
+    fastchat = write_lines(tmp_path / "question.jsonl", RECORDS["mt_bench"])
+    hub = write_lines(
+        tmp_path / "hub.jsonl", {"prompt_id": 81, "category": "writing", "prompt": RECORDS["mt_bench"]["turns"], "reference": []}
+    )
+    assert load_questions(get_benchmark("mt_bench"), question_file=fastchat) == load_questions(get_benchmark("mt_bench"), question_file=hub)
+
+
+def test_dialogsum_reads_the_csv_that_is_published(tmp_path: Path) -> None:
+    path = tmp_path / "test.csv"
+    path.write_text('id,dialogue,summary,topic\ntest_0,"#A#: Hi, you.\n#B#: Hello.",They greet.,greeting\n')
+    assert load_questions(get_benchmark("dialogsum"), question_file=path)[0].references == ("They greet.",)
+    path.write_text("id,dialogue,summary,topic\ntest_0,only two\n")
+    with pytest.raises(ValueError, match=r"test\.csv line 2: not 4 columns"):
+        load_questions(get_benchmark("dialogsum"), question_file=path)
+
+
+@pytest.mark.skipif(not DATA.is_dir(), reason="the shared test data is not here")
+def test_the_real_mt_bench_has_80_questions_of_two_turns() -> None:
+    questions = load_questions(get_benchmark("mt_bench"), question_file=DATA / "mt_bench_question.jsonl")
+    assert len(questions) == 80
+    assert {len(question.turns) for question in questions} == {2}
+    assert len({question.category for question in questions}) == 8
+    assert [question.key for question in questions] == [str(number) for number in range(81, 161)]
+
+
+def test_ids_do_not_depend_on_order_or_range_and_differ_between_splits_and_benchmarks(tmp_path: Path) -> None:
+    records = [{"id": str(n), "category": "c", "turns": [f"question {n}"]} for n in range(6)]
+    forward = load_questions(BENCHMARKS["demo"], question_file=write_lines(tmp_path / "a.jsonl", *records))
+    backward = load_questions(BENCHMARKS["demo"], question_file=write_lines(tmp_path / "b.jsonl", *records[::-1]))
+    part = load_questions(BENCHMARKS["demo"], question_file=tmp_path / "a.jsonl", begin=2, end=4)
+    assert forward == backward[::-1]
+    assert part == forward[2:4]
+    validation = load_questions(BENCHMARKS["demo"], question_file=tmp_path / "a.jsonl", split="validation")
+    assert not {q.prompt_id for q in forward} & {q.prompt_id for q in validation}
+
+
+def test_the_demo_has_a_dozen_two_turn_questions_and_continuations_of_unseen_documents() -> None:
+    from pmpd.demo.texts import documents_of
+
+    questions = load_questions(BENCHMARKS["demo"])
+    assert sum(len(question.turns) == 2 for question in questions) == 12
+    continuations = [question for question in questions if question.category == "continuation"]
+    assert len(continuations) >= 20
+    held_out = {document.key: document.text for document in documents_of("held_out")}
+    for question in continuations:
+        assert held_out[question.key].startswith(question.turns[0] + question.references[0])
+    validation = load_questions(BENCHMARKS["demo"], split="validation")
+    assert not {question.key for question in validation} & {question.key for question in questions}
+
+
+def test_iwslt_keeps_only_long_sources(tmp_path: Path) -> None:
+    short = {"translation": {"fr": "mot " * 60, "en": "word"}}
+    path = write_lines(tmp_path / "q.jsonl", short, RECORDS["iwslt"])
+    assert len(load_questions(BENCHMARKS["iwslt"], question_file=path)) == 1
+    assert len(load_questions(BENCHMARKS["iwslt"], question_file=path, count_tokens=lambda text: 2 * len(text.split()))) == 2
+
+
+@pytest.mark.parametrize(
+    ("bad", "said"),
+    [
+        ('{"question_id": 1, "category": "c", "turns": ["a"', r"line 3: not valid JSON"),
+        ('["a"]', r"line 3: a JSON object is wanted, got list"),
+        ('{"question_id": 1, "category": "c", "turns": "a"}', r"line 3: 'turns' .* must be a list of texts"),
+        ('{"question_id": 1, "category": "c", "turns": ["a", " "]}', r"line 3: 'turns'"),
+        ('{"category": "c", "turns": ["a"]}', r"line 3: 'question_id'"),
+        ('{"question_id": 1, "turns": ["a"]}', r"line 3: field 'category'"),
+        ('{"question_id": 81, "category": "c", "turns": ["a"]}', r"line 3: the id '81' is taken by line 1"),
+    ],
+)
+def test_a_malformed_line_is_named_with_the_schema(tmp_path: Path, bad: str, said: str) -> None:
+    path = tmp_path / "question.jsonl"
+    path.write_text(json.dumps(RECORDS["mt_bench"]) + "\n\n" + bad + "\n")
+    with pytest.raises(ValueError, match=rf"question\.jsonl {said}"):
+        load_questions(BENCHMARKS["mt_bench"], question_file=path)
+
+
+def test_an_unknown_benchmark_an_absent_file_and_an_empty_range_say_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="known are demo, mt_bench, cnn_dm, dialogsum, iwslt"):
+        get_benchmark("mtbench")
+    with pytest.raises(ValueError, match="no such file"):
+        load_questions(BENCHMARKS["mt_bench"], question_file=tmp_path / "absent.jsonl")
+    with pytest.raises(ValueError, match="no question left"):
+        load_questions(BENCHMARKS["mt_bench"], question_file=write_lines(tmp_path / "q.jsonl", RECORDS["mt_bench"]), begin=5)
+    with pytest.raises(ValueError, match="mt_bench has no validation split"):
+        load_questions(BENCHMARKS["mt_bench"], split="validation")
+
+
+def test_the_second_prompt_contains_the_first_answer_in_the_models_own_template() -> None:
+    turns, answers = ["First question?", "Second question?"], ["MY ANSWER"]
+    for template in ("vicuna_v1.1", "llama-2", "zephyr", "plain"):
+        first = render(template, turns[:1], [])
+        second = render(template, turns, answers)
+        assert "MY ANSWER" not in first
+        assert second.index("First question?") < second.index("MY ANSWER") < second.index("Second question?"), template
+    assert render("vicuna_v1.1", turns, answers).endswith("USER: Second question? ASSISTANT:")
+    assert render(PLAIN, turns, answers) == "First question?\n\nMY ANSWER\n\nSecond question?\n\n"
+    assert render("raw", turns[:1], []) == "First question?"
+
+
+# What FastChat 0.2.36's get_conversation_template answers for these ids.
+FASTCHAT = {
+    "lmsys/vicuna-7b-v1.5": "vicuna_v1.1",
+    "lmsys/longchat-7b-16k": "vicuna_v1.1",
+    "meta-llama/Llama-2-7b-chat-hf": "llama-2",
+    "mistralai/Mistral-7B-Instruct-v0.2": "mistral",
+    "mixtral-8x7b-instruct": "mistral",
+    "HuggingFaceH4/zephyr-7b-beta": "zephyr",
+    "stabilityai/stablelm-zephyr-3b": "stablelm",
+    "TinyLlama/TinyLlama-1.1B-Chat-v1.0": "TinyLlama",
+    "Qwen/Qwen2-7B-Instruct": "qwen-7b-chat",
+    "01-ai/Yi-34B-Chat": "Yi-34b-chat",
+    "tiiuae/falcon-7b-instruct": "falcon",
+    "stable-vicuna-13b": "stable-vicuna",
+    "microsoft/Orca-2-7b": "orca-2",
+    "openchat/openchat_3.5": "openchat_3.5",
+    "tatsu-lab/alpaca-7b": "alpaca",
+    "upstage/SOLAR-10.7B-Instruct-v1.0": "solar",
+    "deepseek-ai/deepseek-llm-7b-chat": "deepseek-chat",
+    "allenai/tulu-2-dpo-7b": "tulu",
+    "databricks/dolly-v2-3b": "dolly_v2",
+    "codellama/CodeLlama-7b-Instruct-hf": "llama-2",
+    "mosaicml/mpt-7b-chat": "mpt-7b-chat",
+    "THUDM/chatglm3-6b": "chatglm3",
+    "baichuan-inc/Baichuan2-7B-Chat": "baichuan2-chat",
+    "microsoft/phi-2": "one_shot",
+    "gpt2": "one_shot",
+}
+
+
+@pytest.mark.parametrize("model_id", FASTCHAT)
+def test_the_template_is_the_one_fastchat_would_choose(model_id: str) -> None:
+    assert choose_template(model_id) == FASTCHAT[model_id]
+    assert choose_template(f"results/anyprec-{model_id.rsplit('/', 1)[-1]}-4-2") == FASTCHAT[model_id], "a quantized copy's name"
+    stops(FASTCHAT[model_id])
+
+
+def test_a_template_can_be_chosen_and_an_unknown_one_is_refused() -> None:
+    class Tokenizer:
+        chat_template = None
+
+        def apply_chat_template(self, messages, tokenize, add_generation_prompt):
+            return "".join(f"<{message['role']}>{message['content']}" for message in messages) + "<assistant>"
+
+    assert choose_template("anything", override="vicuna_v1.1") == "vicuna_v1.1"
+    with pytest.raises(ValueError, match="known are plain, tokenizer"):
+        choose_template("anything", override="vicuna")
+    with pytest.raises(ValueError, match="has no chat template"):
+        choose_template("anything", Tokenizer(), TOKENIZER)
+    assert choose_template("anything", Tokenizer()) == FALLBACK
+    Tokenizer.chat_template = "{{ messages }}"
+    assert choose_template("anything", Tokenizer()) == TOKENIZER
+    assert render(TOKENIZER, ["a", "b"], ["A"], Tokenizer()) == "<user>a<assistant>A<user>b<assistant>"
+
+
+def test_an_answer_is_cut_at_the_templates_stop_string() -> None:
+    assert stops("one_shot").cut("An answer.### Human: more") == "An answer."
+    assert Stops(("###", "END")).cut("a END b ###") == "a "
+    assert Stops().cut("a ### b") == "a ### b"
+
+
+def test_rendering_loads_only_fastchats_templates() -> None:
+    code = (
+        "import sys; import pmpd; before = set(sys.modules)\n"
+        "from pmpd.benchmarks.conversation import render; render('vicuna_v1.1', ['a'], [])\n"
+        "new = set(sys.modules) - before\n"
+        "print(sorted(name for name in new if name.split('.')[0] in ('fastchat', 'openai', 'torch', 'ray', 'datasets')))"
+    )
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    assert loaded == "['fastchat', 'fastchat.conversation']"
