@@ -139,12 +139,15 @@ def load_artefact(
     num_heads: int | None = None,
     model_fingerprint: str | None = None,
 ) -> Artefact:
-    """The classifiers of `pairs` from an artefact folder, or from published `classifier_{high}_{low}.pt` files.
+    """The classifiers of `pairs` from an artefact folder (or one with a `scheduler/` in it), or from published
+    `classifier_{high}_{low}.pt` files.
 
     `dim`, `num_heads` and `model_fingerprint` describe the model they are to serve; None = not checked.
     Raises ValueError, with the reason, where the folder, a pair, a tensor or the model does not fit.
     """
     folder = Path(folder)
+    if (folder / "scheduler" / "config.json").exists():
+        folder = folder / "scheduler"
     if (folder / "config.json").exists():
         config = _read_config(folder)
         missing = [pair for pair in pairs if pair not in config.pairs]

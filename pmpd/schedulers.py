@@ -259,7 +259,7 @@ class KVCacheScheduler(ClassScheduler):
             )
         self.switch_points = points
         self.last_scores: np.ndarray | None = None
-        """Softmax scores of the last decision, float32 [B, J, 4], rows as in its `PrefillState`."""
+        """Logits of the last decision, float32 [B, J, 4], rows as in its `PrefillState`."""
 
     def check_model(self, fingerprint: str | None, dim: int, num_heads: int) -> None:
         """ValueError, with the reason, where the artefact does not fit this model."""
@@ -273,8 +273,9 @@ class KVCacheScheduler(ClassScheduler):
         keys_BTD, values_BTD, lengths_B = state.features()
         classifiers = self.artefact.classifiers.to(keys_BTD.device)
         with torch.inference_mode():
-            logits = torch.stack([classify(keys_BTD.float(), values_BTD.float(), lengths_B) for classify in classifiers], dim=1)
-            scores = logits.softmax(-1).cpu().numpy()
+            # Through float16, as the labels store them: the classifier decides on exactly what it was trained on.
+            keys_BTD, values_BTD = keys_BTD.half().float(), values_BTD.half().float()
+            scores = torch.stack([classify(keys_BTD, values_BTD, lengths_B) for classify in classifiers], dim=1).cpu().numpy()
         self.last_scores = scores
         # A row without finite features is the engine's to report; until then it must not lower anything, nor stop its batch mates.
         return np.where(np.isfinite(scores).all(-1), scores.argmax(-1), NUM_CLASSES - 1)

@@ -1,0 +1,85 @@
+"""Fit the KV-cache scheduler to labels: `python jobs/train.py` after `python jobs/label.py`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from pmpd import farm, tables
+from pmpd.ray_training import Fleet, LabelSource, fit, read_labels, search
+from pmpd.schedulers import check_chain, pairs_of
+from pmpd.training import TrainConfig, artefact
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """Fit one classifier per pair of the precision chain to a labels dataset."""
+
+    data_path: str = "results/label"
+    """Labels dataset, or the --output-dir of jobs/label.py."""
+    output_dir: str = "results/train"
+    """Gets `scheduler/` (the artefact) and `runs/` (checkpoints). The same command goes on where it stopped."""
+    precisions: str | None = None
+    """Precision chain, e.g. 4,3,2; default: every pair in the labels."""
+    num_workers: int = 1
+    """Ray Train workers. Each needs a CPU, and one more is needed to read."""
+    gpus_per_worker: float = 0
+    """0 trains on CPUs."""
+    tune: int = 0
+    """Search learning rate, epochs, accumulation, weight decay and dropout with so many trials first; 0 = as given."""
+    num_heads: int | None = None
+    """KV heads of the labelled model; default: as the labels' manifest says."""
+    training: tyro.conf.OmitArgPrefixes[TrainConfig] = field(default_factory=TrainConfig)
+
+
+def results_table(metrics: dict[str, Any], split: str = "test") -> Table:
+    """One line per pair and policy on the held-out prompts, with 95 % bootstrap intervals."""
+    table = Table(title=f"held-out prompts ({split} split), 95 % bootstrap intervals")
+    for column in ("pair", "policy", "rows", "accuracy", "macro-F1", "average bits", "quality loss"):
+        table.add_column(column)
+    for pair, splits in metrics.items():
+        report = splits.get(split, {"rows": 0, "policies": {}})
+        for name, policy in report["policies"].items():
+            cells = [
+                f"{policy[measure]:.3f} [{policy['interval'][measure][0]:.3f}, {policy['interval'][measure][1]:.3f}]"
+                for measure in ("accuracy", "macro_f1", "average_bits", "quality_loss")
+            ]
+            table.add_row(pair, name, str(report["rows"]), *cells)
+    return table
+
+
+def main(job: TrainJob) -> dict[str, Any]:
+    """Trains, writes the artefact, prints the table; returns the metrics. ValueError for anything the user can cure."""
+    pairs = pairs_of(check_chain([int(bits) for bits in job.precisions.split(",")])) if job.precisions else None
+    source = LabelSource.open(job.data_path, job.num_heads)
+    labels = read_labels(source.path, pairs)
+    farm.connect()
+    fleet = Fleet(job.num_workers, gpus_per_worker=job.gpus_per_worker)
+    fleet.check()
+    config, console = job.training, Console()
+    folder = tables.join(job.output_dir, "scheduler")
+    if job.tune:
+        config, trials = search(source.path, labels, source.num_heads, config, job.tune, job.output_dir)
+        tables.write_bytes(tables.join(folder, "tune.json"), json.dumps(trials, indent=1).encode())
+        console.print(f"best of {len(trials)} trials: {trials[0]}")
+    console.print(f"{len(labels.ids)} labelled prompts, pairs {list(labels.pairs)}, {fleet.num_workers} worker(s)")
+    state = fit(source.path, labels, source.num_heads, config, fleet, job.output_dir)
+    files, metrics = artefact(labels, state, source.num_heads, config, source.model_fingerprint)
+    for name, content in files.items():
+        tables.write_bytes(tables.join(folder, name), content)
+    console.print(results_table(metrics))
+    console.print(f"scheduler: {folder}")
+    return metrics
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(TrainJob, description=__doc__))
+    except ValueError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,254 @@
+"""Ray around `pmpd.training`: the Train worker loop, the Tune search, and the check that the cluster is big enough.
+
+Every worker reads the label Parquet through its Ray Data shard and keeps every `count`-th prompt of the sorted ids (not whichever rows
+a streaming split happens to hand it), so that a run with the same settings sees the same rows on the same worker.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import ray
+import ray.data
+import ray.train
+import ray.train.torch
+import torch
+from ray import tune
+from ray.data.collate_fn import ArrowBatchCollateFn
+from ray.tune.search.optuna import OptunaSearch
+
+from pmpd import tables
+from pmpd.farm import autoscaler_present
+from pmpd.training import Features, Labels, TrainConfig, TrainState, Workers, features_from_table, join_features, labels_from_table, train
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FEATURE_COLUMNS = ["prompt_id", "pairs", "keys", "values", "error"]
+LABEL_COLUMNS = ["prompt_id", "pairs", "error"]
+MAX_WORKER_FAILURES = 3
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """The Ray Train workers."""
+
+    num_workers: int = 1
+    cpus_per_worker: float = 1
+    gpus_per_worker: float = 0
+
+    def check(self) -> None:
+        """ValueError, with the cure, where the connected cluster can't run it and has nothing that adds nodes."""
+        if not autoscaler_present():
+            self.check_resources(ray.cluster_resources())
+
+    def check_resources(self, resources: Mapping[str, float]) -> None:
+        """ValueError, with the cure, where a cluster of these `resources` can't run it (Ray would wait for ever).
+
+        Ray Train needs the workers' CPUs and one more, on which Ray Data reads.
+        """
+        if self.num_workers < 1 or self.cpus_per_worker < 1:
+            raise ValueError(f"--num-workers {self.num_workers}, {self.cpus_per_worker} CPUs each: at least one worker with one CPU")
+        cpus, gpus = resources.get("CPU", 0), resources.get("GPU", 0)
+        need_cpus, need_gpus = self.num_workers * self.cpus_per_worker + 1, self.num_workers * self.gpus_per_worker
+        if cpus < need_cpus:
+            most = int((cpus - 1) // self.cpus_per_worker)
+            cure = f"use --num-workers {most}, or add a node" if most >= 1 else "start Ray with --num-cpus=2 or more, or add a node"
+            raise ValueError(
+                f"--num-workers {self.num_workers} needs {need_cpus:g} CPUs (workers + 1 to read), the cluster has {cpus:g}; {cure}"
+            )
+        if gpus < need_gpus:
+            raise ValueError(
+                f"--num-workers {self.num_workers} with --gpus-per-worker {self.gpus_per_worker:g} needs {need_gpus:g} GPUs, "
+                f"the cluster has {gpus:g}; use --gpus-per-worker 0 to train on CPUs, or add a node"
+            )
+
+
+@dataclass(frozen=True)
+class LabelSource:
+    """A labels dataset and what its manifest knows of the labelled model."""
+
+    path: str
+    model_fingerprint: str | None
+    num_heads: int
+    """KV heads of the labelled model."""
+
+    @classmethod
+    def open(cls, path: str, num_heads: int | None = None) -> LabelSource:
+        """`path`: the dataset, or a folder with `labels/` in it. `num_heads` overrides the manifest's."""
+        nested = tables.join(path, "labels")
+        path = path if tables.exists(tables.data_folder(path)) or not tables.exists(nested) else nested
+        models = (tables.read_manifest(path) or {}).get("models", {})
+        heads = num_heads or models.get("num_key_value_heads")
+        if heads is None:
+            raise ValueError(
+                f"--data-path {path}: its manifest.json does not say how many kv heads the labelled model has; pass --num-heads"
+            )
+        return cls(path, models.get("model"), int(heads))
+
+
+def read_labels(data_path: str, pairs: Sequence[tuple[int, int]] | None = None) -> Labels:
+    """Ids and labels of a labels dataset; small, whatever the size of the features."""
+    return labels_from_table(tables.read_table(data_path, LABEL_COLUMNS), pairs)
+
+
+class RaggedCollate(ArrowBatchCollateFn):
+    """Arrow batch → tensors of the ragged rows whose id is in `ids`, end to end."""
+
+    def __init__(self, ids: Sequence[str]) -> None:
+        self.ids = pa.array(ids, pa.string())
+
+    def __call__(self, batch: pa.Table) -> dict[str, Tensor]:
+        """{ids int64 [rows] (the 16 hex digits' bits), lengths int64 [rows], keys and values float16 [sum T, D]}."""
+        features = features_from_table(batch.filter(pc.is_in(batch["prompt_id"], self.ids)))
+        bits = np.asarray([int(key, 16) for key in features.ids], dtype=np.uint64).view(np.int64)
+        return {"ids": torch.from_numpy(bits), "lengths": features.lengths, "keys": features.keys, "values": features.values}
+
+
+def _features_of(batch: Mapping[str, Tensor]) -> Features:
+    ids = tuple(f"{bits:016x}" for bits in batch["ids"].numpy().view(np.uint64).tolist())
+    return Features(ids, batch["keys"], batch["values"], batch["lengths"])
+
+
+def _all_reduce(device: torch.device) -> Any:
+    def add(tensor: Tensor) -> None:
+        moved = tensor.to(device)
+        torch.distributed.all_reduce(moved)
+        tensor.copy_(moved)
+
+    return add
+
+
+def _worker(loop: dict[str, Any]) -> None:
+    """What each Ray Train worker runs."""
+    context = ray.train.get_context()
+    rank, count = context.get_world_rank(), context.get_world_size()
+    labels: Labels = loop["labels"]
+    device = ray.train.torch.get_device()
+    shard = ray.train.get_dataset_shard("labels")
+    batches = shard.iter_torch_batches(batch_size=64, collate_fn=RaggedCollate(labels.ids[rank::count]), device="cpu")
+    features = join_features([_features_of(batch) for batch in batches])
+    state = None
+    checkpoint = ray.train.get_checkpoint()
+    if checkpoint is not None:
+        with checkpoint.as_directory() as folder:
+            state = TrainState.from_plain(torch.load(Path(folder) / "state.pt", weights_only=True))
+
+    def report(state: TrainState, line: dict[str, Any]) -> None:
+        if rank != 0:
+            ray.train.report(line)
+            return
+        write_history(loop["history_path"], state)
+        with tempfile.TemporaryDirectory() as folder:
+            torch.save(state.to_plain(), Path(folder) / "state.pt")
+            ray.train.report(line, checkpoint=ray.train.Checkpoint.from_directory(folder))
+
+    workers = Workers(rank, count, _all_reduce(device)) if count > 1 else Workers()
+    state = train(labels, features, loop["num_heads"], loop["config"], state=state, on_epoch=report, workers=workers, device=device)
+    report(state, {"done": True})
+
+
+def write_history(path: str, state: TrainState) -> None:
+    """All epochs so far, one JSON line each; written whole, so a resumed run leaves no line twice."""
+    tables.write_bytes(path, "".join(json.dumps(line) + "\n" for line in state.history()).encode())
+
+
+def fit(data_path: str, labels: Labels, num_heads: int, config: TrainConfig, fleet: Fleet, output_dir: str) -> TrainState:
+    """Train on the connected cluster; checkpoints go to `output_dir`/runs, the growing metrics.jsonl to `output_dir`/scheduler.
+
+    The same settings on the same labels go on where an earlier run stopped (worker or driver killed), or return its result.
+    """
+    settings = [dataclasses.asdict(config), labels.fingerprint(), num_heads]
+    name = "train-" + hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+    finished = tables.join(output_dir, "runs", f"{name}.pt")
+    content = tables.read_bytes(finished)
+    if content is not None:
+        return TrainState.from_plain(torch.load(io.BytesIO(content), weights_only=True))
+    file_system, _ = tables.resolve(data_path)
+    shards = [tables.resolve(path)[1] for path in tables.list_shards(data_path)]
+    ray.data.DataContext.get_current().enable_progress_bars = False
+    dataset = ray.data.read_parquet(shards, filesystem=file_system, columns=FEATURE_COLUMNS)
+    output_fs, output = tables.resolve(output_dir)
+    trainer = ray.train.torch.TorchTrainer(
+        _worker,
+        train_loop_config={
+            "labels": labels,
+            "num_heads": num_heads,
+            "config": config,
+            "history_path": tables.join(tables.absolute(output_dir), "scheduler", "metrics.jsonl"),
+        },
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=fleet.num_workers,
+            use_gpu=fleet.gpus_per_worker > 0,
+            resources_per_worker={"CPU": fleet.cpus_per_worker} | ({"GPU": fleet.gpus_per_worker} if fleet.gpus_per_worker else {}),
+        ),
+        run_config=ray.train.RunConfig(
+            name=name,
+            storage_path=tables.join(output, "runs"),
+            storage_filesystem=output_fs,
+            failure_config=ray.train.FailureConfig(max_failures=MAX_WORKER_FAILURES),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=1),
+        ),
+        datasets={"labels": dataset},
+        dataset_config=ray.train.DataConfig(datasets_to_split=[]),
+    )
+    result = trainer.fit()
+    assert result.checkpoint is not None
+    with result.checkpoint.as_directory() as folder:
+        content = (Path(folder) / "state.pt").read_bytes()
+    tables.write_bytes(finished, content)
+    return TrainState.from_plain(torch.load(io.BytesIO(content), weights_only=True))
+
+
+SPACE = {
+    "learning_rate": tune.loguniform(1e-4, 1e-2),
+    "num_train_epochs": tune.randint(5, 41),
+    "gradient_accumulation_steps": tune.choice([1, 2, 4, 8]),
+    "weight_decay": tune.loguniform(1e-4, 0.5),
+    "dropout": tune.uniform(0.0, 0.5),
+}
+"""What `search` tries."""
+
+
+def _trial(space: dict[str, Any], data_path: str, labels: Labels, num_heads: int, config: TrainConfig) -> None:
+    torch.set_num_threads(1)
+    features = join_features([features_from_table(tables.read_table(data_path, FEATURE_COLUMNS))])
+    state = train(labels, features, num_heads, dataclasses.replace(config, **space), heads=["kv_cache"])
+    tune.report({"validation_loss": float(np.mean([fit.best_loss for fit in state.fits.values()]))})
+
+
+def search(
+    data_path: str, labels: Labels, num_heads: int, config: TrainConfig, trials: int, output_dir: str
+) -> tuple[TrainConfig, list[dict[str, Any]]]:
+    """The best of `trials` settings by validation loss (mean over the pairs), and all of them, best first.
+
+    A plain function trainable: a Ray Train run inside each trial costs many times the training of so small a model.
+    """
+    trainable = tune.with_parameters(_trial, data_path=tables.absolute(data_path), labels=labels, num_heads=num_heads, config=config)
+    file_system, output = tables.resolve(output_dir)
+    tuner = tune.Tuner(
+        tune.with_resources(trainable, {"cpu": 1}),
+        param_space=SPACE,
+        tune_config=tune.TuneConfig(
+            metric="validation_loss", mode="min", num_samples=trials, search_alg=OptunaSearch(seed=config.seed), max_concurrent_trials=4
+        ),
+        run_config=tune.RunConfig(storage_path=tables.join(output, "runs"), storage_filesystem=file_system, verbose=0),
+    )
+    results = tuner.fit()
+    lines = [{**result.config, "validation_loss": result.metrics["validation_loss"]} for result in results if result.error is None]
+    if not lines:
+        raise ValueError(f"--tune {trials}: every trial failed; the first says: {results.errors[0]}")
+    lines.sort(key=lambda line: line["validation_loss"])
+    best = {name: lines[0][name] for name in SPACE}
+    return dataclasses.replace(config, **best), lines
