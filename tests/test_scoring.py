@@ -1,0 +1,245 @@
+"""Scores: equal to the published metrics, joined by id, failures in the open, intervals paired."""
+
+import json
+import random
+import sys
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from pmpd.scoring import (
+    METRICS,
+    ScoreConfig,
+    average_bits,
+    bert_scores,
+    bleu_of_statistics,
+    bleu_statistics,
+    bootstrap_weights,
+    compare,
+    decode_forwards,
+    first_divergence,
+    pick_static,
+    rouge_l,
+    score,
+)
+from tests.generation_rows import SECONDS, WORDS, generation_rows
+
+QUICK = ScoreConfig(resamples=200)
+
+
+@pytest.fixture(scope="module")
+def rows() -> list[dict]:
+    return generation_rows()
+
+
+@pytest.fixture(scope="module")
+def scored(rows: list[dict]) -> list[dict]:
+    (comparison,) = compare(rows)
+    return score(comparison, QUICK)
+
+
+def value(scored: list[dict], run: str, metric: str, against: str = "reference_output", turn: int | None = None) -> dict:
+    (row,) = [r for r in scored if (r["run"], r["metric"], r["against"], r["turn"]) == (run, metric, against, turn)]
+    return row
+
+
+def texts(count: int) -> list[tuple[str, str]]:
+    draw = random.Random(0)
+    words = [*WORDS, "running", "runs", "Ran!", "42", "naïve", "can't", "(x)", "\n"]
+    pairs = [
+        (" ".join(draw.choices(words, k=draw.randint(0, 60))), " ".join(draw.choices(words, k=draw.randint(1, 60)))) for _ in range(count)
+    ]
+    return [*pairs, ("", ""), ("", "a"), ("a", ""), ("same text", "same text"), ("!!!", "???")]
+
+
+def test_rouge_l_equals_the_published_package_with_and_without_stemming() -> None:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    for stemmed in (False, True):
+        scorer = RougeScorer(["rougeL"], use_stemmer=stemmed)
+        for prediction, reference in texts(60):
+            assert rouge_l(prediction, reference, stemmed) == scorer.score(reference, prediction)["rougeL"].fmeasure
+    assert rouge_l("running", "runs", stemmed=True) == 1.0 > rouge_l("running", "runs")
+
+
+def test_bleu_from_summed_statistics_equals_sacrebleus_corpus_bleu() -> None:
+    import sacrebleu
+
+    pairs = [(prediction, reference) for prediction, reference in texts(40) if reference]
+    total = sum(bleu_statistics(prediction, reference) for prediction, reference in pairs)
+    expected = sacrebleu.corpus_bleu([p for p, _ in pairs], [[r for _, r in pairs]]).score
+    assert bleu_of_statistics(total) == pytest.approx(expected, abs=1e-9)
+
+
+def test_average_bits_counts_decode_forwards_only_and_weights_by_them() -> None:
+    trace = [{"bits": 4, "count": 3}, {"bits": 2, "count": 6}]
+    assert decode_forwards(trace) == Counter({4: 2, 2: 6})
+    assert average_bits(decode_forwards(trace)) == (2 * 4 + 6 * 2) / 8
+    assert decode_forwards([{"bits": 4, "count": 1}]) == Counter(), "one token is the prefill's: no decode forward"
+    assert average_bits(Counter()) is None
+
+
+def test_average_bits_of_a_run_are_not_a_mean_of_means() -> None:
+    rows = [row for row in generation_rows(questions=2, two_turns=0) if row["kind"] in ("uniform",)]
+    long, short = [row for row in rows if row["run"] == "uniform-4"]
+    long["precision_trace"] = [{"bits": 4, "count": 1}, {"bits": 3, "count": 99}]
+    short["precision_trace"] = [{"bits": 4, "count": 2}]
+    (comparison,) = compare(rows)
+    bits = value(score(comparison, QUICK), "uniform-4", "rouge_l", "dataset")["average_bits"]
+    assert bits == pytest.approx((99 * 3 + 4) / 100)
+
+
+def test_agreement_counts_leading_tokens_and_exact_matches(scored: list[dict]) -> None:
+    assert first_divergence([1, 2, 3], [1, 2, 4]) == 2
+    assert first_divergence([1, 2], [1, 2, 4]) == 2
+    assert first_divergence([], [1]) == 0
+    assert value(scored, "fp", "exact_match")["value"] == 1.0
+    assert value(scored, "uniform-2", "exact_match")["value"] == 0.0
+
+
+def test_rows_are_joined_by_id_whatever_their_order(rows: list[dict], scored: list[dict]) -> None:
+    shuffled = list(rows)
+    random.Random(1).shuffle(shuffled)
+    (comparison,) = compare(shuffled)
+    assert score(comparison, QUICK) == scored
+
+
+def test_quality_falls_with_the_bits_and_the_intervals_contain_the_value(scored: list[dict]) -> None:
+    by_bits = [value(scored, run, "rouge_l")["value"] for run in ("fp", "uniform-4", "uniform-3", "uniform-2")]
+    assert by_bits == sorted(by_bits, reverse=True)
+    for row in scored:
+        assert row["low"] <= row["value"] + 1e-9, row
+        assert row["value"] <= row["high"] + 1e-9, row
+    assert value(scored, "uniform-4", "rouge_l")["difference"] == 0.0
+    assert value(scored, "uniform-2", "rouge_l")["difference_high"] < 0, "worse beyond doubt"
+
+
+def test_dataset_references_score_only_the_turns_that_have_one(scored: list[dict]) -> None:
+    assert value(scored, "fp", "rouge_l", "dataset")["rows"] == 8
+    assert value(scored, "fp", "rouge_l")["rows"] == 16
+    assert value(scored, "fp", "rouge_l", turn=2)["rows"] == 4
+
+
+def test_an_error_row_is_excluded_from_every_run_and_counted(rows: list[dict]) -> None:
+    broken = [dict(row) for row in rows]
+    victim = next(row for row in broken if row["run"] == "random-0" and row["turn"] == 1)
+    victim |= {"error": "RuntimeError: boom", "output_text": None, "output_ids": None, "precision_trace": None}
+    (comparison,) = compare(broken)
+    scored = score(comparison, QUICK)
+    assert {
+        row["rows"] for row in scored if row["metric"] == "rouge_l" and row["against"] == "reference_output" and row["turn"] is None
+    } == {15}
+    assert value(scored, "random-0", "rouge_l")["error_rows"] == 1
+    assert value(scored, "fp", "rouge_l")["error_rows"] == 0
+    assert value(scored, "fp", "rouge_l")["unpaired_rows"] == 1
+
+
+def test_missing_references_are_counted_with_three_examples(rows: list[dict]) -> None:
+    gone = {row["prompt_id"] for row in rows[:1]} | {rows[-1]["prompt_id"]}
+    partial = [row for row in rows if not (row["kind"] == "fp" and row["prompt_id"] in gone)]
+    with pytest.raises(
+        ValueError, match=r"no answer to 3 turns that others answered, e\.g\. (\w{16} \(choice 0, turn \d\)(, )?){3}; run jobs"
+    ):
+        compare(partial)
+
+
+@pytest.mark.parametrize(
+    ("column", "other", "said"),
+    [
+        ("model_id", "another", "different model_id"),
+        ("benchmark_version", "2", "different benchmark_version"),
+        ("model_fingerprint", "x", "rows of 2 quantized models"),
+    ],
+)
+def test_rows_of_different_models_or_versions_are_never_mixed(rows: list[dict], column: str, other: str, said: str) -> None:
+    mixed = [{**row, column: other} if row["run"] == "uniform-2" else row for row in rows]
+    with pytest.raises(ValueError, match=said):
+        compare(mixed)
+
+
+def test_a_turn_given_twice_is_refused(rows: list[dict]) -> None:
+    with pytest.raises(ValueError, match="is there twice"):
+        compare([*rows, rows[0]])
+
+
+def test_speed_model_weights_measured_forwards(rows: list[dict], scored: list[dict]) -> None:
+    (comparison,) = compare(rows)
+    assert comparison.speed.seconds == pytest.approx(SECONDS)
+    assert comparison.speed.workers == {16: 2, 4: 2, 3: 2, 2: 2}
+    assert comparison.speed.ratio({4: 10, 2: 30}, 4) == pytest.approx((10 + 30 * 0.5) / 40)
+    assert comparison.speed.ratio({8: 1}, 4) is None, "a precision nobody measured"
+    assert value(scored, "uniform-4", "rouge_l")["decode_time_ratio"] == pytest.approx(1.0)
+    assert value(scored, "uniform-2", "rouge_l")["decode_time_ratio"] == pytest.approx(0.5)
+    assert value(scored, "uniform-2", "rouge_l")["decode_time_ratio_16"] == pytest.approx(0.25)
+
+
+def test_the_oracle_is_as_good_as_never_switching_and_costs_no_more(rows: list[dict], scored: list[dict]) -> None:
+    (comparison,) = compare(rows)
+    oracle, high = comparison.runs["oracle"], comparison.runs["uniform-4"]
+    assert set(oracle.rows) == set(high.rows)
+    for key in comparison.shared:
+        reference = comparison.runs["fp"].rows[key]["output_text"]
+        ours, theirs = (round(rouge_l(run.rows[key]["output_text"], reference), 3) for run in (oracle, high))
+        assert ours >= theirs
+    assert value(scored, "oracle", "rouge_l")["average_bits"] < 4
+    conversations = {row["conversation_id"] for row in oracle.rows.values()}
+    assert len(conversations) == 12, "both turns of a conversation come from one plan"
+    assert "oracle" not in compare([row for row in rows if row["kind"] != "fp"])[0].runs, "without reference outputs nobody knows it"
+
+
+def test_the_bootstrap_is_paired_seeded_and_over_questions(rows: list[dict], scored: list[dict]) -> None:
+    weights = bootstrap_weights(7, 300, seed=3)
+    assert weights.shape == (300, 7)
+    assert (weights.sum(axis=1) == 7).all()
+    assert (weights == bootstrap_weights(7, 300, seed=3)).all()
+    # The same answers under another name: the difference is 0 in every resample only if runs share them.
+    twin = [{**row, "run": "uniform-4b", "kind": "static"} for row in rows if row["run"] == "uniform-4"]
+    (comparison,) = compare([*rows, *twin])
+    row = value(score(comparison, QUICK), "uniform-4b", "rouge_l")
+    assert (row["difference"], row["difference_low"], row["difference_high"]) == (0, 0, 0)
+    assert row["high"] - row["low"] > 0.005
+
+
+def test_the_interval_covers_the_true_mean_about_as_often_as_it_says() -> None:
+    draw = np.random.default_rng(0)
+    weights = bootstrap_weights(40, 400, seed=0)
+    hits = 0
+    for _ in range(200):
+        sample = draw.normal(1.0, 2.0, 40)
+        low, high = np.percentile(weights @ sample / 40, [2.5, 97.5])
+        hits += low <= 1.0 <= high
+    assert 0.89 <= hits / 200 <= 0.99
+
+
+def test_static_search_takes_the_cheapest_setting_within_the_budget(scored: list[dict]) -> None:
+    static = {row["run"]: row for row in scored if row["kind"] == "static" and row["metric"] == "rouge_l" and row["turn"] is None
+              and row["against"] == "reference_output"}  # fmt: skip
+    cheapest = min(static.values(), key=lambda row: row["average_bits"])
+    assert pick_static(scored, "rouge_l", "reference_output", budget=1.0)["run"] == cheapest["run"]
+    best = max(static.values(), key=lambda row: row["value"])
+    high = best["value"] - best["difference"]
+    budget = 1 - best["value"] / high + 1e-9
+    assert pick_static(scored, "rouge_l", "reference_output", budget)["run"] == best["run"]
+    with pytest.raises(ValueError, match="raise --quality-budget"):
+        pick_static(scored, "rouge_l", "reference_output", budget=-1.0)
+    with pytest.raises(ValueError, match="no static and uniform runs"):
+        pick_static([], "rouge_l", "reference_output", budget=0.1)
+
+
+def test_bert_score_without_its_package_or_model_says_so(monkeypatch: pytest.MonkeyPatch, rows: list[dict]) -> None:
+    monkeypatch.setitem(sys.modules, "bert_score", None)
+    with pytest.raises(ValueError, match=r"pip install 'pmpd\[bertscore\]'"):
+        bert_scores(["a"], ["b"], "roberta-large")
+    (comparison,) = compare(rows)
+    with pytest.raises(ValueError, match="bert-score"):
+        score(comparison, ScoreConfig(resamples=200, bert_score="roberta-large"))
+
+
+def test_scores_fit_their_table(scored: list[dict]) -> None:
+    from pmpd.tables import SCORES, to_table
+
+    table = to_table(scored, SCORES)
+    assert len(table) == len(scored)
+    assert {row["metric"] for row in scored} == {metric.name for metric in METRICS}
+    assert json.loads(scored[0]["scheduler"])
