@@ -1,0 +1,118 @@
+"""A farm task without a model, quick to start and able to misbehave; and a driver around it that tests can kill.
+
+python tests/farm_fakes.py OUTPUT PROMPTS '{"seconds": 0.05, …}'
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from pmpd import farm, tables
+
+SCHEMA = tables.table_schema(
+    "fakes",
+    [
+        ("prompt_id", pa.string()),
+        ("prompt_text", pa.string()),
+        ("answer", pa.int64()),
+        ("place", pa.string()),
+        ("worker", pa.string()),
+        ("error", pa.string()),
+    ],
+)
+
+
+@dataclass(frozen=True)
+class FakeTask(farm.FarmTask):
+    """`answer` is a function of the row alone. Rows of `kills` end their process, rows of `raises` raise."""
+
+    seconds: float = 0.0
+    kills: tuple[str, ...] = ()
+    raises: tuple[str, ...] = ()
+    poisons: tuple[str, ...] = ()
+    once: str = ""
+    """Folder in which rows of `kills` leave a mark, and then kill no more."""
+    start_error: str = ""
+    fingerprint: str = "f"
+    file_size_limit: int = 0
+    """Bytes a worker may write per file: a disk that is full."""
+    table = "fakes"
+
+    def build(self, place: farm.Place) -> farm.BuiltTask:
+        if self.start_error == "crash":
+            os._exit(3)
+        if self.start_error:
+            raise ValueError(self.start_error)
+        if self.file_size_limit:
+            import resource
+
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.file_size_limit, self.file_size_limit))
+        self_place = json.dumps({"gpus": place.gpu_ids, "threads": place.threads, "omp": os.environ.get("OMP_NUM_THREADS")})
+
+        def run(items: list[farm.Item]) -> Any:
+            for item in items:
+                row = item["prompts"]
+                key = row["prompt_id"]
+                time.sleep(self.seconds)
+                if key in self.kills and self._first_time(key):
+                    os.kill(os.getpid(), signal.SIGKILL)
+                if key in self.raises:
+                    raise RuntimeError(f"row {key} is bad")
+                if key in self.poisons:
+                    raise RuntimeError("CUDA error: device-side assert triggered")
+                yield {"prompt_id": key, "prompt_text": row["prompt_text"], "answer": sum(row["input_ids"]), "place": self_place}
+
+        return farm.BuiltTask(run, SCHEMA, {"model": self.fingerprint}, "a fake", lambda row: 10)
+
+    def _first_time(self, key: str) -> bool:
+        if not self.once:
+            return True
+        mark = Path(self.once) / key
+        if mark.exists():
+            return False
+        mark.touch()
+        return True
+
+
+def write_prompts(dataset: Path, count: int, errors: tuple[int, ...] = ()) -> list[str]:
+    """A PROMPTS dataset of `count` rows in shards of 50; the ids."""
+    ids = [f"{7919 * (i + 1):016x}" for i in range(count)]
+    for start in range(0, count, 50):
+        rows = [
+            {
+                "prompt_id": ids[i],
+                "source": f"row {i}",
+                "prompt_tokens": 1 + i % 7,
+                "prompt_text": f"text {i}",
+                "input_ids": [*list(range(i % 7 + 1)), i],
+                "error": "the document tokenizes to nothing" if i in errors else None,
+            }
+            for i in range(start, min(start + 50, count))
+        ]
+        tables.write_shard(tables.to_table(rows, tables.PROMPTS), dataset / "data" / f"part-{start:05}.parquet", 16)
+    return ids
+
+
+def main() -> None:
+    output, prompts, settings = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+    options = settings.pop("options", {})
+    fields = {field.name for field in dataclasses.fields(FakeTask)}
+    task = FakeTask(**{key: tuple(value) if isinstance(value, list) else value for key, value in settings.items() if key in fields})
+    farm.connect()
+    result = farm.run(task, {"prompts": prompts}, output, {"task": "fake"}, farm.FarmOptions(**options))
+    print(json.dumps(dataclasses.asdict(result)))
+
+
+if __name__ == "__main__":
+    main()
