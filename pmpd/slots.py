@@ -92,6 +92,7 @@ class SlotCache(Cache):
         """0: positions are always given explicitly."""
         return 0
 
+    @torch.inference_mode()
     def copy_slot(self, source: int, target: int, length: int) -> None:
         """The first `length` tokens of one slot, to another."""
         for tensor in (*self.keys, *self.values):
@@ -101,6 +102,7 @@ class SlotCache(Cache):
         """A copy of the first `length` tokens, per layer keys and values [H, length, D]."""
         return [(k[slot, :, :length].clone(), v[slot, :, :length].clone()) for k, v in zip(self.keys, self.values, strict=True)]
 
+    @torch.inference_mode()
     def write_slot(self, slot: int, layers: Sequence[tuple[Tensor, Tensor]]) -> None:
         for index, (keys, values) in enumerate(layers):
             while len(self.keys) <= index:

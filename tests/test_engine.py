@@ -1,0 +1,197 @@
+"""The engine against the oracle and against transformers, token by token and precision by precision."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from pmpd import PMPDForCausalLM, Scheduler, oracle
+from pmpd.engine import Completion, Engine, Fork, Request, TokenEvent
+from pmpd.schedulers import class_steps
+from tests.helpers import ARCHITECTURES, write_dense
+
+CHAINS = [(4, 3), (4, 3, 2), (4, 2)]
+
+
+def random_prompts(count: int, longest: int, seed: int = 0) -> list[list[int]]:
+    """Lengths from 1 to `longest`, both included; token 256 (end of sequence) occurs inside prompts."""
+    draw = random.Random(seed)
+    lengths = ([1, longest] + [draw.randint(1, longest) for _ in range(count)])[:count]
+    return [[draw.randrange(257) for _ in range(length)] for length in lengths]
+
+
+def scheduler_named(name: str, chain) -> Scheduler:
+    options = {"static": {"high_bit_steps": 5}, "random": {"seed": 3}, "confidence": {"threshold": 0.02, "patience": 2}}[name]
+    return Scheduler.get_scheduler(name, precisions=list(chain), **options)
+
+
+def run(model, prompts, scheduler, new_tokens, slots=16, **options) -> list[Completion]:
+    engine = Engine(model.model, slots=slots, max_length=max(map(len, prompts)) + new_tokens, **options)
+    requests = [Request(str(i), prompt, new_tokens) for i, prompt in enumerate(prompts)]
+    by_key = {c.key: c for c in engine.run(requests, scheduler, model.precisions[0], model.eos_token_ids)}
+    assert len(by_key) == len(prompts)
+    return [by_key[str(i)] for i in range(len(prompts))]
+
+
+def expanded(completion: Completion) -> list[int]:
+    return [bits for bits, count in completion.precision_trace for _ in range(count)]
+
+
+def assert_equals_oracle(model, prompts, scheduler, new_tokens, completions):
+    for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
+        assert completion.error is None
+        truth = oracle.decode(model.model, prompt, new_tokens, model.precisions[0], model.eos_token_ids, scheduler, key=str(i))
+        assert completion.tokens == truth.tokens, f"row {i} ({len(prompt)} prompt tokens): the engine's tokens leave the oracle's"
+        assert expanded(completion) == truth.bits, f"row {i}: the precision trace differs"
+
+
+@pytest.mark.parametrize("chain", CHAINS, ids=str)
+@pytest.mark.parametrize("name", ["static", "random", "confidence"])
+@pytest.mark.parametrize("batch", [1, 3, 16])
+def test_engine_equals_oracle(anyprec_model, name, chain, batch):
+    model = anyprec_model("llama")
+    prompts = random_prompts(batch, 500 if batch == 3 else 120, seed=batch)
+    scheduler = scheduler_named(name, chain)
+    completions = run(model, prompts, scheduler, 24, slots=batch)
+    assert_equals_oracle(model, prompts, scheduler, 24, completions)
+    if batch > 1:
+        assert len({bits for c in completions for bits in expanded(c)}) > 1, "no precision was ever lowered: the test shows nothing"
+
+
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
+def test_engine_equals_oracle_for_every_architecture(anyprec_model, architecture):
+    model = anyprec_model(architecture)
+    prompts = random_prompts(5, 60, seed=7)
+    scheduler = scheduler_named("random", (4, 3, 2))
+    assert_equals_oracle(model, prompts, scheduler, 20, run(model, prompts, scheduler, 20, slots=3))
+
+
+def test_engine_equals_transformers_generate_at_one_precision(anyprec_model):
+    model = anyprec_model("llama")
+    prompts = random_prompts(4, 80, seed=5)
+    prompts = [[token for token in prompt if token != 256] or [1] for prompt in prompts]
+    for completion, prompt in zip(run(model, prompts, None, 20), prompts, strict=True):
+        model.model.get_submodule("model.layers.0.self_attn.q_proj").state.set_uniform(4)
+        generated = model.model.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False, pad_token_id=257)
+        assert completion.tokens == generated[0, len(prompt) :].tolist()
+
+
+def test_row_tokens_do_not_depend_on_batch_mates(anyprec_model):
+    model = anyprec_model("llama")
+    prompts = random_prompts(12, 90, seed=11)
+    scheduler = scheduler_named("random", (4, 3, 2))
+    together = run(model, prompts, scheduler, 30, slots=12)
+    few_slots = run(model, prompts, scheduler, 30, slots=2)
+    late_look = run(model, prompts, scheduler, 30, slots=5, sync_every=7)
+    for name, others in (("slots", few_slots), ("sync_every", late_look)):
+        for one, other in zip(together, others, strict=True):
+            assert one.tokens == other.tokens, f"{name}: a row's tokens depend on who shares its batch"
+            assert one.precision_trace == other.precision_trace
+            assert one.finish_reason == other.finish_reason
+
+
+def test_end_of_sequence_counts_as_one_and_ends_its_own_row_only(tmp_path):
+    # every row meets some end token soon when many tokens end a sequence
+    model = PMPDForCausalLM(write_dense(tmp_path, seed=3)).eval()
+    prompts = random_prompts(8, 30, seed=2)
+    eos = frozenset(range(0, 258, 7))
+    engine = Engine(model.model, slots=8, max_length=100)
+    completions = {c.key: c for c in engine.run([Request(str(i), p, 40) for i, p in enumerate(prompts)], None, 16, eos)}
+    assert {c.finish_reason for c in completions.values()} == {"eos"} or any(c.finish_reason == "eos" for c in completions.values())
+    for i, prompt in enumerate(prompts):
+        truth = oracle.decode(model.model, prompt, 40, 16, eos)
+        assert completions[str(i)].tokens == truth.tokens
+        ends = [token in eos for token in completions[str(i)].tokens]
+        assert not any(ends[:-1])
+        assert ends[-1] == (completions[str(i)].finish_reason == "eos")
+
+
+@pytest.mark.parametrize("new_tokens", [1, 2, 17])
+def test_max_new_tokens_is_exact(anyprec_model, new_tokens):
+    model = anyprec_model("llama")
+    for completion in run(model, random_prompts(3, 20), scheduler_named("static", (4, 3)), new_tokens, slots=2, sync_every=4):
+        assert len(completion.tokens) == new_tokens or completion.finish_reason == "eos"
+        assert len(expanded(completion)) == len(completion.tokens)
+
+
+def test_precision_never_rises_and_each_pair_switches_by_itself(anyprec_model):
+    model = anyprec_model("llama")
+    completions = run(model, random_prompts(6, 20), Scheduler.get_scheduler("static", precisions=[4, 3, 2], high_bit_steps=[3, 8]), 20)
+    long = [c for c in completions if len(c.tokens) == 20]
+    assert long
+    for completion in long:
+        # prefill and forwards 1..3 at 4 bits, 4..8 at 3, 9..19 at 2
+        assert completion.precision_trace == [(4, 4), (3, 5), (2, 11)]
+
+
+@pytest.mark.parametrize("slots", [1, 2, 9, 40])
+def test_forks_equal_the_trajectories_decoded_alone(anyprec_model, slots):
+    model = anyprec_model("llama")
+    new_tokens = 25
+    h = class_steps(new_tokens)
+    never = new_tokens - 1
+    scheduler = Scheduler.get_scheduler("static", precisions=[4, 3, 2], high_bit_steps=[never, never])
+    prompts = random_prompts(5, 40, seed=21)
+
+    def forks(i):
+        nested = tuple(Fork(f"{i}/1/{k}", h[k], (0, h[k])) for k in range(3))
+        return tuple(Fork(f"{i}/0/{k}", h[k], (h[k], never), nested if k == 0 else ()) for k in range(3))
+
+    requests = [Request(f"{i}/high", p, new_tokens, switch_steps=(never, never), forks=forks(i)) for i, p in enumerate(prompts)]
+    eos = frozenset(range(0, 258, 40))  # some rows end early, before some of their forks begin
+    completions = {c.key: c for c in Engine(model.model, slots, 80).run(requests, scheduler, 4, eos)}
+    assert len(completions) == 7 * len(prompts)
+    assert any(c.finish_reason == "eos" for c in completions.values())
+    for i, prompt in enumerate(prompts):
+        for name, steps in {"high": (never, never), **{f.key.partition("/")[2]: f.switch_steps for f in forks(i)},
+                            **{f"1/{k}": (0, h[k]) for k in range(3)}}.items():  # fmt: skip
+            truth = oracle.decode(model.model, prompt, new_tokens, 4, eos, scheduler, switch_steps=steps)
+            completion = completions[f"{i}/{name}"]
+            assert completion.tokens == truth.tokens, f"branch {name} of prompt {i} with {slots} slots"
+            assert expanded(completion) == truth.bits
+
+
+def test_streaming_yields_what_generate_returns(anyprec_model):
+    model = anyprec_model("llama")
+    prompts = random_prompts(3, 20, seed=4)
+    scheduler = scheduler_named("confidence", (4, 3, 2))
+    engine = Engine(model.model, 2, 60)
+    events = list(engine.stream([Request(str(i), p, 15) for i, p in enumerate(prompts)], scheduler, 4, model.eos_token_ids))
+    for completion in (event for event in events if isinstance(event, Completion)):
+        own = [event for event in events if isinstance(event, TokenEvent) and event.key == completion.key]
+        assert [event.token for event in own] == completion.tokens
+        assert [event.bits for event in own] == expanded(completion)
+
+
+def test_a_prompt_that_does_not_fit_is_an_error_row_and_the_others_decode(anyprec_model):
+    model = anyprec_model("llama")
+    engine = Engine(model.model, 2, 30)
+    completions = {
+        c.key: c for c in engine.run([Request("long", [1] * 40, 5), Request("empty", [], 5), Request("fine", [1, 2], 5)], None, 4, ())
+    }
+    assert "30" in completions["long"].error
+    assert "no tokens" in completions["empty"].error
+    assert completions["fine"].error is None
+    assert len(completions["fine"].tokens) == 5
+
+
+def test_logits_that_are_not_finite_make_an_error_row(tmp_path):
+    model = PMPDForCausalLM(write_dense(tmp_path)).eval()
+    with torch.no_grad():
+        model.model.model.embed_tokens.weight[9] = float("nan")
+    completions = run(model, [[1, 2, 3], [4, 9, 5]], None, 6)
+    assert completions[0].error is None
+    assert "finite" in completions[1].error
+
+
+def test_kv_features_are_the_mean_over_heads_of_the_last_layer(anyprec_model):
+    model = anyprec_model("llama")
+    prompt = random_prompts(1, 1)[0] * 9
+    (completion,) = Engine(model.model, 1, 40).run([Request("a", prompt, 3, want_features=True)], None, 4, ())
+    with torch.inference_mode():
+        cache = model.model(torch.tensor([prompt]), use_cache=True).past_key_values
+    expected = cache.layers[-1].keys[0].mean(0)
+    assert completion.features[0].shape == (9, 16)
+    torch.testing.assert_close(torch.from_numpy(completion.features[0]).float(), expected, atol=2e-3, rtol=2e-3)
