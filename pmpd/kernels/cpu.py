@@ -1,0 +1,248 @@
+"""The native CPU kernels: bitplane weights multiplied without ever being dequantized to memory. The arithmetic is in `csrc/`.
+
+Legend: M tokens, N out_features, K in_features, b a precision.
+
+The library has no OpenMP runtime of its own: it is handed the functions of the one that torch runs on, so that both work with the same
+threads and `torch.set_num_threads` holds for both. Work is split over rows of W only, and a token's sums are added in one order
+whatever M is: results depend neither on the number of threads nor on the other tokens of a call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.metadata
+import logging
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pmpd.kernels import _sources
+from pmpd.kernels.base import BitplaneMatrix, PackedWeights
+
+LEVELS = ("portable", "avx2", "avx512", "avx512bf16")
+"""Instruction sets the library has code for, each including the ones before it."""
+
+LEVEL_VARIABLE = "PMPD_CPU_LEVEL"
+"""Environment variable that forces a level (for tests); read when a matrix is built."""
+
+FUSED_TOKENS = 16
+"""Up to so many tokens are multiplied straight from the codes; for more, tiles of rows are dequantized and torch multiplies."""
+
+TILE_BYTES = 4 << 20
+"""Size of such a tile."""
+
+GROUP_ROWS, MAX_LEVELS, MAX_BITS = 4, 7, 8  # as in csrc/bitplane.h
+
+_MIN_PARALLEL_WORK = 1 << 17  # weights times tokens: below, waking another thread costs more than it saves
+_DTYPES = (torch.float32, torch.bfloat16)
+_log = logging.getLogger(__name__)
+
+
+class _Matrix(ctypes.Structure):  # PmpdMatrix of csrc/bitplane.h
+    _fields_ = (
+        ("rows", ctypes.c_int64),
+        ("columns", ctypes.c_int64),
+        ("planes", ctypes.c_int32),
+        ("bfloat16", ctypes.c_int32),
+        ("level", ctypes.c_void_p * MAX_LEVELS),
+        ("table", ctypes.c_void_p * (MAX_BITS + 1)),
+        ("bias", ctypes.c_void_p),
+    )
+
+
+class _Library(NamedTuple):
+    functions: ctypes.CDLL | None
+    path: Path | None
+    problem: str | None
+    threads: str
+
+
+def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
+    """None where this implementation can be used, else the reason in words."""
+    if device.type != "cpu":
+        return f"the native CPU kernels need tensors on the CPU, not on {device.type}"
+    if dtype not in _DTYPES:
+        return f"the native CPU kernels compute in float32 and bfloat16, not in {str(dtype).removeprefix('torch.')}"
+    return _library().problem
+
+
+def describe() -> str:
+    """Which library, instruction set and threads are in use; or why there are none."""
+    library = _library()
+    if library.problem:
+        return library.problem
+    return f"level {LEVELS[active_level()]} of {', '.join(LEVELS[: library.functions.pmpd_highest_level() + 1])}; {library.threads}; {library.path}"
+
+
+def active_level() -> int:
+    """Index in LEVELS of the instruction set for matrices that are built now. ValueError: a forced one that does not exist here."""
+    highest = _library().functions.pmpd_highest_level()
+    forced = os.environ.get(LEVEL_VARIABLE)
+    if not forced:
+        return highest
+    if forced not in LEVELS[: highest + 1]:
+        raise ValueError(f"{LEVEL_VARIABLE}={forced}: this processor has {', '.join(LEVELS[: highest + 1])}")
+    return LEVELS.index(forced)
+
+
+class NativeMatrix(BitplaneMatrix):
+    """`packed` in the column order of the kernels; nothing of `packed` is kept.
+
+    `dtype` float32 or bfloat16 is that of tokens, tables and results; sums are float32. With bfloat16 the table values are rounded to it
+    (relative error 2⁻⁹), with float32 they are exact.
+    """
+
+    def __init__(self, packed: PackedWeights, dtype: torch.dtype) -> None:
+        super().__init__(packed.shape, packed.precisions)
+        problem = unavailable(packed.planes.device, dtype)
+        if problem:
+            raise ValueError(problem)
+        rows, columns = packed.shape
+        self._dtype = dtype
+        self._library = _library().functions
+        self._level = active_level()
+        self._planes = packed.planes.shape[0]
+        self._levels = _pack(self._library, packed.planes)
+        self._tables = {bits: _index_order(table, bits, dtype) for bits, table in packed.tables.items()}
+        self._bias = None if packed.bias is None else packed.bias.to(torch.float32).contiguous()
+        self._matrix = _Matrix(rows=rows, columns=columns, planes=self._planes, bfloat16=dtype == torch.bfloat16)
+        for index, level in enumerate(self._levels):
+            self._matrix.level[index] = level.data_ptr()
+        for bits, table in self._tables.items():
+            self._matrix.table[bits] = table.data_ptr()
+        if self._bias is not None:
+            self._matrix.bias = self._bias.data_ptr()
+        self._address = ctypes.addressof(self._matrix)
+
+    def multiply(self, x: Tensor, bits: int) -> Tensor:
+        rows, columns = self.shape
+        if x.dtype != self._dtype or x.shape[-1] != columns or bits not in self._tables:
+            raise ValueError(
+                f"multiply: {x.dtype} {list(x.shape)} at {bits} bits; this matrix takes {self._dtype} [..., {columns}] "
+                f"at {', '.join(map(str, self.precisions))}"
+            )
+        x_MK = x.reshape(-1, columns)
+        tokens = x_MK.shape[0]
+        if tokens > FUSED_TOKENS:
+            return self._multiply_tiles(x_MK, bits).view(*x.shape[:-1], rows)
+        if x_MK.stride(1) != 1:
+            x_MK = x_MK.contiguous()
+        y = x.new_empty(*x.shape[:-1], rows)
+        if tokens:
+            threads = torch.get_num_threads() if rows * columns * tokens >= _MIN_PARALLEL_WORK else 1
+            if self._library.pmpd_linear(self._address, self._level, bits, tokens, x_MK.data_ptr(), x_MK.stride(0), y.data_ptr(), threads):
+                raise MemoryError(f"multiply: no memory for {tokens} tokens of {columns} columns")
+        return y
+
+    def dequantize(self, bits: int) -> Tensor:
+        return self._dequantize_rows(bits, 0, self.shape[0])
+
+    def packed_bytes(self) -> int:
+        return sum(level.nbytes for level in self._levels) + sum(table.nbytes for table in self._tables.values())
+
+    def _multiply_tiles(self, x_MK: Tensor, bits: int) -> Tensor:
+        rows, columns = self.shape
+        step = max(TILE_BYTES // (columns * x_MK.element_size()) // GROUP_ROWS, 1) * GROUP_ROWS
+        bias = None if self._bias is None else self._bias.to(x_MK.dtype)
+        y_MN = x_MK.new_empty(x_MK.shape[0], rows)
+        for first in range(0, rows, step):
+            last = min(first + step, rows)
+            tile = self._dequantize_rows(bits, first, last)
+            y_MN[:, first:last] = torch.nn.functional.linear(x_MK, tile, None if bias is None else bias[first:last])
+        return y_MN
+
+    def _dequantize_rows(self, bits: int, first: int, last: int) -> Tensor:
+        if bits not in self._tables:
+            raise ValueError(f"dequantize: {bits} bits; this matrix holds {', '.join(map(str, self.precisions))}")
+        dense = torch.empty(last - first, self.shape[1], dtype=self._dtype)
+        self._library.pmpd_dequantize(self._address, self._level, bits, first, last, dense.data_ptr(), torch.get_num_threads())
+        return dense
+
+
+def _pack(library: ctypes.CDLL, planes: Tensor) -> list[Tensor]:
+    """`planes` int32 [P, N, K/32] in the file's order -> one uint8 tensor per level of csrc/bitplane.h."""
+    count, rows, words = planes.shape
+    planes = planes.contiguous()
+    first, other = ctypes.c_int64(), ctypes.c_int64()
+    library.pmpd_level_bytes(rows, words * 32, ctypes.byref(first), ctypes.byref(other))
+    levels = [torch.zeros(first.value, dtype=torch.uint8)]
+    levels += [torch.zeros(other.value, dtype=torch.uint8) for _ in range(count - 2)]
+    matrix = _Matrix(rows=rows, columns=words * 32, planes=count)
+    for index, level in enumerate(levels):
+        matrix.level[index] = level.data_ptr()
+    library.pmpd_pack(ctypes.byref(matrix), planes.data_ptr(), torch.get_num_threads())
+    return levels
+
+
+def _index_order(table: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+    """`table` [N, 2**bits] by code -> by index (bit 0 = plane 1, bit 1 = plane 0, bit p = plane p), rows padded to whole groups."""
+    codes = []
+    for index in range(1 << bits):
+        planes = [index >> 1 & 1, index & 1, *(index >> plane & 1 for plane in range(2, bits))]
+        codes.append(int("".join(map(str, planes)), 2))
+    rows = table.shape[0]
+    ordered = torch.zeros(-(-rows // GROUP_ROWS) * GROUP_ROWS, 1 << bits, dtype=dtype)
+    ordered[:rows] = table[:, codes].to(dtype)
+    return ordered
+
+
+@functools.cache
+def _library() -> _Library:
+    """Loads the library once per process; says once where there is none."""
+    path, problem = _find()
+    functions, threads = None, ""
+    if path is not None:
+        try:
+            functions = ctypes.CDLL(str(path))
+        except OSError as error:
+            problem = f"the native library can't be loaded ({error})"
+        else:
+            threads = _prepare(functions)
+    if problem:
+        _log.warning("CPU kernels: %s. Low precisions run, but slowly.", problem)
+    return _Library(functions, path, problem, threads)
+
+
+def _find() -> tuple[Path | None, str | None]:
+    """The library of these very sources: beside this file, or, for a source tree, in the installed package."""
+    candidates = [Path(__file__).with_name(_sources.LIBRARY)]
+    try:
+        candidates.append(Path(str(importlib.metadata.distribution("pmpd").locate_file(f"pmpd/kernels/{_sources.LIBRARY}"))))
+    except importlib.metadata.PackageNotFoundError:
+        pass
+    wanted, stale = _sources.fingerprint(), None
+    for path in candidates:
+        if not path.is_file():
+            continue
+        if wanted.encode() in path.read_bytes():
+            return path, None
+        stale = path
+    if stale:
+        return None, f"{stale} was built from other sources; run `pip install .` again"
+    return None, "the native library was not built; install a C++ compiler (g++ or clang++) and run `pip install .` again"
+
+
+def _prepare(functions: ctypes.CDLL) -> str:
+    """Declares the C functions and hands over torch's threads; returns in words whose threads are used."""
+    pointer, number, size = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64
+    functions.pmpd_linear.argtypes = [pointer, number, number, size, pointer, size, pointer, number]
+    functions.pmpd_dequantize.argtypes = [pointer, number, number, size, size, pointer, number]
+    functions.pmpd_dequantize.restype = None
+    functions.pmpd_pack.argtypes = [pointer, pointer, number]
+    functions.pmpd_pack.restype = None
+    functions.pmpd_level_bytes.argtypes = [size, size, pointer, pointer]
+    functions.pmpd_level_bytes.restype = None
+    functions.pmpd_set_threads.argtypes = [pointer, pointer, pointer]
+    functions.pmpd_set_threads.restype = None
+    names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
+    try:
+        # looked up through torch's own library, so that it is the runtime that torch itself is linked with
+        runtime = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))
+        functions.pmpd_set_threads(*(ctypes.cast(getattr(runtime, name), pointer) for name in names))
+    except (OSError, AttributeError):
+        return "one thread (torch's OpenMP runtime was not found)"
+    return "torch's OpenMP threads"
