@@ -115,42 +115,64 @@ def labels_schema(head_dim: int) -> pa.Schema:
 TRACE = pa.list_(pa.struct([("bits", pa.int8()), ("count", pa.int32())]))
 """Run-length encoded precisions of the forwards that produced the tokens, prefill first."""
 
-GENERATIONS = table_schema(
-    "generations",
+CONVERSATIONS = table_schema(
+    "conversations",
     [
-        ("row_id", pa.string()),  # 16 hex digits over (config_id, prompt_id, choice, turn): one row each
-        ("conversation_id", pa.string()),  # over (config_id, prompt_id, choice): the farm's item, all turns on one worker
-        ("prompt_id", pa.string()),  # the question; its turns share it
+        ("conversation_id", pa.string()),  # run, question and choice; sorts by run: the farm's item, all turns on one worker
+        ("prompt_id", pa.string()),  # the question, whatever run answers it: what runs are joined by
         ("benchmark", pa.string()),
         ("benchmark_version", pa.string()),
         ("split", pa.string()),
         ("question_id", pa.string()),  # the record's own key
         ("category", pa.string()),
         ("model_id", pa.string()),
-        ("model_fingerprint", pa.string()),
-        ("config", pa.string()),  # short name of the configuration: static-42/84
-        ("config_id", pa.string()),
+        ("run", pa.string()),  # short name of the scheduler setting: static-42/84
+        ("kind", pa.string()),  # fp, uniform, static, random, confidence, kv_cache
         ("scheduler", pa.string()),  # JSON: Scheduler.describe(), prefill_bit, max_new_tokens
         ("choice", pa.int16()),
-        ("turn", pa.int8()),
+        ("template", pa.string()),  # conversation template of the prompts
+        ("turns", pa.list_(pa.string())),
+        ("references", pa.list_(pa.string())),  # one per turn, null where the data set has none
+    ],
+)
+
+GENERATIONS = table_schema(
+    "generations",
+    [
+        ("row_id", pa.string()),  # 16 hex digits over conversation, setting and turn: one row each
+        ("conversation_id", pa.string()),
+        ("prompt_id", pa.string()),
+        ("benchmark", pa.string()),
+        ("benchmark_version", pa.string()),
+        ("split", pa.string()),
+        ("question_id", pa.string()),
+        ("category", pa.string()),
+        ("model_id", pa.string()),
+        ("model_fingerprint", pa.string()),
+        ("run", pa.string()),
+        ("kind", pa.string()),
+        ("scheduler", pa.string()),
+        ("choice", pa.int16()),
+        ("turn", pa.int8()),  # 1, 2, …; null where the whole conversation failed
         ("template", pa.string()),
         ("prompt_text", pa.string()),
-        ("prompt_ids", _IDS),
         ("prompt_tokens", pa.int32()),
-        ("dropped_tokens", pa.int32()),  # cut from the front to fit the model's positions
-        ("reused_tokens", pa.int32()),  # taken from the cache of the turn before
+        ("dropped_tokens", pa.int32()),  # cut from the prompt's left to fit the model's positions
+        ("reused_tokens", pa.int32()),  # of the prompt, taken from the cache of the turn before
+        ("input_ids", _IDS),
         ("reference_text", pa.string()),
-        ("output_text", pa.string()),
-        ("output_ids", _IDS),
-        ("output_pieces", pa.list_(pa.string())),  # the text of each token
+        ("output_text", pa.string()),  # without special tokens, cut at the template's stop string
         ("output_tokens", pa.int32()),
+        ("output_ids", _IDS),  # new tokens, end-of-sequence included
+        ("output_pieces", pa.list_(pa.string())),  # the text that each new token added
         ("finish_reason", pa.string()),  # eos, length, error
         ("precision_trace", TRACE),
         ("switch_steps", _IDS),  # high_bit_steps per pair, as decided
+        ("classes", pa.list_(pa.int8())),  # switch class per pair, null for schedulers that decide no class
         ("decision_scores", pa.list_(pa.list_(pa.float32()))),  # logits per pair and class
         ("prefill_seconds", pa.float32()),
         ("decode_seconds", pa.float32()),
-        ("forward_seconds", pa.list_(pa.struct([("bits", pa.int8()), ("seconds", pa.float32())]))),  # per decode forward
+        ("forward_seconds", pa.list_(pa.struct([("bits", pa.int8()), ("seconds", pa.float32())]))),  # of a row alone, by this worker
         ("device", pa.string()),
         ("worker", pa.string()),
         ("error", pa.string()),
