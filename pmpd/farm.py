@@ -1038,12 +1038,13 @@ class ModelSource:
         import torch
 
         from pmpd.model import PMPDForCausalLM
+        from pmpd.quantize.convert import local_folder
         from pmpd.weights.base import compute_dtype
 
         torch.set_num_threads(place.threads)
         device = torch.device("cuda" if place.gpu_ids and torch.cuda.is_available() else "cpu")
         model = PMPDForCausalLM(
-            self.path,
+            local_folder(self.path),
             self.precisions,
             dtype=compute_dtype(device),
             kernel=self.kernel,

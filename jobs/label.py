@@ -1,0 +1,164 @@
+"""Label prompts with the switch class that keeps their quality: what the KV-cache scheduler is trained on.
+
+    python jobs/label.py                                    # the embedded demo, on this machine
+    ray job submit --working-dir . -- python jobs/label.py --model-path … --output-dir s3://bucket/labels
+
+Prompts, references by the unquantized model, and labels each become a Parquet dataset in the output folder. A run that was stopped, in
+whatever way, goes on where it stopped when the same command is given again.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from pmpd import demo, farm, tables
+from pmpd.labeling import LabelConfig
+from pmpd.prompts import PromptConfig, write_prompts
+from pmpd.quantize.convert import local_folder
+from pmpd.schedulers import NUM_CLASSES, class_steps
+from pmpd.weights import anyprec
+from pmpd.weights.checkpoint import Checkpoint
+
+
+@dataclass(frozen=True)
+class LabelJob:
+    """Label prompts with the switch class that keeps their quality. Without flags: the embedded demo."""
+
+    model_path: str = str(demo.ANYPREC)
+    """Any-Precision checkpoint, seen under this path by every node: a folder, or a Hugging Face id."""
+    reference_model_path: str = str(demo.DENSE)
+    """Unquantized checkpoint of the same model, likewise."""
+    dataset: str = "demo"
+    """demo, a Hugging Face id (allenai/c4), a .json[.gz]/.jsonl/.parquet/.txt file, or a folder of C4 shards."""
+    dataset_config: str | None = None
+    """Configuration of a Hugging Face dataset (allenai/c4: en)."""
+    split: str | None = None
+    """Split of the dataset; default train, of the demo held_out."""
+    size: int = 128
+    """Prompts; all there are where the dataset holds fewer."""
+    precisions: str = "4,3,2"
+    """Precision chain, descending; neighbours are the pairs that get a label each."""
+    max_new_tokens: int = 256
+    """New tokens per trajectory."""
+    batch_size: int = 32
+    """Trajectories that decode together in a worker, and prompts per unit of work (and Parquet file)."""
+    num_workers: int | None = None
+    """Default: one per GPU; without GPUs one per two cores."""
+    gpus_per_worker: float | None = None
+    """Default: 1 where the cluster has GPUs, else 0; a fraction shares a GPU."""
+    output_dir: str = "results/label"
+    """Local folder, shared storage of the cluster, or a URI (s3://bucket/folder)."""
+    seed: int = 0
+    """Of the prompts' random lengths."""
+    stage: Literal["all", "prompts", "references", "labels"] = "all"
+    """Only this one (prompts are always made first), or all."""
+    retry_errors: bool = False
+    """Do rows again that have an error."""
+    kernel: str | None = None
+    """Force an implementation of the multiplication: reference, cpu, triton."""
+    trust_remote_code: bool = False
+    """Run model code that comes with a checkpoint."""
+
+
+def main(job: LabelJob, console: Console | None = None) -> farm.FarmResult | None:
+    """Runs the stages and prints the table; the result of the last one. ValueError for anything the user can cure."""
+    console = console or Console()
+    chain = LabelConfig(tuple(int(bits) for bits in job.precisions.split(",")), job.max_new_tokens, job.batch_size).precisions
+    options = farm.FarmOptions(job.num_workers, job.gpus_per_worker, job.batch_size, job.retry_errors)
+    source = PromptConfig(job.dataset, job.dataset_config, job.split, job.size, job.seed)
+    quantized, reference = (Checkpoint(local_folder(path), job.trust_remote_code) for path in (job.model_path, job.reference_model_path))
+    absent = sorted(set(chain) - set(anyprec.precisions_of(quantized)))
+    if absent:
+        held = ", ".join(map(str, anyprec.precisions_of(quantized)))
+        raise ValueError(f"--precisions {job.precisions}: {job.model_path} holds {held}, not {', '.join(map(str, absent))}")
+    positions = min(getattr(checkpoint.config(), "max_position_embeddings", 2**31) for checkpoint in (quantized, reference))
+    tokenizer, other = (tokenizer_of(checkpoint) for checkpoint in (reference, quantized))
+    if tokenizer.get_vocab() != other.get_vocab():
+        raise ValueError(f"{job.model_path} and {job.reference_model_path} have different tokenizers; give two checkpoints of one model")
+
+    output = output_folder(job.output_dir)
+    prompts, references, labels = (tables.join(output, name) for name in ("prompts", "references", "labels"))
+    identity = {"dataset": source.name, "dataset_config": source.resolved_config, "split": source.resolved_split, "size": job.size}
+    identity |= {"seed": job.seed, "max_new_tokens": job.max_new_tokens, "reference_model": reference.fingerprint()}
+    label_identity = {**identity, "precisions": list(chain), "model": quantized.fingerprint()}
+    for folder, config in ((prompts, identity), (references, identity), (labels, label_identity)):
+        tables.check_config(folder, config)  # before any work
+
+    result = None
+    farm.connect()
+    with farm.Lease(output) as lease:
+        counts = write_prompts(source, tokenizer, positions - job.max_new_tokens, prompts, identity)
+        told = ", ".join(f"{counts[what]} {what}" for what in ("duplicates", "empty") if counts.get(what))
+        console.print(f"{counts['rows']} prompts" + (f" ({told})" if told else "") + f" in {tables.data_folder(prompts)}")
+        if job.stage in ("all", "references"):
+            model = farm.ModelSource(job.reference_model_path, None, None, job.trust_remote_code)
+            task: farm.FarmTask = farm.ReferenceTask(model, job.max_new_tokens, job.batch_size)
+            result = farm.run(task, {"prompts": prompts}, references, identity, options, lease)
+        if job.stage in ("all", "labels"):
+            model = farm.ModelSource(job.model_path, chain, job.kernel, job.trust_remote_code)
+            task = farm.LabelTask(model, chain, job.max_new_tokens, job.batch_size)
+            result = farm.run(task, {"prompts": prompts, "references": references}, labels, label_identity, options, lease)
+    if result is not None:
+        if result.dataset == labels:
+            console.print(label_table(labels, job.max_new_tokens))
+        rate = f", {result.new_items} of them new, {result.rows_per_second:.2f} per second" if result.new_items else ""
+        console.print(
+            f"{result.rows} rows{rate}; {result.errors} with an error" + ("; --retry-errors does them again" * bool(result.errors))
+        )
+        console.print(f"Parquet:    {tables.data_folder(result.dataset)}", soft_wrap=True)
+        console.print(f"look:       python -m pmpd.tables {result.dataset}", soft_wrap=True)
+        if result.dataset == labels:
+            console.print(f"train next: python jobs/train.py --data-path {labels} --precisions {job.precisions}", soft_wrap=True)
+        if result.errors == result.rows:
+            raise ValueError(f"every row has an error; the first one: {first_error(result.dataset)}")
+    return result
+
+
+def tokenizer_of(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=checkpoint.trust_remote_code, local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{checkpoint.folder}: no usable tokenizer ({error}); copy the base model's tokenizer files there") from error
+
+
+def output_folder(path: str) -> str:
+    """A submitted job runs in a copy of the working directory that Ray deletes: there, a relative path is taken from home."""
+    submitted = "/runtime_resources/working_dir_files/" in os.getcwd() and "://" not in path
+    return tables.absolute(Path.home() / path if submitted else path)
+
+
+def label_table(dataset: str, max_new_tokens: int) -> Table:
+    """Rows and share of each class, per pair."""
+    counts: Counter[tuple[str, int]] = Counter()
+    for row in tables.read_table(dataset, ["pairs"]).to_pylist():
+        counts.update((f"{pair['high']},{pair['low']}", pair["label"]) for pair in row["pairs"] or ())
+    table = Table(title="labels: rows per switch class (high-precision steps)")
+    for column in ("pair", *(f"{k} ({steps})" for k, steps in enumerate(class_steps(max_new_tokens)))):
+        table.add_column(column, justify="right")
+    for name in sorted({name for name, _ in counts}, reverse=True):
+        total = sum(counts[name, k] for k in range(NUM_CLASSES))
+        table.add_row(name, *(f"{counts[name, k]}  {counts[name, k] / total:4.0%}" for k in range(NUM_CLASSES)))
+    return table
+
+
+def first_error(dataset: str) -> str:
+    return next(error for error in tables.read_table(dataset, ["error"])["error"].to_pylist() if error)
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(LabelJob, description=__doc__))
+    except (ValueError, farm.ReconcileError) as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; finished rows are kept: run the same command again to go on")
