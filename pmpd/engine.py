@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from pmpd.lean import recognise
 from pmpd.schedulers import NEVER, PrefillState, Scheduler, chain_bits
 from pmpd.slots import Plan, SlotCache, Stretch, slot_attention
 from pmpd.weights.base import shared_state
@@ -123,9 +124,10 @@ class Engine:
 
     `slots`: rows that decode together. `max_length`: prompt plus new tokens that a row may have.
     `sync_every`: steps between two looks at the tokens (more hides the device's latency; rows run on past their end in between).
+    `lean`: take the written-out forward of `pmpd.lean` where it knows the model.
     """
 
-    def __init__(self, model: PreTrainedModel, slots: int = 32, max_length: int = 2304, sync_every: int = 1) -> None:
+    def __init__(self, model: PreTrainedModel, slots: int = 32, max_length: int = 2304, sync_every: int = 1, lean: bool = True) -> None:
         if slots < 1:
             raise ValueError(f"slots {slots}: an engine needs one slot at least")
         self.model = model
@@ -135,6 +137,7 @@ class Engine:
         self.state = shared_state(model)
         self.device = next(model.parameters()).device
         self.cache = SlotCache(slots, max_length)
+        self.lean = recognise(model, self.state) if lean else None
 
     def run(
         self, requests: Iterable[Request], scheduler: Scheduler | None, prefill_bits: int, eos_token_ids: Collection[int]
@@ -153,15 +156,17 @@ class Engine:
         return _Run(self, requests, scheduler, prefill_bits, eos_token_ids, stream=True).events()
 
     @torch.inference_mode()
-    def forward(self, input_ids: Tensor, plan: Plan, keep: Tensor) -> Tensor:
-        """Logits [len(keep), V] after the tokens `keep` int64 of the flat forward `input_ids` int64 [n]."""
+    def forward(self, input_ids: Tensor, plan: Plan, keep: Tensor | None) -> Tensor:
+        """Logits [len(keep), V] after the tokens `keep` int64 of the flat forward `input_ids` int64 [n]; None keeps all."""
+        if self.lean is not None:
+            return self.lean(input_ids, plan, keep, self.cache)
         with slot_attention(self.model, self.cache, plan):
             output = self.model(
                 input_ids=input_ids[None],
                 position_ids=plan.positions[None],
                 past_key_values=self.cache,
                 use_cache=True,
-                logits_to_keep=keep,
+                logits_to_keep=0 if keep is None else keep,
             )
         return output.logits[0]
 
@@ -170,7 +175,13 @@ class _Run:
     """The state of one `Engine.run`."""
 
     def __init__(
-        self, engine: Engine, requests: Iterable[Request], scheduler: Scheduler | None, prefill_bits: int, eos: Collection[int], stream: bool
+        self,
+        engine: Engine,
+        requests: Iterable[Request],
+        scheduler: Scheduler | None,
+        prefill_bits: int,
+        eos: Collection[int],
+        stream: bool,
     ) -> None:
         self.engine = engine
         self.cache = engine.cache
@@ -348,7 +359,7 @@ class _Run:
         plan = Plan(slots, self._tensor(position), int(position.max()) + 1, int(at.max()) + 1)
         self.engine.state.set_tokens(bits.tolist())
         consumed = self.tokens[slots, self._tensor(step - 1)]
-        logits = self.engine.forward(consumed, plan, self._tensor(np.arange(len(at))))
+        logits = self.engine.forward(consumed, plan, None)
         probability = self._take_tokens(at, logits)
         if probability is not None and self.scheduler is not None:
             switch_steps = self.switch_steps[at]

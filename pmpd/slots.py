@@ -76,17 +76,22 @@ class SlotCache(Cache):
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Writes the new tokens' [1, H, n, D] to their slots and returns the whole layer."""
+        return self.write(key_states[0].transpose(0, 1), value_states[0].transpose(0, 1), layer_idx)
+
+    def write(self, new_keys: Tensor, new_values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """Writes the new tokens' [n, H, D] to their slots and returns the whole layer's keys and values."""
         assert self.plan is not None
-        while len(self.keys) <= layer_idx:
-            self.keys.append(self._allocate(key_states))
-            self.values.append(self._allocate(value_states))
-        keys, values = self.keys[layer_idx], self.values[layer_idx]
-        keys[self.plan.slots, :, self.plan.positions] = key_states[0].transpose(0, 1)
-        values[self.plan.slots, :, self.plan.positions] = value_states[0].transpose(0, 1)
+        self._allocate(layer, new_keys, new_values)
+        keys, values = self.keys[layer], self.values[layer]
+        keys[self.plan.slots, :, self.plan.positions] = new_keys
+        values[self.plan.slots, :, self.plan.positions] = new_values
         return keys, values
 
-    def _allocate(self, states: Tensor) -> Tensor:
-        return states.new_zeros(self.slots, states.shape[1], self.length, states.shape[3])
+    def _allocate(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """Makes layers up to `layer` that hold heads like these [n, H, D]."""
+        while len(self.keys) <= layer:
+            self.keys.append(keys.new_zeros(self.slots, keys.shape[1], self.length, keys.shape[2]))
+            self.values.append(values.new_zeros(self.slots, values.shape[1], self.length, values.shape[2]))
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """0: positions are always given explicitly."""
@@ -105,9 +110,7 @@ class SlotCache(Cache):
     @torch.inference_mode()
     def write_slot(self, slot: int, layers: Sequence[tuple[Tensor, Tensor]]) -> None:
         for index, (keys, values) in enumerate(layers):
-            while len(self.keys) <= index:
-                self.keys.append(self._allocate(keys[None]))
-                self.values.append(self._allocate(values[None]))
+            self._allocate(index, keys.transpose(0, 1), values.transpose(0, 1))
             self.keys[index][slot, :, : keys.shape[1]] = keys
             self.values[index][slot, :, : values.shape[1]] = values
 
@@ -123,50 +126,51 @@ def attend(
     """transformers' attention interface over a `SlotCache`: `query` [1, Hq, n, D], `key`/`value` the layer [S, H, T, D]."""
     if softcap is not None or s_aux is not None:
         raise ValueError(f"{type(module).__name__} is not supported: attention with {'logit soft-capping' if softcap else 'sinks'}")
-    plan: Plan = _active.plan
     _active.calls += 1
+    return attend_slots(_active.plan, query[0].transpose(0, 1), key, value, scaling, sliding_window)[None], None
+
+
+def attend_slots(plan: Plan, query: Tensor, keys: Tensor, values: Tensor, scaling: float | None, window: int | None) -> Tensor:
+    """Attention of the forward's tokens `query` [n, Hq, D] over their own slots of a layer [S, H, T, D]: [n, Hq, D]."""
     if plan.stretches:
-        output = _attend_prefill(plan, query, key, value, scaling, sliding_window)
-    else:
-        output = _attend_decode(plan, query, key, value, scaling, sliding_window)
-    return output, None
+        return _attend_prefill(plan, query, keys, values, scaling, window)
+    return _attend_decode(plan, query, keys, values, scaling, window)
 
 
-def _attend_decode(plan: Plan, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None) -> Tensor:
-    query_nHD = query[0].transpose(0, 1)
-    by_slot = query_nHD.new_zeros(plan.used_slots, *query_nHD.shape[1:])
-    by_slot[plan.slots] = query_nHD
+def _attend_decode(plan: Plan, query: Tensor, keys: Tensor, values: Tensor, scaling: float | None, window: int | None) -> Tensor:
+    by_slot = query.new_zeros(plan.used_slots, *query.shape[1:])
+    by_slot[plan.slots] = query
     output = torch.nn.functional.scaled_dot_product_attention(
         by_slot[:, :, None],
-        key[: plan.used_slots, :, : plan.longest],
-        value[: plan.used_slots, :, : plan.longest],
+        keys[: plan.used_slots, :, : plan.longest],
+        values[: plan.used_slots, :, : plan.longest],
         attn_mask=plan.decode_mask(window),
         scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
+        enable_gqa=query.shape[1] != keys.shape[1],
     )
-    return output[plan.slots, :, 0][None]  # [1, n, Hq, D]
+    return output[plan.slots, :, 0]
 
 
-def _attend_prefill(plan: Plan, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None) -> Tensor:
-    output = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
-    for start, stop, slot, offset in ((s.start, s.stop, s.slot, s.offset) for s in plan.stretches):
-        seen = offset + stop - start
+def _attend_prefill(plan: Plan, query: Tensor, keys: Tensor, values: Tensor, scaling: float | None, window: int | None) -> Tensor:
+    output = query.new_empty(*query.shape[:2], values.shape[3])
+    for stretch in plan.stretches:
+        seen = stretch.offset + stretch.stop - stretch.start
         mask = None
-        if offset > 0 or (window is not None and seen > window):
-            distance = torch.arange(offset, seen, device=query.device)[:, None] - torch.arange(seen, device=query.device)
+        if stretch.offset > 0 or (window is not None and seen > window):
+            distance = torch.arange(stretch.offset, seen, device=query.device)[:, None] - torch.arange(seen, device=query.device)
             mask = distance >= 0
             if window is not None:
                 mask &= distance < window
         part = torch.nn.functional.scaled_dot_product_attention(
-            query[:, :, start:stop],
-            key[slot : slot + 1, :, :seen],
-            value[slot : slot + 1, :, :seen],
+            query[stretch.start : stretch.stop].transpose(0, 1)[None],
+            keys[stretch.slot : stretch.slot + 1, :, :seen],
+            values[stretch.slot : stretch.slot + 1, :, :seen],
             attn_mask=mask,
             is_causal=mask is None,
             scale=scaling,
-            enable_gqa=query.shape[1] != key.shape[1],
+            enable_gqa=query.shape[1] != keys.shape[1],
         )
-        output[:, start:stop] = part.transpose(1, 2)
+        output[stretch.start : stretch.stop] = part[0].transpose(0, 1)
     return output
 
 

@@ -50,6 +50,10 @@ class AnyPrecisionLinear(PrecisionLinear):
     def dequantize(self, bits: int) -> Tensor:
         return self.matrix.dequantize(bits)
 
+    def bias_vector(self) -> Tensor | None:
+        bias = self._read().bias
+        return None if bias is None else bias.to(self._probe.device, self._probe.dtype)
+
     def packed_bytes(self) -> int:
         return self.matrix.packed_bytes()
 

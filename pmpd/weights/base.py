@@ -76,6 +76,10 @@ class PrecisionLinear(nn.Module, ABC):
         """The weight matrix [N, K] at precision `bits`, in the dtype the layer computes in."""
 
     @abstractmethod
+    def bias_vector(self) -> Tensor | None:
+        """The bias [N], or None."""
+
+    @abstractmethod
     def packed_bytes(self) -> int:
         """Memory that the packed weights of all precisions take (caches not counted)."""
 
