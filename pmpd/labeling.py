@@ -136,7 +136,11 @@ class _LabelPlan:
 
 
 def _label_row(
-    model: PMPDForCausalLM, row: Mapping[str, Any], reference: Mapping[str, Any], trajectories: Mapping[str, Completion], config: LabelConfig
+    model: PMPDForCausalLM,
+    row: Mapping[str, Any],
+    reference: Mapping[str, Any],
+    trajectories: Mapping[str, Completion],
+    config: LabelConfig,
 ) -> dict[str, Any]:
     errors = [completion.error for completion in trajectories.values() if completion.error]
     if errors:

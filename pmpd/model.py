@@ -61,7 +61,9 @@ class PMPDForCausalLM(nn.Module):
     ) -> None:
         super().__init__()
         if not use_anyprec:
-            raise ValueError("use_anyprec=False: checkpoints of one precision each (GPTQ) are not part of this version; pass an Any-Precision one")
+            raise ValueError(
+                "use_anyprec=False: checkpoints of one precision each (GPTQ) are not part of this version; pass an Any-Precision one"
+            )
         dtype = dtype or compute_dtype(torch.device("cpu"))
         checkpoint = Checkpoint(model_path, trust_remote_code)
         self.model_path = Path(model_path)
@@ -211,7 +213,9 @@ def _load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=checkpoint.trust_remote_code, local_files_only=True)
     except (OSError, ValueError) as error:
-        raise ValueError(f"checkpoint {checkpoint.folder}: no usable tokenizer in it ({error}); copy the base model's tokenizer files there") from error
+        raise ValueError(
+            f"checkpoint {checkpoint.folder}: no usable tokenizer in it ({error}); copy the base model's tokenizer files there"
+        ) from error
 
 
 def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
