@@ -147,12 +147,20 @@ def test_weights_without_a_gradient_still_get_sensible_centroids() -> None:
 
 
 def test_long_rows_with_outliers_stay_near_the_optimum() -> None:
-    """Beyond 128 columns the borders are searched among candidates: outliers and bunched weights must not fall between them."""
-    weight, importance = example(1, 160)
-    weight[:, 3], weight[:, 9] = 4.0, -3.0
-    importance[:, 100:110] *= 1e4
+    """Beyond 128 columns the borders are searched among candidates: bunched outliers must not fall between them."""
+    weight, importance = example(1, 1600)
+    weight[:, :6] = torch.tensor([5.0, 5.1, 5.2, 9.0, 9.1, 9.2])
+    importance[:, :6] = importance.sum()
     error, _ = weighted_error(weight, importance, quantize_rows(weight, importance, 2, 2), 2)
-    assert error <= 1.02 * optimal_error(weight[0].double().tolist(), importance[0].double().tolist(), 4)
+    x, order = weight[0].double().sort()
+    w = importance[0][order].double()
+    sums = [torch.cat([torch.zeros(1), part.cumsum(0)]) for part in (w, w * x, w * x * x)]
+    weights, values, squares = (part.unsqueeze(0) - part.unsqueeze(1) for part in sums)  # [from border, to border]
+    cost = (squares - values**2 / weights.clamp(min=1e-300)).triu(1) + torch.full_like(weights, torch.inf).tril(-1).nan_to_num(0, torch.inf)
+    best = cost[0]
+    for _ in range(3):
+        best = (best.unsqueeze(1) + cost).amin(0)
+    assert error <= 1.02 * float(best[-1]) + rounding(weight, importance)
 
 
 def test_what_cannot_be_clustered_is_refused() -> None:
@@ -181,3 +189,13 @@ def test_error_is_no_worse_than_that_of_flash1dkmeans() -> None:
     record = main(Config(rows=256, columns=2048, parent_precision=6, threads=1, repeats=1))
     errors = record["relative_weighted_error"]
     assert all(errors["pmpd"][bits] <= errors["flash1dkmeans"][bits] for bits in errors["pmpd"])
+
+
+@pytest.mark.gpu
+def test_a_gpu_clusters_as_well_as_a_cpu() -> None:
+    weight, importance = example(64, 4096)
+    expected = quantize_rows(weight, importance, 2, 4)
+    rows = quantize_rows(weight.cuda(), importance.cuda(), 2, 4)
+    for bits in (2, 3, 4):
+        here, there = weighted_error(weight, importance, expected, bits)[0], weighted_error(weight.cuda(), importance.cuda(), rows, bits)[0]
+        assert there == pytest.approx(here, rel=1e-3)

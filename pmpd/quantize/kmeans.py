@@ -25,7 +25,7 @@ from torch import Tensor
 from pmpd.weights.bitplanes import MAX_BITS, MIN_BITS
 
 CANDIDATES = 128
-"""Borders the dynamic programming chooses from: a quarter as many cost about 1 % of error, twice as many gain 0.1 %."""
+"""Borders the dynamic programming chooses from. Lloyd's iteration moves them: a quarter as many cost 0.1 % of error, no more."""
 
 _SEARCHED_BITS = 4
 """Dynamic programming goes up to 2**4 clusters; a seed precision above is split from there, then settled as a whole."""
