@@ -497,17 +497,15 @@ def evaluate(labels: Labels, splits_N: np.ndarray, logits: Mapping[str, Tensor],
             if len(rows) == 0:
                 continue
             chosen = {("learned" if head == "kv_cache" else head): value[rows].argmax(-1).numpy() for head, value in heads.items()}
-            result[name][split] = compare(train_labels, column[rows], chosen, pair, seed)
+            result[name][split] = compare(column[rows], policies(train_labels, column[rows], chosen), pair, seed)
     return result
 
 
-def compare(
-    train_labels: np.ndarray, labels_N: np.ndarray, chosen: Mapping[str, np.ndarray], pair: tuple[int, int], seed: int = 0
-) -> dict[str, Any]:
-    """One split's part of `evaluate`."""
+def compare(labels_N: np.ndarray, choices: Mapping[str, np.ndarray], pair: tuple[int, int], seed: int = 0) -> dict[str, Any]:
+    """One split's part of `evaluate`: `choices` holds the probability of each class per row, [N, 4], of each policy, one of them
+    "majority". All policies are resampled alike, so that the interval of a difference is a paired one."""
     generator = np.random.default_rng(seed)
     counts_SN = generator.multinomial(len(labels_N), np.full(len(labels_N), 1 / len(labels_N)), size=INTERVALS).astype(float)
-    choices = policies(train_labels, labels_N, chosen)
     point = {name: measures(confusion(labels_N, choice), pair) for name, choice in choices.items()}
     resampled = {name: measures(confusion(labels_N, choice, counts_SN), pair) for name, choice in choices.items()}
     report: dict[str, Any] = {"rows": len(labels_N), "label_counts": np.bincount(labels_N, minlength=NUM_CLASSES).tolist(), "policies": {}}

@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from pmpd import oracle
 from pmpd.classifier import ArtefactConfig, KVCacheClassifier, save_artefact
-from pmpd.schedulers import KVCacheScheduler, PrefillState, Scheduler, chain_bits, class_steps
+from pmpd.engine import Request
+from pmpd.schedulers import KVCacheScheduler, PrefillState, Scheduler, chain_bits, class_steps, pairs_of
 
 DIM, HEADS = 8, 2
 CHAIN = [4, 3, 2]
@@ -146,3 +148,30 @@ def test_description_names_the_weights_and_what_they_were_trained_on(folder):
     assert described["precisions"] == CHAIN
     assert (described["labels_fingerprint"], described["model_fingerprint"]) == ("l1", "m1")
     assert described["classifier_fingerprint"] != KVCacheScheduler([3, 2], save_dir=folder).describe()["classifier_fingerprint"]
+
+
+@pytest.mark.parametrize("chain", [(4, 3), (4, 3, 2)])
+def test_engine_equals_oracle_with_the_learned_scheduler(anyprec_model, tmp_path, chain):
+    model = anyprec_model("llama")
+    dim, heads = 16, 2
+    torch.manual_seed(2)
+    states = {}
+    for pair in pairs_of(chain):
+        classifier = KVCacheClassifier(dim, heads)
+        torch.nn.init.normal_(classifier.queries, std=4.0)
+        torch.nn.init.normal_(classifier.head.weight, std=4.0)
+        states[pair] = classifier.state_dict()
+    save_artefact(tmp_path, ArtefactConfig(dim, heads, tuple(states)), states)
+    scheduler = KVCacheScheduler(chain, save_dir=tmp_path, dim=dim, num_heads=heads)
+    generator = torch.Generator().manual_seed(0)
+    prompts = {f"{n:016x}": torch.randint(0, 256, (n,), generator=generator).tolist() for n in (1, 7, 40, 3, 100, 12, 65, 30)}
+    requests = [Request(key, prompt, 13) for key, prompt in prompts.items()]
+    decided = set()
+    for completion in model.engine(3, 128).run(requests, scheduler, 4, model.eos_token_ids):
+        expected = oracle.decode(
+            model.model, prompts[completion.key], 13, 4, model.eos_token_ids, KVCacheScheduler(chain, save_dir=tmp_path), key=completion.key
+        )
+        assert list(completion.switch_steps) == expected.switch_steps, completion.key
+        assert completion.tokens == expected.tokens, completion.key
+        decided.add(tuple(expected.switch_steps))
+    assert len(decided) > 1, "all rows decided alike: this shows nothing"

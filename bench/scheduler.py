@@ -1,0 +1,236 @@
+"""The learned scheduler: what a decision costs, and what it learned on held-out prompts.
+
+    python bench/scheduler.py cost                                        # decision against the decode of 256 tokens
+    python bench/scheduler.py proof --data-path results/label/labels      # learned against every baseline, and variants of its input
+
+`proof` fits by five-fold cross-validation, so every labelled prompt is held out once; each fold keeps an eighth of its training prompts
+for early stopping. The variants see more than the published classifier does: they are computed here by a prefill of each prompt.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+import tyro
+from torch import Tensor
+from transformers import DynamicCache
+
+from pmpd import PMPDForCausalLM, demo, tables, training
+from pmpd.engine import Request
+from pmpd.farm import cpu_name
+from pmpd.ray_training import FEATURE_COLUMNS
+from pmpd.schedulers import DEMO_ARTEFACT, KVCacheScheduler, StaticScheduler
+from pmpd.training import NO_LABEL, Features, Labels, TrainConfig
+from pmpd.weights.base import shared_state
+
+FOLDS = 5
+Head = Literal["kv_cache", "mean_pooled"]
+
+
+def header(threads: int) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in tables.package_versions().items() if name in ("torch", "numpy"))
+    python, date = platform.python_version(), time.strftime("%Y-%m-%d")
+    return f"{cpu_name()}, {threads} thread(s); {versions}; Python {python}; {date}; commit {tables.git_commit()}"
+
+
+# ---- cost ---------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Time of the decision as a share of the decode of 256 tokens, on the same rows."""
+
+    model_path: str = str(demo.ANYPREC)
+    save_dir: str = str(DEMO_ARTEFACT)
+    precisions: tuple[int, ...] = (4, 3, 2)
+    batches: tuple[int, ...] = (1, 8, 32)
+    prompt_tokens: int = 512
+    repeats: int = 5
+    threads: int = 1
+
+    def run(self) -> None:
+        torch.set_num_threads(self.threads)
+        model = PMPDForCausalLM(self.model_path, self.precisions).eval()
+        config = model.model.config
+        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        print(f"# decision of the learned scheduler, chain {self.precisions}, {self.prompt_tokens} prompt tokens\n{header(self.threads)}\n")
+        print("| rows | decision, ms | decode of 256 tokens, ms | share |\n|---|---|---|---|")
+        generator = torch.Generator().manual_seed(0)
+        for rows in self.batches:
+            prompts = torch.randint(0, config.vocab_size, (rows, self.prompt_tokens), generator=generator).tolist()
+            engine = model.engine(rows, self.prompt_tokens + 256)
+            scheduler = _Timed(self.precisions, save_dir=self.save_dir, dim=dim, num_heads=config.num_key_value_heads)
+            decisions, decodes = [], []
+            for _ in range(self.repeats):
+                requests = [Request(f"{row:016x}", prompt, 256) for row, prompt in enumerate(prompts)]
+                scheduler.seconds = 0.0
+                list(engine.run(requests, scheduler, self.precisions[0], ()))
+                decisions.append(scheduler.seconds)
+                lowest = StaticScheduler(self.precisions, [0] * (len(self.precisions) - 1))  # the fastest decode there is
+                decodes.append(max(done.decode_seconds for done in engine.run(requests, lowest, self.precisions[0], ())))
+            decision, decode = float(np.median(decisions)), float(np.median(decodes))
+            print(f"| {rows} | {1e3 * decision:.2f} | {1e3 * decode:.0f} | {decision / decode:.2%} |")
+            print(json.dumps({"rows": rows, "decision_seconds": decision, "decode_seconds": decode}))
+
+
+class _Timed(KVCacheScheduler):
+    """Adds up the seconds of its decisions, features included."""
+
+    seconds = 0.0
+
+    def begin(self, state: Any) -> np.ndarray:
+        started = time.perf_counter()
+        steps = super().begin(state)
+        self.seconds += time.perf_counter() - started
+        return steps
+
+
+# ---- proof --------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Folded(Labels):
+    """Labels whose split is one fold of a cross-validation."""
+
+    fold: int = 0
+
+    def splits(self, seed: int) -> np.ndarray:
+        draws = np.asarray([int.from_bytes(hashlib.sha256(f"fold/{seed}/{key}".encode()).digest()[:8], "big") for key in self.ids])
+        held_out = draws % FOLDS == self.fold
+        stopping = (draws // FOLDS) % 8 == 0
+        return np.where(held_out, 2, np.where(stopping, 1, 0))
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A head, its input and how the training split is rebalanced."""
+
+    name: str
+    head: Head
+    features: Features
+    rebalance: Literal["oversample", "weights", "none"]
+
+
+@dataclass(frozen=True)
+class Proof:
+    """Learned against majority, static classes, random with the prior and oracle, on held-out prompts."""
+
+    data_path: str = "results/label/labels"
+    model_path: str = str(demo.ANYPREC)
+    num_heads: int = 2
+    """KV heads of the labelled model."""
+    training: tyro.conf.OmitArgPrefixes[TrainConfig] = dataclasses.field(default_factory=TrainConfig)
+    threads: int = 1
+
+    def run(self) -> None:
+        torch.set_num_threads(self.threads)
+        table = training.usable(tables.read_table(self.data_path, [*FEATURE_COLUMNS, "input_ids"])).sort_by("prompt_id")
+        labels = training.labels_from_table(table)
+        kv = training.features_from_table(table)
+        shares = {f"{pair[0]}-{pair[1]}": np.bincount(labels.labels[:, j], minlength=4).tolist() for j, pair in enumerate(labels.pairs)}
+        print(f"# {len(labels.ids)} prompts, labels per class {shares}, labels fingerprint {labels.fingerprint()}")
+        print(f"{header(self.threads)}\n{self.training}\n")
+        every, scalars = self.prefill(table["input_ids"].to_pylist(), labels)
+        wide, plus, only = (
+            append(kv.ids, kv.lengths, parts)
+            for parts in ((every.keys, every.values), (kv.keys, kv.values, scalars), (None, None, scalars))
+        )
+        variants = [
+            Variant("kv_cache, oversampled (as published)", "kv_cache", kv, "oversample"),
+            Variant("kv_cache, not rebalanced", "kv_cache", kv, "none"),
+            Variant("mean-pooled linear, not rebalanced", "mean_pooled", kv, "none"),
+            Variant("kv_cache, all layers", "kv_cache", wide, "none"),
+            Variant("kv_cache + length, confidence, prompt loss, low-bit divergence", "kv_cache", plus, "none"),
+            Variant("linear on these scalars alone", "mean_pooled", only, "none"),
+        ]
+        self.report(labels, variants)
+
+    @torch.inference_mode()
+    def prefill(self, prompts: Sequence[Sequence[int]], labels: Labels) -> tuple[Features, Tensor]:
+        """KV features of all layers side by side, and standardised scalars [N, C] of each prompt."""
+        bits = sorted({b for pair in labels.pairs for b in pair}, reverse=True)
+        model = PMPDForCausalLM(self.model_path, bits).eval().model
+        state = shared_state(model)
+        keys, values, scalars = [], [], []
+        for prompt in prompts:
+            ids = torch.tensor([prompt])
+            cache = DynamicCache(config=model.config)
+            state.set_uniform(bits[0])
+            logits = model(ids, past_key_values=cache, use_cache=True).logits[0].float().log_softmax(-1)
+            keys.append(torch.cat([layer.keys[0].mean(0) for layer in cache.layers], dim=-1).half())
+            values.append(torch.cat([layer.values[0].mean(0) for layer in cache.layers], dim=-1).half())
+            last, loss = logits[-1], -logits[:-1].gather(1, ids[0, 1:, None]).mean() if len(prompt) > 1 else torch.tensor(0.0)
+            row = [np.log(len(prompt)), float(last.max().exp()), float(-(last.exp() * last).sum()), float(loss)]
+            for low in bits[1:]:
+                state.set_uniform(low)
+                other = model(ids).logits[0].float().log_softmax(-1)
+                divergence = (logits.exp() * (logits - other)).sum(-1)
+                row += [float(divergence.mean()), float(divergence[-1]), float((logits.argmax(-1) == other.argmax(-1)).float().mean())]
+            scalars.append(row)
+        table = torch.tensor(np.asarray(scalars), dtype=torch.float32)
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
+        return Features(labels.ids, torch.cat(keys), torch.cat(values), lengths), (table - table.mean(0)) / table.std(0).clamp_min(1e-6)
+
+    def report(self, labels: Labels, variants: Sequence[Variant]) -> None:
+        for j, pair in enumerate(labels.pairs):
+            rows_of: list[np.ndarray] = []
+            choices: dict[str, list[np.ndarray]] = {}
+            seconds = dict.fromkeys((variant.name for variant in variants), 0.0)
+            for fold in range(FOLDS):
+                folded = Folded(labels.ids, labels.pairs, labels.labels, fold)
+                splits, column = folded.splits(self.training.seed), labels.labels[:, j]
+                train_rows, rows = (np.nonzero((splits == s) & (column != NO_LABEL))[0] for s in (0, 2))
+                chosen = {}
+                for variant in variants:
+                    started = time.perf_counter()
+                    config = dataclasses.replace(self.training, rebalance=variant.rebalance)
+                    model = training.make_head(variant.head, variant.features.dim, self.num_heads, config.dropout, config.seed, j)
+                    fit = training.PairTraining(model, folded, j, variant.features, config)
+                    while not fit.state.done:
+                        fit.epoch()
+                    chosen[variant.name] = fit.best_logits()[rows].argmax(-1).numpy()
+                    seconds[variant.name] += time.perf_counter() - started
+                for name, choice in training.policies(column[train_rows], column[rows], chosen).items():
+                    choices.setdefault(name, []).append(choice)
+                rows_of.append(rows)
+            held_out = labels.labels[np.concatenate(rows_of), j]
+            report = training.compare(held_out, {name: np.concatenate(parts) for name, parts in choices.items()}, pair)
+            print(f"## pair {pair[0]} → {pair[1]}: {report['rows']} held-out prompts, labels {report['label_counts']}\n")
+            print("| policy | accuracy | − majority | macro-F1 | average bits | quality loss |\n|---|---|---|---|---|---|")
+            for name, policy in report["policies"].items():
+                cells = [_cell(policy[m], policy["interval"][m]) for m in ("accuracy", "macro_f1", "average_bits", "quality_loss")]
+                cells.insert(1, _cell(policy["accuracy_minus_majority"], policy["accuracy_minus_majority_interval"]))
+                print(f"| {name} | {' | '.join(cells)} |")
+            print(f"\n{json.dumps({'pair': pair, 'fit_seconds': {k: round(v, 1) for k, v in seconds.items()}})}\n", flush=True)
+
+
+def append(ids: tuple[str, ...], lengths: Tensor, parts: Sequence[Tensor | None]) -> Features:
+    """Keys and values, either of them absent, with the row's scalars (if any) as further channels of every token."""
+    keys, values, *scalars = parts
+    extra = [torch.repeat_interleave(part, lengths, dim=0).half() for part in scalars if part is not None]
+    return Features(
+        ids,
+        torch.cat([part for part in (keys, *extra) if part is not None], dim=-1),
+        torch.cat([part for part in (values, *extra) if part is not None], dim=-1),
+        lengths,
+    )
+
+
+def _cell(value: float, interval: Sequence[float]) -> str:
+    return f"{value:.3f} [{interval[0]:.3f}, {interval[1]:.3f}]"
+
+
+if __name__ == "__main__":
+    tyro.cli(
+        Annotated[Cost, tyro.conf.subcommand("cost")] | Annotated[Proof, tyro.conf.subcommand("proof")],  # type: ignore[arg-type]
+        description=__doc__,
+    ).run()
