@@ -1,0 +1,485 @@
+"""The Triton kernels behind `pmpd.kernels.triton` (which says what each must do, its layout, and its bytes and operations).
+
+Legend: M tokens, N out_features, K in_features, b bits; a *tile* is 16 rows x 256 columns of one matrix; lane = 4 g + t, as the
+tensor cores number the threads of a warp (g = 0..7, t = 0..3).
+
+`EMULATE` replaces the few PTX instructions by plain Triton that computes the same: Triton's interpreter knows no PTX.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# -- one instruction each ------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _load16(pointer, EMULATE: tl.constexpr, STREAM: tl.constexpr):
+    """Four consecutive 32-bit words per thread, 16-byte aligned; STREAM: read once, so keep them out of the first-level cache."""
+    if EMULATE:
+        return (
+            tl.load(pointer).to(tl.uint32, bitcast=True),
+            tl.load(pointer + 1).to(tl.uint32, bitcast=True),
+            tl.load(pointer + 2).to(tl.uint32, bitcast=True),
+            tl.load(pointer + 3).to(tl.uint32, bitcast=True),
+        )
+    elif STREAM:
+        return tl.inline_asm_elementwise(
+            "ld.global.nc.L1::no_allocate.L2::256B.v4.b32 {$0,$1,$2,$3}, [$4];",
+            "=r,=r,=r,=r,l",
+            [pointer.to(tl.int64)],
+            dtype=(tl.uint32, tl.uint32, tl.uint32, tl.uint32),
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            "ld.global.v4.b32 {$0,$1,$2,$3}, [$4];",
+            "=r,=r,=r,=r,l",
+            [pointer.to(tl.int64)],
+            dtype=(tl.uint32, tl.uint32, tl.uint32, tl.uint32),
+            is_pure=True,
+            pack=1,
+        )
+
+
+@triton.jit
+def _prmt(low, high, selector, EMULATE: tl.constexpr):
+    """Four byte look-ups: byte i of the result is byte `nibble i of selector` of the 8-byte table high:low.
+
+    A nibble >= 8 gives the sign of byte `nibble - 8`, repeated: 0 for the table bytes here, which are all below 128.
+    """
+    if EMULATE:
+        place = tl.arange(0, 4).to(tl.uint32)[None, :]
+        nibble = (selector[:, None] >> (place * 4)) & 15
+        byte = (tl.where((nibble & 4) == 0, low[:, None], high[:, None]) >> ((nibble & 3) * 8)) & 0xFF
+        byte = tl.where(nibble < 8, byte, (byte >> 7) * 255)
+        return tl.sum(byte << (place * 8), axis=1).to(tl.uint32)
+    else:
+        return tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [low, high, selector], dtype=tl.uint32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def _bytes_dot(a, b, WARPS: tl.constexpr):
+    """[W, 8, 8] int32: for rows g of `a` and columns n of `b` (both [32 W] words, 4 unsigned resp. signed bytes) the sum over t and bytes."""
+    shift = tl.arange(0, 4).to(tl.uint32)[None, :] * 8
+    a_bytes = ((a[:, None] >> shift) & 0xFF).to(tl.int32)
+    b_bytes = ((b[:, None] >> shift) & 0xFF).to(tl.int32)
+    b_bytes = b_bytes - 256 * (b_bytes >> 7)
+    return tl.sum(tl.reshape(a_bytes, [WARPS, 8, 1, 16]) * tl.reshape(b_bytes, [WARPS, 1, 8, 16]), axis=3)
+
+
+@triton.jit
+def _mma(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3, EMULATE: tl.constexpr, WARPS: tl.constexpr):
+    """D = A B + C on the tensor cores: A 16 x 32 unsigned bytes, B 32 x 8 signed bytes, C and D int32 (exact)."""
+    if EMULATE:
+        top = tl.reshape(_bytes_dot(a0, b0, WARPS) + _bytes_dot(a2, b1, WARPS), [WARPS, 8, 4, 2])
+        bottom = tl.reshape(_bytes_dot(a1, b0, WARPS) + _bytes_dot(a3, b1, WARPS), [WARPS, 8, 4, 2])
+        d0, d1 = tl.split(top)
+        d2, d3 = tl.split(bottom)
+        return (
+            c0 + tl.reshape(d0, [WARPS * 32]),
+            c1 + tl.reshape(d1, [WARPS * 32]),
+            c2 + tl.reshape(d2, [WARPS * 32]),
+            c3 + tl.reshape(d3, [WARPS * 32]),
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};",
+            "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r,r",
+            [a0, a1, a2, a3, b0, b1, c0, c1, c2, c3],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+            is_pure=True,
+            pack=1,
+        )
+
+
+# -- digits: table look-ups in registers, products on the int8 tensor cores ----------------------------------------------------
+
+
+@triton.jit
+def split_digits(x, digits, scales, sums, M, K, x_stride, digits_stride, BLOCK: tl.constexpr):
+    """x [M, K] -> three signed bytes a value: x = scale (65536 d0 + 256 d1 + d2), one scale a token.
+
+    `digits` int8 [4 * tokens, digits_stride]: rows 4 m + (0, 1, 2) hold d0, d1, d2, row 4 m + 3 and everything past K zeros.
+    `scales`, `sums` float32 [tokens]: the scale and the sum of the represented values. One program a token; tokens >= M get zeros.
+    """
+    token = tl.program_id(0)
+    column = tl.arange(0, BLOCK)
+    values = tl.load(x + token.to(tl.int64) * x_stride + column, mask=(column < K) & (token < M), other=0.0).to(tl.float32)
+    largest = tl.max(tl.abs(values), axis=0)
+    scale = tl.maximum(largest, 1e-30) / 8355711.0  # 127 * (65536 + 256 + 1)
+    whole = tl.floor(values / scale + 0.5).to(tl.int32)
+    tl.store(scales + token, scale)
+    tl.store(sums + token, tl.sum(whole.to(tl.float32), axis=0) * scale)
+    d2 = ((whole + 128) & 255) - 128
+    rest = (whole - d2) >> 8
+    d1 = ((rest + 128) & 255) - 128
+    d0 = (rest - d1) >> 8
+    row = digits + token.to(tl.int64) * 4 * digits_stride + column
+    inside = column < digits_stride
+    tl.store(row, d0.to(tl.int8), mask=inside)
+    tl.store(row + digits_stride, d1.to(tl.int8), mask=inside)
+    tl.store(row + 2 * digits_stride, d2.to(tl.int8), mask=inside)
+    tl.store(row + 3 * digits_stride, (d2 * 0).to(tl.int8), mask=inside)
+
+
+@triton.jit
+def _rotate(word, COUNT: tl.constexpr):
+    if COUNT % 32 == 0:
+        return word
+    else:
+        return (word << (COUNT % 32)) | (word >> (32 - COUNT % 32))
+
+
+@triton.jit
+def _nibbles(p0, p1, p2, p3, BITS: tl.constexpr):
+    """Words of up to four planes -> four words of eight codes each, a code a nibble: word s, nibble i is column 8 s + i."""
+    if BITS == 4:
+        even_high = (p0 & 0xAAAAAAAA) | (p1 & 0x55555555)
+        even_low = (p2 & 0xAAAAAAAA) | (p3 & 0x55555555)
+        odd_high = (p0 & 0x55555555) | (p1 & 0xAAAAAAAA)
+        odd_low = (p2 & 0x55555555) | (p3 & 0xAAAAAAAA)
+        return (
+            (even_high & 0xCCCCCCCC) | (even_low & 0x33333333),
+            _rotate((odd_high & 0x66666666) | (odd_low & 0x99999999), 1),
+            _rotate((even_high & 0x33333333) | (even_low & 0xCCCCCCCC), 2),
+            _rotate((odd_high & 0x99999999) | (odd_low & 0x66666666), 3),
+        )
+    elif BITS == 3:
+        even_high = (p0 & 0xAAAAAAAA) | (p1 & 0x55555555)
+        odd_high = (p0 & 0x55555555) | (p1 & 0xAAAAAAAA)
+        return (
+            _rotate((even_high & 0xCCCCCCCC) | (p2 & 0x22222222), 31),
+            (odd_high & 0x66666666) | (p2 & 0x11111111),
+            _rotate((even_high & 0x33333333) | (p2 & 0x88888888), 1),
+            _rotate((odd_high & 0x99999999) | (p2 & 0x44444444), 2),
+        )
+    else:
+        even = (p0 & 0xAAAAAAAA) | (p1 & 0x55555555)
+        odd = (p0 & 0x55555555) | (p1 & 0xAAAAAAAA)
+        return (
+            _rotate(even & 0xCCCCCCCC, 30),
+            _rotate(odd & 0x66666666, 31),
+            even & 0x33333333,
+            _rotate(odd & 0x99999999, 1),
+        )
+
+
+@triton.jit
+def _planes(base, plane_stride, BITS: tl.constexpr, EMULATE: tl.constexpr):
+    """The tile's words of the first BITS planes, 4 a plane (half h, row part r: word 2 h + r), zeros for absent planes."""
+    p0 = _load16(base, EMULATE, True)
+    p1 = _load16(base + plane_stride, EMULATE, True)
+    p2 = p1
+    p3 = p1
+    if BITS >= 3:
+        p2 = _load16(base + 2 * plane_stride, EMULATE, True)
+    if BITS >= 4:
+        p3 = _load16(base + 3 * plane_stride, EMULATE, True)
+    return p0 + p1 + p2 + p3
+
+
+@triton.jit
+def _table(base, BITS: tl.constexpr, EMULATE: tl.constexpr):
+    """The row's table as bytes: 2 bits (high digits, low digits); 3 bits (high 0-3, 4-7, low 0-3, 4-7); 4 bits: codes 0-7, then 8-15."""
+    if BITS == 2:
+        a = tl.load(base).to(tl.uint32, bitcast=True)
+        b = tl.load(base + 1).to(tl.uint32, bitcast=True)
+        return (a, b)
+    elif BITS == 3:
+        return _load16(base, EMULATE, False)
+    else:
+        return _load16(base, EMULATE, False) + _load16(base + 4, EMULATE, False)
+
+
+@triton.jit
+def _lookup(top_low, top_high, bottom_low, bottom_high, top, bottom, EMULATE: tl.constexpr):
+    """An operand of `_mma`: the digits of the eight nibbles of the top and of the bottom row."""
+    return (
+        _prmt(top_low, top_high, top, EMULATE),
+        _prmt(bottom_low, bottom_high, bottom, EMULATE),
+        _prmt(top_low, top_high, top >> 16, EMULATE),
+        _prmt(bottom_low, bottom_high, bottom >> 16, EMULATE),
+    )
+
+
+@triton.jit
+def _accumulate(a, b0, b1, c, EMULATE: tl.constexpr, WARPS: tl.constexpr):
+    return _mma(a[0], a[1], a[2], a[3], b0, b1, c[0], c[1], c[2], c[3], EMULATE, WARPS)
+
+
+@triton.jit
+def _either(a, b):
+    return (a[0] | b[0], a[1] | b[1], a[2] | b[2], a[3] | b[3])
+
+
+@triton.jit
+def digits_matmul(
+    planes, tables, table_scales, table_offsets, digits, x_scales, x_sums, bias, y,
+    M, N, plane_stride, digits_stride, y_stride,
+    BLOCKS: tl.constexpr, TILES: tl.constexpr, BITS: tl.constexpr, TOKEN_PAIRS: tl.constexpr, WARPS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, MERGE: tl.constexpr, EMULATE: tl.constexpr,
+):  # fmt: skip
+    """y [M, N] for M <= 2 * TOKEN_PAIRS from digits of x: one program = 16 rows, its warps share the columns.
+
+    BLOCKS = tiles of a row block, TILES = those of one warp. MERGE (b = 4): `or` the digits of the two half tables before the product, in
+    place of two products (fewer products, for many tokens). A thread holds exactly one element of every tensor, so element = thread.
+    """
+    row_block = tl.program_id(0)
+    thread = tl.arange(0, 32 * WARPS)
+    warp = thread // 32
+    lane = thread % 32
+    g = lane // 4
+    t = lane % 4
+    WORDS: tl.constexpr = 2 if BITS == 2 else (4 if BITS == 3 else 8)
+    top = _table(tables + (row_block * 16 + g) * WORDS, BITS, EMULATE)
+    bottom = _table(tables + (row_block * 16 + 8 + g) * WORDS, BITS, EMULATE)
+
+    zero = tl.zeros([32 * WARPS], tl.int32)
+    acc = ()
+    for _ in tl.static_range(TOKEN_PAIRS * 8):
+        acc = acc + (zero,)
+
+    tile_base = planes + row_block.to(tl.int64) * (BLOCKS * 128) + lane * 4
+    first = tl.minimum(warp, BLOCKS - 1)
+    words = _planes(tile_base + first * 128, plane_stride, BITS, EMULATE)
+    for i in tl.static_range(TILES):
+        block = warp + i * WARPS
+        current = words
+        if i + 1 < TILES:
+            following = tl.minimum(block + WARPS, BLOCKS - 1)
+            words = _planes(tile_base + following * 128, plane_stride, BITS, EMULATE)
+        for h in tl.static_range(2):
+            x_words = ()
+            for n in tl.static_range(TOKEN_PAIRS):
+                x_base = digits + (n * 8 + g).to(tl.int64) * (digits_stride // 4) + block * 64 + h * 32 + t * 8
+                x_words = x_words + _load16(x_base, EMULATE, False) + _load16(x_base + 4, EMULATE, False)
+            n_top = _nibbles(current[2 * h], current[4 + 2 * h], current[8 + 2 * h], current[12 + 2 * h], BITS)
+            n_bottom = _nibbles(current[2 * h + 1], current[5 + 2 * h], current[9 + 2 * h], current[13 + 2 * h], BITS)
+            for s in tl.static_range(4):
+                if BITS == 2:
+                    high = _lookup(top[0], top[1], bottom[0], bottom[1], n_top[s], n_bottom[s], EMULATE)
+                    low = _lookup(top[1], top[0], bottom[1], bottom[0], n_top[s], n_bottom[s], EMULATE)
+                else:
+                    high = _lookup(top[0], top[1], bottom[0], bottom[1], n_top[s], n_bottom[s], EMULATE)
+                    low = _lookup(top[2], top[3], bottom[2], bottom[3], n_top[s], n_bottom[s], EMULATE)
+                other_high = high
+                other_low = low
+                if BITS == 4:
+                    other_top = n_top[s] ^ 0x88888888
+                    other_bottom = n_bottom[s] ^ 0x88888888
+                    other_high = _lookup(top[4], top[5], bottom[4], bottom[5], other_top, other_bottom, EMULATE)
+                    other_low = _lookup(top[6], top[7], bottom[6], bottom[7], other_top, other_bottom, EMULATE)
+                    if MERGE:
+                        high = _either(high, other_high)
+                        low = _either(low, other_low)
+                updated = ()
+                for n in tl.static_range(TOKEN_PAIRS):
+                    b0 = x_words[8 * n + 2 * s]
+                    b1 = x_words[8 * n + 2 * s + 1]
+                    c_high = (acc[8 * n], acc[8 * n + 1], acc[8 * n + 2], acc[8 * n + 3])
+                    c_low = (acc[8 * n + 4], acc[8 * n + 5], acc[8 * n + 6], acc[8 * n + 7])
+                    c_high = _accumulate(high, b0, b1, c_high, EMULATE, WARPS)
+                    c_low = _accumulate(low, b0, b1, c_low, EMULATE, WARPS)
+                    if BITS == 4 and not MERGE:
+                        c_high = _accumulate(other_high, b0, b1, c_high, EMULATE, WARPS)
+                        c_low = _accumulate(other_low, b0, b1, c_low, EMULATE, WARPS)
+                    updated = updated + c_high + c_low
+                acc = updated
+
+    # Columns 2t and 2t + 1 of the product are two digits of one token: t = 0, 2 hold d0, d1 and t = 1, 3 hold d2, 0.
+    weight_even = tl.where(t % 2 == 0, 65536.0, 1.0)
+    weight_odd = tl.where(t % 2 == 0, 256.0, 0.0)
+    slot = tl.arange(0, 16)
+    row_top = row_block * 16 + slot // 2
+    row_bottom = row_top + 8
+    for n in tl.static_range(TOKEN_PAIRS):
+        even_top = acc[8 * n].to(tl.float32) * 128.0 + acc[8 * n + 4].to(tl.float32)
+        odd_top = acc[8 * n + 1].to(tl.float32) * 128.0 + acc[8 * n + 5].to(tl.float32)
+        even_bottom = acc[8 * n + 2].to(tl.float32) * 128.0 + acc[8 * n + 6].to(tl.float32)
+        odd_bottom = acc[8 * n + 3].to(tl.float32) * 128.0 + acc[8 * n + 7].to(tl.float32)
+        sum_top = tl.sum(tl.reshape(even_top * weight_even + odd_top * weight_odd, [WARPS, 32]), axis=0)
+        sum_bottom = tl.sum(tl.reshape(even_bottom * weight_even + odd_bottom * weight_odd, [WARPS, 32]), axis=0)
+        sum_top = tl.sum(tl.reshape(sum_top, [16, 2]), axis=1)  # [8 rows, 2 tokens]
+        sum_bottom = tl.sum(tl.reshape(sum_bottom, [16, 2]), axis=1)
+        token = 2 * n + slot % 2
+        x_scale = tl.load(x_scales + token)
+        x_sum = tl.load(x_sums + token)
+        y_top = sum_top * x_scale * tl.load(table_scales + row_top) + x_sum * tl.load(table_offsets + row_top)
+        y_bottom = sum_bottom * x_scale * tl.load(table_scales + row_bottom) + x_sum * tl.load(table_offsets + row_bottom)
+        if HAS_BIAS:
+            y_top += tl.load(bias + row_top, mask=row_top < N, other=0.0).to(tl.float32)
+            y_bottom += tl.load(bias + row_bottom, mask=row_bottom < N, other=0.0).to(tl.float32)
+        tl.store(y + token * y_stride + row_top, y_top.to(y.dtype.element_ty), mask=(token < M) & (row_top < N))
+        tl.store(y + token * y_stride + row_bottom, y_bottom.to(y.dtype.element_ty), mask=(token < M) & (row_bottom < N))
+
+
+# -- plain Triton: decode a tile, then dot, sum or store it --------------------------------------------------------------------
+
+
+@triton.jit
+def _tile_codes(planes, row, word_column, plane_stride, BLOCKS: tl.constexpr, BITS: tl.constexpr):
+    """Codes of rows `row` [R] and word columns `word_column` [C] (32 columns each): int32 [R, C, 32]."""
+    block = word_column // 8
+    h = (word_column // 4) % 2
+    t = word_column % 4
+    at = (row // 16).to(tl.int64)[:, None] * (BLOCKS * 128) + ((row % 8) * 16 + (row % 16) // 8)[:, None]
+    at += (block * 128 + t * 4 + h * 2)[None, :]
+    c = tl.arange(0, 32)
+    codes = tl.zeros([row.shape[0], word_column.shape[0], 32], tl.int32)
+    for p in tl.static_range(BITS):
+        word = tl.load(planes + p * plane_stride + at).to(tl.uint32, bitcast=True)
+        position = (4 * (c % 8) + 3 - p % 4 + 32 - c // 8) % 32
+        bit = (word[:, :, None] >> position[None, None, :].to(tl.uint32)) & 1
+        codes = codes * 2 + bit.to(tl.int32)
+    return codes
+
+
+@triton.jit
+def _tile_weights(
+    planes, values, zeros, groups, row, word_column, plane_stride, N_PADDED,
+    BLOCKS: tl.constexpr, BITS: tl.constexpr, AFFINE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """float32 weights [ROWS, COLUMNS]: table look-up, or (AFFINE) scale * (code - zero) of the column's group."""
+    codes = tl.reshape(_tile_codes(planes, row, word_column, plane_stride, BLOCKS, BITS), [ROWS, COLUMNS])
+    if AFFINE:
+        column = tl.reshape(word_column[:, None] * 32 + tl.arange(0, 32)[None, :], [COLUMNS])
+        group = tl.load(groups + column)
+        at = group[None, :] * N_PADDED + row[:, None]
+        return tl.load(values + at).to(tl.float32) * (codes - tl.load(zeros + at).to(tl.int32)).to(tl.float32)
+    else:
+        return tl.load(values + row[:, None] * (1 << BITS) + codes).to(tl.float32)
+
+
+@triton.jit
+def dequantize_tiles(
+    planes, values, zeros, groups, out, N, K, plane_stride, N_PADDED,
+    BLOCKS: tl.constexpr, BITS: tl.constexpr, AFFINE: tl.constexpr,
+):  # fmt: skip
+    """out [N, K] <- the weights; one program = 16 rows x 256 columns."""
+    row = tl.program_id(0) * 16 + tl.arange(0, 16)
+    word_column = tl.program_id(1) * 8 + tl.arange(0, 8)
+    weights = _tile_weights(planes, values, zeros, groups, row, word_column, plane_stride, N_PADDED, BLOCKS, BITS, AFFINE, 16, 256)
+    column = tl.program_id(1) * 256 + tl.arange(0, 256)
+    at = row.to(tl.int64)[:, None] * K + column[None, :]
+    tl.store(out + at, weights.to(out.dtype.element_ty), mask=(row < N)[:, None] & (column < K)[None, :])
+
+
+@triton.jit
+def plain_matmul(
+    x, planes, values, zeros, groups, bias, y, partial,
+    M, N, K, x_stride, y_stride, plane_stride, N_PADDED,
+    BLOCKS: tl.constexpr, BITS: tl.constexpr, AFFINE: tl.constexpr, HAS_BIAS: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, TOKENS: tl.constexpr, STEPS: tl.constexpr, SPLIT: tl.constexpr,
+    USE_DOT: tl.constexpr,
+):  # fmt: skip
+    """y [M, N] for any b: decode [ROWS, COLUMNS], then a tensor-core dot (USE_DOT) or a sum for each of TOKENS tokens.
+
+    Programs: (row blocks, SPLIT parts of the columns, token blocks). With SPLIT > 1 the parts land in `partial` float32 [SPLIT, M, N].
+    """
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    part = tl.program_id(1)
+    token0 = tl.program_id(2) * TOKENS
+    token = token0 + tl.arange(0, TOKENS)
+    inside = row < N
+    safe_row = tl.minimum(row, N_PADDED - 1)
+    acc = tl.zeros([ROWS, TOKENS], tl.float32)
+    for step in range(STEPS):
+        first = (part * STEPS + step) * COLUMNS
+        word_column = tl.minimum(first // 32 + tl.arange(0, COLUMNS // 32), BLOCKS * 8 - 1)
+        column = first + tl.arange(0, COLUMNS)
+        weights = _tile_weights(
+            planes, values, zeros, groups, safe_row, word_column, plane_stride, N_PADDED, BLOCKS, BITS, AFFINE, ROWS, COLUMNS
+        )
+        x_at = token.to(tl.int64)[:, None] * x_stride + column[None, :]
+        x_tile = tl.load(x + x_at, mask=(token < M)[:, None] & (column < K)[None, :], other=0.0)
+        if USE_DOT:
+            acc = tl.dot(weights.to(x.dtype.element_ty), tl.trans(x_tile), acc, input_precision="ieee")
+        else:
+            rounded = weights.to(x.dtype.element_ty).to(tl.float32)
+            acc += tl.sum(rounded[:, None, :] * x_tile.to(tl.float32)[None, :, :], axis=2)
+    mask = inside[:, None] & (token < M)[None, :]
+    at = token.to(tl.int64)[None, :] * y_stride + row[:, None]
+    if SPLIT == 1:
+        if HAS_BIAS:
+            acc += tl.load(bias + row, mask=inside, other=0.0).to(tl.float32)[:, None]
+        tl.store(y + at, acc.to(y.dtype.element_ty), mask=mask)
+    else:
+        tl.store(partial + part * M * N + token[None, :] * N + row[:, None], acc, mask=mask)
+
+
+# -- attention of one token a row over its slot of the cache -------------------------------------------------------------------
+
+
+@triton.jit
+def attention_part(
+    q, keys, values, slots, lengths, out, log_sums, scale_log2, window,
+    q_row, q_head, k_slot, k_head, k_token, v_slot, v_head, v_token, HEADS, SPLITS,
+    GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr,
+    TOKENS: tl.constexpr, STEPS: tl.constexpr, HAS_WINDOW: tl.constexpr,
+):  # fmt: skip
+    """One (row, kv head, part of the cache): its GROUP query heads against TOKENS * STEPS cached tokens.
+
+    out float32 [n, Hq, SPLITS, D] (normalized within the part), log_sums float32 [n, Hq, SPLITS] (base 2; -inf for an empty part).
+    """
+    row = tl.program_id(0)
+    kv_head = tl.program_id(1)
+    part = tl.program_id(2)
+    slot = tl.load(slots + row).to(tl.int64)
+    length = tl.load(lengths + row)
+    start = part * (TOKENS * STEPS)
+    member = tl.arange(0, GROUP_PADDED)
+    head = kv_head * GROUP + member
+    d = tl.arange(0, D_PADDED)
+    real = (member < GROUP)[:, None] & (d < D)[None, :]
+    best = tl.full([GROUP_PADDED], float("-inf"), tl.float32)
+    total = tl.zeros([GROUP_PADDED], tl.float32)
+    acc = tl.zeros([GROUP_PADDED, D_PADDED], tl.float32)
+    first_visible = 0
+    if HAS_WINDOW:
+        first_visible = length - window
+    if (start < length) & (start + TOKENS * STEPS > first_visible):
+        query = tl.load(q + row * q_row + head[:, None] * q_head + d[None, :], mask=real, other=0.0)
+        for step in range(STEPS):
+            token = start + step * TOKENS + tl.arange(0, TOKENS)
+            seen = (token < length) & (token >= first_visible)
+            k_at = slot * k_slot + kv_head.to(tl.int64) * k_head + token.to(tl.int64)[:, None] * k_token + d[None, :]
+            key = tl.load(keys + k_at, mask=seen[:, None] & (d < D)[None, :], other=0.0)
+            scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale_log2
+            scores = tl.where(seen[None, :], scores, float("-inf"))
+            new_best = tl.maximum(best, tl.max(scores, axis=1))
+            safe = tl.where(new_best == float("-inf"), 0.0, new_best)
+            shrink = tl.exp2(best - safe)
+            weights = tl.exp2(scores - safe[:, None])
+            total = total * shrink + tl.sum(weights, axis=1)
+            v_at = slot * v_slot + kv_head.to(tl.int64) * v_head + token.to(tl.int64)[:, None] * v_token + d[None, :]
+            value = tl.load(values + v_at, mask=seen[:, None] & (d < D)[None, :], other=0.0)
+            acc = acc * shrink[:, None] + tl.dot(weights.to(value.dtype), value, input_precision="ieee")
+            best = new_best
+    log_sum = tl.where(total > 0.0, tl.log2(tl.maximum(total, 1e-37)) + best, float("-inf"))
+    acc = acc / tl.maximum(total, 1e-37)[:, None]
+    at = (row * HEADS + head) * SPLITS + part
+    tl.store(out + at.to(tl.int64)[:, None] * D + d[None, :], acc, mask=real)
+    tl.store(log_sums + at, log_sum, mask=member < GROUP)
+
+
+@triton.jit
+def attention_join(out, log_sums, y, HEADS, D: tl.constexpr, D_PADDED: tl.constexpr, SPLITS: tl.constexpr, SPLITS_PADDED: tl.constexpr):
+    """y [n, Hq, D] <- the parts of `attention_part`, weighted by their share of the softmax."""
+    row_head = tl.program_id(0) * HEADS + tl.program_id(1)
+    split = tl.arange(0, SPLITS_PADDED)
+    d = tl.arange(0, D_PADDED)
+    log_sum = tl.load(log_sums + row_head * SPLITS + split, mask=split < SPLITS, other=float("-inf"))
+    best = tl.max(log_sum, axis=0)
+    share = tl.exp2(log_sum - tl.where(best == float("-inf"), 0.0, best))
+    part = tl.load(
+        out + (row_head * SPLITS + split).to(tl.int64)[:, None] * D + d[None, :],
+        mask=(split < SPLITS)[:, None] & (d < D)[None, :],
+        other=0.0,
+    )
+    joined = tl.sum(part * share[:, None], axis=0) / tl.maximum(tl.sum(share, axis=0), 1e-37)
+    tl.store(y + row_head.to(tl.int64) * D + d, joined.to(y.dtype.element_ty), mask=d < D)

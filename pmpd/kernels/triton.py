@@ -1,0 +1,471 @@
+"""Kernels for CUDA devices, in Triton: y = x Wᵀ + bias with W as bitplanes and tables (`TritonMatrix`) or as GPTQ codes (`GPTQMatrix`).
+
+Legend: M tokens, N out_features, K in_features, b bits, P planes. A *tile* is 16 rows x 256 columns.
+
+Memory layout (made once at load): planes int32 [P, N/16, K/256, 32 lanes, 4], rows and columns padded. Lane 4 g + t, word 2 h + r of a
+tile holds row 8 r + g, columns 128 h + 32 t + 0..31, so a warp reads one plane of a tile as 512 consecutive bytes, 16 a thread, and the
+tiles of a row block follow each other. Column 8 s + i of a word has its bit of plane p at position (4 i + 3 - p - s) mod 32: then one
+to two logical operations per eight weights and plane turn words of planes into words of nibbles, one code a nibble.
+
+Three ways to multiply, chosen by M and b:
+
+*digits* (M <= 16, b = 2, 3, 4). A table's 16-bit fixed-point values are split into two 7-bit digits, an activation into three signed
+bytes (24 bits, one scale a token); products run on the int8 tensor cores and add up exactly in int32; what is left is one
+multiply-add in float32 a row. Why: at b = 4 a memory-bound kernel must decode about 33 weights a clock and multiprocessor (H200:
+4.3 TB/s over 132 multiprocessors at 1.98 GHz), at b = 2 about 66, with 64 logical operations a clock: one to two operations a weight.
+A table look-up in shared memory or the first-level cache is slower than that. `prmt` looks up four bytes in an 8-byte table held
+in two registers, and four such bytes *are* an operand register of the int8 tensor cores: no widening, no interleaving, no multiply-add.
+Operations a weight (logical, shift, prmt): b = 2: 0.9, b = 3: 1.0, b = 4: 2.2 (a code >= 8 makes `prmt` return 0, so two half tables
+are or-ed). Error: tables 2^-15 of the row's range, activations 2^-24 of the token's largest; below float16's own rounding.
+
+*fused* (other b, or 16 < M <= 64): decodes a tile with one table load a weight, then a tensor-core dot (a float32 sum for M < 4).
+
+*dense* (larger M): writes the matrix in the activations' type, then cuBLAS.
+
+Bytes of one multiplication: N K b / 8 planes + N 2^b 2 tables (digits: N (8, 16, 32) + 8 N) + 2 M (K + N) activations; digits adds 4 M K
+for the split activations. FLOP: 2 M N K. Memory bounds all of it for M <= 16. Floors at the 4.3 TB/s that a copy reaches on an H200:
+
+    matrix             b = 2            b = 3            b = 4           float16
+    4096 x 4096        4.3 MB, 1.0 us   6.4 MB, 1.5 us   8.6 MB, 2.0 us  33.6 MB,  7.8 us
+    14336 x 4096      14.9 MB, 3.5 us  22.4 MB, 5.2 us  29.9 MB, 7.0 us 117.4 MB, 27.3 us
+    8B step, M = 1     1.8 GB, 0.42 ms  2.6 GB, 0.61 ms  3.5 GB, 0.82 ms 14.0 GB,  3.3 ms   (6.98e9 weights in 32 decoder layers)
+    with 16-bit head   2.8 GB, 0.66 ms  3.7 GB, 0.86 ms  4.6 GB, 1.06 ms 15.0 GB,  3.5 ms   (128256 x 4096 of it the head)
+
+Attention of a decode step reads each cached key and value once: 2 H D T 2 bytes a layer and row (8B: 128 KiB a token over all layers,
+so 0.03 ms a row at T = 1000), FLOP 4 Hq D T.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pmpd.kernels.base import BitplaneMatrix, PackedWeights
+
+TILE_ROWS = 16
+TILE_COLUMNS = 256
+DIGITS_BITS = (2, 3, 4)
+DIGITS_TOKENS = 16
+FUSED_TOKENS = 64
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+ROUTES = ("digits", "fused", "dense")
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0") == "1"
+
+
+def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Needs Triton, a CUDA device of compute capability 8.0 or later (or Triton's interpreter), float16, bfloat16 or float32."""
+    if importlib.util.find_spec("triton") is None:
+        return "the Python package triton is not installed"
+    if dtype not in DTYPES:
+        return f"Triton kernels compute in float16, bfloat16 or float32, not {dtype}"
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        return None if capability >= (8, 0) else f"Triton kernels need compute capability 8.0 or later, {device} has {capability}"
+    if device.type == "cpu" and _interpreted():
+        return None
+    return f"Triton kernels run on CUDA devices, not on {device.type}"
+
+
+# -- layout --------------------------------------------------------------------------------------------------------------------
+
+
+def _position(plane: int, column: Tensor) -> Tensor:
+    """The bit of a word that holds column `column` (0..31) of plane `plane`."""
+    return (4 * (column % 8) + 3 - plane % 4 - column // 8) % 32
+
+
+def tile_bits(bits_NK: Tensor, plane: int) -> Tensor:
+    """One plane, uint8 0/1 [N, K] -> int32 [N/16, K/256, 32, 4], padded with zeros."""
+    rows, columns = bits_NK.shape
+    row_blocks, blocks = math.ceil(rows / TILE_ROWS), math.ceil(columns / TILE_COLUMNS)
+    bits = torch.nn.functional.pad(bits_NK, (0, blocks * TILE_COLUMNS - columns, 0, row_blocks * TILE_ROWS - rows))
+    # [row block, r, g, block, h, t, column in word] -> [row block, block, g, t, h, r, column in word]
+    bits = bits.view(row_blocks, 2, 8, blocks, 2, 4, 32).permute(0, 3, 2, 5, 4, 1, 6)
+    words = torch.zeros(bits.shape[:-1], dtype=torch.int32, device=bits.device)
+    for column, position in enumerate(_position(plane, torch.arange(32)).tolist()):
+        words |= bits[..., column].to(torch.int32) << position
+    return words.reshape(row_blocks, blocks, 32, 4)
+
+
+def _wire_bits(plane_words: Tensor) -> Tensor:
+    """One plane of the file format, int32 [N, K/32] -> uint8 0/1 [N, K] in column order."""
+    rows, words = plane_words.shape
+    columns = torch.arange(words * 32, device=plane_words.device)
+    block = columns // 1024
+    block_words = torch.clamp(words - block * 32, max=32)
+    inside = columns % 1024
+    j, rest = inside // (8 * block_words), inside % (8 * block_words)
+    word, shift = block * 32 + rest // 8, 31 - (8 * j + rest % 8)
+    out = torch.empty(rows, words * 32, dtype=torch.uint8, device=plane_words.device)
+    step = max(1, (1 << 26) // (words * 32))
+    for start in range(0, rows, step):
+        out[start : start + step] = ((plane_words[start : start + step][:, word] >> shift) & 1).to(torch.uint8)
+    return out
+
+
+def table_digits(table: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
+    """`table` [N, 2**bits] -> (bytes int32 [N padded, words], scale float32, offset float32 [N padded]).
+
+    value = offset + scale * (128 high + low), digits in 0..127; word order as `_triton_kernels._table` reads it.
+    """
+    rows = table.shape[0]
+    padded = math.ceil(rows / TILE_ROWS) * TILE_ROWS
+    values = torch.nn.functional.pad(table.double(), (0, 0, 0, padded - rows))
+    offset = values.amin(1)
+    scale = (values.amax(1) - offset) / (127 * 128 + 127)
+    digits = torch.round((values - offset[:, None]) / torch.where(scale > 0, scale, 1.0)[:, None]).to(torch.int64)
+    high, low = (half.view(padded, -1, 4) for half in (digits // 128, digits % 128))  # [N, 2**bits / 4, 4]
+    if bits == 4:
+        octets = torch.stack([high[:, 0], high[:, 1], low[:, 0], low[:, 1], high[:, 2], high[:, 3], low[:, 2], low[:, 3]], dim=1)
+    else:
+        octets = torch.cat([high, low], dim=1)
+    words = (octets << torch.tensor([0, 8, 16, 24], device=table.device)).sum(-1)
+    return words.to(torch.int32).contiguous(), scale.float(), offset.float()
+
+
+# -- settings per GPU ----------------------------------------------------------------------------------------------------------
+
+
+def settings_file(gpu_name: str) -> Path:
+    return Path(__file__).parent / "autotune" / (gpu_name.replace(" ", "_").replace("/", "_") + ".json")
+
+
+@lru_cache(maxsize=8)
+def _settings(gpu_name: str) -> dict[str, Any]:
+    path = settings_file(gpu_name)
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _gpu_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
+
+
+def digits_warps(gpu_name: str, rows: int, columns: int, bits: int) -> int:
+    """Warps that share a row block's columns: as measured for this GPU and shape, else about 2048 warps in all."""
+    measured = _settings(gpu_name).get("digits", {}).get(f"{rows}x{columns}x{bits}")
+    if measured:
+        return int(measured["warps"])
+    blocks = math.ceil(columns / TILE_COLUMNS)
+    wanted = max(4, 2048 // math.ceil(rows / TILE_ROWS))
+    warps = 4
+    while warps < min(16, max(wanted, math.ceil(blocks / 8)), blocks):
+        warps *= 2
+    return warps
+
+
+# -- matrices ------------------------------------------------------------------------------------------------------------------
+
+
+class _TileMatrix:
+    """Tiles of planes and the launches over them; tables or group scales come from the owner."""
+
+    def __init__(self, planes: Tensor, shape: tuple[int, int], bias: Tensor | None) -> None:
+        self.planes = planes  # int32 [P, N/16, K/256, 32, 4]
+        self.shape = shape
+        self.bias = bias
+        self.row_blocks, self.blocks = planes.shape[1], planes.shape[2]
+        self.padded_rows = self.row_blocks * TILE_ROWS
+
+    def fused(
+        self, x: Tensor, bits: int, values: Tensor, zeros: Tensor | None, groups: Tensor | None, use_dot: bool | None = None
+    ) -> Tensor:
+        from pmpd.kernels import _triton_kernels as kernels
+
+        (rows, columns), tokens = self.shape, x.shape[0]
+        use_dot = tokens >= 4 if use_dot is None else use_dot
+        token_block = min(64, max(16, 1 << (tokens - 1).bit_length())) if use_dot else 1
+        row_block, column_block = (32, 128) if use_dot else (16, 256)
+        steps_total = math.ceil(columns / column_block)
+        row_programs, token_programs = math.ceil(rows / row_block), math.ceil(tokens / token_block)
+        split = 1
+        while split < 8 and row_programs * token_programs * split < 528 and steps_total // (2 * split) >= 2:
+            split *= 2
+        steps = math.ceil(steps_total / split)
+        y = x.new_empty(tokens, rows)
+        partial = x.new_empty(split, tokens, rows, dtype=torch.float32) if split > 1 else y
+        kernels.plain_matmul[(row_programs, split, token_programs)](
+            x, self.planes, values, values if zeros is None else zeros, self.planes if groups is None else groups,
+            y if self.bias is None else self.bias, y, partial,
+            tokens, rows, columns, x.stride(0), y.stride(0), self.planes.stride(0), self.padded_rows,
+            BLOCKS=self.blocks, BITS=bits, AFFINE=zeros is not None, HAS_BIAS=self.bias is not None,
+            ROWS=row_block, COLUMNS=column_block, TOKENS=token_block, STEPS=steps, SPLIT=split, USE_DOT=use_dot, num_warps=4,
+        )  # fmt: skip
+        if split > 1:
+            total = partial.sum(0)
+            y = (total if self.bias is None else total + self.bias.float()).to(x.dtype)
+        return y
+
+    def dequantize(self, bits: int, values: Tensor, zeros: Tensor | None, groups: Tensor | None, dtype: torch.dtype) -> Tensor:
+        from pmpd.kernels import _triton_kernels as kernels
+
+        rows, columns = self.shape
+        out = torch.empty(rows, columns, dtype=dtype, device=self.planes.device)
+        kernels.dequantize_tiles[(self.row_blocks, self.blocks)](
+            self.planes, values, values if zeros is None else zeros, self.planes if groups is None else groups, out,
+            rows, columns, self.planes.stride(0), self.padded_rows,
+            BLOCKS=self.blocks, BITS=bits, AFFINE=zeros is not None, num_warps=4,
+        )  # fmt: skip
+        return out
+
+
+class TritonMatrix(BitplaneMatrix):
+    """An Any-Precision matrix for the kernels here; see the module's text."""
+
+    def __init__(self, packed: PackedWeights, dtype: torch.dtype) -> None:
+        super().__init__(packed.shape, packed.precisions)
+        self.dtype = dtype
+        planes = max(packed.precisions)
+        tiles = torch.stack([tile_bits(_wire_bits(packed.planes[plane]), plane) for plane in range(planes)])
+        bias = None if packed.bias is None else packed.bias.to(dtype)
+        self._tiles = _TileMatrix(tiles, packed.shape, bias)
+        pad = self._tiles.padded_rows - packed.shape[0]
+        self._tables = {bits: torch.nn.functional.pad(table, (0, 0, 0, pad)).contiguous() for bits, table in packed.tables.items()}
+        self._digits = {bits: table_digits(table, bits) for bits, table in packed.tables.items() if bits in DIGITS_BITS}
+        self._gpu_name = _gpu_name(packed.planes.device)
+
+    def route(self, tokens: int, bits: int) -> str:
+        """Which of `ROUTES` a multiplication of `tokens` takes."""
+        limits = _settings(self._gpu_name).get("routes", {})
+        if tokens <= limits.get("digits", DIGITS_TOKENS) and bits in self._digits:
+            return "digits"
+        return "fused" if tokens <= limits.get("fused", FUSED_TOKENS) else "dense"
+
+    def multiply(self, x: Tensor, bits: int, route: str | None = None) -> Tensor:
+        """As in the base class. `route` forces one of `ROUTES`."""
+        rows, columns = self.shape
+        x_MK = x.reshape(-1, columns)
+        if x_MK.stride(-1) != 1:
+            x_MK = x_MK.contiguous()
+        route = route or self.route(x_MK.shape[0], bits)
+        if x_MK.shape[0] == 0:
+            y_MN = x_MK.new_empty(0, rows)
+        elif route == "digits":
+            y_MN = x_MK.new_empty(x_MK.shape[0], rows)
+            for start in range(0, x_MK.shape[0], DIGITS_TOKENS):
+                part = x_MK[start : start + DIGITS_TOKENS]
+                self._multiply_digits(part, bits, y_MN[start : start + DIGITS_TOKENS])
+        elif route == "fused":
+            y_MN = self._tiles.fused(x_MK, bits, self._tables[bits], None, None)
+        else:
+            y_MN = torch.nn.functional.linear(x_MK, self._tiles.dequantize(bits, self._tables[bits], None, None, x.dtype), self._tiles.bias)
+        return y_MN.view(*x.shape[:-1], rows)
+
+    def _multiply_digits(self, x: Tensor, bits: int, y: Tensor, warps: int | None = None, merge: bool | None = None) -> None:
+        from pmpd.kernels import _triton_kernels as kernels
+
+        (rows, columns), tokens, tiles = self.shape, x.shape[0], self._tiles
+        warps = warps or digits_warps(self._gpu_name, rows, columns, bits)
+        per_warp = math.ceil(tiles.blocks / warps)
+        pairs = 1 << ((tokens + 1) // 2 - 1).bit_length()  # 1, 2, 4 or 8
+        padded = per_warp * warps * TILE_COLUMNS
+        digits = torch.empty(8 * pairs, padded // 4, dtype=torch.int32, device=x.device)
+        scales = torch.empty(2, 2 * pairs, dtype=torch.float32, device=x.device)
+        kernels.split_digits[(2 * pairs,)](
+            x, digits.view(torch.int8), scales[0], scales[1], tokens, columns, x.stride(0), padded,
+            BLOCK=1 << (padded - 1).bit_length(), num_warps=8 if padded <= 4096 else 16,
+        )  # fmt: skip
+        words, table_scales, table_offsets = self._digits[bits]
+        kernels.digits_matmul[(tiles.row_blocks,)](
+            tiles.planes, words, table_scales, table_offsets, digits, scales[0], scales[1], y if tiles.bias is None else tiles.bias, y,
+            tokens, rows, tiles.planes.stride(0), padded, y.stride(0),
+            BLOCKS=tiles.blocks, TILES=per_warp, BITS=bits, TOKEN_PAIRS=pairs, WARPS=warps, HAS_BIAS=tiles.bias is not None,
+            MERGE=pairs > 1 if merge is None else merge, EMULATE=_interpreted(), num_warps=warps,
+        )  # fmt: skip
+
+    def dequantize(self, bits: int) -> Tensor:
+        return self._tiles.dequantize(bits, self._tables[bits], None, None, self.dtype)
+
+    def packed_bytes(self) -> int:
+        tables = [*self._tables.values(), *(part for parts in self._digits.values() for part in parts)]
+        return self._tiles.planes.nbytes + sum(table.nbytes for table in tables)
+
+
+class GPTQMatrix:
+    """A GPTQ matrix of one precision: weight[n, k] = scale[g(k), n] * (code - zero[g(k), n]).
+
+    `qweight` int32 [K b / 32, N], `qzeros` int32 [G, N b / 32], `scales` float16 [G, N], `g_idx` int32 [K] (None: column // group size),
+    bits 2, 3, 4 or 8; `zero_offset` is added to the stored zeros (1 for checkpoint format `gptq`, 0 for `gptq_v2`).
+    Bytes a multiplication: N K b / 8 + 4 G N. ValueError: shapes that do not agree.
+    """
+
+    def __init__(
+        self, qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | None, bits: int, zero_offset: int,
+        dtype: torch.dtype, bias: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        if bits not in (2, 3, 4, 8):
+            raise ValueError(f"GPTQ weights of {bits} bits: 2, 3, 4 and 8 are supported")
+        columns, rows = qweight.shape[0] * 32 // bits, qweight.shape[1]
+        if scales.shape[1] != rows or qzeros.shape != (scales.shape[0], rows * bits // 32):
+            raise ValueError(
+                f"GPTQ tensors do not agree: qweight {list(qweight.shape)}, qzeros {list(qzeros.shape)}, scales {list(scales.shape)}, {bits} bits"
+            )
+        self.shape = (rows, columns)
+        self.bits = bits
+        self.dtype = dtype
+        codes_NK = unpack_gptq(qweight.T, bits)  # codes run along K
+        planes = torch.stack([tile_bits((codes_NK >> (bits - 1 - plane)) & 1, plane) for plane in range(bits)])
+        self._tiles = _TileMatrix(planes, self.shape, None if bias is None else bias.to(dtype))
+        pad = self._tiles.padded_rows - rows
+        self._scales = torch.nn.functional.pad(scales, (0, pad)).contiguous()  # [G, N padded]
+        zeros = unpack_gptq(qzeros, bits).to(torch.int16) + zero_offset
+        self._zeros = torch.nn.functional.pad(zeros, (0, pad)).contiguous()
+        if g_idx is None:
+            group_size = math.ceil(columns / scales.shape[0])
+            g_idx = torch.arange(columns, device=qweight.device) // group_size
+        self._groups = torch.nn.functional.pad(g_idx.to(torch.int32), (0, self._tiles.blocks * TILE_COLUMNS - columns)).contiguous()
+
+    def multiply(self, x: Tensor, route: str | None = None) -> Tensor:
+        """`x` [..., K] -> [..., N], bias added. `route`: `fused` or `dense` (default: by the number of tokens)."""
+        rows, columns = self.shape
+        x_MK = x.reshape(-1, columns)
+        if x_MK.stride(-1) != 1:
+            x_MK = x_MK.contiguous()
+        if x_MK.shape[0] == 0:
+            y_MN = x_MK.new_empty(0, rows)
+        elif (route or ("fused" if x_MK.shape[0] <= FUSED_TOKENS else "dense")) == "fused":
+            y_MN = self._tiles.fused(x_MK, self.bits, self._scales, self._zeros, self._groups)
+        else:
+            weight = self._tiles.dequantize(self.bits, self._scales, self._zeros, self._groups, x.dtype)
+            y_MN = torch.nn.functional.linear(x_MK, weight, self._tiles.bias)
+        return y_MN.view(*x.shape[:-1], rows)
+
+    def dequantize(self) -> Tensor:
+        """The matrix [N, K] in `dtype`."""
+        return self._tiles.dequantize(self.bits, self._scales, self._zeros, self._groups, self.dtype)
+
+    def packed_bytes(self) -> int:
+        return self._tiles.planes.nbytes + self._scales.nbytes + self._zeros.nbytes + self._groups.nbytes
+
+
+def unpack_gptq(words: Tensor, bits: int) -> Tensor:
+    """int32 [R, C bits / 32], values packed little end first along the last dimension (3 bits straddle words) -> uint8 [R, C]."""
+    rows, count = words.shape[0], words.shape[1] * 32 // bits
+    start = torch.arange(count, device=words.device) * bits
+    low, shift = start // 32, start % 32
+    high = torch.clamp(low + 1, max=words.shape[1] - 1)
+    unsigned = words.to(torch.int64) & 0xFFFFFFFF
+    pairs = unsigned[:, low] | (unsigned[:, high] << 32)
+    return ((pairs >> shift) & (2**bits - 1)).to(torch.uint8).view(rows, count)
+
+
+# -- several layers that read the same input -----------------------------------------------------------------------------------
+
+
+def concatenate(packed: Sequence[PackedWeights]) -> PackedWeights:
+    """One matrix whose rows are those of all `packed` (q, k, v or gate, up): one launch for all. They must agree in K and precisions."""
+    first = packed[0]
+    if any(p.shape[1] != first.shape[1] or p.precisions != first.precisions for p in packed):
+        raise ValueError(
+            f"matrices of shapes {[p.shape for p in packed]} and precisions {[p.precisions for p in packed]} do not share an input"
+        )
+    bias = None
+    if any(p.bias is not None for p in packed):
+        bias = torch.cat([first.tables[first.precisions[0]].new_zeros(p.shape[0]) if p.bias is None else p.bias for p in packed])
+    tables: Mapping[int, Tensor] = {bits: torch.cat([p.tables[bits] for p in packed]) for bits in first.precisions}
+    return replace(first, planes=torch.cat([p.planes[: max(first.precisions)] for p in packed], dim=1), tables=tables, bias=bias)
+
+
+def share_input(packed: Sequence[PackedWeights], dtype: torch.dtype) -> list[BitplaneMatrix]:
+    """One `BitplaneMatrix` for each of `packed`, in the order in which a layer calls them: the first multiplies for all.
+
+    The others take their part of that result when they get the same tensor at the same precision (anything else they multiply
+    themselves), so the input must not be overwritten in between.
+    """
+    whole = _SharedProduct(TritonMatrix(concatenate(packed), dtype), [p.shape[0] for p in packed])
+    return [_SharedPart(whole, index) for index in range(len(packed))]
+
+
+class _SharedProduct:
+    def __init__(self, matrix: TritonMatrix, sizes: Sequence[int]) -> None:
+        self.matrix = matrix
+        self.sizes = list(sizes)
+        self.starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        self.x: Tensor | None = None  # kept so that its address is not given to another tensor
+        self.y: dict[int, Tensor] = {}
+
+    def part(self, x: Tensor, bits: int, index: int) -> Tensor:
+        last = self.x
+        same = last is not None and (last.data_ptr(), last.shape, last.stride(), last.dtype) == (x.data_ptr(), x.shape, x.stride(), x.dtype)
+        if index == 0 or not same:
+            self.y = {}
+            self.x = x
+        if bits not in self.y:
+            self.y[bits] = self.matrix.multiply(x, bits)
+        part = self.y[bits].narrow(-1, self.starts[index], self.sizes[index])
+        if index == len(self.sizes) - 1:
+            self.x, self.y = None, {}
+        return part
+
+
+class _SharedPart(BitplaneMatrix):
+    def __init__(self, whole: _SharedProduct, index: int) -> None:
+        super().__init__((whole.sizes[index], whole.matrix.shape[1]), whole.matrix.precisions)
+        self._whole, self._index = whole, index
+
+    def multiply(self, x: Tensor, bits: int) -> Tensor:
+        return self._whole.part(x, bits, self._index)
+
+    def dequantize(self, bits: int) -> Tensor:
+        start = self._whole.starts[self._index]
+        return self._whole.matrix.dequantize(bits)[start : start + self.shape[0]]
+
+    def packed_bytes(self) -> int:
+        return self._whole.matrix.packed_bytes() * self.shape[0] // self._whole.matrix.shape[0]
+
+
+# -- attention -----------------------------------------------------------------------------------------------------------------
+
+
+def decode_attention(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    lengths: Tensor,
+    scale: float,
+    window: int | None = None,
+    longest: int | None = None,
+) -> Tensor:
+    """Attention of one new token a row: q [n, Hq, D], keys and values [S, H, T, D], slots and lengths int [n] -> [n, Hq, D].
+
+    Row i sees the first lengths[i] tokens of slot slots[i] (the last `window` of them, if given). `slots` and `lengths` are read on the
+    device, and the launch depends on `longest` only (tokens that any row may see; default T), so a captured graph replays for any of them.
+    """
+    from pmpd.kernels import _triton_kernels as kernels
+
+    rows, heads, dim = q.shape
+    kv_heads, capacity = keys.shape[1], keys.shape[2]
+    if q.stride(-1) != 1:
+        q = q.contiguous()
+    longest = min(longest or capacity, capacity)
+    splits = max(1, min(math.ceil(longest / 128), math.ceil(1056 / (rows * kv_heads))))
+    steps = math.ceil(longest / (64 * splits))
+    splits = math.ceil(longest / (64 * steps))
+    out = torch.empty(rows, heads, splits, dim, dtype=torch.float32, device=q.device)
+    log_sums = torch.empty(rows, heads, splits, dtype=torch.float32, device=q.device)
+    group, dim_padded = heads // kv_heads, max(16, 1 << (dim - 1).bit_length())
+    kernels.attention_part[(rows, kv_heads, splits)](
+        q, keys, values, slots, lengths, out, log_sums, scale * math.log2(math.e), window or 0,
+        q.stride(0), q.stride(1), keys.stride(0), keys.stride(1), keys.stride(2), values.stride(0), values.stride(1), values.stride(2),
+        heads, splits,
+        GROUP=group, GROUP_PADDED=max(16, 1 << (group - 1).bit_length()), D=dim, D_PADDED=dim_padded, TOKENS=64, STEPS=steps,
+        HAS_WINDOW=window is not None, num_warps=4,
+    )  # fmt: skip
+    y = torch.empty(rows, heads, dim, dtype=q.dtype, device=q.device)
+    kernels.attention_join[(rows, heads)](
+        out, log_sums, y, heads, D=dim, D_PADDED=dim_padded, SPLITS=splits, SPLITS_PADDED=1 << (splits - 1).bit_length(), num_warps=4
+    )
+    return y

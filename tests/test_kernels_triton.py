@@ -1,0 +1,227 @@
+"""The Triton kernels against the reference: on the GPU where there is one, else in Triton's interpreter."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # before any kernel is defined
+
+pytest.importorskip("triton")
+
+from pmpd.kernels.base import PackedWeights
+from pmpd.kernels.reference import ReferenceMatrix
+from pmpd.kernels.triton import GPTQMatrix, TritonMatrix, concatenate, decode_attention, share_input, table_digits, unavailable
+from pmpd.weights.bitplanes import pack
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1.2e-2, torch.float32: 2e-4}
+"""Of ‖y - reference‖ / ‖reference‖: the rounding of weights and results to the type (float32: of the tables' digits)."""
+
+
+def packed_weights(rows: int, columns: int, precisions: tuple[int, ...], bias: bool = False, seed: int = 0) -> PackedWeights:
+    draw = torch.Generator().manual_seed(seed)
+    parent = max(precisions)
+    codes = torch.randint(0, 2**parent, (rows, columns), generator=draw, dtype=torch.uint8)
+    tables = {b: (0.05 * torch.randn(rows, 2**b, generator=draw)).half().to(DEVICE) for b in precisions}
+    return PackedWeights(pack(codes, parent).to(DEVICE), tables, torch.randn(rows, generator=draw).to(DEVICE) if bias else None)
+
+
+def activations(*shape: int, dtype: torch.dtype = torch.float16, seed: int = 1) -> torch.Tensor:
+    draw = torch.Generator().manual_seed(seed)
+    return torch.randn(*shape, generator=draw).to(dtype).to(DEVICE)
+
+
+def error(y: torch.Tensor, expected: torch.Tensor) -> float:
+    assert y.shape == expected.shape
+    y, expected = y.double(), expected.double()
+    return float((y - expected).norm() / expected.norm())
+
+
+def expected_product(packed: PackedWeights, x: torch.Tensor, bits: int) -> torch.Tensor:
+    reference = ReferenceMatrix(packed, torch.float32)
+    return reference.multiply(x.float(), bits)
+
+
+@pytest.mark.parametrize("shape", [(16, 256), (5, 32), (40, 288), (33, 1312)])
+def test_dequantized_weights_are_exactly_the_table_values(shape):
+    packed = packed_weights(*shape, (2, 3, 4, 5, 8))
+    matrix = TritonMatrix(packed, torch.float16)
+    for bits in packed.precisions:
+        assert torch.equal(matrix.dequantize(bits), ReferenceMatrix(packed, torch.float16).dequantize(bits)), f"{shape}, {bits} bits"
+
+
+@pytest.mark.parametrize("route", ["digits", "fused", "dense"])
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_every_route_multiplies_as_the_reference(route, bits):
+    if route == "digits" and bits not in (2, 3, 4):
+        pytest.skip("digits holds tables of 2, 3 and 4 bits")
+    packed = packed_weights(35, 544, (bits, 8) if bits < 8 else (8,), bias=True)
+    matrix = TritonMatrix(packed, torch.float16)
+    for tokens in (1, 2, 3, 5):
+        x = activations(tokens, 544)
+        y = matrix.multiply(x, bits, route)
+        assert y.dtype == x.dtype
+        assert error(y, expected_product(packed, x, bits)) < TOLERANCE[torch.float16], f"{route}, {bits} bits, {tokens} tokens"
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 7, 8, 15, 16, 17, 65])
+def test_any_number_of_tokens(tokens):
+    packed = packed_weights(24, 320, (2, 3, 4))
+    matrix = TritonMatrix(packed, torch.float16)
+    x = activations(tokens, 320)
+    assert error(matrix.multiply(x, 3), expected_product(packed, x, 3)) < TOLERANCE[torch.float16]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_activation_types(dtype):
+    if DEVICE.type == "cpu" and dtype == torch.bfloat16:
+        routes = ["digits"]  # the interpreter has no bfloat16 dot
+    else:
+        routes = ["digits", "fused"]
+    packed = packed_weights(32, 512, (2, 3, 4))
+    matrix = TritonMatrix(packed, dtype)
+    x = activations(4, 512, dtype=dtype)
+    for route in routes:
+        assert error(matrix.multiply(x, 4, route), expected_product(packed, x, 4)) < TOLERANCE[dtype]
+
+
+def test_columns_beyond_the_warps_of_a_program_are_added():
+    packed = packed_weights(16, 256 * 5, (2, 3, 4))
+    matrix = TritonMatrix(packed, torch.float32)
+    x = activations(1, 256 * 5, dtype=torch.float32)
+    for warps in (1, 2, 4, 8):
+        y = torch.empty(1, 16, device=DEVICE)
+        matrix._multiply_digits(x, 4, y, warps=warps)
+        assert error(y, expected_product(packed, x, 4)) < TOLERANCE[torch.float32], f"{warps} warps"
+
+
+def test_an_outlier_does_not_drown_the_other_activations():
+    """One activation 1000 times the rest: three bytes keep the rest to 2^-14, two would not."""
+    packed = packed_weights(32, 512, (2, 3, 4))
+    x = activations(1, 512, dtype=torch.float32)
+    spike = x.clone()
+    spike[0, 7] = 1000.0
+    alone = torch.zeros_like(x)
+    alone[0, 7] = 1000.0
+    matrix = TritonMatrix(packed, torch.float32)
+    rest = matrix.multiply(spike, 4) - matrix.multiply(alone, 4)
+    x[0, 7] = 0
+    assert error(rest, expected_product(packed, x, 4)) < 2e-3
+
+
+def test_a_leading_shape_is_kept_and_no_tokens_give_no_rows():
+    packed = packed_weights(20, 96, (2, 3))
+    matrix = TritonMatrix(packed, torch.float32)
+    x = activations(2, 3, 96, dtype=torch.float32)
+    assert matrix.multiply(x, 3).shape == (2, 3, 20)
+    assert matrix.multiply(x[:0], 3).shape == (0, 3, 20)
+
+
+def test_tables_with_one_value_only():
+    packed = packed_weights(16, 64, (2, 3))
+    flat = PackedWeights(packed.planes, {b: torch.full_like(t, 0.25) for b, t in packed.tables.items()})
+    x = activations(1, 64, dtype=torch.float32)
+    assert error(TritonMatrix(flat, torch.float32).multiply(x, 3), expected_product(flat, x, 3)) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_table_digits_are_bytes_below_128(bits):
+    """prmt must return 0 for a code of the other half table: it repeats the sign bit."""
+    words, scale, offset = table_digits(torch.randn(20, 2**bits, dtype=torch.float16), bits)
+    assert words.shape == (32, {2: 2, 3: 4, 4: 8}[bits])
+    assert scale.shape == offset.shape == (32,)
+    assert not (words.long() & 0x80808080).any()
+
+
+def test_layers_that_share_an_input_take_one_multiplication(monkeypatch):
+    parts = [packed_weights(rows, 256, (2, 3), bias=rows == 24, seed=rows) for rows in (24, 16, 40)]
+    matrices = share_input(parts, torch.float32)
+    calls = []
+    multiply = TritonMatrix.multiply
+    monkeypatch.setattr(TritonMatrix, "multiply", lambda self, *args: calls.append(1) or multiply(self, *args))
+    for seed in (1, 2):
+        x = activations(2, 256, dtype=torch.float32, seed=seed)
+        for matrix, packed in zip(matrices, parts, strict=True):
+            assert error(matrix.multiply(x, 3), expected_product(packed, x, 3)) < TOLERANCE[torch.float32]
+    assert len(calls) == 2, "one multiplication for all three layers"
+    other = activations(2, 256, dtype=torch.float32, seed=9)
+    assert error(matrices[1].multiply(other, 2), expected_product(parts[1], other, 2)) < TOLERANCE[torch.float32]
+    assert error(matrices[2].multiply(x, 3), expected_product(parts[2], x, 3)) < TOLERANCE[torch.float32], "not the last input's product"
+    assert torch.equal(matrices[1].dequantize(3), ReferenceMatrix(parts[1], torch.float32).dequantize(3))
+
+
+def test_concatenating_layers_of_different_inputs_is_refused():
+    with pytest.raises(ValueError, match="do not share an input"):
+        concatenate([packed_weights(16, 64, (2, 3)), packed_weights(16, 96, (2, 3))])
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("act_order", [False, True])
+def test_gptq_codes_scales_and_zeros(bits, act_order):
+    columns, rows, group_size = 192, 32, 64
+    draw = torch.Generator().manual_seed(bits)
+    codes = torch.randint(0, 2**bits, (columns, rows), generator=draw)
+    zeros = torch.randint(0, 2**bits, (columns // group_size, rows), generator=draw)
+    scales = (0.01 + 0.02 * torch.rand(columns // group_size, rows, generator=draw)).half()
+    g_idx = torch.arange(columns) // group_size
+    if act_order:
+        g_idx = g_idx[torch.randperm(columns, generator=draw)]
+    weight = (scales[g_idx].float() * (codes - zeros[g_idx]).float()).T.contiguous()
+
+    stored = (zeros - 1) % 2**bits  # format `gptq`
+    weight_stored = (scales[g_idx].float() * (codes - (stored + 1)[g_idx]).float()).T.contiguous()
+    matrix = GPTQMatrix(
+        gptq_words(codes.T, bits).T.contiguous().to(DEVICE), gptq_words(stored, bits).to(DEVICE), scales.to(DEVICE),
+        g_idx.int().to(DEVICE) if act_order else None, bits, 1, torch.float32,
+    )  # fmt: skip
+    assert torch.allclose(matrix.dequantize().cpu(), weight_stored)
+    v2 = GPTQMatrix(
+        gptq_words(codes.T, bits).T.contiguous().to(DEVICE), gptq_words(zeros, bits).to(DEVICE), scales.to(DEVICE),
+        g_idx.int().to(DEVICE), bits, 0, torch.float32,
+    )  # fmt: skip
+    for tokens in (1, 5, 70):
+        x = activations(tokens, columns, dtype=torch.float32)
+        assert error(v2.multiply(x), x @ weight.T.to(DEVICE)) < 1e-5
+
+
+def gptq_words(values: torch.Tensor, bits: int) -> torch.Tensor:
+    """[R, C] -> int32 [R, C bits / 32], little end first, by string of bits (the definition, slowly)."""
+    out = []
+    for row in values.tolist():
+        stream = "".join(format(value, f"0{bits}b")[::-1] for value in row)
+        words = [int(stream[i : i + 32][::-1], 2) for i in range(0, len(stream), 32)]
+        out.append([word - 2**32 if word >= 2**31 else word for word in words])
+    return torch.tensor(out, dtype=torch.int32)
+
+
+def test_gptq_names_what_does_not_fit():
+    with pytest.raises(ValueError, match="2, 3, 4 and 8"):
+        GPTQMatrix(torch.zeros(8, 32).int(), torch.zeros(1, 4).int(), torch.zeros(1, 32), None, 5, 1, torch.float16)
+    with pytest.raises(ValueError, match="do not agree"):
+        GPTQMatrix(torch.zeros(8, 32).int(), torch.zeros(1, 3).int(), torch.zeros(1, 32), None, 4, 1, torch.float16)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "dim", "window"), [(6, 2, 32, None), (4, 4, 64, None), (8, 1, 80, 40), (2, 2, 16, 7)])
+def test_decode_attention_sees_exactly_the_rows_own_tokens(heads, kv_heads, dim, window):
+    slots, lengths = torch.tensor([3, 0, 2]), torch.tensor([1, 300, 129])
+    keys, values = (activations(4, kv_heads, 320, dim, dtype=torch.float32, seed=s) for s in (1, 2))
+    q = activations(3, heads, dim, dtype=torch.float32, seed=3)
+    for row in range(3):  # what a row must not see is poison
+        keys[slots[row], :, lengths[row] :] = float("nan")
+        values[slots[row], :, lengths[row] :] = float("nan")
+    y = decode_attention(q, keys, values, slots.to(DEVICE), lengths.to(DEVICE), dim**-0.5, window)
+    for row in range(3):
+        seen = slice(max(0, int(lengths[row]) - window) if window else 0, int(lengths[row]))
+        k, v = (part[slots[row], :, seen].repeat_interleave(heads // kv_heads, 0) for part in (keys, values))
+        share = torch.softmax(torch.einsum("hd,htd->ht", q[row], k) * dim**-0.5, -1)
+        assert error(y[row], torch.einsum("ht,htd->hd", share, v)) < 1e-5, f"row {row}"
+
+
+def test_unavailable_says_why():
+    assert unavailable(DEVICE, torch.float16) is None
+    assert "float64" in unavailable(DEVICE, torch.float64)
+    assert "CUDA" in unavailable(torch.device("meta"), torch.float16)
