@@ -1,8 +1,11 @@
-"""Progressive mixed-precision decoding (PMPD, ICLR 2025): model, schedulers, and the farm that labels and evaluates them."""
+"""Progressive mixed-precision decoding (PMPD, ICLR 2025): model, schedulers, and the farm that labels and evaluates them.
+
+    from pmpd import PMPDForCausalLM, Scheduler
+"""
 
 from __future__ import annotations
 
-import importlib
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -16,7 +19,7 @@ _HOMES = {"PMPDForCausalLM": "pmpd.model", "Scheduler": "pmpd.schedulers"}
 
 
 def __getattr__(name: str) -> Any:
-    """Imports on first use, so that reading tables or a report (`python -m pmpd.tables`) does not wait for torch."""
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    # on demand, so that `pmpd.tables` and `pmpd.report` run without torch
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'pmpd' has no attribute {name!r}")
