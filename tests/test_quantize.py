@@ -279,6 +279,23 @@ def test_bad_input_is_refused_with_a_cure(half_folder: Path, quantized: Path, tm
     assert not (tmp_path / "out").exists()
 
 
+def test_a_hub_id_is_downloaded_with_pickles_only_where_there_is_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def download(model_id: str, allow_patterns: list[str]) -> str:
+        asked.append((model_id, allow_patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert local_folder("owner/name") == tmp_path
+    assert [patterns for _, patterns in asked][1:] == [["pytorch_model*"]]
+    (tmp_path / "model.safetensors").touch()
+    asked.clear()
+    assert local_folder("owner/name") == tmp_path
+    assert len(asked) == 1
+    assert "*.safetensors" in asked[0][1]
+
+
 def test_the_job_says_what_it_wrote_and_what_comes_next(half_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "texts.txt").write_text("\n\n".join(TEXTS))
     output = tmp_path / "out"

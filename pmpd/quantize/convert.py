@@ -104,7 +104,10 @@ def local_folder(model_path: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(str(model_path), allow_patterns=_HUB_FILES))
+        folder = Path(snapshot_download(str(model_path), allow_patterns=_HUB_FILES))
+        if not any(folder.glob("*.safetensors")):  # an older repository; where there are both, pickles are not worth their bytes
+            folder = Path(snapshot_download(str(model_path), allow_patterns=["pytorch_model*"]))
+        return folder
     except Exception as error:  # the hub client has its own zoo of exceptions: no network, no such id, gated, …
         raise ValueError(
             f"--model-path {model_path}: no such folder, and not to be had from the Hugging Face hub ({type(error).__name__}: {error})"
