@@ -1,0 +1,221 @@
+"""Prompts: stable ids, cuts that depend on nothing but seed and id, and clear words for bad input."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections import Counter
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pmpd import prompts, tables
+from pmpd.demo import texts
+from pmpd.prompts import PromptConfig, cut_length, make_prompts, write_prompts
+from tests.helpers import byte_tokenizer
+
+WIKITEXT = Path(__file__).parents[2] / "shared" / "data" / "wikitext2_valid.c4.json.gz"
+TEXTS = ["one " * 30, "two " * 100, "three " * 400, "four"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return byte_tokenizer()
+
+
+def write_lines(path: Path, records: list, compress: bool = False) -> Path:
+    content = "".join((record if isinstance(record, str) else json.dumps(record)) + "\n" for record in records).encode()
+    path.write_bytes(gzip.compress(content) if compress else content)
+    return path
+
+
+def made(tokenizer, dataset, max_prompt_tokens=512, **options) -> list[dict]:
+    return list(make_prompts(PromptConfig(str(dataset), **options), tokenizer, max_prompt_tokens))
+
+
+def c4(texts: list) -> list[dict]:
+    return [{"text": text, "timestamp": "2019-04-25T12:57:54Z", "url": "https://example.org"} for text in texts]
+
+
+@given(tokens=st.integers(1, 5000), seed=st.integers(0, 99), key=st.text("0123456789abcdef", min_size=16, max_size=16))
+def test_cut_length_is_in_its_range_and_repeats(tokens, seed, key):
+    length = cut_length(tokens, seed, key)
+    assert max(1, min(32, tokens // 2)) <= length <= tokens
+    assert length == cut_length(tokens, seed, key)
+
+
+def test_cut_lengths_reach_both_ends_and_change_with_the_seed():
+    lengths = {cut_length(40, 0, f"{key:016x}") for key in range(2000)}
+    assert lengths == set(range(20, 41))
+    assert [cut_length(1000, 0, f"{k:016x}") for k in range(9)] != [cut_length(1000, 1, f"{k:016x}") for k in range(9)]
+
+
+def test_every_container_of_the_same_texts_gives_the_same_prompts(tokenizer, tmp_path):
+    write_lines(tmp_path / "d.json.gz", c4(TEXTS), compress=True)
+    write_lines(tmp_path / "d.jsonl", c4(TEXTS))
+    (tmp_path / "d.json").write_text(json.dumps(c4(TEXTS), indent=1))
+    pq.write_table(pa.table({"text": TEXTS}), tmp_path / "d.parquet")
+    (tmp_path / "d.txt").write_text("\n\n\n".join(TEXTS))
+    expected = {text.strip() for text in TEXTS}
+    for name in ("d.json.gz", "d.jsonl", "d.json", "d.parquet", "d.txt"):
+        rows = made(tokenizer, tmp_path / name)
+        assert len(rows) == 4
+        assert all(any(text.startswith(row["prompt_text"].strip()) for text in expected) for row in rows)
+        assert rows[0]["source"].startswith(name)
+        assert [row["prompt_tokens"] for row in rows] == [len(row["input_ids"]) for row in rows]
+        assert len(tables.to_table(rows, tables.PROMPTS)) == 4
+
+
+def test_ids_do_not_depend_on_place_shards_order_or_size(tokenizer, tmp_path):
+    one, other = tmp_path / "a" / "c4", tmp_path / "b" / "c4"
+    one.mkdir(parents=True)
+    other.mkdir(parents=True)
+    write_lines(one / "c4-train.00000.json.gz", c4(TEXTS), compress=True)
+    write_lines(other / "c4-train.00000.json.gz", c4(TEXTS[2:]), compress=True)
+    write_lines(other / "c4-train.00001.json.gz", c4(TEXTS[:2]), compress=True)
+    rows = {row["prompt_id"]: row["input_ids"] for row in made(tokenizer, one)}
+    assert rows == {row["prompt_id"]: row["input_ids"] for row in made(tokenizer, other)}
+    assert {row["prompt_id"] for row in made(tokenizer, one, size=2)} < set(rows)
+    assert not set(rows) & {row["prompt_id"] for row in made(tokenizer, one, seed=1)}
+    assert all(len(key) == 16 and int(key, 16) >= 0 for key in rows)
+
+
+def test_prompts_are_truncated_to_what_the_positions_leave(tokenizer, tmp_path):
+    path = write_lines(tmp_path / "d.jsonl", c4(["x" * 5000 + str(i) for i in range(40)]))
+    longest = max(row["prompt_tokens"] for row in made(tokenizer, path, max_prompt_tokens=100))
+    assert 90 < longest <= 100
+    assert max(row["prompt_tokens"] for row in made(tokenizer, path, max_prompt_tokens=10**6)) <= 2048
+    with pytest.raises(ValueError, match="--max-new-tokens"):
+        made(tokenizer, path, max_prompt_tokens=0)
+
+
+def test_equal_records_are_one_row_and_counted(tokenizer, tmp_path):
+    path = write_lines(tmp_path / "d.jsonl", c4([*TEXTS, *TEXTS, "new"]))
+    counts: Counter[str] = Counter()
+    rows = list(make_prompts(PromptConfig(str(path)), tokenizer, 512, counts))
+    assert len(rows) == len({row["prompt_id"] for row in rows}) == 5
+    assert counts == {"records": 9, "duplicates": 4}
+
+
+@pytest.mark.parametrize("text", ["", "  \n ", "<eos>"])
+def test_a_document_without_tokens_is_an_error_row(tokenizer, tmp_path, text):
+    rows = made(tokenizer, write_lines(tmp_path / "d.jsonl", c4([text, "fine"])))
+    assert [row["error"] for row in rows] == ["the document tokenizes to nothing", None]
+    assert rows[0]["input_ids"] == []
+
+
+@pytest.mark.parametrize(
+    ("lines", "told"),
+    [
+        ([{"text": "a"}, '{"text": "b"'], r"d\.jsonl:2: malformed JSON line"),
+        ([{"text": "a"}, {"txt": "b", "url": "u"}], r"d\.jsonl:2: a record needs the field 'text'; it has txt, url"),
+        ([{"text": "a"}, {"text": None}], r"d\.jsonl:2: the field 'text' must be a string, it is None"),
+        ([{"text": "a"}, "17"], r"d\.jsonl:2: .*it is a int"),
+    ],
+)
+def test_a_malformed_record_is_named_by_file_and_line(tokenizer, tmp_path, lines, told):
+    with pytest.raises(ValueError, match=told):
+        made(tokenizer, write_lines(tmp_path / "d.jsonl", lines))
+
+
+def test_damaged_files_are_named(tokenizer, tmp_path):
+    (tmp_path / "latin.jsonl").write_bytes('{"text": "a"}\n{"text": "café"}\n'.encode("latin-1"))
+    with pytest.raises(ValueError, match=r"latin\.jsonl:2: not UTF-8"):
+        made(tokenizer, tmp_path / "latin.jsonl")
+    whole = write_lines(tmp_path / "d.json.gz", c4([f"{i} {hash(str(i))}" for i in range(5000)]), compress=True).read_bytes()
+    (tmp_path / "d.json.gz").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ValueError, match=r"d\.json\.gz: can't be read after line|d\.json\.gz:\d+: malformed"):
+        made(tokenizer, tmp_path / "d.json.gz", size=10**6)
+    (tmp_path / "d.parquet").write_bytes(b"PAR1 no")
+    with pytest.raises(ValueError, match=r"d\.parquet: can't be read as Parquet"):
+        made(tokenizer, tmp_path / "d.parquet")
+    pq.write_table(pa.table({"article": ["x"]}), tmp_path / "a.parquet")
+    with pytest.raises(ValueError, match="the file has article"):
+        made(tokenizer, tmp_path / "a.parquet")
+
+
+def test_an_empty_dataset_is_refused(tokenizer, tmp_path):
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(ValueError, match="holds no record"):
+        made(tokenizer, tmp_path / "empty.jsonl")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(ValueError, match="no text file in the folder"):
+        made(tokenizer, tmp_path / "folder")
+
+
+@pytest.mark.parametrize("dataset", ["no/such/folder/here", "./d.jsonl", "missing.txt", "wikitext", "/nowhere/c4"])
+def test_an_unknown_dataset_lists_what_is_allowed(dataset):
+    with pytest.raises(ValueError, match="give demo, a Hugging Face id"):
+        PromptConfig(dataset).kind  # noqa: B018 - the property raises
+
+
+@pytest.mark.parametrize("options", [{"size": 0}, {"split": "test"}])
+def test_bad_settings_are_refused(options):
+    with pytest.raises(ValueError, match=r"--size 0|--split test"):
+        PromptConfig(**options)
+
+
+def test_a_hub_dataset_is_streamed_with_config_and_split(tokenizer, monkeypatch):
+    """Runs without network: only the call into `datasets` is replaced."""
+    import datasets
+
+    calls = []
+
+    def load_dataset(path, name=None, *, split, streaming):
+        calls.append((path, name, split, streaming))
+        return datasets.IterableDataset.from_generator(lambda: iter(c4(TEXTS)))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    rows = made(tokenizer, "allenai/c4", size=3)
+    made(tokenizer, "allenai/c4", config="realnewslike", split="validation")
+    assert calls == [("allenai/c4", "en", "train", True), ("allenai/c4", "realnewslike", "validation", True)]
+    assert [row["source"] for row in rows] == ["train:0", "train:1", "train:2"]
+
+
+def test_a_hub_that_does_not_answer_is_a_clear_error(tokenizer, monkeypatch):
+    import datasets
+
+    def load_dataset(*_, **__):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    with pytest.raises(ValueError, match=r"allenai/c4 \(config en, split train\): ConnectionError: no route"):
+        made(tokenizer, "allenai/c4")
+
+
+def test_demo_prompts_are_held_out_documents_long_enough_to_continue(tokenizer):
+    by_key = {document.key: document for document in texts.documents()}
+    rows = made(tokenizer, "demo", size=40)
+    assert {by_key[row["source"]].split for row in rows} == {"held_out"}
+    assert min(len(by_key[row["source"]].text) for row in rows) >= texts.MIN_PROMPT_CHARACTERS
+    assert {by_key[row["source"]].split for row in made(tokenizer, "demo", size=5, split="train")} == {"train"}
+    assert len({row["source"].split("/")[0] for row in rows}) > 10, "a small size must be a sample, not the first documents"
+
+
+@pytest.mark.skipif(not WIKITEXT.exists(), reason="no test data beside the repository")
+def test_real_text_in_the_schema_of_c4(tokenizer):
+    rows = made(tokenizer, WIKITEXT, size=10**6, max_prompt_tokens=2048)
+    assert len(rows) == 596
+    assert not any(row["error"] for row in rows)
+    assert rows[3]["source"] == "wikitext2_valid.c4.json.gz:4"
+
+
+def test_written_prompts_are_reused_when_whole_and_made_again_when_cut_short(tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(prompts, "ROWS_PER_SHARD", 3)
+    path = write_lines(tmp_path / "d.jsonl", c4([f"text number {i}" for i in range(10)]))
+    config, folder, identity = PromptConfig(str(path)), str(tmp_path / "prompts"), {"size": 64}
+    counts = write_prompts(config, tokenizer, 512, folder, identity)
+    assert (counts["rows"], counts["shards"]) == (10, 4)
+    first = {row["prompt_id"]: row for row in tables.read_table(folder).to_pylist()}
+    path.unlink()
+    assert write_prompts(PromptConfig("demo"), tokenizer, 512, folder, identity)["rows"] == 10, "whole: nothing is read again"
+    write_lines(path, c4([f"text number {i}" for i in range(10)]))
+    Path(tables.list_shards(folder)[1]).write_bytes(b"damaged")
+    write_prompts(PromptConfig(str(path)), tokenizer, 512, folder, identity)
+    assert {row["prompt_id"]: row for row in tables.read_table(folder).to_pylist()} == first
+    with pytest.raises(ValueError, match="size: 64 -> 65"):
+        write_prompts(config, tokenizer, 512, folder, {"size": 65})
