@@ -45,7 +45,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -221,6 +221,16 @@ class _TileMatrix:
         return out
 
 
+class SplitActivations(NamedTuple):
+    """Activations of M tokens as three signed bytes each (`_triton_kernels.split_digits`), for programs of `warps` warps."""
+
+    digits: Tensor
+    scales: Tensor
+    tokens: int
+    pairs: int
+    warps: int
+
+
 class TritonMatrix(BitplaneMatrix):
     """An Any-Precision matrix for the kernels here; see the module's text."""
 
@@ -264,25 +274,36 @@ class TritonMatrix(BitplaneMatrix):
         return y_MN.view(*x.shape[:-1], rows)
 
     def _multiply_digits(self, x: Tensor, bits: int, y: Tensor, warps: int | None = None, merge: bool | None = None) -> None:
+        warps = warps or digits_warps(self._gpu_name, *self.shape, bits)
+        self.multiply_split(self.split_activations(x, warps), bits, y, merge)
+
+    def split_activations(self, x: Tensor, warps: int) -> SplitActivations:
+        """`x` [M, K], M <= 16, as the digits that `multiply_split` takes."""
         from pmpd.kernels import _triton_kernels as kernels
 
-        (rows, columns), tokens, tiles = self.shape, x.shape[0], self._tiles
-        warps = warps or digits_warps(self._gpu_name, rows, columns, bits)
-        per_warp = math.ceil(tiles.blocks / warps)
+        tokens, columns = x.shape
         pairs = 1 << ((tokens + 1) // 2 - 1).bit_length()  # 1, 2, 4 or 8
-        padded = per_warp * warps * TILE_COLUMNS
+        padded = math.ceil(self._tiles.blocks / warps) * warps * TILE_COLUMNS
         digits = torch.empty(8 * pairs, padded // 4, dtype=torch.int32, device=x.device)
         scales = torch.empty(2, 2 * pairs, dtype=torch.float32, device=x.device)
         kernels.split_digits[(2 * pairs,)](
             x, digits.view(torch.int8), scales[0], scales[1], tokens, columns, x.stride(0), padded,
             BLOCK=1 << (padded - 1).bit_length(), num_warps=8 if padded <= 4096 else 16,
         )  # fmt: skip
+        return SplitActivations(digits, scales, tokens, pairs, warps)
+
+    def multiply_split(self, x: SplitActivations, bits: int, y: Tensor, merge: bool | None = None) -> None:
+        """y [M, N] <- the product; `merge`: see the kernel."""
+        from pmpd.kernels import _triton_kernels as kernels
+
+        tiles, padded = self._tiles, 4 * x.digits.shape[1]
         words, table_scales, table_offsets = self._digits[bits]
         kernels.digits_matmul[(tiles.row_blocks,)](
-            tiles.planes, words, table_scales, table_offsets, digits, scales[0], scales[1], y if tiles.bias is None else tiles.bias, y,
-            tokens, rows, tiles.planes.stride(0), padded, y.stride(0),
-            BLOCKS=tiles.blocks, TILES=per_warp, BITS=bits, TOKEN_PAIRS=pairs, WARPS=warps, HAS_BIAS=tiles.bias is not None,
-            MERGE=pairs > 1 if merge is None else merge, EMULATE=_interpreted(), num_warps=warps,
+            tiles.planes, words, table_scales, table_offsets, x.digits, x.scales[0], x.scales[1],
+            y if tiles.bias is None else tiles.bias, y,
+            x.tokens, self.shape[0], tiles.planes.stride(0), padded, y.stride(0),
+            BLOCKS=tiles.blocks, TILES=padded // TILE_COLUMNS // x.warps, BITS=bits, TOKEN_PAIRS=x.pairs, WARPS=x.warps,
+            HAS_BIAS=tiles.bias is not None, MERGE=x.pairs > 1 if merge is None else merge, EMULATE=_interpreted(), num_warps=x.warps,
         )  # fmt: skip
 
     def dequantize(self, bits: int) -> Tensor:
@@ -310,7 +331,8 @@ class GPTQMatrix:
         columns, rows = qweight.shape[0] * 32 // bits, qweight.shape[1]
         if scales.shape[1] != rows or qzeros.shape != (scales.shape[0], rows * bits // 32):
             raise ValueError(
-                f"GPTQ tensors do not agree: qweight {list(qweight.shape)}, qzeros {list(qzeros.shape)}, scales {list(scales.shape)}, {bits} bits"
+                f"GPTQ tensors do not agree: qweight {list(qweight.shape)}, qzeros {list(qzeros.shape)}, scales {list(scales.shape)}, "
+                f"{bits} bits; expected qzeros [groups, out * bits / 32] and scales [groups, out]"
             )
         self.shape = (rows, columns)
         self.bits = bits
