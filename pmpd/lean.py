@@ -82,6 +82,8 @@ def recognise(model: PreTrainedModel, state: PrecisionState) -> LeanForward | No
     """The lean forward where `model` is exactly a tree it knows, on a CPU; else None."""
     if type(model) not in _TREES or next(model.parameters()).device.type != "cpu":
         return None
+    if type(model.lm_head) is not nn.Linear:
+        return None
     config = model.config
     if config.hidden_act != "silu" or getattr(config, "pretraining_tp", 1) != 1:
         return None

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
@@ -14,9 +15,10 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from pmpd.engine import Completion, Engine, Prefix, Request, TokenEvent
 from pmpd.schedulers import Scheduler
-from pmpd.weights import anyprec, dense
+from pmpd.weights import anyprec, dense, mixed
 from pmpd.weights.base import compute_dtype
 from pmpd.weights.checkpoint import Checkpoint
+from pmpd.weights.mixed import MultiCheckpoint
 
 
 @dataclass
@@ -40,7 +42,9 @@ class GenerateOutput:
 class PMPDForCausalLM(nn.Module):
     """A causal language model whose linear layers hold several weight precisions.
 
-    `model_path`: an Any-Precision checkpoint folder, or an unquantized one (then precisions is (16,)).
+    `model_path`: an Any-Precision checkpoint folder, or an unquantized one (then precisions is (16,)), or a JSON file that names a
+    checkpoint folder (GPTQ, for one) for each precision. `use_anyprec=False`: it must be the JSON. Then `.model.models[str(bits)].config`
+    is the config; the modules exist once.
     `precisions`: those to load (default: all the checkpoint holds). `prefill_bit` defaults to the highest of them.
     `dtype`: what activations and unquantized weights are (default: float32; `.cuda()` keeps it, so pass float16 there).
     `kernel`: forces an implementation of the multiplication (`reference`, `cpu`, `triton`).
@@ -60,17 +64,17 @@ class PMPDForCausalLM(nn.Module):
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
-        if not use_anyprec:
-            raise ValueError(
-                "use_anyprec=False: checkpoints of one precision each (GPTQ) are not part of this version; pass an Any-Precision one"
-            )
         dtype = dtype or compute_dtype(torch.device("cpu"))
-        checkpoint = Checkpoint(model_path, trust_remote_code)
+        checkpoint = mixed.open_checkpoint(model_path, trust_remote_code) if use_anyprec else MultiCheckpoint(model_path, trust_remote_code)
         self.model_path = Path(model_path)
         self.fingerprint = checkpoint.fingerprint()
         wanted = sorted({int(bits) for bits in precisions}, reverse=True) if precisions is not None else None
         self.model: PreTrainedModel
-        if "anyprec" in checkpoint.config_json:
+        if isinstance(checkpoint, MultiCheckpoint):
+            self.precisions = tuple(wanted or checkpoint.precisions)
+            self.model = mixed.load(checkpoint, self.precisions, dtype, kernel)
+            self.model.models = {str(bits): SimpleNamespace(config=self.model.config) for bits in self.precisions}
+        elif "anyprec" in checkpoint.config_json:
             self.precisions = tuple(wanted or anyprec.precisions_of(checkpoint))
             self.model = anyprec.load(checkpoint, self.precisions, dtype, kernel)
         elif wanted in (None, [dense.BITS]):

@@ -23,7 +23,13 @@ class AnyPrecisionLinear(PrecisionLinear):
     the first multiplication, layer by layer, and again after a move to another device or dtype, so nothing is held twice."""
 
     def __init__(
-        self, shape: tuple[int, int], precisions: Sequence[int], state: PrecisionState, read: Callable[[], PackedWeights], dtype: torch.dtype, kernel: str | None = None
+        self,
+        shape: tuple[int, int],
+        precisions: Sequence[int],
+        state: PrecisionState,
+        read: Callable[[], PackedWeights],
+        dtype: torch.dtype,
+        kernel: str | None = None,
     ) -> None:
         super().__init__(in_features=shape[1], out_features=shape[0], precisions=precisions, state=state)
         self._read = read
@@ -75,11 +81,8 @@ def precisions_of(checkpoint: Checkpoint) -> tuple[int, ...]:
     return tuple(range(settings["parent_precision"], settings["seed_precision"] - 1, -1))
 
 
-def load(checkpoint: Checkpoint, precisions: Sequence[int], dtype: torch.dtype, kernel: str | None = None) -> PreTrainedModel:
-    """The model with `AnyPrecisionLinear`s that offer `precisions`; everything else exists once, as `dtype`, on the CPU.
-
-    ValueError naming tensors that are missing or misshapen, or precisions that the checkpoint does not hold.
-    """
+def check(checkpoint: Checkpoint, precisions: Sequence[int]) -> None:
+    """ValueError where the checkpoint does not hold `precisions`, or is of a kind that can't be read."""
     available = precisions_of(checkpoint)
     absent = [bits for bits in precisions if bits not in available]
     if absent:
@@ -89,7 +92,41 @@ def load(checkpoint: Checkpoint, precisions: Sequence[int], dtype: torch.dtype, 
         )
     settings = checkpoint.config_json["anyprec"]
     if settings.get("group_count", 1) != 1:
-        raise ValueError(f"checkpoint {checkpoint.folder}: group_count {settings['group_count']} is not supported, only 1 (one table per row)")
+        count = settings["group_count"]
+        raise ValueError(f"checkpoint {checkpoint.folder}: group_count {count} is not supported, only 1 (one table per row)")
+
+
+def layer(
+    checkpoint: Checkpoint,
+    name: str,
+    linear: nn.Linear,
+    precisions: Sequence[int],
+    state: PrecisionState,
+    dtype: torch.dtype,
+    kernel: str | None,
+) -> tuple[AnyPrecisionLinear, list[str]]:
+    """The quantized layer in place of `linear` (with a bias if that has one), and what is wrong with its tensors."""
+    shape, bias = (linear.out_features, linear.in_features), linear.bias is not None
+    problems = _mismatches(checkpoint, name, shape, checkpoint.config_json["anyprec"]["parent_precision"], precisions, bias)
+
+    def read() -> PackedWeights:
+        return PackedWeights(
+            # planes below the lowest bit that is used are never read
+            planes=checkpoint.tensor(f"{name}.qweight")[: max(precisions)],
+            tables={bits: checkpoint.tensor(f"{name}.lut{bits}") for bits in precisions},
+            bias=checkpoint.tensor(f"{name}.bias") if bias else None,
+        )
+
+    return AnyPrecisionLinear(shape, precisions, state, read, dtype, kernel), problems
+
+
+def load(checkpoint: Checkpoint, precisions: Sequence[int], dtype: torch.dtype, kernel: str | None = None) -> PreTrainedModel:
+    """The model with `AnyPrecisionLinear`s that offer `precisions`; everything else exists once, as `dtype`, on the CPU.
+
+    ValueError naming tensors that are missing or misshapen, or precisions that the checkpoint does not hold.
+    """
+    check(checkpoint, precisions)
+    settings = checkpoint.config_json["anyprec"]
     arch = settings["arch_config"]
     prefix = f"{arch['model_name']}.{arch['layers_name']}."
     names, state, problems = checkpoint.names(), PrecisionState(), []
@@ -103,18 +140,9 @@ def load(checkpoint: Checkpoint, precisions: Sequence[int], dtype: torch.dtype, 
             if f"{name}.weight" not in names:
                 problems.append(f"{name}.qweight is missing")
             return None  # left unquantized by the tool that wrote the checkpoint
-        shape = (linear.out_features, linear.in_features)
-        problems.extend(_mismatches(checkpoint, name, shape, settings["parent_precision"], precisions, linear.bias is not None))
-
-        def read() -> PackedWeights:
-            return PackedWeights(
-                # planes below the lowest bit that is used are never read
-                planes=checkpoint.tensor(f"{name}.qweight")[: max(precisions)],
-                tables={bits: checkpoint.tensor(f"{name}.lut{bits}") for bits in precisions},
-                bias=checkpoint.tensor(f"{name}.bias") if linear.bias is not None else None,
-            )
-
-        return AnyPrecisionLinear(shape, precisions, state, read, dtype, kernel)
+        quantized, wrong = layer(checkpoint, name, linear, precisions, state, dtype, kernel)
+        problems.extend(wrong)
+        return quantized
 
     model = build_skeleton(checkpoint)
     replace_linears(model, make)
@@ -124,9 +152,7 @@ def load(checkpoint: Checkpoint, precisions: Sequence[int], dtype: torch.dtype, 
     return model
 
 
-def _mismatches(
-    checkpoint: Checkpoint, name: str, shape: tuple[int, int], parent: int, precisions: Sequence[int], bias: bool
-) -> list[str]:
+def _mismatches(checkpoint: Checkpoint, name: str, shape: tuple[int, int], parent: int, precisions: Sequence[int], bias: bool) -> list[str]:
     rows, columns = shape
     expected = {f"{name}.qweight": ((parent, rows, columns // 32), torch.int32)}
     expected |= {f"{name}.lut{bits}": ((rows, 2**bits), torch.float16) for bits in precisions}

@@ -65,7 +65,7 @@ class Checkpoint:
                     raise ValueError(f"checkpoint {self.folder}: {pattern} names files that are not there: {', '.join(missing)}")
                 return {name: self.folder / file for name, file in weight_map.items()}
             return dict.fromkeys(self._open(path).keys(), path)
-        shards = sorted(self.folder.glob("*.safetensors"))
+        shards = sorted(self.folder.glob("*.safetensors")) or sorted(self.folder.glob("gptq_model*.bin"))
         if shards:
             return {name: shard for shard in shards for name in self._open(shard).keys()}  # noqa: SIM118 - a file, not a dict
         raise ValueError(f"checkpoint {self.folder}: no weights in it; looked for {', '.join(_WEIGHT_FILES)}")

@@ -1,0 +1,243 @@
+"""GPTQ checkpoints, one precision a folder, as AutoGPTQ and GPTQModel write them (Frantar et al., "GPTQ", ICLR 2023).
+
+Legend: K in_features, N out_features, G groups of inputs that share a scale and a zero, b bits of a code.
+
+Weight[k, n] = scales[g(k), n] · (code[k, n] − zero[g(k), n]). Codes are packed along K, zeros along N, little end first: 32 values fill
+b words, and for b = 3 two of them straddle a word boundary. Checkpoint format `gptq` stores zero − 1, `gptq_v2` the zero itself.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pmpd.kernels import dispatch
+from pmpd.kernels.reference import _BUDGET, CacheBudget
+from pmpd.weights.base import PrecisionLinear, PrecisionState
+from pmpd.weights.checkpoint import Checkpoint
+
+BITS = (2, 3, 4, 8)
+FORMATS = ("gptq", "gptq_v2")
+_ROWS_AT_ONCE = 1024
+
+
+class PackedGPTQ(NamedTuple):
+    """`qweight` int32 [K b / 32, N], `qzeros` int32 [G, N b / 32] as `gptq_v2` stores them, `scales` [G, N], `g_idx` int32 [K]."""
+
+    qweight: Tensor
+    qzeros: Tensor
+    scales: Tensor
+    g_idx: Tensor
+    bits: int
+
+    def to(self, device: torch.device) -> PackedGPTQ:
+        return PackedGPTQ(*(tensor.to(device) for tensor in self[:4]), self.bits)
+
+
+def settings_of(checkpoint: Checkpoint) -> dict[str, Any] | None:
+    """The quantizer's settings, checked; None where the folder is no GPTQ checkpoint. ValueError: settings that can't be read."""
+    file = checkpoint.folder / "quantize_config.json"
+    settings = json.loads(file.read_text()) if file.is_file() else checkpoint.config_json.get("quantization_config")
+    if settings is None:
+        return None
+    for name, value, allowed in (
+        ("quant_method", settings.get("quant_method") or "gptq", ("gptq",)),
+        ("bits", settings.get("bits"), BITS),
+        ("checkpoint_format", _format(settings), FORMATS),
+    ):
+        if value not in allowed:
+            raise ValueError(f"checkpoint {checkpoint.folder}: {name} is {value!r}; allowed: {', '.join(map(str, allowed))}")
+    return settings
+
+
+def layer(
+    checkpoint: Checkpoint,
+    settings: dict[str, Any],
+    name: str,
+    linear: nn.Linear,
+    state: PrecisionState,
+    dtype: torch.dtype,
+    kernel: str | None,
+) -> tuple[GPTQLinear, list[str]]:
+    """The layer in place of `linear`, without its bias, and what is wrong with its tensors. `settings` as of `settings_of`."""
+    settings = {**settings, **_override(settings, name)}
+    bits, (columns, rows) = settings["bits"], (linear.in_features, linear.out_features)
+    size = settings.get("group_size", -1)
+    groups = 1 if size in (-1, None) else -(-columns // size)
+    has_index = f"{name}.g_idx" in checkpoint.names()
+
+    def tensor(part: str) -> Tensor:
+        return checkpoint.tensor(f"{name}.{part}")
+
+    def read() -> PackedGPTQ:
+        qzeros = tensor("qzeros")
+        if _format(settings) == "gptq":
+            qzeros = _add_one(qzeros, bits, rows, borrowed=bits != 3 and _borrows(settings))
+        in_order = torch.arange(columns, dtype=torch.int32) // (size if groups > 1 else columns)
+        g_idx = tensor("g_idx").to(torch.int32) if has_index else in_order
+        return PackedGPTQ(tensor("qweight"), qzeros, tensor("scales"), g_idx, bits)
+
+    problems = []
+    expected = {
+        "qweight": [columns * bits // 32, rows],
+        "qzeros": [groups, rows * bits // 32],
+        "scales": [groups, rows],
+        "g_idx": [columns],
+    }
+    for part, shape in expected.items():
+        if f"{name}.{part}" in checkpoint.names():
+            found = tensor(part)
+            if list(found.shape) != shape or found.is_floating_point() != (part == "scales"):
+                problems.append(f"{name}.{part} is {found.dtype} {list(found.shape)}, expected {shape} for {bits} bits, group size {size}")
+            elif part == "g_idx" and not 0 <= int(found.min()) <= int(found.max()) < groups:
+                problems.append(f"{name}.g_idx has group {int(found.max())}, there are {groups}")
+        elif part != "g_idx":
+            problems.append(f"{name}.{part} is missing")
+        elif settings.get("desc_act") and groups > 1:
+            problems.append(f"{name}.g_idx is missing, which desc_act needs")
+    return GPTQLinear((rows, columns), (bits,), state, read, dtype, kernel), problems
+
+
+def unpack(words: Tensor, bits: int, count: int) -> Tensor:
+    """int32 [count · bits / 32, C] -> uint8 [count, C]: values packed little end first along the first dimension."""
+    blocks = -(-count // 32)
+    words = nn.functional.pad(words, (0, 0, 0, blocks * bits - len(words))).view(blocks, bits, -1)
+    values = torch.empty(blocks, 32, words.shape[-1], dtype=torch.uint8, device=words.device)
+    for i in range(32):
+        word, shift = divmod(i * bits, 32)
+        value = words[:, word] >> shift
+        if shift + bits > 32:  # the rest is in the next word; the shift above filled with the sign
+            value = (value & ((1 << (32 - shift)) - 1)) | (words[:, word + 1] << (32 - shift))
+        values[:, i] = (value & ((1 << bits) - 1)).to(torch.uint8)
+    return values.view(blocks * 32, -1)[:count]
+
+
+def _pack(values: Tensor, bits: int) -> Tensor:
+    """The inverse of `unpack`: uint8 [count, C] -> int32 [count · bits / 32, C]."""
+    count, blocks = len(values), -(-len(values) // 32)
+    values = nn.functional.pad(values.int(), (0, 0, 0, blocks * 32 - count)).view(blocks, 32, -1)
+    words = torch.zeros(blocks, bits, values.shape[-1], dtype=torch.int32, device=values.device)
+    for i in range(32):
+        word, shift = divmod(i * bits, 32)
+        words[:, word] |= values[:, i] << shift
+        if shift + bits > 32:
+            words[:, word + 1] |= values[:, i] >> (32 - shift)
+    return words.view(blocks * bits, -1)[: count * bits // 32]
+
+
+def _add_one(qzeros: Tensor, bits: int, rows: int, borrowed: bool) -> Tensor:
+    """`qzeros` of format `gptq` as `gptq_v2` has them: value by value (a stored 2**b − 1 is zero 0), or `borrowed` (see `_borrows`)."""
+    if borrowed:
+        return qzeros + sum(1 << shift for shift in range(0, 32, bits))
+    return _pack((unpack(qzeros.T, bits, rows) + 1) & (2**bits - 1), bits).T.contiguous()
+
+
+def dequantize(packed: PackedGPTQ, dtype: torch.dtype) -> Tensor:
+    """The matrix [N, K]; scale times code is exact in float32 and rounded to `dtype` once."""
+    columns, rows = len(packed.g_idx), packed.scales.shape[1]
+    codes = unpack(packed.qweight, packed.bits, columns)
+    zeros = unpack(packed.qzeros.T, packed.bits, rows).T.float()
+    scales, groups = packed.scales.float(), packed.g_idx.long()
+    weight = torch.empty(rows, columns, dtype=dtype, device=codes.device)
+    for start in range(0, columns, _ROWS_AT_ONCE):
+        some = slice(start, start + _ROWS_AT_ONCE)
+        weight[:, some] = (scales[groups[some]] * (codes[some] - zeros[groups[some]])).T
+    return weight
+
+
+class ReferenceGPTQ:
+    """Plain PyTorch, for any device: dequantizes once and keeps the result while all layers' fit the budget of the reference kernel."""
+
+    def __init__(self, packed: PackedGPTQ, dtype: torch.dtype, budget: CacheBudget = _BUDGET) -> None:
+        self._packed, self._dtype, self._budget = packed, dtype, budget
+        self._dense: Tensor | None = None
+
+    def multiply(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.dequantize())
+
+    def dequantize(self) -> Tensor:
+        if self._dense is not None:
+            return self._dense
+        dense = dequantize(self._packed, self._dtype)
+        if self._budget.take(self, dense.nbytes):
+            self._dense = dense
+        return dense
+
+    def packed_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self._packed[:4])
+
+
+class GPTQLinear(PrecisionLinear):
+    """One quantized linear at one precision, without bias. `read` gives its tensors from the (memory-mapped) checkpoint; they are laid
+    out for the device's kernel at the first multiplication, and again after a move to another device or dtype."""
+
+    def __init__(
+        self,
+        shape: tuple[int, int],
+        precisions: Sequence[int],
+        state: PrecisionState,
+        read: Callable[[], PackedGPTQ],
+        dtype: torch.dtype,
+        kernel: str | None = None,
+    ) -> None:
+        super().__init__(in_features=shape[1], out_features=shape[0], precisions=precisions, state=state)
+        self._read = read
+        self._kernel = kernel
+        self._matrix: Any = None
+        self._probe = torch.empty(0, dtype=dtype)  # follows .to(device/dtype) as a buffer would
+
+    @property
+    def matrix(self) -> Any:
+        """The weights in the layout of the kernel: Triton's where that is the choice for the device, else plain PyTorch."""
+        if self._matrix is None:
+            packed, dtype = self._read().to(self._probe.device), self._probe.dtype
+            if dispatch.choose(self._probe.device, dtype, self._kernel).name == "triton":
+                from pmpd.kernels.triton import GPTQMatrix
+
+                self._matrix = GPTQMatrix(*packed[:4], packed.bits, 0, dtype)
+            else:
+                self._matrix = ReferenceGPTQ(packed, dtype)
+        return self._matrix
+
+    def multiply(self, x: Tensor, bits: int) -> Tensor:
+        return self.matrix.multiply(x)
+
+    def dequantize(self, bits: int) -> Tensor:
+        return self.matrix.dequantize()
+
+    def bias_vector(self) -> Tensor | None:
+        return None
+
+    def packed_bytes(self) -> int:
+        return self.matrix.packed_bytes()
+
+    def _apply(self, fn, recurse: bool = True):  # nn.Module's hook behind .to(), .cuda(), .half()
+        moved = fn(self._probe)
+        if moved.device != self._probe.device or moved.dtype != self._probe.dtype:
+            self._probe, self._matrix = moved, None
+        return super()._apply(fn, recurse)
+
+
+def _format(settings: dict[str, Any]) -> str:
+    return settings.get("checkpoint_format") or settings.get("format") or "gptq"
+
+
+def _override(settings: dict[str, Any], name: str) -> dict[str, Any]:
+    """GPTQModel's `dynamic`: settings of the modules whose name matches a regular expression ("+:" is optional, "-:" skips the module)."""
+    for pattern, values in (settings.get("dynamic") or {}).items():
+        if not pattern.startswith("-:") and re.match(pattern.removeprefix("+:"), name):
+            return values
+    return {}
+
+
+def _borrows(settings: dict[str, Any]) -> bool:
+    """Whether the writer took 1 from each zero by one subtraction a word, so that a zero of 0 borrowed from its neighbour: the writers
+    that say in `meta.quantizer` who they are do (GPTQModel, last versions of AutoGPTQ); the addition a word undoes it exactly."""
+    quantizer = (settings.get("meta") or {}).get("quantizer") or ()
+    names = [quantizer] if isinstance(quantizer, str) else quantizer
+    return any(str(name).startswith(("gptqmodel", "autogptq", "auto_gptq")) for name in names)

@@ -1,0 +1,233 @@
+"""One model whose precisions come from different checkpoints: GPTQ folders, Any-Precision ones, an unquantized one for 16 bits.
+
+The JSON maps precision -> folder, and `model_path` -> the base model (config, tokenizer); relative folders are relative to the JSON.
+The module tree, embeddings, norms, head, biases and whatever is not quantized exist once.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from pmpd.weights import anyprec, dense, gptq
+from pmpd.weights.base import PrecisionLinear, PrecisionState
+from pmpd.weights.checkpoint import Checkpoint, build_skeleton, fill, replace_linears
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_HUB_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.py"]
+
+Layer = Callable[[str, nn.Linear], tuple[PrecisionLinear | None, list[str]]]
+"""(name, linear) -> its quantized layer without bias (None where the checkpoint leaves it unquantized), and what is wrong with it."""
+
+
+class MultiCheckpoint(Checkpoint):
+    """The checkpoints of one JSON, seen as one: config of the base model; tensors of the base model where its weights are there, else of
+    the highest precision that has them.
+
+    ValueError: no such file, not of that form, a folder that is not there.
+    """
+
+    def __init__(self, file: str | Path, trust_remote_code: bool = False) -> None:
+        self.file = Path(file)
+        try:
+            entries = json.loads(self.file.read_text())
+            base = entries.pop("model_path")
+            paths = {int(bits): str(path) for bits, path in entries.items()}
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+            raise ValueError(
+                f"{file}: {type(error).__name__}: {error}; without Any-Precision, the model path is a JSON file like "
+                '{"4": "model-gptq-4bit", "3": "model-gptq-3bit", "model_path": "model"}, one folder for each precision and the base model'
+            ) from error
+        if not paths:
+            raise ValueError(f'{file}: no precision in it; add a folder for each, like "4": "model-gptq-4bit"')
+        folder = self._folder(base, _HUB_FILES)
+        super().__init__(folder, trust_remote_code)
+        folders = {bits: self._folder(path, [*_HUB_FILES, "*.safetensors", "*.bin"]) for bits, path in paths.items()}
+        unique = {path: Checkpoint(path, trust_remote_code) for path in folders.values()}
+        self.members = {bits: unique[folders[bits]] for bits in sorted(folders, reverse=True)}
+        self.holders = list(dict.fromkeys(self.members.values()))
+        local = (self.file.parent / base).is_dir()  # of a base model on the hub only the config is taken, whatever else was downloaded
+        if folder not in unique and local and any(path for kind in ("*.safetensors", "*.bin") for path in folder.glob(kind)):
+            self.holders.insert(0, Checkpoint(folder, trust_remote_code))
+        elif folder in unique:
+            self.holders.sort(key=lambda holder: holder is not unique[folder])
+
+    @property
+    def precisions(self) -> tuple[int, ...]:
+        """Descending."""
+        return tuple(self.members)
+
+    def _folder(self, path: str, hub_files: list[str]) -> Path:
+        folder = self.file.parent / path
+        if folder.is_dir():
+            return folder.resolve()
+        if not _HUB_ID.fullmatch(path):
+            raise ValueError(f"{self.file}: {path}: no such folder (relative ones are relative to the JSON), and no Hugging Face id")
+        from huggingface_hub import snapshot_download
+
+        try:
+            return Path(snapshot_download(path, allow_patterns=hub_files))
+        except Exception as error:  # the hub client has its own zoo of exceptions: no network, no such id, gated, …
+            raise ValueError(f"{self.file}: {path}: no such folder, and not to be had from the Hugging Face hub ({error})") from error
+
+    def names(self) -> set[str]:
+        return {name for holder in self.holders for name in holder.names()}
+
+    def tensor(self, name: str) -> Tensor:
+        """Of the first holder. ValueError where none has it."""
+        return next((holder for holder in self.holders if name in holder.names()), self.holders[0]).tensor(name)
+
+    def fingerprint(self) -> str:
+        """16 hex digits over the members' fingerprints and precisions, and that of the base model where its tensors are used."""
+        prints = [f"{bits} {member.fingerprint()}" for bits, member in self.members.items()]
+        prints += [holder.fingerprint() for holder in self.holders if holder not in self.members.values()]
+        return hashlib.sha256(json.dumps([self.config_json.get("model_type"), *prints]).encode()).hexdigest()[:16]
+
+
+class MixedLinear(PrecisionLinear):
+    """A linear layer whose precisions are layers of their own: `parts` precision -> layer without bias, None for the unquantized weight.
+
+    That weight and the bias exist once, as parameters. The parts are no submodules, so that the tree is the same for every format.
+    """
+
+    def __init__(self, linear: nn.Linear, parts: Mapping[int, PrecisionLinear | None], state: PrecisionState) -> None:
+        super().__init__(linear.in_features, linear.out_features, tuple(parts), state)
+        self._parts = dict(parts)
+        self.register_parameter("weight", linear.weight if None in parts.values() else None)
+        self.register_parameter("bias", linear.bias)
+
+    def multiply(self, x: Tensor, bits: int) -> Tensor:
+        part = self._parts[bits]
+        if part is None:
+            return nn.functional.linear(x, self.weight, self.bias)
+        y = part.multiply(x, bits)
+        return y if self.bias is None else y + self.bias
+
+    def dequantize(self, bits: int) -> Tensor:
+        part = self._parts[bits]
+        return self.weight if part is None else part.dequantize(bits)
+
+    def bias_vector(self) -> Tensor | None:
+        return self.bias
+
+    def packed_bytes(self) -> int:
+        """Of the quantized precisions (the unquantized weight is a parameter)."""
+        return sum(part.packed_bytes() for part in self._unique_parts())
+
+    def _unique_parts(self) -> list[PrecisionLinear]:
+        return [part for part in dict.fromkeys(self._parts.values()) if part is not None]
+
+    def _apply(self, fn, recurse: bool = True):  # nn.Module's hook behind .to(), .cuda(), .half()
+        for part in self._unique_parts():
+            part._apply(fn, recurse)
+        return super()._apply(fn, recurse)
+
+
+def open_checkpoint(path: str | Path, trust_remote_code: bool = False) -> Checkpoint:
+    """A folder, or a JSON file that names one for each precision."""
+    kind = MultiCheckpoint if Path(path).suffix == ".json" else Checkpoint
+    return kind(path, trust_remote_code)
+
+
+def load(checkpoint: MultiCheckpoint, precisions: Sequence[int], dtype: torch.dtype, kernel: str | None = None) -> PreTrainedModel:
+    """The model with `MixedLinear`s that offer `precisions`; everything else exists once, as `dtype`, on the CPU.
+
+    ValueError: precisions that the JSON does not hold, tensors that are missing or misshapen, tensors that exist once and on which the
+    checkpoints disagree.
+    """
+    absent = [bits for bits in precisions if bits not in checkpoint.members]
+    if absent:
+        held = ", ".join(map(str, checkpoint.precisions))
+        raise ValueError(f"precisions {list(precisions)}: {checkpoint.file} holds {held}; add a folder for {', '.join(map(str, absent))}")
+    state, problems = PrecisionState(), []
+    state.set_uniform(max(precisions))
+    members = {bits: checkpoint.members[bits] for bits in sorted(precisions, reverse=True)}
+    layers = {
+        member: _layers_of(member, [bits for bits in members if members[bits] is member], state, dtype, kernel)
+        for member in dict.fromkeys(members.values())
+    }
+
+    def make(name: str, linear: nn.Linear) -> nn.Module | None:
+        parts = {}
+        bare = nn.Linear(linear.in_features, linear.out_features, bias=False, device="meta")
+        for member, layer_of in layers.items():
+            parts[member], wrong = layer_of(name, bare)
+            if parts[member] is None and linear is not head and f"{name}.weight" not in member.names():
+                wrong = [f"{name} has neither qweight nor weight"]
+            if linear.bias is None and f"{name}.bias" in member.names() and member.tensor(f"{name}.bias").any():
+                wrong = [*wrong, f"{name}.bias is not zero, and the base model has no bias there"]
+            problems.extend(f"{member.folder}: {problem}" for problem in wrong)
+        if all(part is None for part in parts.values()):
+            return None  # unquantized in all of them
+        return MixedLinear(linear, {bits: parts[member] for bits, member in members.items()}, state)
+
+    model = build_skeleton(checkpoint)
+    head = model.get_output_embeddings()  # has no tensor of its own where it is tied to the embedding
+    replace_linears(model, make)
+    if problems:
+        more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
+        raise ValueError(f"checkpoints of {checkpoint.file} do not fit the base model: {'; '.join(problems[:8])}{more}")
+    fill(model, checkpoint, dtype)
+    _check_shared(model, checkpoint)
+    return model
+
+
+def _layers_of(member: Checkpoint, precisions: list[int], state: PrecisionState, dtype: torch.dtype, kernel: str | None) -> Layer:
+    """How `member` gives the layers of its `precisions`. ValueError where it does not hold them."""
+    names = member.names()
+    settings = gptq.settings_of(member)
+    if "anyprec" in member.config_json:
+        anyprec.check(member, precisions)
+    elif settings is not None:
+        if precisions != [settings["bits"]]:
+            raise ValueError(f"checkpoint {member.folder} holds {settings['bits']} bits, and stands for precision {precisions}")
+    elif precisions != [dense.BITS]:
+        raise ValueError(f"checkpoint {member.folder} is not quantized (no quantize_config.json), and stands for precision {precisions}")
+
+    def layer(name: str, linear: nn.Linear) -> tuple[PrecisionLinear | None, list[str]]:
+        if f"{name}.qweight" not in names:
+            return None, []
+        if "anyprec" in member.config_json:
+            return anyprec.layer(member, name, linear, precisions, state, dtype, kernel)
+        return gptq.layer(member, settings, name, linear, state, dtype, kernel)
+
+    return layer
+
+
+def _check_shared(model: nn.Module, checkpoint: MultiCheckpoint) -> None:
+    """ValueError naming the tensors that exist once in `model` and differ between the checkpoints, under all names they have."""
+    names_of: dict[int, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        names_of.setdefault(id(tensor), []).append(name)
+    problems = []
+    for names in names_of.values():
+        found = [(holder, name) for holder in checkpoint.holders for name in names if name in holder.names()]
+        if len(found) < 2:
+            continue
+        (first, first_name), *others = found
+        truth = first.tensor(first_name)
+        problems += [f"{name} ({first.folder} and {holder.folder})" for holder, name in others if not _agree(truth, holder.tensor(name))]
+    if problems:
+        raise ValueError(
+            f"checkpoints of {checkpoint.file} disagree on tensors that exist once: {'; '.join(problems[:8])}"
+            + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
+            + "; make all of them from the same base model"
+        )
+
+
+def _agree(one: Tensor, other: Tensor) -> bool:
+    """Equal, or one is the other rounded to its dtype (a bfloat16 model quantized as float16)."""
+    if one.shape != other.shape:
+        return False
+    return (
+        torch.equal(one, other)
+        if one.dtype == other.dtype
+        else torch.equal(one, other.to(one.dtype)) or torch.equal(one.to(other.dtype), other)
+    )
