@@ -22,7 +22,7 @@ import torch
 
 from pmpd.kernels.base import PackedWeights
 from pmpd.kernels.reference import CacheBudget, ReferenceMatrix
-from pmpd.kernels.triton import GPTQMatrix, TritonMatrix, decode_attention, settings_file
+from pmpd.kernels.triton import GPTQMatrix, TritonMatrix, decode_attention, settings_file, split_activations
 
 SHAPES = {  # name: (out_features, in_features)
     "8b.qkv": (6144, 4096), "8b.o": (4096, 4096), "8b.gate_up": (28672, 4096), "14336x4096": (14336, 4096), "8b.down": (4096, 14336),
@@ -99,7 +99,7 @@ def digits_call(matrix: TritonMatrix, x: torch.Tensor, bits: int, warps: int, me
     y = torch.empty(x.shape[0], matrix.shape[0], dtype=x.dtype, device=x.device)
 
     def call() -> torch.Tensor:
-        matrix._multiply_digits(x, bits, y, warps=warps, merge=merge)
+        matrix.multiply_split(split_activations(x), bits, y, warps, merge)
         return y
 
     return call
@@ -108,10 +108,10 @@ def digits_call(matrix: TritonMatrix, x: torch.Tensor, bits: int, warps: int, me
 def product_call(matrix: TritonMatrix, x: torch.Tensor, bits: int, warps: int, merge: bool) -> Callable[[], torch.Tensor]:
     """As `digits_call`, without the splitting of the activations (a layer that shares its input pays for that once)."""
     y = torch.empty(x.shape[0], matrix.shape[0], dtype=x.dtype, device=x.device)
-    split = matrix.split_activations(x, warps)
+    split = split_activations(x)
 
     def call() -> torch.Tensor:
-        matrix.multiply_split(split, bits, y, merge=merge)
+        matrix.multiply_split(split, bits, y, warps, merge)
         return y
 
     return call

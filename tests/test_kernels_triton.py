@@ -14,7 +14,16 @@ pytest.importorskip("triton")
 
 from pmpd.kernels.base import PackedWeights
 from pmpd.kernels.reference import ReferenceMatrix
-from pmpd.kernels.triton import GPTQMatrix, TritonMatrix, concatenate, decode_attention, share_input, table_digits, unavailable
+from pmpd.kernels.triton import (
+    GPTQMatrix,
+    TritonMatrix,
+    concatenate,
+    decode_attention,
+    share_input,
+    split_activations,
+    table_digits,
+    unavailable,
+)
 from pmpd.weights.bitplanes import pack
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -78,10 +87,8 @@ def test_any_number_of_tokens(tokens):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_activation_types(dtype):
-    if DEVICE.type == "cpu" and dtype == torch.bfloat16:
-        routes = ["digits"]  # the interpreter has no bfloat16 dot
-    else:
-        routes = ["digits", "fused"]
+    # the interpreter has no bfloat16 dot
+    routes = ["digits"] if DEVICE.type == "cpu" and dtype == torch.bfloat16 else ["digits", "fused"]
     packed = packed_weights(32, 512, (2, 3, 4))
     matrix = TritonMatrix(packed, dtype)
     x = activations(4, 512, dtype=dtype)
@@ -95,7 +102,7 @@ def test_columns_beyond_the_warps_of_a_program_are_added():
     x = activations(1, 256 * 5, dtype=torch.float32)
     for warps in (1, 2, 4, 8):
         y = torch.empty(1, 16, device=DEVICE)
-        matrix._multiply_digits(x, 4, y, warps=warps)
+        matrix.multiply_split(split_activations(x), 4, y, warps)
         assert error(y, expected_product(packed, x, 4)) < TOLERANCE[torch.float32], f"{warps} warps"
 
 

@@ -100,6 +100,25 @@ def _mma(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3, EMULATE: tl.constexpr, WARPS: t
 # -- digits: table look-ups in registers, products on the int8 tensor cores ----------------------------------------------------
 
 
+@triton.jit
+def _store_digits(values, column, token, digits, scales, sums, digits_stride):
+    """One token's `values` float32 [BLOCK] (zeros past K) as `split_digits` stores them."""
+    # The divisor is below 127 * (65536 + 256 + 1), so that rounding never carries into a fourth byte.
+    scale = tl.maximum(tl.max(tl.abs(values), axis=0), 1e-30) / 8355000.0
+    whole = tl.floor(values / scale + 0.5).to(tl.int32)
+    tl.store(scales + token, scale)
+    tl.store(sums + token, tl.sum(whole.to(tl.float32), axis=0) * scale)
+    d2 = ((whole + 128) & 255) - 128
+    rest = (whole - d2) >> 8
+    d1 = ((rest + 128) & 255) - 128
+    row = digits + token.to(tl.int64) * 4 * digits_stride + column
+    inside = column < digits_stride
+    tl.store(row, ((rest - d1) >> 8).to(tl.int8), mask=inside)
+    tl.store(row + digits_stride, d1.to(tl.int8), mask=inside)
+    tl.store(row + 2 * digits_stride, d2.to(tl.int8), mask=inside)
+    tl.store(row + 3 * digits_stride, (d2 * 0).to(tl.int8), mask=inside)
+
+
 @triton.jit(do_not_specialize=["M"])
 def split_digits(x, digits, scales, sums, M, K, x_stride, digits_stride, BLOCK: tl.constexpr):
     """x [M, K] -> three signed bytes a value: x = scale (65536 d0 + 256 d1 + d2), one scale a token.
@@ -110,21 +129,7 @@ def split_digits(x, digits, scales, sums, M, K, x_stride, digits_stride, BLOCK: 
     token = tl.program_id(0)
     column = tl.arange(0, BLOCK)
     values = tl.load(x + token.to(tl.int64) * x_stride + column, mask=(column < K) & (token < M), other=0.0).to(tl.float32)
-    largest = tl.max(tl.abs(values), axis=0)
-    scale = tl.maximum(largest, 1e-30) / 8355000.0  # below 127 * (65536 + 256 + 1), so that rounding never carries into a fourth byte
-    whole = tl.floor(values / scale + 0.5).to(tl.int32)
-    tl.store(scales + token, scale)
-    tl.store(sums + token, tl.sum(whole.to(tl.float32), axis=0) * scale)
-    d2 = ((whole + 128) & 255) - 128
-    rest = (whole - d2) >> 8
-    d1 = ((rest + 128) & 255) - 128
-    d0 = (rest - d1) >> 8
-    row = digits + token.to(tl.int64) * 4 * digits_stride + column
-    inside = column < digits_stride
-    tl.store(row, d0.to(tl.int8), mask=inside)
-    tl.store(row + digits_stride, d1.to(tl.int8), mask=inside)
-    tl.store(row + 2 * digits_stride, d2.to(tl.int8), mask=inside)
-    tl.store(row + 3 * digits_stride, (d2 * 0).to(tl.int8), mask=inside)
+    _store_digits(values, column, token, digits, scales, sums, digits_stride)
 
 
 @triton.jit
@@ -483,3 +488,83 @@ def attention_join(out, log_sums, y, HEADS, D: tl.constexpr, D_PADDED: tl.conste
     )
     joined = tl.sum(part * share[:, None], axis=0) / tl.maximum(tl.sum(share, axis=0), 1e-37)
     tl.store(y + row_head.to(tl.int64) * D + d, joined.to(y.dtype.element_ty), mask=d < D)
+
+
+# -- the rest of a decoder layer of the Llama family, one launch a stage -------------------------------------------------------
+
+
+@triton.jit
+def add_norm_split(
+    x, delta, weight, out, digits, scales, sums, epsilon, C, digits_stride,
+    BLOCK: tl.constexpr, HAS_DELTA: tl.constexpr, HAS_OUT: tl.constexpr, HAS_DIGITS: tl.constexpr,
+):  # fmt: skip
+    """x [n, C] += delta; h = RMS norm of x times weight, rounded as transformers does -> `out` [n, C] and / or its digits."""
+    token = tl.program_id(0)
+    column = tl.arange(0, BLOCK)
+    inside = column < C
+    at = token.to(tl.int64) * C + column
+    h = tl.load(x + at, mask=inside, other=0.0)
+    if HAS_DELTA:
+        h = (h.to(tl.float32) + tl.load(delta + at, mask=inside, other=0.0).to(tl.float32)).to(h.dtype)
+        tl.store(x + at, h, mask=inside)
+    wide = h.to(tl.float32)
+    normal = wide * tl.rsqrt(tl.sum(wide * wide, axis=0) / C + epsilon)
+    scaled = normal.to(h.dtype).to(tl.float32) * tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    scaled = scaled.to(h.dtype)
+    if HAS_OUT:
+        tl.store(out + at, scaled, mask=inside)
+    if HAS_DIGITS:
+        _store_digits(scaled.to(tl.float32), column, token, digits, scales, sums, digits_stride)
+
+
+@triton.jit
+def silu_split(gate_up, digits, scales, sums, F, digits_stride, BLOCK: tl.constexpr):
+    """silu(gate) * up of gate_up [n, 2 F], rounded as transformers does -> digits."""
+    token = tl.program_id(0)
+    column = tl.arange(0, BLOCK)
+    inside = column < F
+    at = token.to(tl.int64) * 2 * F + column
+    gate = tl.load(gate_up + at, mask=inside, other=0.0)
+    up = tl.load(gate_up + at + F, mask=inside, other=0.0).to(tl.float32)
+    wide = gate.to(tl.float32)
+    active = (wide / (1.0 + tl.exp(-wide))).to(gate.dtype).to(tl.float32)
+    product = (active * up).to(gate.dtype).to(tl.float32)
+    _store_digits(product, column, token, digits, scales, sums, digits_stride)
+
+
+@triton.jit
+def rotate_write(
+    qkv, inverse_frequencies, positions, slots, q, keys, values, rope_scale,
+    k_slot, k_head, k_token, v_slot, v_head, v_token,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, HALF_PADDED: tl.constexpr,
+):  # fmt: skip
+    """Rotary embedding of q -> q [n, Hq, D] and of k -> the cache; v -> the cache. One program a token and head of qkv."""
+    token = tl.program_id(0)
+    head = tl.program_id(1)
+    d = tl.arange(0, HALF_PADDED)
+    inside = d < HALF
+    position = tl.load(positions + token).to(tl.int64)
+    slot = tl.load(slots + token).to(tl.int64)
+    at = (token.to(tl.int64) * (HEADS + 2 * KV_HEADS) + head) * (2 * HALF) + d
+    first = tl.load(qkv + at, mask=inside, other=0.0)
+    second = tl.load(qkv + at + HALF, mask=inside, other=0.0)
+    if head >= HEADS + KV_HEADS:
+        v_at = values + slot * v_slot + (head - HEADS - KV_HEADS).to(tl.int64) * v_head + position * v_token + d
+        tl.store(v_at, first, mask=inside)
+        tl.store(v_at + HALF, second, mask=inside)
+    else:
+        angle = position.to(tl.float32) * tl.load(inverse_frequencies + d, mask=inside, other=0.0)
+        cosine = (tl.cos(angle) * rope_scale).to(first.dtype).to(tl.float32)
+        sine = (tl.sin(angle) * rope_scale).to(first.dtype).to(tl.float32)
+        a = first.to(tl.float32)
+        b = second.to(tl.float32)
+        new_first = (a * cosine - b * sine).to(first.dtype)
+        new_second = (b * cosine + a * sine).to(first.dtype)
+        if head < HEADS:
+            q_at = q + (token.to(tl.int64) * HEADS + head) * (2 * HALF) + d
+            tl.store(q_at, new_first, mask=inside)
+            tl.store(q_at + HALF, new_second, mask=inside)
+        else:
+            k_at = keys + slot * k_slot + (head - HEADS).to(tl.int64) * k_head + position * k_token + d
+            tl.store(k_at, new_first, mask=inside)
+            tl.store(k_at + HALF, new_second, mask=inside)

@@ -50,12 +50,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pmpd import cuda
 from pmpd.kernels.base import BitplaneMatrix, PackedWeights
 
 TILE_ROWS = 16
 TILE_COLUMNS = 256
 DIGITS_BITS = (2, 3, 4)
 DIGITS_TOKENS = 16
+MOST_WARPS = 16
 FUSED_TOKENS = 64
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 ROUTES = ("digits", "fused", "dense")
@@ -72,7 +74,7 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     if dtype not in DTYPES:
         return f"Triton kernels compute in float16, bfloat16 or float32, not {dtype}"
     if device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
+        capability = cuda.capability(device)
         return None if capability >= (8, 0) else f"Triton kernels need compute capability 8.0 or later, {device} has {capability}"
     if device.type == "cpu" and _interpreted():
         return None
@@ -150,7 +152,7 @@ def _settings(gpu_name: str) -> dict[str, Any]:
 
 
 def _gpu_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "interpreter"
+    return cuda.device_name(device) if device.type == "cuda" else "interpreter"
 
 
 def digits_warps(gpu_name: str, rows: int, columns: int, bits: int) -> int:
@@ -161,7 +163,7 @@ def digits_warps(gpu_name: str, rows: int, columns: int, bits: int) -> int:
     blocks = math.ceil(columns / TILE_COLUMNS)
     wanted = max(4, 2048 // math.ceil(rows / TILE_ROWS))
     warps = 4
-    while warps < min(16, max(wanted, math.ceil(blocks / 8)), blocks):
+    while warps < min(MOST_WARPS, max(wanted, math.ceil(blocks / 8)), blocks):
         warps *= 2
     return warps
 
@@ -222,13 +224,46 @@ class _TileMatrix:
 
 
 class SplitActivations(NamedTuple):
-    """Activations of M tokens as three signed bytes each (`_triton_kernels.split_digits`), for programs of `warps` warps."""
+    """Activations of M tokens as three signed bytes each (`_triton_kernels.split_digits` says how); a slice of tokens is one too."""
 
     digits: Tensor
+    """int32 [4 (M + padding), padded K / 4]."""
     scales: Tensor
+    """float32 [2, M + padding]: scale and sum of each token."""
     tokens: int
-    pairs: int
-    warps: int
+
+    @classmethod
+    def empty(cls, tokens: int, columns: int, device: torch.device) -> SplitActivations:
+        padded = math.ceil(columns / (MOST_WARPS * TILE_COLUMNS)) * MOST_WARPS * TILE_COLUMNS
+        room = tokens + DIGITS_TOKENS  # a kernel may read past the last token, never use it
+        return cls(
+            torch.empty(4 * room, padded // 4, dtype=torch.int32, device=device),
+            torch.empty(2, room, dtype=torch.float32, device=device),
+            tokens,
+        )
+
+    @property
+    def stride(self) -> int:
+        """Bytes of one row of digits."""
+        return 4 * self.digits.shape[1]
+
+    def launch(self) -> dict[str, int]:
+        """Block and warps of the kernels that write this, a program a token."""
+        return {"BLOCK": 1 << (self.stride - 1).bit_length(), "num_warps": 8 if self.stride <= 4096 else 16}
+
+    def narrow(self, start: int, stop: int) -> SplitActivations:
+        return SplitActivations(self.digits[4 * start :], self.scales[:, start:], stop - start)
+
+
+def split_activations(x: Tensor) -> SplitActivations:
+    """`x` [M, K] split for `TritonMatrix.multiply_split`."""
+    from pmpd.kernels import _triton_kernels as kernels
+
+    split = SplitActivations.empty(x.shape[0], x.shape[1], x.device)
+    kernels.split_digits[(x.shape[0],)](
+        x, split.digits.view(torch.int8), split.scales[0], split.scales[1], *x.shape, x.stride(0), split.stride, **split.launch()
+    )
+    return split
 
 
 class TritonMatrix(BitplaneMatrix):
@@ -264,47 +299,31 @@ class TritonMatrix(BitplaneMatrix):
             y_MN = x_MK.new_empty(0, rows)
         elif route == "digits":
             y_MN = x_MK.new_empty(x_MK.shape[0], rows)
-            for start in range(0, x_MK.shape[0], DIGITS_TOKENS):
-                part = x_MK[start : start + DIGITS_TOKENS]
-                self._multiply_digits(part, bits, y_MN[start : start + DIGITS_TOKENS])
+            self.multiply_split(split_activations(x_MK), bits, y_MN)
         elif route == "fused":
             y_MN = self._tiles.fused(x_MK, bits, self._tables[bits], None, None)
         else:
             y_MN = torch.nn.functional.linear(x_MK, self._tiles.dequantize(bits, self._tables[bits], None, None, x.dtype), self._tiles.bias)
         return y_MN.view(*x.shape[:-1], rows)
 
-    def _multiply_digits(self, x: Tensor, bits: int, y: Tensor, warps: int | None = None, merge: bool | None = None) -> None:
+    def multiply_split(self, x: SplitActivations, bits: int, y: Tensor, warps: int | None = None, merge: bool | None = None) -> None:
+        """y [M, N] <- the product, any M; `warps` and `merge` as in the kernel (default: as measured for this GPU and shape)."""
+        from pmpd.kernels import _triton_kernels as kernels
+
+        tiles = self._tiles
         warps = warps or digits_warps(self._gpu_name, *self.shape, bits)
-        self.multiply_split(self.split_activations(x, warps), bits, y, merge)
-
-    def split_activations(self, x: Tensor, warps: int) -> SplitActivations:
-        """`x` [M, K], M <= 16, as the digits that `multiply_split` takes."""
-        from pmpd.kernels import _triton_kernels as kernels
-
-        tokens, columns = x.shape
-        pairs = 1 << ((tokens + 1) // 2 - 1).bit_length()  # 1, 2, 4 or 8
-        padded = math.ceil(self._tiles.blocks / warps) * warps * TILE_COLUMNS
-        digits = torch.empty(8 * pairs, padded // 4, dtype=torch.int32, device=x.device)
-        scales = torch.empty(2, 2 * pairs, dtype=torch.float32, device=x.device)
-        kernels.split_digits[(2 * pairs,)](
-            x, digits.view(torch.int8), scales[0], scales[1], tokens, columns, x.stride(0), padded,
-            BLOCK=1 << (padded - 1).bit_length(), num_warps=8 if padded <= 4096 else 16,
-        )  # fmt: skip
-        return SplitActivations(digits, scales, tokens, pairs, warps)
-
-    def multiply_split(self, x: SplitActivations, bits: int, y: Tensor, merge: bool | None = None) -> None:
-        """y [M, N] <- the product; `merge`: see the kernel."""
-        from pmpd.kernels import _triton_kernels as kernels
-
-        tiles, padded = self._tiles, 4 * x.digits.shape[1]
         words, table_scales, table_offsets = self._digits[bits]
-        kernels.digits_matmul[(tiles.row_blocks,)](
-            tiles.planes, words, table_scales, table_offsets, x.digits, x.scales[0], x.scales[1],
-            y if tiles.bias is None else tiles.bias, y,
-            x.tokens, self.shape[0], tiles.planes.stride(0), padded, y.stride(0),
-            BLOCKS=tiles.blocks, TILES=padded // TILE_COLUMNS // x.warps, BITS=bits, TOKEN_PAIRS=x.pairs, WARPS=x.warps,
-            HAS_BIAS=tiles.bias is not None, MERGE=x.pairs > 1 if merge is None else merge, EMULATE=_interpreted(), num_warps=x.warps,
-        )  # fmt: skip
+        for start in range(0, x.tokens, DIGITS_TOKENS):
+            tokens = min(DIGITS_TOKENS, x.tokens - start)
+            pairs = 1 << ((tokens + 1) // 2 - 1).bit_length()  # 1, 2, 4 or 8
+            part = y[start : start + tokens]
+            kernels.digits_matmul[(tiles.row_blocks,)](
+                tiles.planes, words, table_scales, table_offsets, x.digits[4 * start :], x.scales[0, start:], x.scales[1, start:],
+                part if tiles.bias is None else tiles.bias, part,
+                tokens, self.shape[0], tiles.planes.stride(0), 4 * x.digits.shape[1], y.stride(0),
+                BLOCKS=tiles.blocks, TILES=math.ceil(tiles.blocks / warps), BITS=bits, TOKEN_PAIRS=pairs, WARPS=warps,
+                HAS_BIAS=tiles.bias is not None, MERGE=pairs > 2 if merge is None else merge, EMULATE=_interpreted(), num_warps=warps,
+            )  # fmt: skip
 
     def dequantize(self, bits: int) -> Tensor:
         return self._tiles.dequantize(bits, self._tables[bits], None, None, self.dtype)
