@@ -11,14 +11,14 @@ CSS = """
 * { box-sizing: border-box; }
 html { -webkit-text-size-adjust: 100%; }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.55 system-ui, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
-main, header, footer { max-width: 72rem; margin: 0 auto; padding: 0 1.1rem; }
+main, header, footer { max-width: 76rem; margin: 0 auto; padding: 0 1.1rem; }
 header { padding-top: 2rem; }
 h1 { font-size: 1.75rem; line-height: 1.2; margin: 0 0 .3rem; text-wrap: balance; }
 h2 { font-size: 1.35rem; margin: 2.6rem 0 .6rem; padding-top: .8rem; border-top: 2px solid var(--ink); }
 h3 { font-size: 1.05rem; margin: 1.8rem 0 .5rem; }
 p, li { max-width: 46rem; }
 .lead { font-size: 1.08rem; }
-.soft, figcaption, caption, .note { color: var(--soft); font-size: .89rem; }
+.soft, figcaption, .note { color: var(--soft); font-size: .89rem; }
 a { color: var(--link); }
 nav ul { list-style: none; padding: 0; display: flex; flex-wrap: wrap; gap: .3rem 1.1rem; margin: 1rem 0 0; }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr)); gap: .8rem; margin: 1.2rem 0; padding: 0; list-style: none; }
@@ -29,10 +29,10 @@ figure { margin: 0; break-inside: avoid; }
 figure svg { width: 100%; height: auto; display: block; max-width: 38rem; }
 .scroll { overflow-x: auto; border: 1px solid var(--grid); border-radius: .3rem; margin: .6rem 0; }
 table { border-collapse: collapse; width: 100%; font-size: .89rem; font-variant-numeric: tabular-nums; }
-caption { text-align: left; padding: .5rem .6rem; caption-side: bottom; }
-th, td { padding: .38rem .65rem; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--grid); }
-th { font-weight: 600; vertical-align: bottom; }
-thead th { background: var(--panel); line-height: 1.25; }
+th, td { padding: .32rem .6rem; text-align: right; white-space: nowrap; line-height: 1.3; border-bottom: 1px solid var(--grid); }
+th { font-weight: 600; } thead th { vertical-align: bottom; }
+td.wide { text-align: left; white-space: normal; overflow-wrap: anywhere; }
+thead th { background: var(--panel); }
 th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: var(--paper); }
 thead th:first-child { background: var(--panel); }
 tbody tr:last-child td, tbody tr:last-child th { border-bottom: 0; }

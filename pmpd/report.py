@@ -7,6 +7,7 @@ manifest), how many turns are behind it and which were left out.
 from __future__ import annotations
 
 import html
+import importlib.metadata
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pmpd import figures, page
+from pmpd import figures, page, tables
 from pmpd.benchmarks import BENCHMARKS
 from pmpd.figures import AGAINST_LABELS, KINDS, METRIC_LABELS
 from pmpd.scoring import DATASET, REFERENCE_OUTPUT, Comparison, Run, ScoreConfig, bleu_signature, decode_forwards, first_divergence, rouge_l
@@ -40,22 +41,18 @@ class Report:
     scores: Sequence[Mapping[str, Any]]
     """Rows of SCORES."""
     sources: Sequence[Source]
-    run_sources: Mapping[tuple[str, str], Sequence[int]]
-    """(benchmark, run) -> numbers of the sources its rows came from."""
+    run_sources: Mapping[tuple[str, str, str], Sequence[int]]
+    """(benchmark, split, run) -> numbers of the sources its rows came from."""
     config: ScoreConfig
-    made: str
-    """What made the report: commit and versions, one line."""
 
 
 def main_metric(comparison: Comparison, scores: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
-    """(metric, against) of the quality figure: the benchmark's own if it was scored, else the first that was."""
-    known = {
-        (row["metric"], row["against"]) for row in scores if row["benchmark"] == comparison.benchmark and row["split"] == comparison.split
-    }
+    """(metric, against) of the quality figure: the benchmark's own if it was scored, else the first that was. `scores`: its own rows."""
+    known = {(row["metric"], row["against"]) for row in scores}
     if not known:
         raise ValueError(
-            f"{comparison.benchmark}: nothing to compare the answers with: it has no references of its own and no answers of the unquantized "
-            "model are among the inputs; run jobs/generate.py --schedulers fp, or give its folder too"
+            f"{comparison.benchmark}: nothing to compare the answers with: it has no references of its own and no answers of the "
+            "unquantized model are among the inputs; run jobs/generate.py --schedulers fp, or give its folder too"
         )
     benchmark = BENCHMARKS.get(comparison.benchmark)
     wanted = [(benchmark.metric, benchmark.reference)] if benchmark else []
@@ -83,9 +80,8 @@ def write_report(report: Report, folder: Path) -> dict[str, Path]:
     title = f"Precision and quality: {', '.join(sorted({comparison.model_id for comparison in report.comparisons}))}"
     body = _header(report, title) + "<main>" + "".join(sections) + _provenance(report) + "</main>" + _footer(report)
     written["report.html"] = folder / "report.html"
-    written["report.html"].write_text(
-        page.PAGE.format(title=html.escape(title), css=page.CSS, body=body, script=page.SCRIPT), encoding="utf-8"
-    )
+    text = page.PAGE.format(title=html.escape(title), css=page.CSS, body=body, script=page.SCRIPT)
+    written["report.html"].write_text(text, encoding="utf-8")
     written["report.md"] = folder / "report.md"
     written["report.md"].write_text(f"# {title}\n\n" + "\n".join(markdown) + _markdown_provenance(report), encoding="utf-8")
     return written
@@ -106,8 +102,8 @@ def _draw(comparison: Comparison, report: Report) -> dict[str, tuple[Any, str]]:
     drawn = {
         "quality": (
             figures.draw(lambda: figures.quality(comparison, scores, metric, against)),
-            f"Quality against cost: {METRIC_LABELS[metric]} against the {AGAINST_LABELS[against]} by average bits. Bars are 95 % intervals. "
-            "Higher and further left is better.",
+            f"Quality against cost: {METRIC_LABELS[metric]} against the {AGAINST_LABELS[against]} by average bits. Bars are 95 % "
+            "intervals. Higher and further left is better.",
         ),
         "lengths": (
             figures.draw(lambda: figures.lengths(comparison)),
@@ -192,11 +188,13 @@ def _cards(comparison: Comparison, scores: Sequence[Mapping[str, Any]]) -> str:
         label, color, _ = KINDS[kind]
         text = f"average bits; {METRIC_LABELS[metric]} {row['value']:.3f}"
         if row.get("difference") is not None:
-            text += f", {_signed(row['difference'])} to uniform {comparison.high_bits} bit (95 % {_signed(row['difference_low'])} to {_signed(row['difference_high'])})"
+            low, high = _signed(row["difference_low"]), _signed(row["difference_high"])
+            text += f", {_signed(row['difference'])} to uniform {comparison.high_bits} bit (95 % {low} to {high})"
         if row.get("decode_time_ratio"):
             text += f"; decode time × {row['decode_time_ratio']:.2f}"
         cards.append(
-            f'<li style="--c:{color}">{html.escape(label)}<b>{row["average_bits"]:.2f}</b><span class="soft">{html.escape(text)}</span></li>'
+            f'<li style="--c:{color}">{html.escape(label)}<b>{row["average_bits"]:.2f}</b>'
+            f'<span class="soft">{html.escape(text)}</span></li>'
         )
     return f'<ul class="cards">{"".join(cards)}</ul>' if cards else ""
 
@@ -208,11 +206,12 @@ def _signed(value: float) -> str:
 def _table(comparison: Comparison, report: Report, scores: Sequence[Mapping[str, Any]]) -> str:
     metric, against = main_metric(comparison, scores)
     rows = [row for row in scores if (row["metric"], row["against"], row["turn"]) == (metric, against, None)]
-    head = (
-        "<th>Run</th><th>Average<br>bits</th>" + f"<th>{METRIC_LABELS[metric]}<br>and 95 % interval</th>"
-        f"<th>Difference to<br>uniform {comparison.high_bits} bit</th><th>Decode time<br>to {comparison.high_bits} bit</th><th>Decode time<br>to 16 bit</th>"
-        "<th>Exact<br>answers</th><th>Ended<br>by itself</th><th>Turns</th><th>Failed</th><th>Source</th>"
-    )
+    high = f"{comparison.high_bits} bit"
+    titles = (
+        "Run", "Average<br>bits", f"{METRIC_LABELS[metric]}<br>and 95 % interval", f"Difference to<br>uniform {high}",
+        f"Decode time<br>to {high}", "Decode time<br>to 16 bit", "Exact<br>answers", "Ended<br>by itself", "Turns", "Failed", "Source",
+    )  # fmt: skip
+    head = "".join(f"<th scope='col'>{title}</th>" for title in titles)
     exact = {row["run"]: row["value"] for row in scores if row["metric"] == "exact_match" and row["turn"] is None}
     lines = []
     for row in rows:
@@ -222,10 +221,10 @@ def _table(comparison: Comparison, report: Report, scores: Sequence[Mapping[str,
         sure = "" if difference is None else "worse" if row["difference_high"] < 0 else "better" if row["difference_low"] > 0 else ""
         cells = [
             _number(row["average_bits"], 3),
-            f"{row['value']:.4f} <span class='ci'>{row['low']:.3f}–{row['high']:.3f}</span>",
+            f"{row['value']:.4f}<br><span class='ci'>{row['low']:.3f} to {row['high']:.3f}</span>",
             "–"
             if difference is None
-            else f"<span class='{sure}'>{_signed(difference)}</span> "
+            else f"<span class='{sure}'>{_signed(difference)}</span><br>"
             f"<span class='ci'>{_signed(row['difference_low'])} to {_signed(row['difference_high'])}</span>",
             _number(row["decode_time_ratio"], 2, "×"),
             _number(row["decode_time_ratio_16"], 2, "×"),
@@ -237,12 +236,16 @@ def _table(comparison: Comparison, report: Report, scores: Sequence[Mapping[str,
         ]
         name = f'<span class="dot" style="--c:{color}"></span>{html.escape(run.name)}'
         lines.append(f"<tr><th scope='row'>{name}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
-    caption = (
-        f"Against the {AGAINST_LABELS[against]}. Average bits: mean over decode forwards. Decode time: speed model, forwards by precision × measured "
-        "seconds of one. Differences are paired by question; coloured where the 95 % interval excludes zero. The oracle chose, with hindsight, the "
-        "cheapest of the static plans that is as good as never switching."
+    note = (
+        f"Against the {AGAINST_LABELS[against]}. Average bits: mean over decode forwards. Decode time: speed model, forwards by precision "
+        "× measured seconds of one. Differences are paired by question; coloured where the 95 % interval excludes zero. The oracle chose, "
+        "with hindsight, the cheapest of the static plans that is as good as never switching, per conversation."
     )
-    return f'<div class="scroll"><table id="{_slug(comparison)}-runs"><caption>{caption}</caption><thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+    return (
+        f'<div class="scroll"><table id="{_slug(comparison)}-runs"><thead><tr>{head}</tr></thead>'
+        f"<tbody>{''.join(lines)}</tbody></table></div>"
+        f'<p class="note">{html.escape(note)}</p>'
+    )
 
 
 def _ended(comparison: Comparison, run: Run) -> float:
@@ -254,7 +257,7 @@ def _number(value: float | None, digits: int, unit: str = "") -> str:
 
 
 def _source_links(report: Report, comparison: Comparison, run: Run) -> str:
-    numbers = report.run_sources.get((comparison.benchmark, run.name), ())
+    numbers = report.run_sources.get((comparison.benchmark, comparison.split, run.name), ())
     if run.kind == "oracle":
         return "derived"
     return " ".join(f'<a href="#source-{number}">[{number}]</a>' for number in numbers) or "–"
@@ -270,23 +273,23 @@ def _metrics_table(comparison: Comparison, scores: Sequence[Mapping[str, Any]]) 
     columns = _columns(scores)
     by_cell = {(row["run"], row["turn"], row["metric"], row["against"]): row for row in scores}
     turns = sorted({row["turn"] for row in scores}, key=lambda turn: turn or 0)
-    head = "<th>Run</th><th>Turn</th>" + "".join(
-        f"<th>{METRIC_LABELS[m]}<br><span class='ci'>{a.replace('_', ' ')}</span></th>" for m, a in columns
-    )
+    names = [f"{METRIC_LABELS[metric]}<br><span class='ci'>{against.replace('_', ' ')}</span>" for metric, against in columns]
+    head = "".join(f"<th scope='col'>{name}</th>" for name in ("Run", "Turn", *names))
     lines = []
     for run in comparison.runs.values():
         for turn in turns:
             cells = [by_cell.get((run.name, turn, metric, against)) for metric, against in columns]
-            text = "".join(
-                "<td>–</td>" if row is None else f"<td>{row['value']:.3f} <span class='ci'>{row['low']:.3f}–{row['high']:.3f}</span></td>"
-                for row in cells
-            )
+            text = "".join(f"<td>{_value_cell(row)}</td>" for row in cells)
             lines.append(f"<tr><th scope='row'>{html.escape(run.name)}</th><td>{turn or 'all'}</td>{text}</tr>")
-    caption = "Values with 95 % intervals. SacreBLEU on its scale of 0 to 100, first divergence in tokens, the others on 0 to 1."
+    note = "Values with 95 % intervals. SacreBLEU on its scale of 0 to 100, first divergence in tokens, the others on 0 to 1."
     return (
-        f'<details><summary>Every metric, by turn</summary><div class="scroll"><table id="{_slug(comparison)}-metrics"><caption>{caption}</caption>'
-        f"<thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div></details>"
+        f'<details><summary>Every metric, by turn</summary><div class="scroll"><table id="{_slug(comparison)}-metrics">'
+        f'<thead><tr>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div><p class="note">{note}</p></details>'
     )
+
+
+def _value_cell(row: Mapping[str, Any] | None) -> str:
+    return "–" if row is None else f"{row['value']:.3f}<br><span class='ci'>{row['low']:.3f} to {row['high']:.3f}</span>"
 
 
 def _browser(comparison: Comparison) -> str:
@@ -344,12 +347,12 @@ def _provenance(report: Report) -> str:
             "complete": manifest.get("complete"),
         }
         lines = "".join(
-            f"<tr><th scope='row'>{key}</th><td style='text-align:left;white-space:normal'>{html.escape(str(value))}</td></tr>"
-            for key, value in facts.items()
+            f"<tr><th scope='row'>{key}</th><td class='wide'>{html.escape(str(value))}</td></tr>" for key, value in facts.items()
         )
         raw = html.escape(json.dumps(manifest, indent=1, ensure_ascii=False, default=str))
         parts.append(
-            f'<h3 id="source-{source.number}">[{source.number}] {html.escape(source.folder)}</h3><div class="scroll"><table><tbody>{lines}</tbody></table></div>'
+            f'<h3 id="source-{source.number}">[{source.number}] {html.escape(source.folder)}</h3>'
+            f'<div class="scroll"><table><tbody>{lines}</tbody></table></div>'
             f"<details><summary>Whole manifest</summary><pre>{raw}</pre></details>"
         )
     return "".join(parts) + "</section>"
@@ -360,18 +363,18 @@ def _compact(model: Any) -> str:
 
 
 def _method(report: Report) -> str:
-    import importlib.metadata
-
+    version = importlib.metadata.version
+    bert = f"BERTScore: {report.config.bert_score}. " if report.config.bert_score else ""
     return (
-        f"ROUGE-L: tokens and F1 of rouge_score {importlib.metadata.version('rouge_score')}. BLEU: sacrebleu {importlib.metadata.version('sacrebleu')}, "
-        f"signature {bleu_signature()}. Intervals: 95 % percentiles of {report.config.resamples} bootstrap resamples of the questions, seed "
-        f"{report.config.seed}, the same resamples for all runs. {'BERTScore: ' + report.config.bert_score + '. ' if report.config.bert_score else ''}"
-        "Rows are joined by prompt id, choice and turn. Numbers in the tables come from the sources named in their last column."
+        f"ROUGE-L: tokens and F1 of rouge_score {version('rouge_score')}. BLEU: sacrebleu {version('sacrebleu')}, signature "
+        f"{bleu_signature()}. {bert}Intervals: 95 % percentiles of {report.config.resamples} bootstrap resamples of the questions, seed "
+        f"{report.config.seed}, the same resamples for all runs. Rows are joined by prompt id, choice and turn. Numbers in the tables come "
+        "from the sources named in their last column."
     )
 
 
 def _footer(report: Report) -> str:
-    return f'<footer class="soft"><p>Made {time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())} by {html.escape(report.made)}.</p></footer>'
+    return f'<footer class="soft"><p>Made {time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())} by {html.escape(_made_by())}.</p></footer>'
 
 
 # --------------------------------------------------------------------------------------------------------------------- Markdown
@@ -381,6 +384,7 @@ def _markdown(comparison: Comparison, report: Report, drawn: Mapping[str, tuple[
     scores = _of(report, comparison)
     metric, against = main_metric(comparison, scores)
     rows = [row for row in scores if (row["metric"], row["against"], row["turn"]) == (metric, against, None)]
+    high = f"{comparison.high_bits} bit"
     lines = [
         f"## {_name(comparison)}",
         "",
@@ -388,17 +392,25 @@ def _markdown(comparison: Comparison, report: Report, drawn: Mapping[str, tuple[
         "",
         f"{METRIC_LABELS[metric]} against the {AGAINST_LABELS[against]}; in brackets the 95 % interval.",
         "",
-        f"| run | average bits | {METRIC_LABELS[metric]} | difference to uniform {comparison.high_bits} bit | decode time to {comparison.high_bits} bit | to 16 bit | turns | failed |",
+        f"| run | average bits | {METRIC_LABELS[metric]} | difference to uniform {high} | decode time to {high} | to 16 bit | turns "
+        "| failed |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
         difference = "–"
         if row.get("difference") is not None:
             difference = f"{_signed(row['difference'])} [{_signed(row['difference_low'])}, {_signed(row['difference_high'])}]"
-        lines.append(
-            f"| {row['run']} | {_number(row['average_bits'], 3)} | {row['value']:.4f} [{row['low']:.3f}, {row['high']:.3f}] | {difference} | "
-            f"{_number(row['decode_time_ratio'], 2, '×')} | {_number(row['decode_time_ratio_16'], 2, '×')} | {row['rows']} | {row['error_rows']} |"
+        cells = (
+            row["run"],
+            _number(row["average_bits"], 3),
+            f"{row['value']:.4f} [{row['low']:.3f}, {row['high']:.3f}]",
+            difference,
+            _number(row["decode_time_ratio"], 2, "×"),
+            _number(row["decode_time_ratio_16"], 2, "×"),
+            str(row["rows"]),
+            str(row["error_rows"]),
         )
+        lines.append(f"| {' | '.join(cells)} |")
     lines.append("")
     lines += [f"![{caption}](figures/{_slug(comparison)}-{name}.png)\n" for name, (_, caption) in drawn.items()]
     return "\n".join(lines) + "\n"
@@ -409,11 +421,15 @@ def _markdown_provenance(report: Report) -> str:
     for source in report.sources:
         manifest = source.manifest
         models = "; ".join(f"{role}: {_compact(model)}" for role, model in (manifest.get("models") or {}).items())
-        lines.append(
-            f"{source.number}. `{source.folder}`: written {manifest.get('written')}, commit {manifest.get('git_commit')}, {manifest.get('device')}, {models}"
-        )
-    lines.append(f"\nMade by {report.made}.\n")
+        facts = f"written {manifest.get('written')}, commit {manifest.get('git_commit')}, {manifest.get('device')}, {models}"
+        lines.append(f"{source.number}. `{source.folder}`: {facts}")
+    lines.append(f"\nMade by {_made_by()}.\n")
     return "\n".join(lines)
+
+
+def _made_by() -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in tables.package_versions().items() if name in ("pmpd", "numpy", "pyarrow"))
+    return f"{versions}, commit {tables.git_commit() or 'unknown'}"
 
 
 def unfinished(sources: Sequence[Source]) -> list[str]:

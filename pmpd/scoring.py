@@ -264,7 +264,8 @@ def compare(rows: Iterable[Row]) -> list[Comparison]:
 
 def _compare(rows: list[Row]) -> Comparison:
     version, model_id = _only(rows, "benchmark_version"), _only(rows, "model_id")
-    fingerprints = {(row["kind"] == "fp", row["model_fingerprint"]) for row in rows}
+    # A row of a conversation that failed as a whole doesn't know its model.
+    fingerprints = {(row["kind"] == "fp", row["model_fingerprint"]) for row in rows if row["model_fingerprint"] is not None}
     for unquantized, name in ((True, "unquantized"), (False, "quantized")):
         different = sorted(fingerprint for is_fp, fingerprint in fingerprints if is_fp == unquantized)
         if len(different) > 1:
@@ -272,6 +273,10 @@ def _compare(rows: list[Row]) -> Comparison:
                 f"{rows[0]['benchmark']}: rows of {len(different)} {name} models (fingerprints {', '.join(different)}) under one "
                 f"--model-id {model_id}; give each model its own id and its own report"
             )
+    turns_of: dict[tuple[str, int], set[TurnKey]] = defaultdict(set)
+    for row in rows:
+        if row["turn"] is not None:
+            turns_of[row["prompt_id"], row["choice"]].add((row["prompt_id"], row["choice"], row["turn"]))
     runs: dict[str, Run] = {}
     for row in rows:
         run = runs.setdefault(row["run"], Run(row["run"], row["kind"], row["scheduler"]))
@@ -279,6 +284,11 @@ def _compare(rows: list[Row]) -> Comparison:
             raise ValueError(
                 f"run {row['run']} of {row['benchmark']} has two settings: {run.scheduler} and {row['scheduler']}; report them apart"
             )
+        if row["turn"] is None:  # the whole conversation failed, before its turns were told apart
+            run.errors.update(
+                {key: row["error"] for key in turns_of[row["prompt_id"], row["choice"]] or [(row["prompt_id"], row["choice"], 1)]}
+            )
+            continue
         key = (row["prompt_id"], row["choice"], row["turn"])
         if key in run.rows or key in run.errors:
             raise ValueError(f"run {row['run']} of {row['benchmark']}: turn {key} is there twice; was one folder given twice?")

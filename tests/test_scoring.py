@@ -135,6 +135,15 @@ def test_an_error_row_is_excluded_from_every_run_and_counted(rows: list[dict]) -
     assert value(scored, "fp", "rouge_l")["unpaired_rows"] == 1
 
 
+def test_a_conversation_that_failed_as_a_whole_fails_in_all_its_turns(rows: list[dict]) -> None:
+    victim = next(row for row in rows if row["turn"] == 2 and row["kind"] == "fp")
+    kept = [row for row in rows if not (row["kind"] == "fp" and row["prompt_id"] == victim["prompt_id"])]
+    lost = {**victim, "turn": None, "error": "WorkerDied: gone", "model_fingerprint": None, "output_text": None, "precision_trace": None}
+    (comparison,) = compare([*kept, lost])
+    assert len(comparison.runs["fp"].errors) == 2
+    assert len(comparison.shared) == 14
+
+
 def test_missing_references_are_counted_with_three_examples(rows: list[dict]) -> None:
     gone = {row["prompt_id"] for row in rows[:1]} | {rows[-1]["prompt_id"]}
     partial = [row for row in rows if not (row["kind"] == "fp" and row["prompt_id"] in gone)]

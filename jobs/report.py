@@ -1,0 +1,80 @@
+"""Score what jobs/generate.py answered and write the report: one HTML page, its figures, Markdown, and the scores as Parquet.
+
+python jobs/report.py                                    # everything under results/generate
+python jobs/report.py --inputs results/a results/b       # several folders, e.g. the unquantized answers apart
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from rich.console import Console
+
+from pmpd import tables
+from pmpd.report import Report, Source, unfinished, write_report
+from pmpd.results import read_generations
+from pmpd.scoring import ScoreConfig, compare, score
+
+
+@dataclass(frozen=True)
+class ReportJob:
+    """Score what jobs/generate.py answered and write the report."""
+
+    inputs: tuple[str, ...] = ("results/generate",)
+    """Output folders of jobs/generate.py (everything below them is read)."""
+    output_dir: str = "results/report"
+    """Local folder for report.html, report.md, figures/ and scores/."""
+    bert_score: str | None = None
+    """Also BERTScore, with the model in this folder or of this name (needs pip install 'pmpd[bertscore]')."""
+    resamples: int = 2000
+    """Bootstrap resamples behind the 95 % intervals."""
+    seed: int = 0
+    """Seed of the resamples."""
+
+
+def main(job: ReportJob, console: Console | None = None) -> Path:
+    """Writes the report; the path of its page. ValueError for anything the user can cure."""
+    console = console or Console()
+    begin = time.monotonic()
+    config = ScoreConfig(job.resamples, job.seed, job.bert_score)
+    rows, sources, run_sources = [], [], {}
+    for folder, manifest, found in (entry for path in job.inputs for entry in read_generations(path)):
+        if manifest["config"].get("static_search"):
+            continue  # the grid of a static search has a result of its own
+        sources.append(Source(len(sources) + 1, folder, manifest))
+        rows += found
+        for key in {(row["benchmark"], row["split"], row["run"]) for row in found}:
+            run_sources.setdefault(key, []).append(sources[-1].number)
+    comparisons = compare(rows)
+    scores = [row for comparison in comparisons for row in score(comparison, config)]
+    report = Report(comparisons, scores, sources, run_sources, config)
+    output = Path(job.output_dir)
+    written = write_report(report, output)
+    dataset = str(output / "scores")
+    tables.write_shard(tables.to_table(scores, tables.SCORES), tables.join(tables.data_folder(dataset), "part-0.parquet"))
+    settings = {
+        "inputs": [source.folder for source in sources],
+        "resamples": config.resamples,
+        "seed": config.seed,
+        "bert_score": config.bert_score,
+    }
+    counts = {"rows": len(scores), "errors": sum(bool(row["error"]) for row in rows), "generation_rows": len(rows)}
+    seconds = time.monotonic() - begin
+    tables.write_manifest(dataset, tables.SCORES, settings, table="scores", complete=True, counts=counts, seconds=seconds)
+    for folder in unfinished(sources):
+        console.print(f"note: {folder} is not complete; run its jobs/generate.py again to finish it", soft_wrap=True)
+    if counts["errors"]:
+        console.print(f"note: {counts['errors']} of {len(rows)} turns failed and are left out of the scores; the page counts them by run")
+    console.print(f"report:  {written['report.html']}\nscores:  {tables.data_folder(dataset)}", soft_wrap=True)
+    return written["report.html"]
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(ReportJob, description=__doc__))
+    except ValueError as error:
+        sys.exit(f"error: {error}")

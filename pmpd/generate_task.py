@@ -1,0 +1,126 @@
+"""Benchmarks on the farm: the recipe that a worker builds, and the data sets before and after it."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pmpd import farm, tables
+from pmpd.benchmarks import Benchmark, Question
+from pmpd.farm import BuiltTask, FarmTask, Item, ModelSource, Place
+from pmpd.generation import Generator, Run, conversation_rows
+
+CONVERSATIONS_PER_SHARD = 1024
+
+
+@dataclass(frozen=True)
+class GenerateTask(FarmTask):
+    """CONVERSATIONS -> GENERATIONS: one row per turn; a conversation's turns are one shard's rows, so they stay on one worker."""
+
+    model: ModelSource
+    runs: tuple[Run, ...]
+    slots: int
+    reuse_cache: bool = True
+    table = "generations"
+    id_column = "conversation_id"
+    one_row_per_item = False
+
+    def build(self, place: Place) -> BuiltTask:
+        model, device = self.model.load(place)
+        generator = Generator(model, self.runs, self.slots, self.reuse_cache, device)
+
+        def answer(items: list[Item]) -> Iterable[dict[str, Any]]:
+            return generator.answer(item["conversations"] for item in items)
+
+        return BuiltTask(
+            run=answer,
+            schema=tables.GENERATIONS,
+            models={"model": model.fingerprint},
+            device=device,
+            tokens=lambda row: row["output_tokens"],
+        )
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What is to be generated: some runs of one model over one benchmark's questions."""
+
+    benchmark: Benchmark
+    split: str
+    questions: Sequence[Question]
+    runs: tuple[Run, ...]
+    model_id: str
+    model_fingerprint: str
+    template: str
+    choices: int = 1
+    static_search: bool = False
+    """Whether this is the grid of a static search, which the report leaves out."""
+
+    def identity(self) -> dict[str, Any]:
+        """All that defines the rows: a folder of another identity is refused."""
+        content = [(question.prompt_id, question.turns, question.references) for question in self.questions]
+        return {
+            "benchmark": self.benchmark.name,
+            "benchmark_version": self.benchmark.version,
+            "split": self.split,
+            "questions": len(self.questions),
+            "questions_hash": hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16],
+            "choices": self.choices,
+            "static_search": self.static_search,
+            "template": self.template,
+            "model_id": self.model_id,
+            "model": self.model_fingerprint,
+            "runs": {run.name: json.loads(run.describe()) for run in self.runs},
+        }
+
+
+def generate(sweep: Sweep, model: ModelSource, folder: str, slots: int, reuse_cache: bool, options: farm.FarmOptions) -> farm.FarmResult:
+    """Answers on the cluster that `farm.connect` joined; continues what an earlier call left undone. The rows are in `folder`."""
+    conversations, identity = tables.join(folder, "conversations"), sweep.identity()
+    answers = tables.join(folder, "answers")
+    for dataset in (conversations, answers):
+        tables.check_config(dataset, identity)  # before any work
+    with farm.Lease(folder) as lease:
+        write_conversations(sweep, conversations)
+        task = GenerateTask(model, sweep.runs, slots, reuse_cache)
+        return farm.run(task, {"conversations": conversations}, answers, identity, options, lease)
+
+
+def write_conversations(sweep: Sweep, dataset: str) -> None:
+    """Writes the CONVERSATIONS data set unless it is there already; one that was cut short is written again."""
+    manifest = tables.check_config(dataset, sweep.identity())
+    if manifest is not None and manifest["complete"] and not tables.scan(dataset, "conversation_id").unreadable:
+        return
+    begin = time.monotonic()
+    tables.write_manifest(dataset, tables.CONVERSATIONS, sweep.identity(), table="conversations", complete=False)
+    tables.remove_temporary(dataset)
+    for path in tables.list_shards(dataset):
+        tables.remove(path)
+    rows = conversation_rows(sweep.benchmark, sweep.split, sweep.questions, sweep.runs, sweep.model_id, sweep.template, sweep.choices)
+    count = 0
+    for index in itertools.count():
+        shard = list(itertools.islice(rows, CONVERSATIONS_PER_SHARD))
+        if not shard:
+            break
+        tables.write_shard(
+            tables.to_table(shard, tables.CONVERSATIONS), tables.join(tables.data_folder(dataset), f"part-{index:05}.parquet")
+        )
+        count += len(shard)
+    seconds = time.monotonic() - begin
+    counts = {"rows": count, "errors": 0}
+    tables.write_manifest(
+        dataset, tables.CONVERSATIONS, sweep.identity(), table="conversations", complete=True, counts=counts, seconds=seconds
+    )
+
+
+def output_folder(path: str) -> str:
+    """A submitted job runs in a copy of the working directory that Ray deletes: there, a relative path is taken from home."""
+    submitted = "/runtime_resources/working_dir_files/" in os.getcwd() and "://" not in path
+    return tables.absolute(Path.home() / path if submitted else path)
