@@ -26,8 +26,8 @@ from pmpd.labeling import LabelConfig
 from pmpd.prompts import PromptConfig, write_prompts
 from pmpd.quantize.convert import local_folder
 from pmpd.schedulers import NUM_CLASSES, class_steps
-from pmpd.weights import anyprec
 from pmpd.weights.checkpoint import Checkpoint
+from pmpd.weights.mixed import open_checkpoint, precisions_of
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,8 @@ class LabelJob:
     """Of the prompts' random lengths."""
     stage: Literal["all", "prompts", "references", "labels"] = "all"
     """Only this one (prompts are always made first), or all."""
+    use_multi_model: bool = False
+    """--model-path is a JSON of one checkpoint per precision (GPTQ), not an Any-Precision checkpoint."""
     retry_errors: bool = False
     """Do rows again that have an error."""
     kernel: str | None = None
@@ -76,10 +78,11 @@ def main(job: LabelJob, console: Console | None = None) -> farm.FarmResult | Non
     chain = LabelConfig(tuple(int(bits) for bits in job.precisions.split(",")), job.max_new_tokens, job.batch_size).precisions
     options = farm.FarmOptions(job.num_workers, job.gpus_per_worker, job.batch_size, job.retry_errors)
     source = PromptConfig(job.dataset, job.dataset_config, job.split, job.size, job.seed)
-    quantized, reference = (Checkpoint(local_folder(path), job.trust_remote_code) for path in (job.model_path, job.reference_model_path))
-    absent = sorted(set(chain) - set(anyprec.precisions_of(quantized)))
+    quantized = open_checkpoint(local_folder(job.model_path), job.trust_remote_code, multi=job.use_multi_model)
+    reference = Checkpoint(local_folder(job.reference_model_path), job.trust_remote_code)
+    absent = sorted(set(chain) - set(precisions_of(quantized)))
     if absent:
-        held = ", ".join(map(str, anyprec.precisions_of(quantized)))
+        held = ", ".join(map(str, precisions_of(quantized)))
         raise ValueError(f"--precisions {job.precisions}: {job.model_path} holds {held}, not {', '.join(map(str, absent))}")
     positions = min(getattr(checkpoint.config(), "max_position_embeddings", 2**31) for checkpoint in (quantized, reference))
     tokenizer, other = (tokenizer_of(checkpoint) for checkpoint in (reference, quantized))

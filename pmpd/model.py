@@ -65,7 +65,7 @@ class PMPDForCausalLM(nn.Module):
     ) -> None:
         super().__init__()
         dtype = dtype or compute_dtype(torch.device("cpu"))
-        checkpoint = mixed.open_checkpoint(model_path, trust_remote_code) if use_anyprec else MultiCheckpoint(model_path, trust_remote_code)
+        checkpoint = mixed.open_checkpoint(model_path, trust_remote_code, multi=not use_anyprec)
         self.model_path = Path(model_path)
         self.fingerprint = checkpoint.fingerprint()
         wanted = sorted({int(bits) for bits in precisions}, reverse=True) if precisions is not None else None

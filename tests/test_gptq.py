@@ -287,6 +287,16 @@ def test_generate_labels_and_the_config_of_the_original_readme_work(model):
     assert all(row["error"] is None and len(row["pairs"]) == 2 for row in rows)
 
 
+def test_a_quantized_checkpoint_may_be_the_base_model(tmp_path, dense_folder):
+    for bits in (4, 3):
+        values = write_gptq(tmp_path / f"q{bits}", dense_folder("llama"), bits, in_config=True)
+    for file in dense_folder("llama").glob("*token*"):
+        shutil.copy(file, tmp_path / "q3")
+    model = PMPDForCausalLM(write_json(tmp_path, {"4": "q4", "3": "q3"}, "q3"), use_anyprec=False, kernel="reference").eval()
+    name = "model.layers.1.mlp.down_proj"
+    assert torch.equal(model.model.get_submodule(name).dequantize(3), values[name])
+
+
 # -- what exists once ----------------------------------------------------------------------------------------------------------
 
 

@@ -95,9 +95,10 @@ class Summary:
 
 
 def local_folder(model_path: str | Path) -> Path:
-    """The checkpoint folder; a Hugging Face id that is no folder is downloaded. ValueError where there is neither."""
+    """The checkpoint folder, or the JSON file that names several; a Hugging Face id that is neither is downloaded. ValueError where
+    there is none."""
     folder = Path(model_path)
-    if folder.is_dir():
+    if folder.is_dir() or (folder.suffix == ".json" and folder.is_file()):
         return folder
     if not _HUB_ID.fullmatch(str(model_path)):
         raise ValueError(f"--model-path {model_path}: no such folder; give a checkpoint folder or a Hugging Face id (owner/name)")

@@ -130,10 +130,15 @@ class MixedLinear(PrecisionLinear):
         return super()._apply(fn, recurse)
 
 
-def open_checkpoint(path: str | Path, trust_remote_code: bool = False) -> Checkpoint:
-    """A folder, or a JSON file that names one for each precision."""
-    kind = MultiCheckpoint if Path(path).suffix == ".json" else Checkpoint
+def open_checkpoint(path: str | Path, trust_remote_code: bool = False, multi: bool = False) -> Checkpoint:
+    """A folder, or a JSON file that names one for each precision (`multi`: it must be that)."""
+    kind = MultiCheckpoint if multi or Path(path).suffix == ".json" else Checkpoint
     return kind(path, trust_remote_code)
+
+
+def precisions_of(checkpoint: Checkpoint) -> tuple[int, ...]:
+    """Descending. ValueError where the checkpoint holds none but the unquantized weights."""
+    return checkpoint.precisions if isinstance(checkpoint, MultiCheckpoint) else anyprec.precisions_of(checkpoint)
 
 
 def load(checkpoint: MultiCheckpoint, precisions: Sequence[int], dtype: torch.dtype, kernel: str | None = None) -> PreTrainedModel:
