@@ -9,6 +9,7 @@ whatever M is: results depend neither on the number of threads nor on the other 
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import importlib.metadata
@@ -23,7 +24,7 @@ from torch import Tensor
 from pmpd.kernels import _sources
 from pmpd.kernels.base import BitplaneMatrix, PackedWeights
 
-LEVELS = ("portable", "avx2", "avx512", "avx512bf16")
+LEVELS = ("portable", "avx2", "avx512", "avx512vnni")
 """Instruction sets the library has code for, each including the ones before it."""
 
 LEVEL_VARIABLE = "PMPD_CPU_LEVEL"
@@ -35,7 +36,7 @@ FUSED_TOKENS = 16
 TILE_BYTES = 4 << 20
 """Size of such a tile."""
 
-GROUP_ROWS, MAX_LEVELS, MAX_BITS = 4, 7, 8  # as in csrc/bitplane.h
+GROUP_ROWS, MAX_LEVELS, MAX_BITS, FIXED_MAX = 4, 7, 8, 8191  # as in csrc/bitplane.h
 
 _MIN_PARALLEL_WORK = 1 << 17  # weights times tokens: below, waking another thread costs more than it saves
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -51,6 +52,8 @@ class _Matrix(ctypes.Structure):  # PmpdMatrix of csrc/bitplane.h
         ("level", ctypes.c_void_p * MAX_LEVELS),
         ("table", ctypes.c_void_p * (MAX_BITS + 1)),
         ("bias", ctypes.c_void_p),
+        ("fixed_table", ctypes.c_void_p * (MAX_BITS + 1)),
+        ("fixed_scale", ctypes.c_void_p * (MAX_BITS + 1)),
     )
 
 
@@ -75,7 +78,8 @@ def describe() -> str:
     library = _library()
     if library.problem:
         return library.problem
-    return f"level {LEVELS[active_level()]} of {', '.join(LEVELS[: library.functions.pmpd_highest_level() + 1])}; {library.threads}; {library.path}"
+    usable = ", ".join(LEVELS[: library.functions.pmpd_highest_level() + 1])
+    return f"level {LEVELS[active_level()]} of {usable}; {library.threads}; {library.path}"
 
 
 def active_level() -> int:
@@ -92,8 +96,9 @@ def active_level() -> int:
 class NativeMatrix(BitplaneMatrix):
     """`packed` in the column order of the kernels; nothing of `packed` is kept.
 
-    `dtype` float32 or bfloat16 is that of tokens, tables and results; sums are float32. With bfloat16 the table values are rounded to it
-    (relative error 2⁻⁹), with float32 they are exact.
+    `dtype` float32 or bfloat16 is that of tokens and results. With float32 the table values are exact and everything is float32. With
+    bfloat16, `dequantize` rounds them to bfloat16 (relative error 2⁻⁹), and so do the levels that multiply in float32; the level
+    avx512vnni multiplies in fixed point (errors of 2⁻¹⁴ of the largest value of the row, and of 512 columns of the token).
     """
 
     def __init__(self, packed: PackedWeights, dtype: torch.dtype) -> None:
@@ -114,6 +119,11 @@ class NativeMatrix(BitplaneMatrix):
             self._matrix.level[index] = level.data_ptr()
         for bits, table in self._tables.items():
             self._matrix.table[bits] = table.data_ptr()
+        self._fixed = {}
+        if dtype == torch.bfloat16 and LEVELS[self._level] == "avx512vnni":
+            self._fixed = {bits: _fixed_point(_index_order(table, bits, torch.float32)) for bits, table in packed.tables.items()}
+        for bits, (integers, scale) in self._fixed.items():
+            self._matrix.fixed_table[bits], self._matrix.fixed_scale[bits] = integers.data_ptr(), scale.data_ptr()
         if self._bias is not None:
             self._matrix.bias = self._bias.data_ptr()
         self._address = ctypes.addressof(self._matrix)
@@ -142,7 +152,8 @@ class NativeMatrix(BitplaneMatrix):
         return self._dequantize_rows(bits, 0, self.shape[0])
 
     def packed_bytes(self) -> int:
-        return sum(level.nbytes for level in self._levels) + sum(table.nbytes for table in self._tables.values())
+        tensors = [*self._levels, *self._tables.values(), *(tensor for pair in self._fixed.values() for tensor in pair)]
+        return sum(tensor.nbytes for tensor in tensors)
 
     def _multiply_tiles(self, x_MK: Tensor, bits: int) -> Tensor:
         rows, columns = self.shape
@@ -190,6 +201,12 @@ def _index_order(table: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
     return ordered
 
 
+def _fixed_point(table: Tensor) -> tuple[Tensor, Tensor]:
+    """`table` float32 [N, 2**bits] -> integers int16, scale float32 [N]: table ≈ integers * scale, to 2⁻¹⁴ of a row's largest value."""
+    scale = table.abs().amax(1) / FIXED_MAX
+    return torch.round(table / scale.clamp(min=1e-30).unsqueeze(1)).to(torch.int16), scale
+
+
 @functools.cache
 def _library() -> _Library:
     """Loads the library once per process; says once where there is none."""
@@ -210,10 +227,8 @@ def _library() -> _Library:
 def _find() -> tuple[Path | None, str | None]:
     """The library of these very sources: beside this file, or, for a source tree, in the installed package."""
     candidates = [Path(__file__).with_name(_sources.LIBRARY)]
-    try:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         candidates.append(Path(str(importlib.metadata.distribution("pmpd").locate_file(f"pmpd/kernels/{_sources.LIBRARY}"))))
-    except importlib.metadata.PackageNotFoundError:
-        pass
     wanted, stale = _sources.fingerprint(), None
     for path in candidates:
         if not path.is_file():

@@ -60,13 +60,12 @@ INLINE __m512 look_up(const Table<B>& t, __m512i index) {  // B > 4; bits above 
 // What happens to 16 weights of a row: they are multiplied with tokens ...
 template <int R, int MT>
 struct Dot {
-    const float* x;
-    int64_t stride;
+    const float* x[MT];
     __m512 sum[R][MT];
     INLINE_MEMBER void run(const __m512 (&weight)[R], int64_t column) {
 #pragma GCC unroll 8
         for (int t = 0; t < MT; ++t) {
-            const __m512 value = _mm512_loadu_ps(x + t * stride + column);
+            const __m512 value = _mm512_loadu_ps(x[t] + column);
 #pragma GCC unroll 4
             for (int r = 0; r < R; ++r) sum[r][t] = _mm512_fmadd_ps(weight[r], value, sum[r][t]);
         }
@@ -89,7 +88,24 @@ struct Store {
     }
 };
 
+// The next 16 columns of a quarter.
 template <int B, int R, int QUARTER, class Sink>
+INLINE void next(__m512i (&high)[R], __m512i (&low)[R], const Table<B> (&table)[R], int64_t column, Sink& sink) {
+    __m512 weight[R];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+        if constexpr (B <= 4) {
+            weight[r] = _mm512_permutexvar_ps(high[r], table[r].part[QUARTER % 2]);
+        } else {
+            weight[r] = look_up<B>(table[r], select_bits(_mm512_set1_epi32(15), high[r], _mm512_slli_epi32(low[r], 4)));
+            low[r] = _mm512_srli_epi32(low[r], 4);
+        }
+        high[r] = _mm512_srli_epi32(high[r], 4);
+    }
+    sink.run(weight, column);
+}
+
+template <int B, int R, int QUARTER, bool FULL, class Sink>
 INLINE void quarter(const Source<B> (&source)[R], const Table<B> (&table)[R], int runs, int64_t column, Sink& sink) {
     __m512i high[R], low[R];
     for (int r = 0; r < R; ++r) {
@@ -100,20 +116,12 @@ INLINE void quarter(const Source<B> (&source)[R], const Table<B> (&table)[R], in
                 high[r] = select_bits(_mm512_set1_epi32(0x33333333), _mm512_srli_epi32(high[r], 2), _mm512_slli_epi32(high[r], 2));
         }
     }
-#pragma GCC unroll 8
-    for (int run = 0; run < runs; ++run) {
-        __m512 weight[R];
+    if constexpr (FULL) {
 #pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) {
-            if constexpr (B <= 4) {
-                weight[r] = _mm512_permutexvar_ps(high[r], table[r].part[QUARTER % 2]);
-            } else {
-                weight[r] = look_up<B>(table[r], select_bits(_mm512_set1_epi32(15), high[r], _mm512_slli_epi32(low[r], 4)));
-                low[r] = _mm512_srli_epi32(low[r], 4);
-            }
-            high[r] = _mm512_srli_epi32(high[r], 4);
-        }
-        sink.run(weight, column + run * RUN_COLUMNS);
+        for (int run = 0; run < 8; ++run) next<B, R, QUARTER>(high, low, table, column + run * RUN_COLUMNS, sink);
+    } else {
+#pragma GCC unroll 1
+        for (int run = 0; run < runs; ++run) next<B, R, QUARTER>(high, low, table, column + run * RUN_COLUMNS, sink);
     }
 }
 
@@ -122,7 +130,7 @@ template <int R, int HALF, class Sink>
 INLINE void half_of_two_bits(const Source<2> (&source)[R], const Table<2> (&table)[R], int64_t column, Sink& sink) {
     __m512i codes[R];
     for (int r = 0; r < R; ++r) codes[r] = leading_bits<2, 2 * HALF>(source[r]);
-#pragma GCC unroll 8
+#pragma GCC unroll 4
     for (int run = 0; run < 8; ++run) {
         __m512 weight[R];
         for (int r = 0; r < R; ++r) weight[r] = _mm512_permutexvar_ps(codes[r], table[r].part[0]);
@@ -146,37 +154,42 @@ INLINE void rows(const PmpdMatrix* m, const Shape& s, int64_t group, int row, Si
             half_of_two_bits<R, 0>(source, table, column, sink);
             half_of_two_bits<R, 1>(source, table, column + 256, sink);
         } else {
-            quarter<B, R, 0>(source, table, 8, column, sink);
-            quarter<B, R, 1>(source, table, 8, column + 128, sink);
-            quarter<B, R, 2>(source, table, 8, column + 256, sink);
-            quarter<B, R, 3>(source, table, 8, column + 384, sink);
+            quarter<B, R, 0, true>(source, table, 8, column, sink);
+            quarter<B, R, 1, true>(source, table, 8, column + 128, sink);
+            quarter<B, R, 2, true>(source, table, 8, column + 256, sink);
+            quarter<B, R, 3, true>(source, table, 8, column + 384, sink);
         }
     }
     const int runs = s.tail_runs;
     if (runs > 0) {
         for (int r = 0; r < R; ++r) source[r] = source_of<B>(m, s, group, row + r, s.full_blocks, s.tail_pair_bytes);
         const int64_t column = s.full_blocks * BLOCK_COLUMNS;
-        quarter<B, R, 0>(source, table, runs < 8 ? runs : 8, column, sink);
-        if (runs > 8) quarter<B, R, 1>(source, table, runs < 16 ? runs - 8 : 8, column + 128, sink);
-        if (runs > 16) quarter<B, R, 2>(source, table, runs < 24 ? runs - 16 : 8, column + 256, sink);
-        if (runs > 24) quarter<B, R, 3>(source, table, runs - 24, column + 384, sink);
+        quarter<B, R, 0, false>(source, table, runs < 8 ? runs : 8, column, sink);
+        if (runs > 8) quarter<B, R, 1, false>(source, table, runs < 16 ? runs - 8 : 8, column + 128, sink);
+        if (runs > 16) quarter<B, R, 2, false>(source, table, runs < 24 ? runs - 16 : 8, column + 256, sink);
+        if (runs > 24) quarter<B, R, 3, false>(source, table, runs - 24, column + 384, sink);
     }
 }
 
-// MT tokens from `token` with a group of rows. The order of additions is the same for every MT: a token's result does not depend on
-// how many others are multiplied with it.
+// `count` <= MT tokens from `token` with a group of rows (the first takes the places that are left over). The order of additions is
+// the same for every MT: a token's result does not depend on how many others are multiplied with it.
 template <int B, int MT>
-void dot_group(const Job* job, const Shape& s, int64_t group, int64_t token) {
+void dot_group(const Job* job, const Shape& s, int64_t group, int64_t token, int count) {
     constexpr int R = B > 4 ? 1 : MT > 4 ? 2 : 4;
     for (int row = 0; row < GROUP_ROWS; row += R) {
         Dot<R, MT> dot;
-        dot.x = (const float*)job->x + token * job->x_stride;
-        dot.stride = job->x_stride;
+        for (int t = 0; t < MT; ++t) {
+            const int64_t at = token + (t < count ? t : 0);
+            dot.x[t] = (const float*)job->x + at * job->x_stride;
+        }
         for (int r = 0; r < R; ++r)
             for (int t = 0; t < MT; ++t) dot.sum[r][t] = _mm512_setzero_ps();
         rows<B, R>(job->matrix, s, group, row, dot);
+#pragma GCC unroll 4
         for (int r = 0; r < R; ++r)
-            for (int t = 0; t < MT; ++t) put(job, token + t, group * GROUP_ROWS + row + r, _mm512_reduce_add_ps(dot.sum[r][t]));
+#pragma GCC unroll 8
+            for (int t = 0; t < MT; ++t)
+                if (t < count) put(job, token + t, group * GROUP_ROWS + row + r, _mm512_reduce_add_ps(dot.sum[r][t]));
     }
 }
 
@@ -195,11 +208,11 @@ void store_group(const Job* job, const Shape& s, int64_t group) {
     }
 }
 
-typedef void (*DotFn)(const Job*, const Shape&, int64_t, int64_t);
+typedef void (*DotFn)(const Job*, const Shape&, int64_t, int64_t, int);
 typedef void (*StoreFn)(const Job*, const Shape&, int64_t);
 
-#define TOKENS(B) {dot_group<B, 1>, dot_group<B, 2>, dot_group<B, 3>, dot_group<B, 4>, dot_group<B, 5>, dot_group<B, 6>, dot_group<B, 7>, dot_group<B, 8>}
-const DotFn dot_functions[MAX_BITS + 1][MAX_PASS_TOKENS] = {{}, {}, TOKENS(2), TOKENS(3), TOKENS(4), TOKENS(5), TOKENS(6), TOKENS(7), TOKENS(8)};
+#define TOKENS(B) {dot_group<B, 1>, dot_group<B, 2>, dot_group<B, 4>, dot_group<B, 8>}
+const DotFn dot_functions[MAX_BITS + 1][4] = {{}, {}, TOKENS(2), TOKENS(3), TOKENS(4), TOKENS(5), TOKENS(6), TOKENS(7), TOKENS(8)};
 const StoreFn store_functions[MAX_BITS + 1] = {nullptr, nullptr, store_group<2>, store_group<3>, store_group<4>, store_group<5>, store_group<6>, store_group<7>, store_group<8>};
 
 void linear(const Job* job, int64_t begin, int64_t end) {
@@ -208,8 +221,8 @@ void linear(const Job* job, int64_t begin, int64_t end) {
         const int64_t last = first + TILE_GROUPS < end ? first + TILE_GROUPS : end;
         for (int64_t token = 0; token < job->tokens; token += MAX_PASS_TOKENS) {
             const int64_t left = job->tokens - token, pass = left < MAX_PASS_TOKENS ? left : (int64_t)MAX_PASS_TOKENS;
-            const DotFn dot = dot_functions[job->bits][pass - 1];
-            for (int64_t group = first; group < last; ++group) dot(job, s, group, token);
+            const DotFn dot = dot_functions[job->bits][pass > 4 ? 3 : pass > 2 ? 2 : pass - 1];
+            for (int64_t group = first; group < last; ++group) dot(job, s, group, token, (int)pass);
         }
     }
 }
@@ -221,7 +234,7 @@ void dequantize(const Job* job, int64_t begin, int64_t end) {
 
 }  // namespace
 
-const Level avx512_level = {"avx512", linear, nullptr, dequantize};
+const Level avx512_level = {"avx512", linear, nullptr, nullptr, dequantize};
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -223,14 +223,14 @@ static void portable_dequantize(const Job* job, int64_t begin, int64_t end) {
             }
 }
 
-const Level portable_level = {"portable", portable_linear, nullptr, portable_dequantize};
+const Level portable_level = {"portable", portable_linear, nullptr, nullptr, portable_dequantize};
 
 // ------------------------------------------------------------------------------------------------------------------- levels
 
 static const Level* const levels[] = {
     &portable_level,
 #ifdef PMPD_X86
-    &avx2_level, &avx512_level, &avx512bf16_level,
+    &avx2_level, &avx512_level, &avx512vnni_level,
 #endif
 };
 enum { LEVELS = sizeof(levels) / sizeof(levels[0]) };
@@ -242,7 +242,7 @@ static int highest_level() {
     if (!(__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
           __builtin_cpu_supports("avx512dq")))
         return 1;
-    return __builtin_cpu_supports("avx512bf16") ? 3 : 2;
+    return __builtin_cpu_supports("avx512vnni") ? 3 : 2;
 #else
     return 0;
 #endif
@@ -277,40 +277,30 @@ static void run_level(const void* context, int64_t begin, int64_t end) {
     work->body(&work->job, begin, end);
 }
 
-// bfloat16 tokens for a dot product of pairs: for every 128 columns 4 vectors; pair `lane` of vector v = columns 16 v + lane and
-// 16 (v + 4) + lane, which is how the nibbles of a dword fall into two 16-bit lanes. Columns past the last are 0.
-static void pair_tokens(const uint16_t* x, int64_t tokens, int64_t columns, int64_t stride, uint32_t* out) {
-    const int64_t units = (columns + 127) / 128;
-    for (int64_t token = 0; token < tokens; ++token)
-        for (int64_t unit = 0; unit < units; ++unit) {
-            const uint16_t* in = x + token * stride + unit * 128;
-            uint32_t* to = out + (token * units + unit) * 64;
-            const int64_t left = columns - unit * 128;
-            if (left >= 128)
-                for (int i = 0; i < 64; ++i) to[i] = in[i] | (uint32_t)in[i + 64] << 16;
-            else
-                for (int i = 0; i < 64; ++i) to[i] = (i < left ? in[i] : 0u) | (i + 64 < left ? (uint32_t)in[i + 64] : 0u) << 16;
-        }
-}
-
 // y [tokens, N] = x [tokens, K] Wᵀ + bias; x and y float32, or bfloat16 where matrix->bfloat16. 0, or 1 where memory ran out.
 EXPORT int pmpd_linear(const PmpdMatrix* matrix, int level, int bits, int64_t tokens, const void* x, int64_t x_stride, void* y, int threads) {
-    LevelJob work = {{matrix, bits, tokens, x, x_stride, y, matrix->rows, 0}, best(level, &Level::linear)};
+    LevelJob work = {{matrix, bits, tokens, x, x_stride, y, matrix->rows, 0, nullptr, 0}, best(level, &Level::linear)};
+    Job* job = &work.job;
     if (matrix->bfloat16) {
+        const Level* chosen = levels[level];
         const uint16_t* in = (const uint16_t*)x;
-        const int64_t padded = (matrix->columns + 127) / 128 * 128;
-        void* room = scratch.get((size_t)(tokens * padded * 4));
+        const int64_t blocks = (matrix->columns + BLOCK_COLUMNS - 1) / BLOCK_COLUMNS;
+        const int64_t pairs = (matrix->columns + 127) / 128 * 64;
+        char* room = (char*)scratch.get((size_t)(tokens * (chosen->linear_fixed ? (pairs + blocks) * 4 : matrix->columns * 4)));
         if (!room) return 1;
-        if (levels[level]->linear_bfloat16) {
-            pair_tokens(in, tokens, matrix->columns, x_stride, (uint32_t*)room);
-            work.job.x_stride = padded / 2;  // pairs
-            work.body = levels[level]->linear_bfloat16;
+        job->x = room;
+        if (chosen->linear_fixed) {
+            float* scales = (float*)(room + tokens * pairs * 4);
+            job->x_stride = pairs;
+            job->scales = scales;
+            job->scales_stride = blocks;
+            chosen->prepare(job, in, x_stride, (uint32_t*)room, scales);
+            work.body = chosen->linear_fixed;
         } else {
             for (int64_t token = 0; token < tokens; ++token)
-                for (int64_t i = 0; i < matrix->columns; ++i) ((float*)room)[token * padded + i] = from_bfloat16(in[token * x_stride + i]);
-            work.job.x_stride = padded;
+                for (int64_t i = 0; i < matrix->columns; ++i) ((float*)room)[token * matrix->columns + i] = from_bfloat16(in[token * x_stride + i]);
+            job->x_stride = matrix->columns;
         }
-        work.job.x = room;
     }
     parallel((matrix->rows + GROUP_ROWS - 1) / GROUP_ROWS, threads, run_level, &work);
     return 0;
@@ -330,6 +320,6 @@ static void run_rows(const void* context, int64_t begin, int64_t end) {
 EXPORT void pmpd_dequantize(const PmpdMatrix* matrix, int level, int bits, int64_t first_row, int64_t last_row, void* y, int threads) {
     PmpdMatrix part = *matrix;
     part.rows = last_row;
-    RowsJob job = {{{&part, bits, 0, nullptr, 0, y, matrix->columns, first_row}, best(level, &Level::dequantize)}, first_row / GROUP_ROWS};
+    RowsJob job = {{{&part, bits, 0, nullptr, 0, y, matrix->columns, first_row, nullptr, 0}, best(level, &Level::dequantize)}, first_row / GROUP_ROWS};
     parallel((last_row + GROUP_ROWS - 1) / GROUP_ROWS - job.first_group, threads, run_rows, &job);
 }

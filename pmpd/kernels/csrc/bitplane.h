@@ -19,7 +19,7 @@
 #pragma once
 #include <stdint.h>
 
-enum { GROUP_ROWS = 4, BLOCK_COLUMNS = 512, RUN_COLUMNS = 16, BLOCK_RUNS = 32, MAX_LEVELS = 7, MAX_BITS = 8, MAX_PASS_TOKENS = 8, TILE_GROUPS = 8 };
+enum { GROUP_ROWS = 4, BLOCK_COLUMNS = 512, RUN_COLUMNS = 16, BLOCK_RUNS = 32, MAX_LEVELS = 7, MAX_BITS = 8, MAX_PASS_TOKENS = 8, TILE_GROUPS = 8, FIXED_MAX = 8191 };
 
 #define INLINE static inline __attribute__((always_inline))
 #define INLINE_MEMBER inline __attribute__((always_inline))
@@ -31,17 +31,22 @@ extern "C" struct PmpdMatrix {  // mirrored in cpu.py
     const uint8_t* level[MAX_LEVELS];
     const void* table[MAX_BITS + 1];    // by bits: [rows rounded up to GROUP_ROWS, 2**bits]
     const float* bias;                  // [rows] or null
+    // The same tables in fixed point, value = integer * scale, integers within +-FIXED_MAX; null where the level has no use for them.
+    const int16_t* fixed_table[MAX_BITS + 1];  // [rows rounded up, 2**bits]
+    const float* fixed_scale[MAX_BITS + 1];    // [rows rounded up]
 };
 
 struct Job {
     const PmpdMatrix* matrix;
     int bits;
     int64_t tokens;
-    const void* x;   // [tokens, x_stride]: float32 as given, or what `prepare` of the level made of it
+    const void* x;   // [tokens, x_stride]: float32, or what `prepare` of the level made of it
     int64_t x_stride;
     void* y;         // [tokens, y_stride], or, dequantized, [rows from first_row, y_stride]; in the type of the matrix
     int64_t y_stride;
     int64_t first_row;
+    const float* scales;  // [tokens, scales_stride]: what a unit of x is worth, by block, where x was made fixed point
+    int64_t scales_stride;
 };
 
 struct Shape {
@@ -87,13 +92,14 @@ static inline void put(const Job* job, int64_t token, int64_t row, float sum) {
 // The implementation for one class of processors. A function works on groups begin..end of rows; null: that of the next lower level.
 struct Level {
     const char* name;
-    void (*linear)(const Job*, int64_t begin, int64_t end);           // x float32
-    void (*linear_bfloat16)(const Job*, int64_t begin, int64_t end);  // x in pairs, see pair_tokens; null: use `linear` on float32 copies
-    void (*dequantize)(const Job*, int64_t begin, int64_t end);       // to y
+    void (*linear)(const Job*, int64_t begin, int64_t end);        // x float32
+    void (*linear_fixed)(const Job*, int64_t begin, int64_t end);  // x as `prepare` leaves it; null: bfloat16 tokens become float32
+    void (*prepare)(const Job*, const uint16_t* x, int64_t x_stride, uint32_t* pairs, float* scales);
+    void (*dequantize)(const Job*, int64_t begin, int64_t end);    // to y
 };
 
 extern const Level portable_level;
 #if defined(__x86_64__)
 #define PMPD_X86 1
-extern const Level avx2_level, avx512_level, avx512bf16_level;
+extern const Level avx2_level, avx512_level, avx512vnni_level;
 #endif
