@@ -345,6 +345,11 @@ def shard_path(dataset: str, unit: Unit) -> str:
     return tables.join(tables.data_folder(dataset), f"part-{unit.name}.parquet")
 
 
+def note_path(dataset: str, unit: Unit) -> str:
+    """Where a worker that must end itself says why."""
+    return tables.join(dataset, f"_death-{unit.name}.txt")
+
+
 def error_text(error: BaseException, tail_lines: int = 6) -> str:
     """Class, message and the end of the traceback."""
     frames = "".join(traceback.format_tb(error.__traceback__)).rstrip().splitlines()[-2 * tail_lines :]
@@ -392,6 +397,7 @@ class Worker:
     def run(self, unit: Unit) -> UnitResult:
         """Does a unit and writes its shard; returns when that is durable."""
         begin = time.monotonic()
+        self.unit = unit
         rows: dict[str, list[dict[str, Any]]] = {}
         items = self._read(unit)
         for key, item in items.items():
@@ -429,8 +435,8 @@ class Worker:
                 self._collect(list(items.values()), rows)
         except Exception as error:
             if poisons_process(error):
-                traceback.print_exc()
-                sys.stderr.flush()
+                with contextlib.suppress(OSError):  # Ray would only tell that the process is gone
+                    tables.write_bytes(note_path(self.dataset, self.unit), error_text(error).encode())
                 os._exit(POISONED)
             left = {key: item for key, item in items.items() if key not in rows}
             if len(items) > 1:
@@ -794,12 +800,15 @@ class _Pool:
     def _after_death(self, unit: Unit, node_alive: bool, error: RayActorError) -> list[Unit]:
         if not node_alive and unit.node_losses + 1 < NODE_LOSSES_BEFORE_BLAME:
             return [replace(unit, node_losses=unit.node_losses + 1)]
+        note = tables.read_bytes(note_path(self.dataset, unit))
+        if note is not None:
+            tables.remove(note_path(self.dataset, unit))
         kills = unit.kills + 1
         if kills < (1 if unit.split else KILLS_BEFORE_SPLIT):
             return [replace(unit, kills=kills)]
         if len(unit.ids) > 1:
             return unit.singles()
-        return [replace(unit, failed=f"WorkerDied: this row ended its worker process: {_death(error)}")]
+        return [replace(unit, failed=f"WorkerDied: this row ended its worker process: {note.decode() if note else _death(error)}")]
 
     def _is_durable(self, unit: Unit) -> bool:
         try:
@@ -828,8 +837,6 @@ def _rebuilt(error: BaseException) -> BaseException:
 def _death(error: RayActorError, limit: int = 300) -> str:
     """Ray's reason, without the ids before it."""
     text = " ".join(str(error).split())
-    if f"exit code {POISONED}" in text or f"exit code={POISONED}" in text:
-        return "a CUDA error had made its process unusable; the worker's log has it"
     return text.partition("The actor is dead because ")[2][:limit] or text[:limit]
 
 

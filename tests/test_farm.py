@@ -1,0 +1,412 @@
+"""The farm on one Ray: every item once, whatever dies, is damaged, or runs beside it."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import ray
+
+from pmpd import farm, tables
+from tests import farm_fakes
+from tests.farm_fakes import FakeTask, write_prompts
+from tests.ray_sessions import environment, local_ray
+
+COUNT = 60
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    with local_ray(2):
+        yield
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    return tmp_path_factory.mktemp("prompts")
+
+
+@pytest.fixture(scope="module")
+def ids(prompts):
+    return write_prompts(prompts, COUNT)
+
+
+@pytest.fixture
+def work(cluster, prompts, ids, tmp_path):
+    """work(task, **options) -> (result, rows by id, what was printed); always into the same folder."""
+
+    def run(task: FakeTask, config: dict | None = None, **options):
+        printed = io.StringIO()
+        options = {"num_workers": 1, "unit_rows": 10, **options}
+        try:
+            result = farm.run(
+                task, {"prompts": str(prompts)}, tmp_path / "out", config or {"a": 1}, farm.FarmOptions(**options), stream=printed
+            )
+        except Exception as error:
+            error.add_note(printed.getvalue())
+            raise
+        return result, rows_of(tmp_path / "out"), printed.getvalue()
+
+    return run
+
+
+def rows_of(folder: Path) -> dict[str, dict]:
+    rows = tables.read_table(folder).to_pylist()
+    assert len({row["prompt_id"] for row in rows}) == len(rows), "an id is there twice"
+    return {row["prompt_id"]: row for row in rows}
+
+
+def expected(prompts: Path) -> dict[str, int]:
+    return {row["prompt_id"]: sum(row["input_ids"]) for row in tables.read_table(prompts).to_pylist()}
+
+
+def answers(rows: dict[str, dict]) -> dict[str, int]:
+    return {key: row["answer"] for key, row in rows.items()}
+
+
+def shards(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in (folder / "data").iterdir()}
+
+
+def test_every_item_once_and_a_second_run_does_nothing(work, prompts, tmp_path):
+    result, rows, printed = work(FakeTask(), num_workers=2)
+    assert answers(rows) == expected(prompts)
+    assert (result.rows, result.errors, result.new_items) == (COUNT, 0, COUNT)
+    assert all(row["worker"] for row in rows.values())
+    assert "60/60 rows" in printed
+    before = shards(tmp_path / "out")
+    again, _, _ = work(FakeTask())
+    assert again.new_items == 0
+    assert shards(tmp_path / "out") == before
+    assert tables.main([str(tmp_path / "out")]) == 0
+    assert not (tmp_path / "out" / "_lease.json").exists()
+
+
+def test_rows_that_raise_are_error_rows_and_come_again_only_when_asked(work, prompts, ids):
+    result, rows, _ = work(FakeTask(raises=(ids[5], ids[20])))
+    assert {key for key, row in rows.items() if row["error"]} == {ids[5], ids[20]}
+    assert result.errors == 2
+    assert rows[ids[5]]["error"].startswith(f"RuntimeError: row {ids[5]} is bad")
+    assert "farm_fakes.py" in rows[ids[5]]["error"], "the end of the traceback"
+    assert rows[ids[5]]["prompt_text"] == "text 5", "what the input knows of the row is kept"
+    result, rows, _ = work(FakeTask())
+    assert result.new_items == 0
+    assert rows[ids[5]]["error"]
+    result, rows, _ = work(FakeTask(), retry_errors=True)
+    assert result.new_items == 2
+    assert answers(rows) == expected(prompts)
+
+
+def test_a_prompt_with_an_error_is_an_error_row_and_never_reaches_the_task(cluster, tmp_path):
+    ids = write_prompts(tmp_path / "prompts", 12, errors=(3,))
+    farm.run(
+        FakeTask(), {"prompts": str(tmp_path / "prompts")}, tmp_path / "out", {}, farm.FarmOptions(1, unit_rows=5), stream=io.StringIO()
+    )
+    assert {key: row["error"] for key, row in rows_of(tmp_path / "out").items() if row["error"]} == {
+        ids[3]: "prompts: the document tokenizes to nothing"
+    }
+
+
+def test_a_worker_killed_in_mid_unit_costs_its_unit_only(work, prompts, ids, tmp_path):
+    (tmp_path / "marks").mkdir()
+    result, rows, printed = work(FakeTask(kills=(ids[30],), once=str(tmp_path / "marks")))
+    assert answers(rows) == expected(prompts)
+    assert "is gone" in printed
+    assert result.errors == 0
+
+
+def test_a_row_that_always_kills_becomes_an_error_row(work, prompts, ids):
+    _, rows, _ = work(FakeTask(kills=(ids[30],)), unit_rows=20)
+    assert {key: row["error"][:10] for key, row in rows.items() if row["error"]} == {ids[30]: "WorkerDied"}
+    assert {**answers(rows), ids[30]: 0} == {**expected(prompts), ids[30]: 0}
+
+
+def test_a_cuda_error_ends_the_process_and_is_charged_to_its_row(work, ids):
+    _, rows, _ = work(FakeTask(poisons=(ids[3],)), unit_rows=1)
+    assert [key for key, row in rows.items() if row["error"]] == [ids[3]]
+    assert "CUDA error" in rows[ids[3]]["error"]
+
+
+def test_out_of_memory_does_not_end_the_process():
+    class OutOfMemoryError(RuntimeError):
+        pass
+
+    assert not farm.poisons_process(OutOfMemoryError("CUDA out of memory"))
+    assert farm.poisons_process(RuntimeError("CUDA error: an illegal memory access was encountered"))
+
+
+def damage(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3] ^= 0xFF
+    path.write_bytes(content)
+
+
+def test_a_shard_damaged_after_its_commit_is_set_aside_and_done_again(work, prompts, tmp_path):
+    work(FakeTask())
+    victims = sorted((tmp_path / "out" / "data").iterdir())[:2]
+    damage(victims[0])
+    os.truncate(victims[1], 40)
+    result, rows, printed = work(FakeTask())
+    assert result.new_items == 20
+    assert answers(rows) == expected(prompts)
+    assert len(result.unreadable) == len(list((tmp_path / "out" / "unreadable").iterdir())) == 2
+    assert "set aside" in printed
+
+
+def test_rows_that_a_zombie_wrote_twice_stay_once(work, prompts, tmp_path):
+    work(FakeTask())
+    data = tmp_path / "out" / "data"
+    first, second = sorted(data.iterdir())[:2]
+    mixed = tables.read_shard(first).slice(0, 3).to_pylist() + tables.read_shard(second).slice(0, 2).to_pylist()
+    tables.write_shard(tables.to_table(mixed, farm_fakes.SCHEMA), data / "part-zombie.parquet")
+    _, rows, _ = work(FakeTask())
+    assert answers(rows) == expected(prompts)
+
+
+def test_other_settings_are_refused_by_their_keys(work):
+    work(FakeTask(), config={"precisions": [4, 3], "seed": 0})
+    with pytest.raises(ValueError, match=r"precisions: \[4, 3\] -> \[4, 2\]"):
+        work(FakeTask(), config={"precisions": [4, 2], "seed": 0})
+
+
+def test_another_model_is_refused(work, tmp_path):
+    work(FakeTask())
+    sorted((tmp_path / "out" / "data").iterdir())[0].unlink()
+    with pytest.raises(ValueError, match="another model"):
+        work(FakeTask(fingerprint="g"))
+
+
+def test_output_of_another_input_is_refused(work, tmp_path):
+    work(FakeTask())
+    row = {"prompt_id": "f" * 16, "answer": 1}
+    tables.write_shard(tables.to_table([row], farm_fakes.SCHEMA), tmp_path / "out" / "data" / "part-x.parquet")
+    with pytest.raises(ValueError, match=r"1 ids that are not in the input, e\.g\. ffffffffffffffff"):
+        work(FakeTask())
+
+
+def test_a_worker_that_can_not_start_stops_the_run_with_its_own_words(work):
+    with pytest.raises(ValueError, match="no such checkpoint: x") as raised:
+        work(FakeTask(start_error="no such checkpoint: x"))
+    assert (type(raised.value), str(raised.value)) == (ValueError, "no such checkpoint: x"), "not a page of remote traceback"
+    with pytest.raises(ValueError, match="3 workers could not start"):
+        work(FakeTask(start_error="crash"))
+
+
+def test_a_full_disk_stops_the_run_and_loses_nothing(work, prompts, tmp_path):
+    with pytest.raises(ValueError, match="can't be written") as raised:
+        work(FakeTask(file_size_limit=200))
+    assert "Free space" in str(raised.value)
+    _, rows, _ = work(FakeTask())
+    assert answers(rows) == expected(prompts)
+
+
+def test_what_no_node_can_hold_is_refused_within_ten_seconds(work):
+    begin = time.monotonic()
+    with pytest.raises(ValueError, match=r"a worker asks for 1 GPU on one node, the cluster has: 2 CPU, 0 GPU"):
+        work(FakeTask(), gpus_per_worker=1)
+    assert time.monotonic() - begin < 10
+
+
+def test_an_empty_input_is_refused(cluster, tmp_path):
+    with pytest.raises(ValueError, match="holds no rows"):
+        farm.run(FakeTask(), {"prompts": str(tmp_path)}, tmp_path / "out", {}, farm.FarmOptions())
+
+
+def test_a_second_input_must_hold_every_id(cluster, prompts, tmp_path):
+    some = tables.read_table(prompts).slice(0, COUNT - 2)
+    tables.write_shard(some, tmp_path / "references" / "data" / "part-0.parquet")
+    inputs = {"prompts": str(prompts), "references": str(tmp_path / "references")}
+    with pytest.raises(ValueError, match="references lacks 2 of 60 ids"):
+        farm.run(FakeTask(), inputs, tmp_path / "out", {}, farm.FarmOptions())
+
+
+def test_threads_of_cpu_workers_share_the_cores(work):
+    _, rows, _ = work(FakeTask(), num_workers=1)
+    assert {json.loads(row["place"])["threads"] for row in rows.values()} == {2}
+    assert {json.loads(row["place"])["omp"] for row in rows.values()} == {"2"}
+
+
+def test_numbers_of_a_run_are_metrics_of_the_node(work):
+    import urllib.request
+
+    thread = threading.Thread(target=work, args=(FakeTask(seconds=0.15),))
+    thread.start()
+    try:
+        port = ray.nodes()[0]["MetricsExportPort"]
+        deadline, seen = time.monotonic() + 60, ""
+        while time.monotonic() < deadline and "ray_pmpd_rows_total" not in seen:
+            time.sleep(1)
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+                seen = answer.read().decode()
+    finally:
+        thread.join()
+    lines = [line for line in seen.splitlines() if line.startswith("ray_pmpd_rows_total")]
+    assert lines, "the farm's numbers are not on the metrics port"
+    assert float(lines[-1].rsplit(" ", 1)[1]) == COUNT
+
+
+# ------------------------------------------------------------------------------------------------ without a Ray: plan, lines, lease
+
+
+@pytest.mark.parametrize(
+    ("nodes", "options", "workers", "cpus", "gpus"),
+    [
+        ([{"CPU": 1}], {}, 1, 1, 0),
+        ([{"CPU": 2}], {}, 1, 1, 0),
+        ([{"CPU": 8}, {"CPU": 4}], {}, 6, 1, 0),
+        ([{"CPU": 1}], {"num_workers": 3}, 3, 0.33, 0),
+        ([{"CPU": 2}, {"CPU": 2}], {"num_workers": 6}, 6, 0.66, 0),
+        ([{"CPU": 0}, {"CPU": 4, "GPU": 4}], {}, 4, 0, 1),
+        ([{"CPU": 4, "GPU": 1}, {"CPU": 4, "GPU": 2}], {"gpus_per_worker": 0.5}, 6, 0, 0.5),
+        ([{"CPU": 4, "GPU": 1}], {"gpus_per_worker": 0}, 2, 1, 0),
+        ([{"CPU": 4}], {"gpus_per_worker": 1, "num_workers": 8}, 8, 0, 1),
+    ],
+)
+def test_plan_fits_workers_to_nodes(nodes, options, workers, cpus, gpus):
+    wanted, demand, _ = farm.plan(farm.FarmOptions(**options), nodes)
+    assert (wanted, demand.cpus, demand.gpus) == (workers, pytest.approx(cpus), gpus)
+
+
+@pytest.mark.parametrize("options", [{"num_workers": 0}, {"gpus_per_worker": -1}, {"gpus_per_worker": 1.5}, {"unit_rows": 0}])
+def test_bad_options_are_refused(options):
+    with pytest.raises(ValueError, match="--"):
+        farm.FarmOptions(**options)
+
+
+def test_long_prompts_go_first_and_no_worker_is_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(farm, "live_nodes", lambda: [{"CPU": 4}])
+    write_prompts(tmp_path, 20)
+    found = {"prompts": tables.scan(tmp_path)}
+    where = {"prompts": found["prompts"].where()}
+    units = list(farm._units([f"{7919 * (i + 1):016x}" for i in range(20)], where, found, farm.FarmOptions(3, unit_rows=50)))
+    assert [len(unit.ids) for unit in units] == [7, 7, 6]
+    assert len({unit.name for unit in units}) == 3
+    same = dataclasses.replace(units[0], kills=1)
+    assert same.name == units[0].name, "a unit done twice must overwrite itself"
+
+
+def test_progress_is_one_line_with_all_numbers():
+    stream = io.StringIO()
+    progress = farm.Progress("labels", total=100, done=10, errors=1, stream=stream, every=0)
+    progress.ready()
+    progress._first_ready -= 10
+    progress.add(farm.UnitResult(items=20, error_items=1, tokens=400, seconds=5))
+    progress.up, progress.wanted = 2, 3
+    progress.tick(force=True)
+    line = stream.getvalue().splitlines()[-1]
+    assert line.startswith("labels: 30/100 rows  2.00 rows/s  40 tokens/s  ETA 0:3")
+    assert line.endswith("workers 2/3  errors 2")
+
+
+def test_progress_is_a_bar_in_a_terminal():
+    stream = io.StringIO()
+    stream.isatty = lambda: True  # type: ignore[method-assign]
+    progress = farm.Progress("labels", total=4, done=2, errors=0, stream=stream)
+    progress.tick(force=True)
+    assert stream.getvalue().startswith("\rlabels " + "█" * 12 + "░" * 12 + " 2/4 rows")
+
+
+def test_a_folder_in_use_is_refused_at_once_and_says_by_whom(tmp_path):
+    with farm.Lease(tmp_path):
+        begin = time.monotonic()
+        with pytest.raises(ValueError, match=rf"process {os.getpid()}.*--output-dir"), farm.Lease(tmp_path):
+            pass
+        assert time.monotonic() - begin < 1
+    with farm.Lease(tmp_path):
+        pass
+
+
+def test_the_lease_of_a_dead_process_is_taken_over_at_once(tmp_path):
+    lease = farm.Lease(tmp_path)
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    lease._record |= {"pid": dead.pid, "started": "1"}
+    lease._write()
+    begin = time.monotonic()
+    with farm.Lease(tmp_path):
+        assert time.monotonic() - begin < 2
+
+
+def test_the_lease_of_another_machine_is_judged_by_its_heartbeat(tmp_path):
+    other = farm.Lease(tmp_path, beat_seconds=0.1)
+    other._record |= {"host": "elsewhere", "hostname": "elsewhere", "pid": 1}
+    with other, pytest.raises(ValueError, match="in use by a run on elsewhere"), farm.Lease(tmp_path, stale_seconds=1):
+        pass
+    other._write()  # and then no beat any more
+    with farm.Lease(tmp_path, stale_seconds=1) as mine:
+        mine.check()
+
+
+def test_a_run_that_lost_its_lease_stops(tmp_path):
+    with farm.Lease(tmp_path, beat_seconds=0.05) as lease:
+        tables.write_bytes(lease.path, b'{"token": "another"}')
+        time.sleep(0.3)
+        with pytest.raises(farm.LeaseLostError, match="another run has taken it over"):
+            lease.check()
+    assert tables.read_bytes(lease.path) is not None, "the other run's lease is not ours to remove"
+
+
+def test_a_worker_publishes_nothing_for_a_run_that_lost_its_lease(tmp_path):
+    ids = write_prompts(tmp_path / "prompts", 3)
+    worker = farm.Worker()
+    worker.task, worker.dataset, worker.place = FakeTask(), str(tmp_path / "out"), farm.Place("w", 1)
+    worker.built = worker.task.build(worker.place)
+    worker.lease_path, worker.lease_token = str(tmp_path / "_lease.json"), "mine"
+    path = tables.list_shards(tmp_path / "prompts")[0]
+    unit = farm.Unit((ids[0],), {"prompts": ((path, 0),)})
+    for content in (b'{"token": "another"}', None):
+        if content is None:
+            tables.remove(worker.lease_path)
+        else:
+            tables.write_bytes(worker.lease_path, content)
+        with pytest.raises(farm.LeaseLostError):
+            worker.run(unit)
+        assert tables.list_shards(tmp_path / "out") == []
+
+
+def test_reconcile_names_what_is_wrong():
+    schema = farm_fakes.SCHEMA
+    output = tables.Scan(
+        [tables.Shard("a", ("1", "2"), (False,) * 2, (0,) * 2, schema), tables.Shard("b", ("2", "9"), (False,) * 2, (0,) * 2, schema)]
+    )
+    with pytest.raises(farm.ReconcileError, match=r"1 missing \(3\); 1 more than once \(2\); 1 unknown \(9\)"):
+        farm._reconcile({"1": 0, "2": 0, "3": 0}, output, "out", True)
+
+
+# ------------------------------------------------------------------------------------------------------------ killing the driver
+
+
+def start_driver(output: Path, prompts: Path, environment: dict, **settings) -> subprocess.Popen:
+    command = [sys.executable, farm_fakes.__file__, str(output), str(prompts), json.dumps(settings)]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_driver_killed_in_mid_run_and_run_again_with_other_settings_gives_the_same_rows(prompts, ids, tmp_path):
+    with environment() as env:
+        out = tmp_path / "out"
+        driver = start_driver(out, prompts, env, seconds=0.1, options={"num_workers": 2, "unit_rows": 4})
+        deadline = time.monotonic() + 120
+        while time.monotonic() < deadline and len(tables.list_shards(out)) < 3:
+            assert driver.poll() is None, driver.communicate()
+            time.sleep(0.05)
+        driver.send_signal(signal.SIGKILL)
+        driver.wait()
+        done = len(tables.scan(out).where())
+        assert 0 < done < COUNT
+        assert not tables.scan(out).unreadable
+        assert (out / "_lease.json").exists(), "a killed run can't clean up"
+        again = start_driver(out, prompts, env, options={"num_workers": 1, "unit_rows": 7})
+        printed, complaints = again.communicate(timeout=180)
+        assert again.returncode == 0, complaints
+    assert json.loads(printed.splitlines()[-1])["new_items"] <= COUNT - done
+    assert answers(rows_of(out)) == expected(prompts)
+    assert tables.main([str(out)]) == 0
