@@ -41,16 +41,19 @@ def release_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def capture(step: Callable[[], None], warmups: int = 2) -> Callable[[], None]:
+def capture(step: Callable[[], None], prepare: Callable[[], None] = lambda: None, warmups: int = 2) -> Callable[[], None]:
     """A CUDA graph of `step`: runs it `warmups` times (compiles kernels, fills workspaces), records it once, returns its replay.
 
+    `prepare` resets before each of these runs what a step moves on; it is not recorded.
     RuntimeError where `step` does something that can't be captured, e.g. waits for the device.
     """
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(warmups):
+            prepare()
             step()
+        prepare()
     torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()

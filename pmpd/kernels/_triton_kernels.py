@@ -422,7 +422,7 @@ def plain_matmul(
 
 @triton.jit
 def attention_part(
-    q, keys, values, slots, lengths, out, log_sums, scale_log2, window,
+    q, keys, values, slots, lengths, out, log_sums, scale_log2, window, extra,
     q_row, q_head, k_slot, k_head, k_token, v_slot, v_head, v_token, HEADS, SPLITS,
     GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr,
     TOKENS: tl.constexpr, STEPS: tl.constexpr, HAS_WINDOW: tl.constexpr,
@@ -435,7 +435,7 @@ def attention_part(
     kv_head = tl.program_id(1)
     part = tl.program_id(2)
     slot = tl.load(slots + row).to(tl.int64)
-    length = tl.load(lengths + row)
+    length = tl.load(lengths + row) + extra
     start = part * (TOKENS * STEPS)
     member = tl.arange(0, GROUP_PADDED)
     head = kv_head * GROUP + member

@@ -471,19 +471,14 @@ class _SharedPart(BitplaneMatrix):
 
 
 def decode_attention(
-    q: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    slots: Tensor,
-    lengths: Tensor,
-    scale: float,
-    window: int | None = None,
-    longest: int | None = None,
-) -> Tensor:
+    q: Tensor, keys: Tensor, values: Tensor, slots: Tensor, lengths: Tensor, scale: float, window: int | None = None,
+    longest: int | None = None, extra: int = 0,
+) -> Tensor:  # fmt: skip
     """Attention of one new token a row: q [n, Hq, D], keys and values [S, H, T, D], slots and lengths int [n] -> [n, Hq, D].
 
-    Row i sees the first lengths[i] tokens of slot slots[i] (the last `window` of them, if given). `slots` and `lengths` are read on the
-    device, and the launch depends on `longest` only (tokens that any row may see; default T), so a captured graph replays for any of them.
+    Row i sees the first lengths[i] + extra tokens of slot slots[i] (the last `window` of them, if given). `slots` and `lengths` are
+    read on the device, and the launch depends on `longest` only (tokens that any row may see; default T), so a captured graph
+    replays for any of them.
     """
     from pmpd.kernels import _triton_kernels as kernels
 
@@ -499,7 +494,7 @@ def decode_attention(
     log_sums = torch.empty(rows, heads, splits, dtype=torch.float32, device=q.device)
     group, dim_padded = heads // kv_heads, max(16, 1 << (dim - 1).bit_length())
     kernels.attention_part[(rows, kv_heads, splits)](
-        q, keys, values, slots, lengths, out, log_sums, scale * math.log2(math.e), window or 0,
+        q, keys, values, slots, lengths, out, log_sums, scale * math.log2(math.e), window or 0, extra,
         q.stride(0), q.stride(1), keys.stride(0), keys.stride(1), keys.stride(2), values.stride(0), values.stride(1), values.stride(2),
         heads, splits,
         GROUP=group, GROUP_PADDED=max(16, 1 << (group - 1).bit_length()), D=dim, D_PADDED=dim_padded, TOKENS=64, STEPS=steps,

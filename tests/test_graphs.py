@@ -1,0 +1,187 @@
+"""Captured steps touch static memory only, and running through graphs changes no result. A stand-in plays the graph on a CPU."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from pmpd import cuda
+from pmpd.graphs import StepGraphs
+
+
+class _Watch(TorchDispatchMode):
+    """Notes every storage that an operation reads or writes and that none of the operations before it made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.outside: set[int] = set()
+        self.made: set[int] = set()
+        self.kept: list[torch.Tensor] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, torch.Tensor) and leaf.untyped_storage().data_ptr() not in self.made:
+                self.outside.add(leaf.untyped_storage().data_ptr())
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor) and leaf.untyped_storage().data_ptr() not in self.outside:
+                self.made.add(leaf.untyped_storage().data_ptr())
+                self.kept.append(leaf)
+        return result
+
+
+class FakeGraphs:
+    """Stands in for `cuda.capture`: a replay runs the step again and fails if it touches memory that was not there at capture."""
+
+    def __init__(self, *static: torch.Tensor) -> None:
+        self.static = {tensor.untyped_storage().data_ptr() for tensor in static}
+        self.captures = self.replays = 0
+
+    def __call__(self, step, reset):
+        self.captures += 1
+        reset()
+        step()
+        reset()
+        with _Watch() as watch:
+            step()
+        strangers = watch.outside - self.static
+        if strangers:
+            raise AssertionError(
+                f"the captured step touches {len(strangers)} tensor(s) that are not static: a replay would read stale memory"
+            )
+
+        def replay() -> None:
+            self.replays += 1
+            step()
+
+        return replay
+
+
+WEIGHT = torch.arange(12.0).view(4, 3)
+MADE: list[torch.Tensor] = []
+
+
+def make_buffers(rows: int) -> dict[str, torch.Tensor]:
+    buffers = {"x": torch.zeros(rows, 4), "y": torch.zeros(rows, 3), "count": torch.zeros(1, dtype=torch.int64)}
+    MADE.extend(buffers.values())
+    return buffers
+
+
+def step(buffers, layout) -> None:
+    buffers["y"].copy_(buffers["x"] @ WEIGHT * layout)
+    buffers["count"] += 1
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    MADE.clear()
+    fake = FakeGraphs(WEIGHT)
+    original = make_buffers
+
+    def registering(rows):
+        buffers = original(rows)
+        fake.static |= {tensor.untyped_storage().data_ptr() for tensor in buffers.values()}
+        return buffers
+
+    fake.make_buffers = registering
+    return fake
+
+
+def run(graphs: StepGraphs, x: torch.Tensor, layout: int) -> torch.Tensor:
+    graphs.buffers(len(x))["x"][: len(x)] = x
+    return graphs.run(len(x), layout)["y"][: len(x)].clone()
+
+
+def test_a_graph_gives_what_eager_gives_and_is_captured_once_for_each_layout_and_bucket(fake):
+    graphs = StepGraphs(step, fake.make_buffers, buckets=(1, 2, 4), capture=fake)
+    eager = StepGraphs(step, make_buffers, buckets=(1, 2, 4), capture=None)
+    for rows in (1, 3, 4, 2, 1, 3):
+        for layout in (1, 2):
+            x = torch.randn(rows, 4)
+            assert torch.equal(run(graphs, x, layout), run(eager, x, layout))
+    assert fake.captures == 6, "three buckets, two layouts"
+    assert fake.replays == 12
+    assert graphs.why_eager is None
+    assert eager.why_eager == "graphs are switched off"
+
+
+def test_the_runs_before_the_recording_leave_no_trace(fake):
+    graphs = StepGraphs(step, fake.make_buffers, buckets=(2,), capture=fake)
+    for expected in (1, 2, 3):
+        assert graphs.run(2, 1)["count"].item() == expected, "a warm-up counted as a step"
+
+
+def test_buffers_keep_their_address(fake):
+    graphs = StepGraphs(step, fake.make_buffers, buckets=(4,), capture=fake)
+    before = {name: tensor.data_ptr() for name, tensor in graphs.buffers(3).items()}
+    for rows in (1, 4, 2):
+        run(graphs, torch.randn(rows, 4), 1)
+    assert {name: tensor.data_ptr() for name, tensor in graphs.buffers(4).items()} == before
+
+
+def test_a_step_that_reads_memory_of_its_own_is_caught(fake):
+    """What the stand-in is for: the weight here is made anew for every step, so a real graph would read freed memory."""
+    fresh = [WEIGHT.clone()]
+
+    def wrong(buffers, layout):
+        buffers["y"].copy_(buffers["x"] @ fresh[0])
+
+    with pytest.raises(AssertionError, match="not static"):
+        StepGraphs(wrong, fake.make_buffers, capture=fake).run(1, 0)
+
+
+def test_a_failed_capture_is_logged_and_the_step_runs_eagerly(caplog):
+    def refuse(closure, reset):
+        closure()
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    graphs = StepGraphs(step, make_buffers, capture=refuse)
+    eager = StepGraphs(step, make_buffers, capture=None)
+    x = torch.randn(2, 4)
+    with caplog.at_level(logging.WARNING):
+        assert torch.equal(run(graphs, x, 1), run(eager, x, 1))
+        run(graphs, x, 2)
+    assert len(caplog.records) == 1
+    assert "without CUDA graphs" in caplog.text
+    assert "not permitted" in graphs.why_eager
+    assert graphs.buffers(2)["count"].item() == 2, "two steps, although a capture failed in between"
+
+
+def test_the_least_recently_used_graph_goes(fake):
+    graphs = StepGraphs(step, fake.make_buffers, buckets=(1,), capture=fake, most=2)
+    for layout in (1, 2, 1, 3, 1):
+        graphs.run(1, layout)
+    assert fake.captures == 3
+    graphs.run(1, 2)
+    assert fake.captures == 4
+
+
+def test_slots_follow_from_free_memory():
+    """8B in float16: 128 KiB a token; 100 GiB hold 256 rows of 3,000 tokens and more."""
+    token_bytes = 2 * 2 * 32 * 8 * 128
+    assert cuda.plan_slots(100 << 30, token_bytes, 3000) == 256
+    assert cuda.plan_slots(12 << 30, token_bytes, 2304) == 32
+    assert cuda.plan_slots((2 << 30) + token_bytes * 2304, token_bytes, 2304) == 1
+    with pytest.raises(ValueError, match=r"one row of 2304 tokens needs 0\.28 GiB"):
+        cuda.plan_slots(2 << 30, token_bytes, 2304)
+
+
+def test_an_out_of_memory_halves_the_slots_and_goes_on():
+    tried = []
+
+    def work(slots):
+        tried.append(slots)
+        if slots > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return slots
+
+    assert cuda.halving(32, work) == 4
+    assert tried == [32, 16, 8, 4]
+    with pytest.raises(torch.OutOfMemoryError):
+        cuda.halving(8, lambda slots: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory")))
+    with pytest.raises(RuntimeError, match="other"):
+        cuda.halving(8, lambda slots: (_ for _ in ()).throw(RuntimeError("other")))
