@@ -48,7 +48,7 @@ class TrainConfig:
     """Steps between two looks at the validation loss."""
 
 
-def train_tokenizer(documents: list[Document], vocab_size: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(documents: list[Document], vocab_size: int, positions: int) -> PreTrainedTokenizerFast:
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -56,7 +56,9 @@ def train_tokenizer(documents: list[Document], vocab_size: int) -> PreTrainedTok
         vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
     tokenizer.train_from_iterator((document.text for document in documents), trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=END_OF_TEXT, clean_up_tokenization_spaces=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=END_OF_TEXT, clean_up_tokenization_spaces=False, model_max_length=positions
+    )
 
 
 def token_stream(tokenizer: PreTrainedTokenizerFast, documents: list[Document]) -> torch.Tensor:
@@ -83,7 +85,7 @@ def main(config: TrainConfig) -> None:
     torch.manual_seed(config.seed)
     order = random.Random(config.seed)
     documents = documents_of("train")
-    tokenizer = train_tokenizer(documents, config.vocab_size)
+    tokenizer = train_tokenizer(documents, config.vocab_size, config.positions)
     validation = token_stream(tokenizer, documents_of("validation"))
     model = AutoModelForCausalLM.from_config(
         LlamaConfig(
