@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pmpd.weights import bitplanes
+from pmpd.kernels import bitplanes
 
 
 def pack_by_the_text(codes: list[list[int]], parent_bits: int) -> list[list[list[int]]]:

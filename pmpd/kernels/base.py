@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PackedWeights:
-    """Weights of one linear layer as the Any-Precision file format holds them (see `pmpd.weights.bitplanes`).
+    """Weights of one linear layer as the Any-Precision file format holds them (see `pmpd.kernels.bitplanes`).
 
     `planes` int32 [P, N, K/32], plane 0 the most significant bit of the code; `tables` precision b -> float16 [N, 2**b],
     the values of that row; `bias` [N] or None. All on one device.

@@ -7,7 +7,7 @@ import weakref
 import torch
 from torch import Tensor
 
-from pmpd.weights.bitplanes import unpack
+from pmpd.kernels.bitplanes import unpack
 from pmpd.kernels.base import BitplaneMatrix, PackedWeights
 
 CACHE_BYTES = 2 << 30

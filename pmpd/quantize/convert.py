@@ -29,7 +29,7 @@ from transformers import AutoTokenizer
 from pmpd.quantize.importance import calibration_samples, squared_gradients
 from pmpd.quantize.kmeans import check_precisions, quantize_rows, weighted_error
 from pmpd.quantize.layers import LayerPlan, find_layers
-from pmpd.weights import bitplanes, dense
+from pmpd.kernels import bitplanes, dense
 from pmpd.weights.checkpoint import Checkpoint, build_skeleton
 
 _LAYOUT = 1

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pmpd.weights.bitplanes import MAX_BITS, MIN_BITS
+from pmpd.kernels.bitplanes import MAX_BITS, MIN_BITS
 
 CANDIDATES = 128
 """Borders the dynamic programming chooses from. Lloyd's iteration moves them: a quarter as many cost 0.1 % of error, no more."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from pmpd.weights.bitplanes import COLUMNS_PER_WORD
+from pmpd.kernels.bitplanes import COLUMNS_PER_WORD
 
 
 @dataclass(frozen=True)
