@@ -26,10 +26,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from pmpd.kernels import bitplanes
 from pmpd.quantize.importance import calibration_samples, squared_gradients
 from pmpd.quantize.kmeans import check_precisions, quantize_rows, weighted_error
 from pmpd.quantize.layers import LayerPlan, find_layers
-from pmpd.kernels import bitplanes, dense
+from pmpd.weights import dense
 from pmpd.weights.checkpoint import Checkpoint, build_skeleton
 
 _LAYOUT = 1
