@@ -70,18 +70,17 @@ def median_seconds(calls: list[Callable[[], object]], repeats: int = 15, rounds:
     return statistics.median(seconds[3:]) / (len(calls) * rounds)
 
 
+def twin(matrix: TritonMatrix) -> TritonMatrix:
+    """The same matrix at another address."""
+    copy, tiles = object.__new__(TritonMatrix), object.__new__(type(matrix._tiles))
+    tiles.__dict__.update(matrix._tiles.__dict__, planes=matrix._tiles.planes.clone())
+    copy.__dict__.update(matrix.__dict__, _tiles=tiles)
+    return copy
+
+
 def clones(matrix: TritonMatrix, weight_bytes: float) -> list[TritonMatrix]:
-    """Copies of `matrix` at other addresses, enough to fill `ROTATE_BYTES`."""
-    out = [matrix]
-    while len(out) * weight_bytes < ROTATE_BYTES and len(out) < 48:
-        twin = object.__new__(TritonMatrix)
-        twin.__dict__.update(matrix.__dict__)
-        tiles = object.__new__(type(matrix._tiles))
-        tiles.__dict__.update(matrix._tiles.__dict__)
-        tiles.planes = matrix._tiles.planes.clone()
-        twin._tiles = tiles
-        out.append(twin)
-    return out
+    """Copies of `matrix`, enough to fill `ROTATE_BYTES`."""
+    return [matrix, *(twin(matrix) for _ in range(min(47, int(ROTATE_BYTES / weight_bytes))))]
 
 
 def relative_error(y: torch.Tensor, expected: torch.Tensor) -> float:

@@ -1,18 +1,15 @@
-"""The Triton kernels against the reference: on the GPU where there is one, else in Triton's interpreter."""
+"""The Triton kernels against the reference: on the GPU where there is one, else in Triton's interpreter.
+
+The interpreter is chosen when triton is first imported, so `tests/__init__.py` sets TRITON_INTERPRET=1 where there is no GPU.
+"""
 
 from __future__ import annotations
-
-import os
 
 import pytest
 import torch
 
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported: tests/conftest.py sets it too
-
-triton = pytest.importorskip("triton")
-
 from pmpd.kernels.base import PackedWeights
+from pmpd.kernels.bitplanes import pack
 from pmpd.kernels.reference import ReferenceMatrix
 from pmpd.kernels.triton import (
     GPTQMatrix,
@@ -24,8 +21,8 @@ from pmpd.kernels.triton import (
     table_digits,
     unavailable,
 )
-from pmpd.kernels.bitplanes import pack
 
+triton = pytest.importorskip("triton")
 interpreter_only_here = pytest.mark.skipif(
     not torch.cuda.is_available() and type(triton.language.zeros).__name__ != "InterpretedFunction",
     reason="no GPU, and triton was imported before TRITON_INTERPRET=1 was set",

@@ -1,0 +1,229 @@
+"""Tokens per second of decoding, by precision.
+
+`python bench/decode.py --device cuda` makes Llama-shaped random models of 1.1 B and 8 B on the device (no files), and measures a decode
+step eagerly and as a CUDA graph at batch 1, 8 and 32, the prefill, and what switching precisions costs, beside the floor that the bytes
+of a step imply at the copy bandwidth of the same run. `--device cpu` decodes the demo model and a random 1.1 B with the engine.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from bench import _record
+from pmpd.weights.base import Segment
+
+SHAPES = {  # hidden, layers, heads, kv heads, intermediate, vocabulary
+    "1.1B": (2048, 22, 32, 4, 5632, 32000),
+    "8B": (4096, 32, 32, 8, 14336, 128256),
+}
+CONTEXT = 512
+
+
+def median(run: Callable[[], object], repeats: int) -> float:
+    """Seconds of `run`, device work included; the median of `repeats` after two warm-ups."""
+    seconds = []
+    for _ in range(repeats + 2):
+        torch.cuda.synchronize()
+        started = time.perf_counter()
+        run()
+        torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds[2:])
+
+
+class RandomLlama:
+    """A model of random weights on the device: quantized (4, 3, 2 bits) or, with `dense`, float16."""
+
+    def __init__(self, name: str, dense: bool, rows: int, length: int) -> None:
+        from bench._cuda import random_weights, twin
+        from pmpd.kernels.triton import TritonMatrix
+        from pmpd.lean_cuda import CudaForward, Layer, LlamaWeights
+
+        hidden, layers, heads, kv_heads, intermediate, vocabulary = SHAPES[name]
+        self.dim, self.layers, self.kv_heads, self.head_weights = hidden // heads, layers, kv_heads, vocabulary * hidden
+        device = torch.device("cuda")
+        self.matrix_weights = 0
+
+        made: dict[tuple[int, int], TritonMatrix] = {}
+
+        def matrix(n: int, k: int):
+            self.matrix_weights += n * k
+            if dense:
+                return (0.02 * torch.randn(n, k, device=device)).half()
+            if (n, k) not in made:
+                made[n, k] = TritonMatrix(random_weights(n, k, (4, 3, 2), n, device), torch.float16)
+            return twin(made[n, k])
+
+        ones = torch.ones(hidden, device=device, dtype=torch.float16)
+        qkv = (heads + 2 * kv_heads) * self.dim
+        stack = [
+            Layer(ones, matrix(qkv, hidden), matrix(hidden, hidden), ones, matrix(2 * intermediate, hidden), matrix(hidden, intermediate))
+            for _ in range(layers)
+        ]
+        table = (0.02 * torch.randn(vocabulary, hidden, device=device)).half()
+        frequencies = 1.0 / 10000 ** (torch.arange(0, self.dim, 2, device=device).float() / self.dim)
+        self.forward = CudaForward(LlamaWeights(table, stack, ones, table, frequencies, heads, kv_heads, self.dim, 1e-5))
+        shape = (rows, kv_heads, length, self.dim)
+        self.keys, self.values = ([torch.randn(shape, device=device, dtype=torch.float16) for _ in range(layers)] for _ in range(2))
+
+    def step_bytes(self, bits: int, rows: int) -> float:
+        """What a decode step must read: matrices, head, and each row's cache at CONTEXT tokens."""
+        cache = rows * CONTEXT * self.layers * self.kv_heads * self.dim * 2 * 2
+        return self.matrix_weights * bits / 8 + 2 * self.head_weights + cache
+
+    def step(self, buffers, layout) -> None:
+        """Greedy: reads and moves on the buffers only."""
+        segments, longest = layout
+        logits = self.forward(buffers["ids"], buffers["slots"], buffers["positions"], segments, self.keys, self.values, longest)
+        buffers["ids"].copy_(logits.argmax(-1))
+        buffers["positions"].add_(1)
+        buffers["positions"].clamp_(max=longest - 1)
+
+
+def buffers_at(rows: int) -> dict[str, torch.Tensor]:
+    device = torch.device("cuda")
+    return {
+        "ids": torch.arange(rows, device=device),
+        "slots": torch.arange(rows, device=device),
+        "positions": torch.full((rows,), CONTEXT, device=device),
+    }
+
+
+def measure_model(name: str, bandwidth: float) -> list[dict]:
+    rows = []
+    for dense in (True, False):
+        model = RandomLlama(name, dense, 32, 1024)
+        rows += [measure_step(model, name, bits, batch, bandwidth) for batch in (1, 8, 32) for bits in ((16,) if dense else (4, 3, 2))]
+        if not dense:
+            rows += measure_switch(model, name) + measure_prefill(model, name)
+        del model
+        torch.cuda.empty_cache()
+    return rows
+
+
+def measure_step(model: RandomLlama, name: str, bits: int, batch: int, bandwidth: float, steps: int = 32) -> dict:
+    """One decode step of `batch` rows, as a graph and eagerly, against its floor."""
+    from pmpd.graphs import StepGraphs
+
+    layout = ((Segment(0, None, bits),), 1024)
+    graphs = StepGraphs(model.step, buffers_at, buckets=(batch,))
+    eager = StepGraphs(model.step, buffers_at, buckets=(batch,), capture=None)
+
+    def run(runner: StepGraphs, count: int) -> None:
+        runner.buffers(batch)["positions"].fill_(CONTEXT)
+        for _ in range(count):
+            runner.run(batch, layout)
+
+    with torch.inference_mode():
+        graph_seconds = median(lambda: run(graphs, steps), 5) / steps
+        eager_seconds = median(lambda: run(eager, 8), 3) / 8
+    floor = model.step_bytes(bits, batch) / bandwidth
+    print(
+        f"{name} b={bits:<2} batch={batch:<3} graph {graph_seconds * 1e3:7.3f} ms  eager {eager_seconds * 1e3:7.3f} ms  "
+        f"{batch / graph_seconds:8.0f} tokens/s  floor {floor * 1e3:6.3f} ms ({100 * floor / graph_seconds:.0f} %)",
+        flush=True,
+    )
+    return {
+        "model": name, "bits": bits, "batch": batch, "step_ms": graph_seconds * 1e3, "eager_ms": eager_seconds * 1e3,
+        "tokens_s": batch / graph_seconds, "floor_ms": floor * 1e3, "of_floor": floor / graph_seconds, "why_eager": graphs.why_eager,
+    }  # fmt: skip
+
+
+def measure_switch(model: RandomLlama, name: str, steps: int = 32) -> list[dict]:
+    """64 steps that switch from 4 to 3 bits half-way, against the mean of both uniform runs; and a mixed batch of 8."""
+    from pmpd.graphs import StepGraphs
+
+    graphs = StepGraphs(model.step, buffers_at, buckets=(1, 8))
+    four, three = ((Segment(0, None, 4),), 1024), ((Segment(0, None, 3),), 1024)
+    mixed = ((Segment(0, 4, 4), Segment(4, None, 3)), 1024)
+
+    def run(rows: int, *layouts) -> None:
+        graphs.buffers(rows)["positions"].fill_(CONTEXT)
+        for layout in layouts:
+            graphs.run(rows, layout)
+
+    with torch.inference_mode():
+        uniform = [median(lambda b=b: run(1, *[b] * (2 * steps)), 7) for b in (four, three)]
+        switched = median(lambda: run(1, *[four] * steps, *[three] * steps), 7)
+        alternating = median(lambda: run(1, *[four, three] * steps), 7)
+        batches = {label: median(lambda b=b: run(8, *[b] * steps), 5) / steps for label, b in (("4", four), ("3", three), ("4+3", mixed))}
+    mean = sum(uniform) / 2
+    row = {
+        "model": name, "switch_once": switched / mean - 1, "switch_every_step": alternating / mean - 1,
+        "batch8_step_ms": {label: seconds * 1e3 for label, seconds in batches.items()},
+    }  # fmt: skip
+    switches = f"switching once {100 * row['switch_once']:+.1f} %, every step {100 * row['switch_every_step']:+.1f} %"
+    print(f"{name} {switches}; ms of a step of 8 rows: {row['batch8_step_ms']}", flush=True)
+    return [row]
+
+
+def measure_prefill(model: RandomLlama, name: str, tokens: int = 2048) -> list[dict]:
+    """The matrix products of a prefill of 2048 tokens (attention is PyTorch's own and not in it)."""
+    layer = model.forward.weights.layers[0]
+    rows = []
+    for bits in (4, 2):
+        inputs = {m: torch.randn(tokens, m.shape[1], device="cuda").half() for m in (layer.qkv, layer.out, layer.gate_up, layer.down)}
+        with torch.inference_mode():
+            quantized = median(lambda bits=bits, inputs=inputs: [m.multiply(x, bits) for m, x in inputs.items()], 5)
+            dense = {m: m.dequantize(bits) for m in inputs}
+            plain = median(lambda inputs=inputs, dense=dense: [torch.nn.functional.linear(x, dense[m]) for m, x in inputs.items()], 5)
+        rows.append({"model": name, "prefill_bits": bits, "tokens": tokens, "layer_ms": quantized * 1e3, "float16_layer_ms": plain * 1e3})
+        print(f"{name} prefill {tokens} tokens, b={bits}: {quantized * 1e3:.3f} ms a layer, float16 {plain * 1e3:.3f} ms", flush=True)
+    return rows
+
+
+def measure_cuda(models: list[str]) -> dict:
+    from bench._cuda import copy_bandwidth
+
+    bandwidth = copy_bandwidth(torch.device("cuda"))
+    print(f"copy {bandwidth / 1e9:.0f} GB/s", flush=True)
+    return {"copy_gb_s": bandwidth / 1e9, "context": CONTEXT, "rows": [row for name in models for row in measure_model(name, bandwidth)]}
+
+
+def measure_cpu(model_path: str, new_tokens: int, batches: tuple[int, ...] = (1, 8)) -> dict:
+    """The engine on the CPU: uniform at each precision and a static schedule, tokens/s of the decode steps."""
+    from pmpd import PMPDForCausalLM, Scheduler
+
+    rows = []
+    model = PMPDForCausalLM(model_path).eval()
+    prompt = model.tokenizer("Once upon a time there was a farm at the edge of the wood,", return_tensors="pt").input_ids
+    chain = list(model.precisions)
+    plans = [(f"uniform {bits}", [bits]) for bits in chain] + ([("static", chain[:2])] if len(chain) > 1 else [])
+    for batch in batches:
+        for label, precisions in plans:
+            model.scheduler = None
+            if len(precisions) > 1:
+                model.scheduler = Scheduler.get_scheduler("naive", precisions=precisions, high_bit_steps=new_tokens // 3)
+            seconds = []
+            for _ in range(3):
+                done = model.generate(prompt.expand(batch, -1), new_tokens, prefill_bit=precisions[0]).completions
+                seconds.append(
+                    sum(completion.decode_seconds for completion in done) / sum(len(completion.tokens) - 1 for completion in done)
+                )
+            rows.append({"plan": label, "batch": batch, "tokens_s": 1 / min(seconds)})
+            print(f"{label:12} batch {batch}: {1 / min(seconds):.0f} tokens/s", flush=True)
+    return {"model": model_path, "rows": rows}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--models", nargs="+", default=["1.1B", "8B"], help="CUDA: which random models")
+    parser.add_argument("--model-path", default="pmpd/demo/anyprec", help="CPU: a checkpoint folder")
+    parser.add_argument("--new-tokens", type=int, default=96, help="CPU: tokens of each row")
+    parser.add_argument("--out", type=Path, default=_record.RESULTS, help="folder of the JSON")
+    options = parser.parse_args()
+    if options.device == "cuda":
+        _record.write("decode_cuda", measure_cuda(options.models), "cuda", options.out)
+    else:
+        _record.write("decode_cpu", measure_cpu(options.model_path, options.new_tokens), "cpu", options.out)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# Everything that a GPU has to answer, in under 8 minutes: tests, kernels, decoding, labeling. Run from the repository root.
+# Needs torch >= 2.11, triton, transformers >= 5.17, numpy, safetensors (pytest for the tests). JSON and logs go to ${OUT:-bench/results}.
+set -uo pipefail
+export PYTHONPATH=. PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
+out=${OUT:-bench/results}
+mkdir -p "$out"
+started=$SECONDS
+part() {  # name, seconds at most, command...
+  local name=$1 limit=$2 begin=$SECONDS
+  shift 2
+  echo "== $name"
+  timeout "$limit" "$@" >"$out/$name.log" 2>&1
+  local status=$?
+  echo "$name: exit $status, $((SECONDS - begin)) s" | tee -a "$out/parts.txt"
+  [ $status -eq 0 ] || tail -n 25 "$out/$name.log"
+}
+: >"$out/parts.txt"
+part kernels 200 python3 bench/_cuda.py --out "$out/kernels_cuda.json" --write-settings ${QUICK:+--quick}
+cp -f pmpd/kernels/autotune/*.json "$out" 2>/dev/null
+workers=$(python3 -c 'import xdist' 2>/dev/null && echo "-n 8")
+part tests 150 python3 -m pytest -q -m gpu $workers tests/test_gpu.py
+part decode 150 python3 bench/decode.py --device cuda --out "$out"
+[ -f bench/label.py ] && part label 60 python3 bench/label.py --device cuda
+tail -n 4 "$out/tests.log"
+grep -E "of_floor|graph|switching|prefill|copy" "$out/decode.log" | grep -v '^{' || true
+sed -n '/^shape /,$p' "$out/kernels.log"
+echo "-- parts ($((SECONDS - started)) s in all)"
+cat "$out/parts.txt"

@@ -1,0 +1,114 @@
+"""The lean CUDA forward against transformers' own modules: on the GPU where there is one, else in Triton's interpreter."""
+
+from __future__ import annotations
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from pmpd.kernels.base import PackedWeights
+from pmpd.kernels.reference import ReferenceMatrix
+from pmpd.kernels.triton import TritonMatrix, concatenate
+from pmpd.lean_cuda import CudaForward, Layer, LlamaWeights
+from pmpd.weights.base import Segment
+from tests.test_kernels_triton import DEVICE, error, interpreter_only_here, packed_weights
+
+pytestmark = interpreter_only_here
+HIDDEN, HEADS, KV_HEADS, DIM, INTERMEDIATE, VOCABULARY = 32, 2, 1, 16, 64, 40
+
+
+def small_model(layers: int, dtype: torch.dtype) -> tuple[LlamaForCausalLM, list[dict[str, PackedWeights]]]:
+    """A Llama of random quantized layers: transformers' modules (weights of 4 bits for now) and the packed weights."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=HIDDEN, num_hidden_layers=layers, num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, head_dim=DIM,
+        intermediate_size=INTERMEDIATE, vocab_size=VOCABULARY, max_position_embeddings=64, attn_implementation="eager",
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).to(DEVICE, dtype).eval()
+    shapes = {
+        "q_proj": (HEADS * DIM, HIDDEN),
+        "k_proj": (KV_HEADS * DIM, HIDDEN),
+        "v_proj": (KV_HEADS * DIM, HIDDEN),
+        "o_proj": (HIDDEN, HEADS * DIM),
+    }
+    shapes |= {"gate_proj": (INTERMEDIATE, HIDDEN), "up_proj": (INTERMEDIATE, HIDDEN), "down_proj": (HIDDEN, INTERMEDIATE)}
+    packed = [
+        {name: packed_weights(*shape, (2, 3, 4), seed=10 * index + i) for i, (name, shape) in enumerate(shapes.items())}
+        for index in range(layers)
+    ]
+    return model, packed
+
+
+def set_precision(model: LlamaForCausalLM, packed: list[dict[str, PackedWeights]], bits: int) -> None:
+    for layer, weights in zip(model.model.layers, packed, strict=True):
+        for name, weight in weights.items():
+            linear = getattr(layer.self_attn if name[0] in "qkvo" else layer.mlp, name)
+            linear.weight.data = ReferenceMatrix(weight, linear.weight.dtype).dequantize(bits)
+
+
+def lean(model: LlamaForCausalLM, packed: list[dict[str, PackedWeights]], dtype: torch.dtype) -> CudaForward:
+    def product(*parts: PackedWeights) -> TritonMatrix:
+        return TritonMatrix(concatenate(parts), dtype)
+
+    layers = [
+        Layer(
+            input_norm=layer.input_layernorm.weight,
+            qkv=product(w["q_proj"], w["k_proj"], w["v_proj"]),
+            out=product(w["o_proj"]),
+            post_norm=layer.post_attention_layernorm.weight,
+            gate_up=product(w["gate_proj"], w["up_proj"]),
+            down=product(w["down_proj"]),
+        )
+        for layer, w in zip(model.model.layers, packed, strict=True)
+    ]
+    rotary = model.model.rotary_emb
+    return CudaForward(
+        LlamaWeights(
+            model.model.embed_tokens.weight, layers, model.model.norm.weight, model.lm_head.weight, rotary.inv_freq, HEADS, KV_HEADS, DIM,
+            model.config.rms_norm_eps,
+        )
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def test_each_row_decodes_at_its_own_precision_position_and_slot_as_transformers_does():
+    model, packed = small_model(layers=1, dtype=torch.float32)
+    forward = lean(model, packed, torch.float32)
+    keys, values = ([torch.zeros(4, KV_HEADS, 16, DIM, device=DEVICE)] for _ in range(2))
+    tokens = torch.randint(0, VOCABULARY, (3, 3), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    slots = torch.tensor([2, 0, 3], device=DEVICE)
+    bits = (4, 3, 3)
+    for position in range(3):
+        logits = forward(
+            tokens[:, position], slots, torch.full((3,), position, device=DEVICE), [Segment(0, 1, 4), Segment(1, None, 3)], keys, values, 16
+        )
+    for row in range(3):
+        set_precision(model, packed, bits[row])
+        expected = model(tokens[row : row + 1]).logits[0, -1]
+        assert error(logits[row], expected) < 2e-3, f"row {row} at {bits[row]} bits"
+    other = torch.ones(4, dtype=torch.bool)
+    other[slots.cpu()] = False
+    assert not keys[0][other].any(), "a slot that is not in the forward was written"
+
+
+@torch.no_grad()
+def test_precisions_without_digits_and_unquantized_weights_take_the_same_forward():
+    model, _ = small_model(layers=1, dtype=torch.float32)
+    layer = model.model.layers[0]
+    attention, mlp = layer.self_attn, layer.mlp
+    qkv = torch.cat([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight])
+    gate_up = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])
+    dense = Layer(
+        layer.input_layernorm.weight, qkv, attention.o_proj.weight, layer.post_attention_layernorm.weight, gate_up, mlp.down_proj.weight
+    )
+    forward = CudaForward(
+        LlamaWeights(
+            model.model.embed_tokens.weight, [dense], model.model.norm.weight, model.lm_head.weight, model.model.rotary_emb.inv_freq,
+            HEADS, KV_HEADS, DIM, model.config.rms_norm_eps,
+        )
+    )  # fmt: skip
+    keys, values = ([torch.zeros(2, KV_HEADS, 16, DIM, device=DEVICE)] for _ in range(2))
+    tokens = torch.tensor([5, 7], device=DEVICE)
+    for position in range(2):
+        logits = forward(tokens[position : position + 1], torch.tensor([1], device=DEVICE), torch.tensor([position], device=DEVICE),
+                         [Segment(0, None, 16)], keys, values, 16)  # fmt: skip
+    assert error(logits[0], model(tokens[None]).logits[0, -1]) < 1e-5
