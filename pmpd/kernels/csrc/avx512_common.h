@@ -54,5 +54,13 @@ INLINE Source<B> source_of(const PmpdMatrix* m, const Shape& s, int64_t group, i
     return source;
 }
 
-// The index of table entry i in odd quarters, whose pairs of bits are swapped.
-INLINE int swapped(int i) { return (i >> 2 & 3) | (i & 3) << 2 | (i & ~15); }
+// Asks for what this row needs some blocks later: levels are read from front to back, across rows, but by more streams, and faster,
+// than the processor's own prefetching keeps up with. Past the end of a level this does nothing.
+template <int B>
+INLINE void prefetch(const Source<B>& source) {
+    constexpr int blocks = 8;
+    _mm_prefetch((const char*)source.pairs + blocks * GROUP_ROWS * 128, _MM_HINT_T0);
+    _mm_prefetch((const char*)source.pairs + blocks * GROUP_ROWS * 128 + 64, _MM_HINT_T0);
+#pragma GCC unroll 8
+    for (int level = 1; level < B - 1; ++level) _mm_prefetch((const char*)source.plane[level] + blocks * GROUP_ROWS * 64, _MM_HINT_T0);
+}

@@ -141,7 +141,10 @@ INLINE void rows(const PmpdMatrix* m, const Shape& s, int64_t group, int row, Si
     for (int r = 0; r < R; ++r) read_table<B>(m, group * GROUP_ROWS + row + r, table[r]);
     Source<B> source[R];
     for (int64_t block = 0; block < s.full_blocks; ++block) {
-        for (int r = 0; r < R; ++r) source[r] = source_of<B>(m, s, group, row + r, block, 128);
+        for (int r = 0; r < R; ++r) {
+            source[r] = source_of<B>(m, s, group, row + r, block, 128);
+            prefetch<B>(source[r]);
+        }
         const int64_t pair = block * (BLOCK_COLUMNS / 2);
         if constexpr (B == 2) {
             half_of_two_bits<R, 0>(source, table, pair, sink);

@@ -1,0 +1,197 @@
+"""The native CPU kernels against the definition: dequantize by table, multiply in float64."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pmpd.kernels import cpu
+from pmpd.kernels.base import PackedWeights
+from pmpd.kernels.bitplanes import pack
+from pmpd.kernels.reference import ReferenceMatrix
+
+CPU = torch.device("cpu")
+PROBLEM = cpu.unavailable(CPU, torch.float32)
+pytestmark = pytest.mark.skipif(PROBLEM is not None, reason=str(PROBLEM))
+
+HIGHEST = -1 if PROBLEM else cpu._library().functions.pmpd_highest_level()
+LEVELS = cpu.LEVELS[: HIGHEST + 1]
+
+# Errors are measured against sum(|x| |w|), what a sum of products can be off by whatever its own size.
+FLOAT32_TOLERANCE = 2e-6
+BFLOAT16_TOLERANCE = 6e-3  # 2⁻⁹ for the tables of the reference and again for the result
+
+
+def random_packed(rows: int, columns: int, parent: int, seed: int, bias: bool, extreme: bool = False) -> PackedWeights:
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 2**parent, (rows, columns), dtype=torch.uint8, generator=generator)
+    tables = {}
+    for bits in range(2, parent + 1):
+        table = torch.randn(rows, 2**bits, generator=generator)
+        if extreme:  # the largest and smallest numbers of float16, zero rows, in any order
+            choices = torch.tensor([65504.0, -65504.0, 6e-8, -6e-5, 0.0, 1.0])
+            table = choices[torch.randint(0, len(choices), table.shape, generator=generator)]
+            table[0] = 0.0
+        tables[bits] = table.half()
+    return PackedWeights(pack(codes, parent), tables, torch.randn(rows, generator=generator) if bias else None)
+
+
+def relative_error(y: torch.Tensor, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None) -> float:
+    x, w = x.double(), w.double()
+    exact, scale = x @ w.T, x.abs() @ w.abs().T
+    if bias is not None:
+        exact, scale = exact + bias.double(), scale + bias.double().abs()
+    return float(((y.double() - exact).abs() / scale.clamp(min=1e-30)).max())
+
+
+@pytest.fixture(params=LEVELS)
+def level(request, monkeypatch) -> str:
+    monkeypatch.setenv(cpu.LEVEL_VARIABLE, request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("parent", range(2, 9))
+def test_every_level_equals_the_reference_at_every_precision(level, dtype, parent):
+    packed = random_packed(7, 1056, parent, seed=parent, bias=True)
+    native, reference = cpu.NativeMatrix(packed, dtype), ReferenceMatrix(packed, dtype)
+    for bits in packed.tables:
+        w = reference.dequantize(bits)
+        assert torch.equal(native.dequantize(bits), w)
+        x = torch.randn(3, 1056).to(dtype)
+        tolerance = FLOAT32_TOLERANCE if dtype == torch.float32 else BFLOAT16_TOLERANCE
+        assert relative_error(native.multiply(x, bits), x, w, packed.bias) < tolerance
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    rows=st.integers(1, 13),
+    words=st.integers(1, 40),
+    parent=st.integers(2, 8),
+    tokens=st.integers(1, 19),
+    bias=st.booleans(),
+    extreme=st.booleans(),
+    seed=st.integers(0, 1000),
+    data=st.data(),
+)
+def test_any_shape_multiplies_as_the_reference(rows, words, parent, tokens, bias, extreme, seed, data):
+    bits = data.draw(st.integers(2, parent))
+    packed = random_packed(rows, 32 * words, parent, seed, bias, extreme)
+    x = torch.randn(tokens, 32 * words, generator=torch.Generator().manual_seed(seed))
+    for name in LEVELS:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv(cpu.LEVEL_VARIABLE, name)
+            native = cpu.NativeMatrix(packed, torch.float32)
+        w = ReferenceMatrix(packed, torch.float32).dequantize(bits)
+        assert torch.equal(native.dequantize(bits), w), name
+        assert relative_error(native.multiply(x, bits), x, w, packed.bias) < FLOAT32_TOLERANCE, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", [2, 3, 4, 6])
+def test_bits_of_a_result_do_not_depend_on_threads(level, dtype, bits):
+    packed = random_packed(301, 704, bits, seed=1, bias=True)
+    matrix, x = cpu.NativeMatrix(packed, dtype), torch.randn(5, 704).to(dtype)
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            results.append(matrix.multiply(x, bits))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bits", [2, 4, 5])
+def test_bits_of_a_token_do_not_depend_on_its_batch_mates(level, dtype, bits):
+    packed = random_packed(9, 1120, bits, seed=2, bias=False)
+    matrix, x = cpu.NativeMatrix(packed, dtype), torch.randn(16, 1120).to(dtype)
+    alone = torch.cat([matrix.multiply(x[i : i + 1], bits) for i in range(16)])
+    for tokens in (2, 3, 5, 8, 11, 16):
+        assert torch.equal(matrix.multiply(x[:tokens], bits), alone[:tokens]), f"{tokens} tokens at once differ from one at a time"
+
+
+def test_many_tokens_and_leading_dimensions_work(level):
+    packed = random_packed(37, 96, 4, seed=3, bias=True)
+    matrix = cpu.NativeMatrix(packed, torch.float32)
+    x = torch.randn(4, 20, 96)
+    y = matrix.multiply(x, 3)
+    assert y.shape == (4, 20, 37)
+    assert relative_error(y.view(-1, 37), x.view(-1, 96), matrix.dequantize(3), packed.bias) < FLOAT32_TOLERANCE
+    assert matrix.multiply(x[:0], 3).shape == (0, 20, 37)
+    sliced = torch.randn(3, 200)[:, 8:104]  # rows with a stride
+    assert relative_error(matrix.multiply(sliced, 4), sliced, matrix.dequantize(4), packed.bias) < FLOAT32_TOLERANCE
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_not_finite_is_not_hidden(level, dtype, bad):
+    matrix = cpu.NativeMatrix(random_packed(4, 544, 2, seed=4, bias=False), dtype)
+    x = torch.randn(2, 544).to(dtype)
+    x[1, 530] = bad
+    y = matrix.multiply(x, 2)
+    assert torch.isfinite(y[0]).all()
+    assert not torch.isfinite(y[1]).any()
+
+
+def test_nothing_of_the_source_is_kept():
+    packed = random_packed(8, 512, 4, seed=5, bias=True)
+    matrix = cpu.NativeMatrix(packed, torch.float32)
+    x = torch.randn(1, 512)
+    before = matrix.multiply(x, 4)
+    packed.planes.zero_()
+    for table in packed.tables.values():
+        table.zero_()
+    assert torch.equal(matrix.multiply(x, 4), before)
+    assert matrix.packed_bytes() < 2 * (4 * 8 * 512 // 8 + 4 * 8 * (4 + 8 + 16))
+
+
+def test_wrong_inputs_are_refused_with_what_is_allowed():
+    matrix = cpu.NativeMatrix(random_packed(4, 64, 3, seed=6, bias=False), torch.float32)
+    with pytest.raises(ValueError, match="at 3, 2"):
+        matrix.multiply(torch.zeros(1, 64), 4)
+    with pytest.raises(ValueError, match="64"):
+        matrix.multiply(torch.zeros(1, 32), 2)
+    with pytest.raises(ValueError, match=r"holds 3, 2"):
+        matrix.dequantize(5)
+    assert "float16" in cpu.unavailable(CPU, torch.float16)
+
+
+def test_a_forced_level_that_does_not_exist_is_refused(monkeypatch):
+    monkeypatch.setenv(cpu.LEVEL_VARIABLE, "avx9000")
+    with pytest.raises(ValueError, match="portable"):
+        cpu.active_level()
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
+def test_the_library_brings_no_second_openmp_runtime():
+    script = (
+        "import torch\n"
+        "from pmpd.kernels import cpu\n"
+        "from tests.test_kernels_cpu import random_packed\n"
+        "torch.set_num_threads(2)\n"
+        "cpu.NativeMatrix(random_packed(1024, 1024, 4, 0, False), torch.float32).multiply(torch.zeros(1, 1024), 4)\n"
+        "lines = open('/proc/self/maps').read().split()\n"
+        "print(len({w for w in lines if any(n in w for n in ('libgomp', 'libomp', 'libiomp'))}), cpu._library().threads)\n"
+    )
+    root = Path(__file__).parent.parent
+    out = subprocess.run(
+        [sys.executable, "-c", script], cwd=root, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(root)}
+    )
+    assert out.stdout.strip() == "1 torch's OpenMP threads", out.stdout + out.stderr
+
+
+def test_a_library_of_other_sources_is_refused(monkeypatch):
+    monkeypatch.setattr(cpu._sources, "fingerprint", lambda: "0" * 16)
+    path, problem = cpu._find()
+    assert path is None
+    assert "pip install" in problem
