@@ -550,12 +550,15 @@ def connect() -> None:
     if ray.is_initialized():
         return
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-    try:
-        ray.init(address=os.environ.get("RAY_ADDRESS") or "auto", **quiet)
-    except ConnectionError:
-        if os.environ.get("RAY_ADDRESS"):
-            raise
-        ray.init(address="local", include_dashboard=False, **quiet)
+    address = os.environ.get("RAY_ADDRESS")
+    if address != "local":
+        try:
+            ray.init(address=address or "auto", **quiet)
+            return
+        except ConnectionError as error:
+            if address:
+                raise ValueError(f"RAY_ADDRESS={address}: no Ray answers there ({error}); start it, or unset RAY_ADDRESS") from error
+    ray.init(address="local", include_dashboard=False, **quiet)
 
 
 def live_nodes() -> list[dict[str, float]]:

@@ -1,0 +1,100 @@
+"""The farm on several nodes with logical GPUs: who gets which GPU, and what happens when nodes go and come."""
+
+from __future__ import annotations
+
+import io
+import json
+import threading
+import time
+from collections import defaultdict
+
+import pytest
+import ray
+
+from pmpd import farm, tables
+from tests import farm_fakes
+from tests.farm_fakes import FakeTask, write_prompts
+from tests.ray_sessions import QUIET, environment
+from tests.test_farm import answers, expected, rows_of
+
+
+@pytest.fixture(scope="module")
+def nodes():
+    """A head without work (no GPU) and one node with two GPUs; tests add more and take them away again."""
+    from ray.cluster_utils import Cluster
+
+    with environment():
+        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
+        cluster.add_node(num_cpus=2, num_gpus=2)
+        ray.init(address=cluster.address, **QUIET)
+        ray.cloudpickle.register_pickle_by_value(farm_fakes)
+        try:
+            yield cluster
+        finally:
+            ray.cloudpickle.unregister_pickle_by_value(farm_fakes)
+            ray.shutdown()
+            cluster.shutdown()
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    write_prompts(tmp_path / "prompts", 40)
+    return tmp_path / "prompts"
+
+
+def run(task, prompts, folder, **options):
+    stream = io.StringIO()
+    options = farm.FarmOptions(**{"unit_rows": 4, "progress_seconds": 1, **options})
+    farm.run(task, {"prompts": str(prompts)}, folder, {}, options, stream=stream)
+    return rows_of(folder), stream.getvalue()
+
+
+def test_each_worker_has_its_own_gpu_and_its_share_of_the_threads(nodes, prompts, tmp_path):
+    rows, _ = run(FakeTask(seconds=0.1), prompts, tmp_path / "out")
+    assert answers(rows) == expected(prompts)
+    gpus = defaultdict(set)
+    for row in rows.values():
+        place = json.loads(row["place"])
+        gpus[row["worker"]].add(tuple(place["gpus"]))
+        assert place["threads"] == 1
+    assert sorted(gpus.values()) == [{("0",)}, {("1",)}]
+
+
+def test_a_fraction_puts_several_workers_on_one_gpu(nodes, prompts, tmp_path):
+    rows, _ = run(FakeTask(seconds=0.15), prompts, tmp_path / "out", gpus_per_worker=0.5)
+    assert len({row["worker"] for row in rows.values()}) == 4
+    assert {tuple(json.loads(row["place"])["gpus"]) for row in rows.values()} == {("0",), ("1",)}
+
+
+def test_a_run_lives_through_a_lost_node_and_takes_in_a_new_one(nodes, prompts, tmp_path):
+    """Rows are those of an undisturbed run with another unit size and number of workers."""
+    doomed = nodes.add_node(num_cpus=1, num_gpus=1)
+    nodes.wait_for_nodes()
+    result: dict = {}
+    out = tmp_path / "out"
+    thread = threading.Thread(target=lambda: result.update(zip(("rows", "printed"), run(FakeTask(seconds=0.4), prompts, out), strict=True)))
+    thread.start()
+    new = None
+    try:
+        deadline = time.monotonic() + 90
+        while time.monotonic() < deadline and len(_workers(out)) < 3:
+            time.sleep(0.2)
+        time.sleep(1)
+        nodes.remove_node(doomed)
+        new = nodes.add_node(num_cpus=1, num_gpus=1)
+    finally:
+        thread.join(timeout=180)
+        if new is not None:
+            nodes.remove_node(new)
+    undisturbed, _ = run(FakeTask(), prompts, tmp_path / "undisturbed", unit_rows=7, num_workers=1)
+    assert answers(result["rows"]) == answers(undisturbed) == expected(prompts)
+    assert not any(row["error"] for row in result["rows"].values())
+    assert "is gone (its node too)" in result["printed"]
+    assert not tables.scan(out).unreadable
+
+
+def _workers(out):
+    try:
+        return set(tables.read_table(out, ["worker"])["worker"].to_pylist())
+    except ValueError:
+        return set()
