@@ -72,10 +72,8 @@ def median_seconds(calls: list[Callable[[], object]], repeats: int = 15, rounds:
 
 def twin(matrix: TritonMatrix) -> TritonMatrix:
     """The same matrix at another address."""
-    copy, tiles = object.__new__(TritonMatrix), object.__new__(type(matrix._tiles))
-    tiles.__dict__.update(matrix._tiles.__dict__, planes=matrix._tiles.planes.clone())
-    copy.__dict__.update(matrix.__dict__, _tiles=tiles)
-    return copy
+    tiles = matrix._tiles
+    return matrix._with(type(tiles)(tiles.planes.clone(), tiles.shape, tiles.bias), matrix._tables, matrix._digits)
 
 
 def clones(matrix: TritonMatrix, weight_bytes: float) -> list[TritonMatrix]:

@@ -16,8 +16,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from transformers import LlamaForCausalLM, MistralForCausalLM, PreTrainedModel, Qwen2ForCausalLM
 
-from pmpd.kernels.triton import DIGITS_BITS, FUSED_TOKENS, SplitActivations, TritonMatrix, decode_attention, split_activations
+from pmpd.kernels.triton import DIGITS_BITS, FUSED_TOKENS, SplitActivations, TritonMatrix, decode_attention, merge, split_activations
 from pmpd.weights.base import Segment
 
 Weight = TritonMatrix | Tensor
@@ -50,6 +51,48 @@ class LlamaWeights:
     head_dim: int
     epsilon: float
     rope_scale: float = 1.0
+
+
+def llama_weights(model: PreTrainedModel) -> LlamaWeights | None:
+    """The weights of a Llama, Mistral or Qwen2 tree on a CUDA device whose linears all multiply with `TritonMatrix`; else None.
+
+    q, k, v and gate, up are merged: the modules' own matrices become views, so the generic path (prefill) goes on working.
+    """
+    if type(model) not in (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM) or type(model.lm_head) is not nn.Linear:
+        return None
+    config, rotary = model.config, model.model.rotary_emb
+    if config.hidden_act != "silu" or rotary.rope_type not in ("default", "llama3", "linear"):
+        return None
+    layers = []
+    for layer in model.model.layers:
+        attention, mlp = layer.self_attn, layer.mlp
+        groups = (
+            (attention.q_proj, attention.k_proj, attention.v_proj),
+            (attention.o_proj,),
+            (mlp.gate_proj, mlp.up_proj),
+            (mlp.down_proj,),
+        )
+        matrices = [[getattr(linear, "matrix", None) for linear in group] for group in groups]
+        if not all(isinstance(matrix, TritonMatrix) for group in matrices for matrix in group):
+            return None
+        try:
+            qkv, out, gate_up, down = (group[0] if len(group) == 1 else merge(group) for group in matrices)
+        except ValueError:  # odd numbers of rows
+            return None
+        window = getattr(attention, "sliding_window", None)
+        layers.append(Layer(layer.input_layernorm.weight, qkv, out, layer.post_attention_layernorm.weight, gate_up, down, window))
+    return LlamaWeights(
+        embedding=model.model.embed_tokens.weight,
+        layers=layers,
+        norm=model.model.norm.weight,
+        head=model.lm_head.weight,
+        inverse_frequencies=rotary.inv_freq.float(),
+        heads=config.num_attention_heads,
+        kv_heads=config.num_key_value_heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        epsilon=config.rms_norm_eps,
+        rope_scale=float(rotary.attention_scaling),
+    )
 
 
 class CudaForward:

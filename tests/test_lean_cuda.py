@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from pmpd import lean_cuda
 from pmpd.kernels.base import PackedWeights
 from pmpd.kernels.reference import ReferenceMatrix
-from pmpd.kernels.triton import TritonMatrix, concatenate
+from pmpd.kernels.triton import TritonMatrix, concatenate, merge
 from pmpd.lean_cuda import CudaForward, Layer, LlamaWeights
 from pmpd.weights.base import Segment
-from tests.test_kernels_triton import DEVICE, error, interpreter_only_here, packed_weights
+from tests.test_kernels_triton import DEVICE, TOLERANCE, activations, error, expected_product, interpreter_only_here, packed_weights
 
 pytestmark = interpreter_only_here
-HIDDEN, HEADS, KV_HEADS, DIM, INTERMEDIATE, VOCABULARY = 32, 2, 1, 16, 64, 40
+HIDDEN, HEADS, KV_HEADS, DIM, INTERMEDIATE, VOCABULARY = 32, 2, 1, 16, 32, 40
 
 
 def small_model(layers: int, dtype: torch.dtype) -> tuple[LlamaForCausalLM, list[dict[str, PackedWeights]]]:
@@ -70,24 +72,37 @@ def lean(model: LlamaForCausalLM, packed: list[dict[str, PackedWeights]], dtype:
 
 
 @torch.no_grad()
-def test_each_row_decodes_at_its_own_precision_position_and_slot_as_transformers_does():
+def test_each_row_decodes_at_its_own_precision_position_and_slot_as_transformers_does(monkeypatch):
+    """Two steps by the plain products (any precision), the third by digits: they share all but the products."""
     model, packed = small_model(layers=1, dtype=torch.float32)
     forward = lean(model, packed, torch.float32)
     keys, values = ([torch.zeros(4, KV_HEADS, 16, DIM, device=DEVICE)] for _ in range(2))
-    tokens = torch.randint(0, VOCABULARY, (3, 3), generator=torch.Generator().manual_seed(1)).to(DEVICE)
-    slots = torch.tensor([2, 0, 3], device=DEVICE)
-    bits = (4, 3, 3)
+    tokens = torch.randint(0, VOCABULARY, (2, 3), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    slots, bits = torch.tensor([2, 0], device=DEVICE), (4, 3)
+    segments = [Segment(0, 1, 4), Segment(1, None, 3)]
     for position in range(3):
-        logits = forward(
-            tokens[:, position], slots, torch.full((3,), position, device=DEVICE), [Segment(0, 1, 4), Segment(1, None, 3)], keys, values, 16
-        )
-    for row in range(3):
+        monkeypatch.setattr(lean_cuda, "DIGITS_BITS", (2, 3, 4) if position == 2 else ())
+        logits = forward(tokens[:, position], slots, torch.full((2,), position, device=DEVICE), segments, keys, values, 16)
+    for row in range(2):
         set_precision(model, packed, bits[row])
         expected = model(tokens[row : row + 1]).logits[0, -1]
         assert error(logits[row], expected) < 2e-3, f"row {row} at {bits[row]} bits"
-    other = torch.ones(4, dtype=torch.bool)
-    other[slots.cpu()] = False
-    assert not keys[0][other].any(), "a slot that is not in the forward was written"
+    assert not keys[0][[1, 3]].any(), "a slot that is not in the forward was written"
+
+
+def test_merged_layers_are_views_and_multiply_as_before():
+    parts = [packed_weights(rows, 64, (2, 3), bias=rows == 16, seed=rows) for rows in (32, 16, 40)]
+    matrices = [TritonMatrix(part, torch.float32) for part in parts]
+    whole = merge(matrices)
+    x = activations(1, 64, dtype=torch.float32)
+    expected = [expected_product(part, x, 3) for part in parts]
+    assert error(whole.multiply(x, 3, "fused"), torch.cat(expected, 1)) < 1e-5
+    for matrix, product in zip(matrices, expected, strict=True):
+        assert error(matrix.multiply(x, 3, "fused"), product) < 1e-5
+        assert matrix._tiles.planes.untyped_storage().data_ptr() == whole._tiles.planes.untyped_storage().data_ptr()
+    assert error(matrices[1].multiply(x, 3, "digits"), expected[1]) < TOLERANCE[torch.float32]
+    with pytest.raises(ValueError, match="multiples of 16"):
+        merge([matrices[2], matrices[0]])
 
 
 @torch.no_grad()

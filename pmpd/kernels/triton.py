@@ -278,7 +278,9 @@ class TritonMatrix(BitplaneMatrix):
         self._tiles = _TileMatrix(tiles, packed.shape, bias)
         pad = self._tiles.padded_rows - packed.shape[0]
         self._tables = {bits: torch.nn.functional.pad(table, (0, 0, 0, pad)).contiguous() for bits, table in packed.tables.items()}
-        self._digits = {bits: table_digits(table, bits) for bits, table in packed.tables.items() if bits in DIGITS_BITS}
+        self._digits: dict[int, tuple[Tensor, ...]] = {
+            bits: table_digits(table, bits) for bits, table in packed.tables.items() if bits in DIGITS_BITS
+        }
         self._gpu_name = _gpu_name(packed.planes.device)
 
     def route(self, tokens: int, bits: int) -> str:
@@ -324,6 +326,23 @@ class TritonMatrix(BitplaneMatrix):
                 BLOCKS=tiles.blocks, TILES=math.ceil(tiles.blocks / warps), BITS=bits, TOKEN_PAIRS=pairs, WARPS=warps,
                 HAS_BIAS=tiles.bias is not None, MERGE=pairs > 2 if merge is None else merge, EMULATE=_interpreted(), num_warps=warps,
             )  # fmt: skip
+
+    def _with(self, tiles: _TileMatrix, tables: dict[int, Tensor], digits: dict[int, tuple[Tensor, ...]]) -> TritonMatrix:
+        other = object.__new__(TritonMatrix)
+        BitplaneMatrix.__init__(other, tiles.shape, self.precisions)
+        other.dtype, other._gpu_name, other._tiles, other._tables, other._digits = self.dtype, self._gpu_name, tiles, tables, digits
+        return other
+
+    def _rows(self, start: int, stop: int) -> TritonMatrix:
+        """A view of rows `start` (a multiple of 16) to `stop`."""
+        padded = start + math.ceil((stop - start) / TILE_ROWS) * TILE_ROWS
+        bias = None if self._tiles.bias is None else self._tiles.bias[start:stop]
+        planes = self._tiles.planes[:, start // TILE_ROWS : padded // TILE_ROWS]
+        return self._with(
+            _TileMatrix(planes, (stop - start, self.shape[1]), bias),
+            {bits: table[start:padded] for bits, table in self._tables.items()},
+            {bits: tuple(part[start:padded] for part in parts) for bits, parts in self._digits.items()},
+        )
 
     def dequantize(self, bits: int) -> Tensor:
         return self._tiles.dequantize(bits, self._tables[bits], None, None, self.dtype)
@@ -417,6 +436,35 @@ def concatenate(packed: Sequence[PackedWeights]) -> PackedWeights:
         bias = torch.cat([first.tables[first.precisions[0]].new_zeros(p.shape[0]) if p.bias is None else p.bias for p in packed])
     tables: Mapping[int, Tensor] = {bits: torch.cat([p.tables[bits] for p in packed]) for bits in first.precisions}
     return replace(first, planes=torch.cat([p.planes[: max(first.precisions)] for p in packed], dim=1), tables=tables, bias=bias)
+
+
+def merge(parts: Sequence[TritonMatrix]) -> TritonMatrix:
+    """One matrix whose rows are those of all `parts`, which become views of it (so nothing is held twice).
+
+    ValueError: they differ in K, precisions or dtype, or a part but the last has a number of rows that is no multiple of 16.
+    """
+    first, rows = parts[0], [part.shape[0] for part in parts]
+    alike = all((p.shape[1], p.precisions, p.dtype) == (first.shape[1], first.precisions, first.dtype) for p in parts)
+    if not alike or any(count % TILE_ROWS for count in rows[:-1]):
+        raise ValueError(
+            f"matrices of shapes {[p.shape for p in parts]} can't be merged: K, precisions and dtype agree, rows are multiples of 16"
+        )
+    bias = None
+    if any(p._tiles.bias is not None for p in parts):
+        bias = torch.cat(
+            [first._tiles.planes.new_zeros(p.shape[0], dtype=first.dtype) if p._tiles.bias is None else p._tiles.bias for p in parts]
+        )
+    whole = first._with(
+        _TileMatrix(torch.cat([p._tiles.planes for p in parts], dim=1), (sum(rows), first.shape[1]), bias),
+        {bits: torch.cat([p._tables[bits] for p in parts]) for bits in first._tables},
+        {bits: tuple(torch.cat(same) for same in zip(*(p._digits[bits] for p in parts), strict=True)) for bits in first._digits},
+    )
+    start = 0
+    for part in parts:
+        view = whole._rows(start, start + part.shape[0])
+        part._tiles, part._tables, part._digits = view._tiles, view._tables, view._digits
+        start += part.shape[0]
+    return whole
 
 
 def share_input(packed: Sequence[PackedWeights], dtype: torch.dtype) -> list[BitplaneMatrix]:
