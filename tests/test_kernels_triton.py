@@ -70,20 +70,20 @@ def test_dequantized_weights_are_exactly_the_table_values(shape):
 def test_every_route_multiplies_as_the_reference(route, bits):
     if route == "digits" and bits not in (2, 3, 4):
         pytest.skip("digits holds tables of 2, 3 and 4 bits")
-    packed = packed_weights(35, 544, (bits, 8) if bits < 8 else (8,), bias=True)
+    packed = packed_weights(20, 544, (bits, 8) if bits < 8 else (8,), bias=True)
     matrix = TritonMatrix(packed, torch.float16)
-    for tokens in (1, 2, 3, 5):
+    for tokens in (1, 3):
         x = activations(tokens, 544)
         y = matrix.multiply(x, bits, route)
         assert y.dtype == x.dtype
         assert error(y, expected_product(packed, x, bits)) < TOLERANCE[torch.float16], f"{route}, {bits} bits, {tokens} tokens"
 
 
-@pytest.mark.parametrize("tokens", [1, 2, 7, 8, 15, 16, 17, 65])
+@pytest.mark.parametrize("tokens", [2, 7, 17, 65, pytest.param(16, marks=pytest.mark.slow)])
 def test_any_number_of_tokens(tokens):
-    packed = packed_weights(24, 320, (2, 3, 4))
+    packed = packed_weights(9, 96, (2, 3, 4))
     matrix = TritonMatrix(packed, torch.float16)
-    x = activations(tokens, 320)
+    x = activations(tokens, 96)
     assert error(matrix.multiply(x, 3), expected_product(packed, x, 3)) < TOLERANCE[torch.float16]
 
 
@@ -91,18 +91,18 @@ def test_any_number_of_tokens(tokens):
 def test_activation_types(dtype):
     # the interpreter has no bfloat16 dot
     routes = ["digits"] if DEVICE.type == "cpu" and dtype == torch.bfloat16 else ["digits", "fused"]
-    packed = packed_weights(32, 512, (2, 3, 4))
+    packed = packed_weights(16, 224, (2, 3, 4))
     matrix = TritonMatrix(packed, dtype)
-    x = activations(4, 512, dtype=dtype)
+    x = activations(2, 224, dtype=dtype)
     for route in routes:
         assert error(matrix.multiply(x, 4, route), expected_product(packed, x, 4)) < TOLERANCE[dtype]
 
 
 def test_columns_beyond_the_warps_of_a_program_are_added():
-    packed = packed_weights(16, 256 * 5, (2, 3, 4))
+    packed = packed_weights(16, 256 * 3, (2, 3, 4))
     matrix = TritonMatrix(packed, torch.float32)
-    x = activations(1, 256 * 5, dtype=torch.float32)
-    for warps in (1, 2, 4, 8):
+    x = activations(1, 256 * 3, dtype=torch.float32)
+    for warps in (1, 2):
         y = torch.empty(1, 16, device=DEVICE)
         matrix.multiply_split(split_activations(x), 4, y, warps)
         assert error(y, expected_product(packed, x, 4)) < TOLERANCE[torch.float32], f"{warps} warps"
@@ -110,8 +110,8 @@ def test_columns_beyond_the_warps_of_a_program_are_added():
 
 def test_an_outlier_does_not_drown_the_other_activations():
     """One activation 1000 times the rest: three bytes keep the rest to 2^-14, two would not."""
-    packed = packed_weights(32, 512, (2, 3, 4))
-    x = activations(1, 512, dtype=torch.float32)
+    packed = packed_weights(16, 256, (2, 3, 4))
+    x = activations(1, 256, dtype=torch.float32)
     spike = x.clone()
     spike[0, 7] = 1000.0
     alone = torch.zeros_like(x)
@@ -147,7 +147,7 @@ def test_table_digits_are_bytes_below_128(bits):
 
 
 def test_layers_that_share_an_input_take_one_multiplication(monkeypatch):
-    parts = [packed_weights(rows, 256, (2, 3), bias=rows == 24, seed=rows) for rows in (24, 16, 40)]
+    parts = [packed_weights(rows, 256, (2, 5), bias=rows == 24, seed=rows) for rows in (24, 16, 40)]
     matrices = share_input(parts, torch.float32)
     calls = []
     multiply = TritonMatrix.multiply
@@ -155,12 +155,12 @@ def test_layers_that_share_an_input_take_one_multiplication(monkeypatch):
     for seed in (1, 2):
         x = activations(2, 256, dtype=torch.float32, seed=seed)
         for matrix, packed in zip(matrices, parts, strict=True):
-            assert error(matrix.multiply(x, 3), expected_product(packed, x, 3)) < TOLERANCE[torch.float32]
+            assert error(matrix.multiply(x, 5), expected_product(packed, x, 5)) < TOLERANCE[torch.float32]
     assert len(calls) == 2, "one multiplication for all three layers"
     other = activations(2, 256, dtype=torch.float32, seed=9)
-    assert error(matrices[1].multiply(other, 2), expected_product(parts[1], other, 2)) < TOLERANCE[torch.float32]
-    assert error(matrices[2].multiply(x, 3), expected_product(parts[2], x, 3)) < TOLERANCE[torch.float32], "not the last input's product"
-    assert torch.equal(matrices[1].dequantize(3), ReferenceMatrix(parts[1], torch.float32).dequantize(3))
+    assert error(matrices[1].multiply(other, 5), expected_product(parts[1], other, 5)) < TOLERANCE[torch.float32]
+    assert error(matrices[2].multiply(x, 5), expected_product(parts[2], x, 5)) < TOLERANCE[torch.float32], "not the last input's product"
+    assert torch.equal(matrices[1].dequantize(5), ReferenceMatrix(parts[1], torch.float32).dequantize(5))
 
 
 def test_concatenating_layers_of_different_inputs_is_refused():
