@@ -28,6 +28,7 @@ from pmpd.results import read_generations
 from pmpd.scoring import ScoreConfig, average_bits, compare, decode_forwards
 from pmpd.static_search import best_path, choose, read_best, write_best
 from pmpd.weights.checkpoint import Checkpoint
+from pmpd.weights.mixed import open_checkpoint
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class GenerateJob:
     """Static search: grid points per pair, from never to always high."""
     use_multi_model: bool = False
     """--model-path is a JSON of one checkpoint per precision (GPTQ), not an Any-Precision checkpoint."""
-    batch_size: int = 32
+    batch_size: int = 64
     """Conversations that decode together in a worker, and per unit of work (and Parquet file)."""
     reuse_cache: bool = True
     """Later turns start from the cache of the prompt before."""
@@ -108,8 +109,6 @@ class GenerateJob:
 def main(job: GenerateJob, console: Console | None = None) -> str:
     """Generates, prints the table, returns the folder of the results. ValueError for anything the user can cure."""
     console = console or Console()
-    if job.use_multi_model:
-        raise ValueError("--use-multi-model: GPTQ checkpoints are not part of this version; pass an Any-Precision checkpoint")
     benchmark = get_benchmark(job.bench_name)
     split = "validation" if job.validation or job.static_search else "test"
     length = job.max_new_tokens or benchmark.max_new_tokens
@@ -118,7 +117,11 @@ def main(job: GenerateJob, console: Console | None = None) -> str:
     names = scheduler_names(job, benchmark.reference)
     paths = {"fp": job.reference_model_path, "quantized": job.model_path}
     wanted = {group: [name for name in names if (name == "fp") == (group == "fp")] for group in paths}
-    checkpoints = {group: Checkpoint(local_folder(paths[group]), job.trust_remote_code) for group in paths if wanted[group]}
+    checkpoints = {
+        group: open_checkpoint(local_folder(paths[group]), job.trust_remote_code, multi=job.use_multi_model and group == "quantized")
+        for group in paths
+        if wanted[group]
+    }
     tokenizers = [AutoTokenizer.from_pretrained(c.folder, trust_remote_code=job.trust_remote_code) for c in checkpoints.values()]
     if len(tokenizers) > 1 and tokenizers[0].get_vocab() != tokenizers[1].get_vocab():
         raise ValueError(f"{job.model_path} and {job.reference_model_path} have different tokenizers; give two checkpoints of one model")
@@ -141,7 +144,7 @@ def main(job: GenerateJob, console: Console | None = None) -> str:
             benchmark, split, questions, runs, job.model_id, checkpoint.fingerprint(), template, job.num_choices, job.static_search
         )
         model = farm.ModelSource(paths[group], None if group == "fp" else chain, job.kernel, job.trust_remote_code)
-        options = farm.FarmOptions(job.num_workers, job.gpus_per_worker, job.batch_size, job.retry_errors)
+        options = farm.FarmOptions(job.num_workers, job.gpus_per_worker, sweep.unit_rows(job.batch_size), job.retry_errors)
         generate(sweep, model, tables.join(folder, group), job.batch_size, job.reuse_cache, options)
     rows = [row for _, _, found in read_generations(folder) for row in found]
     console.print(result_table(rows))

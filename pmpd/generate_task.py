@@ -63,6 +63,11 @@ class Sweep:
     static_search: bool = False
     """Whether this is the grid of a static search, which the report leaves out."""
 
+    def unit_rows(self, batch_size: int) -> int:
+        """Conversations of a unit of work: at most `batch_size`, and so that units do not straddle runs where that can be had."""
+        count = len(self.questions) * self.choices
+        return -(-count // -(-count // batch_size))
+
     def identity(self) -> dict[str, Any]:
         """All that defines the rows: a folder of another identity is refused."""
         content = [(question.prompt_id, question.turns, question.references) for question in self.questions]

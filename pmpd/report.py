@@ -307,7 +307,7 @@ def _browser(comparison: Comparison) -> str:
     names = [run.name for run in runs]
     left = names.index("kv_cache") if "kv_cache" in names else len(names) - 1
     data = {"questions": questions, "answers": answers, "runs": names, "left": left, "right": 0}
-    embedded = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("</", "<\\/").replace("<!--", "<\\!--")
+    embedded = json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")  # no text of a model becomes markup
     widths = sorted({bits for run in runs for key in keys for bits in _widths(run.rows[key])}, reverse=True)
     legend = "".join(f'<span class="b{bits}">{bits} bit</span>' for bits in widths)
     limited = len(comparison.shared) - len(keys)

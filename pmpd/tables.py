@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import importlib.metadata
 import json
 import os
@@ -696,11 +697,14 @@ def datasets_under(path: str | Path) -> Iterator[str]:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """`python -m pmpd.tables PATH`. Exit code 1 if there is a problem."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    if given[:1] == ["export-fastchat"]:
+        return _export_fastchat(given[1:])
     parser = argparse.ArgumentParser(
         prog="python -m pmpd.tables", description="Schema, row count and nulls of a dataset; checks its manifest."
     )
     parser.add_argument("path", help="a dataset folder, a folder of them (results/label), or one Parquet file; local or a URI")
-    path = parser.parse_args(arguments).path
+    path = parser.parse_args(given).path
     path = dataset_folder(path)
     if not exists(path):
         print(f"{path}: no such file or folder", file=sys.stderr)
@@ -716,6 +720,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("  ok" if not problems else "\n".join(f"  PROBLEM: {problem}" for problem in problems))
         failed |= bool(problems)
     return int(failed)
+
+
+def _export_fastchat(arguments: Sequence[str]) -> int:
+    """`python -m pmpd.tables export-fastchat PATH FOLDER`: answers as FastChat's `llm_judge` reads them."""
+    export = importlib.import_module("pmpd.benchmarks.fastchat_export").export  # by name: this module depends on no other
+
+    parser = argparse.ArgumentParser(
+        prog="python -m pmpd.tables export-fastchat", description="Answers as {model_id}-{run}.jsonl for FastChat's gen_judgment.py."
+    )
+    parser.add_argument("path", help="output folder of jobs/generate.py for one benchmark, e.g. results/generate/mt_bench")
+    parser.add_argument("folder", help="where FastChat looks for answers, e.g. data/mt_bench/model_answer")
+    parser.add_argument("--runs", help="only these runs, comma-separated")
+    given = parser.parse_args(arguments)
+    try:
+        written = export(given.path, given.folder, given.runs)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print("\n".join(map(str, written)))
+    return 0
 
 
 if __name__ == "__main__":
