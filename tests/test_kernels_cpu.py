@@ -195,3 +195,41 @@ def test_a_library_of_other_sources_is_refused(monkeypatch):
     path, problem = cpu._find()
     assert path is None
     assert "pip install" in problem
+
+
+def attention_by_definition(q, keys, values, slots, lengths, scale, window):
+    rows = []
+    for i in range(q.shape[0]):
+        stop = int(lengths[i])
+        start = max(stop - window, 0) if window else 0
+        k, v = (cache[slots[i], :, start:stop].unsqueeze(0).double() for cache in (keys, values))
+        query = q[i].unsqueeze(0).unsqueeze(2).double()
+        rows.append(torch.nn.functional.scaled_dot_product_attention(query, k, v, scale=scale, enable_gqa=True)[0, :, 0])
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("window", [None, 1, 20])
+@pytest.mark.parametrize(("query_heads", "key_heads", "dim"), [(6, 2, 32), (4, 4, 16), (8, 1, 128)])
+def test_ragged_attention_equals_torch_row_by_row(level, query_heads, key_heads, dim, window):
+    generator = torch.Generator().manual_seed(7)
+    # a cache whose strides are not those of its shape, and rubbish past the lengths
+    keys, values = (torch.randn(5, 70, key_heads, dim, generator=generator).transpose(1, 2) for _ in range(2))
+    slots, lengths = torch.tensor([4, 0, 2, 1]), torch.tensor([1, 70, 33, 16])
+    for slot, length in zip(slots, lengths, strict=True):
+        keys[slot, :, length:] = float("nan")
+        values[slot, :, length:] = float("nan")
+    q = 3 * torch.randn(4, query_heads, dim, generator=generator)
+    expected = attention_by_definition(q, keys, values, slots, lengths, 0.3, window)
+    result = cpu.decode_attention(q, keys, values, slots, lengths, 0.3, window)
+    assert torch.allclose(result.double(), expected, atol=3e-6)
+    out = torch.empty_like(q)
+    assert cpu.decode_attention(q[:2], keys, values, slots[:2], lengths[:2], 0.3, window, out=out[:2]).data_ptr() == out.data_ptr()
+    assert torch.equal(out[:2], result[:2]), "a row's attention depends on the other rows"
+
+
+def test_attention_outside_the_cache_is_refused():
+    q, cache = torch.zeros(1, 2, 16), torch.zeros(3, 2, 8, 16)
+    for slot, length in ((3, 4), (-1, 4), (0, 9), (0, 0)):
+        with pytest.raises(ValueError, match="of a cache"):
+            cpu.decode_attention(q, cache, cache, torch.tensor([slot]), torch.tensor([length]), 1.0)
+    assert "multiple of 16" in cpu.attention_unavailable(CPU, torch.float32, 24)

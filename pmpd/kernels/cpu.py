@@ -38,6 +38,9 @@ TILE_BYTES = 4 << 20
 
 GROUP_ROWS, MAX_LEVELS, MAX_BITS, FIXED_MAX = 4, 7, 8, 8191  # as in csrc/bitplane.h
 
+ATTENTION_LANES = 16
+"""Head dims that `decode_attention` works on are multiples of this."""
+
 _MIN_PARALLEL_WORK = 1 << 17  # weights times tokens: below, waking another thread costs more than it saves
 _DTYPES = (torch.float32, torch.bfloat16)
 _log = logging.getLogger(__name__)
@@ -174,6 +177,68 @@ class NativeMatrix(BitplaneMatrix):
         return dense
 
 
+def attention_unavailable(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
+    """None where `decode_attention` can be used, else the reason in words."""
+    if device.type != "cpu" or dtype != torch.float32:
+        return f"native attention works on float32 tensors on the CPU, not on {str(dtype).removeprefix('torch.')} on {device.type}"
+    if head_dim % ATTENTION_LANES:
+        return f"native attention needs a head dim that is a multiple of {ATTENTION_LANES}, not {head_dim}"
+    return _library().problem
+
+
+def decode_attention(
+    q: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+    lengths: Tensor,
+    scale: float,
+    window: int | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """Attention of one new token per row over caches of different lengths, without a mask: a row costs its own length.
+
+    `q` float32 [n, Hq, D]; `keys`, `values` float32 [S, Hkv, T, D] with equal strides and D contiguous, Hq a multiple of Hkv; `slots` int64
+    [n], whose cache a row reads; `lengths` int64 [n], at least 1: positions 0..length-1 are attended to, or with `window` the last `window`
+    of these. -> [n, Hq, D] (`out`, if given). ValueError where shapes do not fit.
+    """
+    rows, query_heads, dim = q.shape
+    slots_in_cache, key_heads, positions, _ = keys.shape
+    problem = attention_unavailable(q.device, q.dtype, dim)
+    if problem:
+        raise ValueError(problem)
+    if (
+        keys.shape != values.shape
+        or keys.stride() != values.stride()
+        or keys.shape[3] != dim
+        or keys.stride(3) != 1
+        or query_heads % key_heads
+    ):
+        raise ValueError(f"attention: queries {list(q.shape)}, keys {list(keys.shape)}, values {list(values.shape)} do not fit each other")
+    if (
+        {keys.dtype, values.dtype} != {torch.float32}
+        or {slots.dtype, lengths.dtype} != {torch.int64}
+        or (window is not None and window < 1)
+    ):
+        raise ValueError("attention: caches must be float32, slots and lengths int64, the window at least 1")
+    out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
+    if out.shape != q.shape or out.dtype != q.dtype or not out.is_contiguous() or slots.shape != (rows,) or lengths.shape != (rows,):
+        raise ValueError(f"attention: out must be contiguous float32 {list(q.shape)}, slots and lengths [{rows}]")
+    if not rows:
+        return out
+    shortest, longest = (int(n) for n in lengths.aminmax())
+    lowest, highest = (int(n) for n in slots.aminmax())
+    if shortest < 1 or longest > positions or lowest < 0 or highest >= slots_in_cache:
+        raise ValueError(f"attention: lengths {shortest}..{longest} and slots {lowest}..{highest} of a cache {list(keys.shape)}")
+    q, slots, lengths = q.contiguous(), slots.contiguous(), lengths.contiguous()
+    threads = torch.get_num_threads() if rows * query_heads * longest * dim >= _MIN_PARALLEL_WORK else 1
+    _library().functions.pmpd_attention(
+        *(active_level(), q.data_ptr(), keys.data_ptr(), values.data_ptr(), slots.data_ptr(), lengths.data_ptr(), out.data_ptr()),
+        *(rows, query_heads, key_heads, dim, keys.stride(0), keys.stride(1), keys.stride(2), longest, window or 0, scale, threads),
+    )
+    return out
+
+
 def _pack(library: ctypes.CDLL, planes: Tensor) -> list[Tensor]:
     """`planes` int32 [P, N, K/32] in the file's order -> one uint8 tensor per level of csrc/bitplane.h."""
     count, rows, words = planes.shape
@@ -251,6 +316,8 @@ def _prepare(functions: ctypes.CDLL) -> str:
     functions.pmpd_pack.restype = None
     functions.pmpd_level_bytes.argtypes = [size, size, pointer, pointer]
     functions.pmpd_level_bytes.restype = None
+    functions.pmpd_attention.argtypes = [number, *[pointer] * 6, *[size] * 9, ctypes.c_float, number]
+    functions.pmpd_attention.restype = None
     functions.pmpd_set_threads.argtypes = [pointer, pointer, pointer]
     functions.pmpd_set_threads.restype = None
     names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")

@@ -8,6 +8,7 @@
 #else
 #pragma GCC target("avx2,fma,avx512f,avx512bw,avx512vl,avx512dq")
 #endif
+#include "attention.h"
 #include "avx512_common.h"
 
 namespace {
@@ -237,7 +238,7 @@ void dequantize(const Job* job, int64_t begin, int64_t end) {
 
 }  // namespace
 
-const Level avx512_level = {"avx512", linear, nullptr, nullptr, dequantize};
+const Level avx512_level = {"avx512", linear, nullptr, nullptr, dequantize, attend};
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -251,7 +251,7 @@ void linear(const Job* job, int64_t begin, int64_t end) {
 
 }  // namespace
 
-const Level avx512vnni_level = {"avx512vnni", nullptr, linear, prepare, nullptr};
+const Level avx512vnni_level = {"avx512vnni", nullptr, linear, prepare, nullptr, nullptr};
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -1,4 +1,5 @@
 // The C interface: packing, choice of the level, threads; and the portable level, which says what the others must compute.
+#include "attention.h"
 #include "bitplane.h"
 
 #include <stdlib.h>
@@ -223,7 +224,7 @@ static void portable_dequantize(const Job* job, int64_t begin, int64_t end) {
             }
 }
 
-const Level portable_level = {"portable", portable_linear, nullptr, nullptr, portable_dequantize};
+const Level portable_level = {"portable", portable_linear, nullptr, nullptr, portable_dequantize, attend};
 
 // ------------------------------------------------------------------------------------------------------------------- levels
 
@@ -322,4 +323,28 @@ EXPORT void pmpd_dequantize(const PmpdMatrix* matrix, int level, int bits, int64
     part.rows = last_row;
     RowsJob job = {{{&part, bits, 0, nullptr, 0, y, matrix->columns, first_row, nullptr, 0}, best(level, &Level::dequantize)}, first_row / GROUP_ROWS};
     parallel((last_row + GROUP_ROWS - 1) / GROUP_ROWS - job.first_group, threads, run_rows, &job);
+}
+
+// ----------------------------------------------------------------------------------------------------------------- attention
+
+struct AttentionJob {
+    const Attention* attention;
+    int level;
+    int64_t longest;
+};
+
+static void run_attention(const void* context, int64_t begin, int64_t end) {
+    const AttentionJob* job = (const AttentionJob*)context;
+    int level = job->level;
+    while (!levels[level]->attend) --level;
+    float* scores = (float*)scratch.get((size_t)(job->longest + LANES) * 4);
+    if (scores) levels[level]->attend(job->attention, scores, begin, end);
+}
+
+EXPORT void pmpd_attention(int level, const float* queries, const float* keys, const float* values, const int64_t* slots, const int64_t* lengths,
+                           float* out, int64_t rows, int64_t query_heads, int64_t key_heads, int64_t dim, int64_t slot_stride,
+                           int64_t head_stride, int64_t position_stride, int64_t longest, int64_t window, float scale, int threads) {
+    const Attention attention = {queries, keys, values, slots, lengths, out, query_heads, key_heads, dim, slot_stride, head_stride, position_stride, window, scale};
+    const AttentionJob job = {&attention, level, longest};
+    parallel(rows * key_heads, threads, run_attention, &job);
 }

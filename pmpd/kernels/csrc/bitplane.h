@@ -89,6 +89,16 @@ static inline void put(const Job* job, int64_t token, int64_t row, float sum) {
         ((float*)job->y)[token * job->y_stride + row] = sum;
 }
 
+// Queries [rows, query heads, dim] over caches [slots, key heads, positions, dim], all float32. Strides of the caches in numbers.
+struct Attention {
+    const float *queries, *keys, *values;
+    const int64_t *slots, *lengths;  // [rows]: whose cache, and how many of its positions
+    float* out;                      // as the queries
+    int64_t query_heads, key_heads, dim, slot_stride, head_stride, position_stride;
+    int64_t window;                  // only so many last positions; 0: all
+    float scale;
+};
+
 // The implementation for one class of processors. A function works on groups begin..end of rows; null: that of the next lower level.
 struct Level {
     const char* name;
@@ -96,6 +106,7 @@ struct Level {
     void (*linear_fixed)(const Job*, int64_t begin, int64_t end);  // x as `prepare` leaves it; null: bfloat16 tokens become float32
     void (*prepare)(const Job*, const uint16_t* x, int64_t x_stride, uint32_t* pairs, float* scales);
     void (*dequantize)(const Job*, int64_t begin, int64_t end);    // to y
+    void (*attend)(const Attention*, float* scores, int64_t begin, int64_t end);
 };
 
 extern const Level portable_level;
