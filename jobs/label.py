@@ -75,7 +75,7 @@ class LabelJob:
 def main(job: LabelJob, console: Console | None = None) -> farm.FarmResult | None:
     """Runs the stages and prints the table; the result of the last one. ValueError for anything the user can cure."""
     console = console or Console()
-    chain = LabelConfig(tuple(int(bits) for bits in job.precisions.split(",")), job.max_new_tokens, job.batch_size).precisions
+    chain = LabelConfig(chain_of(job.precisions), job.max_new_tokens, job.batch_size).precisions
     options = farm.FarmOptions(job.num_workers, job.gpus_per_worker, job.batch_size, job.retry_errors)
     source = PromptConfig(job.dataset, job.dataset_config, job.split, job.size, job.seed)
     quantized = open_checkpoint(local_folder(job.model_path), job.trust_remote_code, multi=job.use_multi_model)
@@ -125,6 +125,13 @@ def main(job: LabelJob, console: Console | None = None) -> farm.FarmResult | Non
         if result.errors == result.rows:
             raise ValueError(f"every row has an error; the first one: {first_error(result.dataset)}")
     return result
+
+
+def chain_of(precisions: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(bits) for bits in precisions.split(","))
+    except ValueError:
+        raise ValueError(f"--precisions {precisions}: bit widths with commas between them, descending, e.g. 4,3,2") from None
 
 
 def tokenizer_of(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
