@@ -25,6 +25,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pmpd.lean import recognise
+from pmpd.graph_steps import GraphSteps, top_probability
 from pmpd.schedulers import NEVER, PrefillState, Scheduler, chain_bits
 from pmpd.slots import Plan, SlotCache, Stretch, slot_attention
 from pmpd.weights.base import shared_state
@@ -136,8 +137,12 @@ class Engine:
         self.sync_every = sync_every
         self.state = shared_state(model)
         self.device = next(model.parameters()).device
-        self.cache = SlotCache(slots, max_length)
         self.lean = recognise(model, self.state) if lean else None
+        self.steps = GraphSteps.of(model) if lean and self.device.type == "cuda" else None
+        spare = 1 if self.steps else 0  # a slot for the unused rows of a captured step
+        self.cache = SlotCache(slots + spare, max_length)
+        self.tokens = torch.zeros(slots + spare, max_length + 1, dtype=torch.int64, device=self.device)
+        self.bad = torch.zeros(slots + spare, dtype=torch.bool, device=self.device)
 
     def run(
         self, requests: Iterable[Request], scheduler: Scheduler | None, prefill_bits: int, eos_token_ids: Collection[int]
@@ -207,8 +212,7 @@ class _Run:
         self.limit = np.zeros(slots, dtype=np.int64)
         self.switch_steps = np.zeros((slots, len(self.chain) - 1), dtype=np.int32)
         self.decode_seconds = np.zeros(slots)
-        self.tokens = torch.zeros(slots, 64, dtype=torch.int64, device=self.device)
-        self.bad = torch.zeros(slots, dtype=torch.bool, device=self.device)
+        self.tokens, self.bad = engine.tokens, engine.bad
         self.done: deque[TokenEvent | Completion] = deque()
 
     def events(self) -> Iterator[TokenEvent | Completion]:
@@ -355,12 +359,16 @@ class _Run:
         order = np.argsort(-bits, kind="stable")
         at, step, bits = live[order], step[order], bits[order]
         position = self.prompt_length[at] + step - 1
-        slots = self._tensor(at)
-        plan = Plan(slots, self._tensor(position), int(position.max()) + 1, int(at.max()) + 1)
         self.engine.state.set_tokens(bits.tolist())
-        consumed = self.tokens[slots, self._tensor(step - 1)]
-        logits = self.engine.forward(consumed, plan, None)
-        probability = self._take_tokens(at, logits)
+        if self.engine.steps is not None:
+            wanted = self.scheduler is not None and self.scheduler.needs_probability
+            probability = self.engine.steps.run(self.engine, at, step, position, wanted)
+            self.produced[at] += 1
+        else:
+            slots = self._tensor(at)
+            plan = Plan(slots, self._tensor(position), int(position.max()) + 1, int(at.max()) + 1)
+            logits = self.engine.forward(self.tokens[slots, self._tensor(step - 1)], plan, None)
+            probability = self._take_tokens(at, logits)
         if probability is not None and self.scheduler is not None:
             switch_steps = self.switch_steps[at]
             self.scheduler.observe(switch_steps, step, probability.cpu().numpy())
@@ -371,17 +379,13 @@ class _Run:
     def _take_tokens(self, at: np.ndarray, logits: Tensor) -> Tensor | None:
         """Appends the greedy token of each row; its probability where the scheduler wants it."""
         top, tokens = logits.max(dim=-1)
-        slots, column = self._tensor(at), int(self.produced[at].max())
-        if column >= self.tokens.shape[1]:
-            grown = self.tokens.new_zeros(len(self.tokens), 2 * self.tokens.shape[1])
-            grown[:, : self.tokens.shape[1]] = self.tokens
-            self.tokens = grown
+        slots = self._tensor(at)
         self.tokens[slots, self._tensor(self.produced[at])] = tokens
         self.bad[slots] = self.bad[slots] * self._tensor(self.produced[at] > 0) | ~torch.isfinite(top)
         self.produced[at] += 1
         if self.scheduler is None or not self.scheduler.needs_probability:
             return None
-        return torch.exp(top.float() - torch.logsumexp(logits.float(), dim=-1))
+        return top_probability(top, logits)
 
     # -- rows go --------------------------------------------------------------------------------------------------------
 

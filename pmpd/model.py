@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from pmpd import cuda
 from pmpd.engine import Completion, Engine, Prefix, Request, TokenEvent
 from pmpd.schedulers import Scheduler
 from pmpd.weights import anyprec, dense, mixed
@@ -101,15 +102,30 @@ class PMPDForCausalLM(nn.Module):
         """Tokens a sequence can have, prompt and continuation together."""
         return int(getattr(self.model.config, "max_position_embeddings", 2**31))
 
-    def engine(self, slots: int, max_length: int | None = None) -> Engine:
-        """An engine of at least that size, kept and reused while it is large enough."""
+    def engine(self, slots: int | None = None, max_length: int | None = None) -> Engine:
+        """An engine of at least that size, kept and reused while it is large enough.
+
+        `slots` None: on a GPU what its free memory holds, on a CPU 32.
+        """
         max_length = min(max_length or self.max_positions, self.max_positions)
+        if slots is None:
+            slots = self._engine.slots if self._engine is not None else self._planned_slots(max_length)
         engine = self._engine
         if engine is None or engine.slots < slots or engine.max_length < max_length or engine.device != self.device:
             self._engine = None  # its cache goes before the new one comes
-            self._engine = Engine(self.model, slots, max_length)
+            # a GPU runs ahead of the host, so the host looks at the tokens now and then only
+            self._engine = Engine(self.model, slots, max_length, sync_every=8 if self.device.type == "cuda" else 1)
         assert self._engine is not None
         return self._engine
+
+    def _planned_slots(self, max_length: int) -> int:
+        if self.device.type != "cuda":
+            return 32
+        config = self.model.config
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        token_bytes = 2 * config.num_hidden_layers * heads * head_dim * next(self.model.parameters()).element_size()
+        return cuda.plan_slots(cuda.free_bytes(self.device), token_bytes, max_length)
 
     def decide(self, scheduler: Scheduler | None, prefill_bit: int | None) -> tuple[Scheduler | None, int]:
         """Checks scheduler and prefill precision against what is loaded; the precision defaults to the highest."""

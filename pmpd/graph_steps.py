@@ -1,0 +1,90 @@
+"""The engine's decode step on a CUDA device: forward, arg-max and end-of-row bookkeeping, replayed as one CUDA graph.
+
+A step reads where its rows are (slot, column of the last token, position) from one static tensor, so a replay costs the host one small copy.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pmpd import cuda
+from pmpd.graphs import Buffers, StepGraphs
+from pmpd.weights.base import Segment
+
+if TYPE_CHECKING:
+    from pmpd.engine import Engine
+    from pmpd.lean_cuda import CudaForward
+
+USES_BEFORE_CAPTURE = 4
+"""A layout (segments of precisions, bound of the length) runs so often without a graph first: mixed batches pass through many once."""
+
+
+def top_probability(top: Tensor, logits: Tensor) -> Tensor:
+    """Softmax probability float32 [n] of the arg-max, from its logit `top` [n] and all `logits` [n, V]."""
+    return torch.exp(top.float() - torch.logsumexp(logits.float(), dim=-1))
+
+
+class GraphSteps:
+    """Decode steps of one model. `GraphSteps.of` gives None for a model that has no capturable forward."""
+
+    def __init__(self, forward: CudaForward) -> None:
+        self.forward = forward
+        self._engine: Engine | None = None
+        self._uses: Counter[Hashable] = Counter()
+
+    @classmethod
+    def of(cls, model: PreTrainedModel) -> GraphSteps | None:
+        from pmpd.lean_cuda import CudaForward, llama_weights
+
+        weights = llama_weights(model)
+        return None if weights is None else cls(CudaForward(weights))
+
+    @torch.inference_mode()
+    def run(self, engine: Engine, at: np.ndarray, step: np.ndarray, position: np.ndarray, probability: bool) -> Tensor | None:
+        """Decode forward `step` int [n] of the rows in slots `at` int [n], at `position` int [n]: appends their tokens on the device.
+
+        Returns the tokens' probability [n] where asked for.
+        """
+        if self._engine is not engine:
+            self._engine = engine
+            self._graphs = StepGraphs(self._step, self._make_buffers, capture=cuda.capture)
+            self._eager = StepGraphs(self._step, self._make_buffers, capture=None)
+        n = len(at)
+        *others, last = engine.state.segments
+        longest = 1 << int(position.max()).bit_length()
+        layout = ((*others, Segment(last.start, None, last.bits)), min(longest, engine.max_length), probability)
+        self._uses[self._graphs.bucket(n), layout] += 1
+        graphs = self._graphs if self._uses[self._graphs.bucket(n), layout] > USES_BEFORE_CAPTURE else self._eager
+        buffers = graphs.buffers(n)
+        where = np.empty((3, graphs.bucket(n)), dtype=np.int64)
+        where[:, :n] = at, step - 1, position
+        where[:, n:] = [[engine.slots], [0], [0]]  # unused rows work in the spare slot
+        buffers["where"].copy_(torch.from_numpy(where))
+        graphs.run(n, layout)
+        return buffers["probability"][:n] if probability else None
+
+    def _make_buffers(self, rows: int) -> dict[str, Tensor]:
+        assert self._engine is not None
+        device = self._engine.device
+        where = torch.tensor([[self._engine.slots], [0], [0]], device=device).repeat(1, rows)
+        return {"where": where, "probability": torch.zeros(rows, device=device)}
+
+    def _step(self, buffers: Buffers, layout: Hashable) -> None:
+        engine = self._engine
+        assert engine is not None and isinstance(layout, tuple)
+        segments, longest, probability = layout
+        slots, columns, positions = buffers["where"]
+        cache = engine.cache
+        logits = self.forward(engine.tokens[slots, columns], slots, positions, segments, cache.keys, cache.values, longest)
+        top, tokens = logits.max(dim=-1)
+        engine.tokens[slots, columns + 1] = tokens
+        engine.bad[slots] |= ~torch.isfinite(top)
+        if probability:
+            buffers["probability"].copy_(top_probability(top, logits))
