@@ -45,52 +45,59 @@ def _load16(pointer, EMULATE: tl.constexpr, STREAM: tl.constexpr):
 
 
 @triton.jit
-def _prmt(low, high, selector, EMULATE: tl.constexpr):
+def _prmt(low, high, selector):
     """Four byte look-ups: byte i of the result is byte `nibble i of selector` of the 8-byte table high:low.
 
     A nibble >= 8 gives the sign of byte `nibble - 8`, repeated: 0 for the table bytes here, which are all below 128.
     """
+    return tl.inline_asm_elementwise("prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [low, high, selector], dtype=tl.uint32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _lookup(top_low, top_high, bottom_low, bottom_high, top, bottom, EMULATE: tl.constexpr):
+    """An operand of `_mma`: the digits of the eight nibbles of the top and of the bottom row."""
     if EMULATE:
-        place = tl.arange(0, 4).to(tl.uint32)[None, :]
-        nibble = (selector[:, None] >> (place * 4)) & 15
-        byte = (tl.where((nibble & 4) == 0, low[:, None], high[:, None]) >> ((nibble & 3) * 8)) & 0xFF
+        place = tl.arange(0, 4).to(tl.uint32)[None, None, None, :]
+        selector = tl.join(tl.join(top, bottom), tl.join(top >> 16, bottom >> 16))  # [threads, row, half]
+        nibble = (selector[:, :, :, None] >> (place * 4)) & 15
+        low = tl.join(top_low, bottom_low)[:, :, None, None]
+        high = tl.join(top_high, bottom_high)[:, :, None, None]
+        byte = (tl.where((nibble & 4) == 0, low, high) >> ((nibble & 3) * 8)) & 0xFF
         byte = tl.where(nibble < 8, byte, (byte >> 7) * 255)
-        return tl.sum(byte << (place * 8), axis=1).to(tl.uint32)
+        first, second = tl.split(tl.sum(byte << (place * 8), axis=3).to(tl.uint32))
+        a0, a1 = tl.split(first)
+        a2, a3 = tl.split(second)
+        return (a0, a1, a2, a3)
     else:
-        return tl.inline_asm_elementwise(
-            "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [low, high, selector], dtype=tl.uint32, is_pure=True, pack=1
+        return (
+            _prmt(top_low, top_high, top),
+            _prmt(bottom_low, bottom_high, bottom),
+            _prmt(top_low, top_high, top >> 16),
+            _prmt(bottom_low, bottom_high, bottom >> 16),
         )
 
 
 @triton.jit
-def _bytes_dot(a, b, WARPS: tl.constexpr):
-    """[W, 8, 8] int32: for rows g of `a` and columns n of `b` (words of 4 unsigned, 4 signed bytes) the sum over t and bytes."""
-    shift = tl.arange(0, 4).to(tl.uint32)[None, :] * 8
-    a_bytes = ((a[:, None] >> shift) & 0xFF).to(tl.int32)
-    b_bytes = ((b[:, None] >> shift) & 0xFF).to(tl.int32)
-    b_bytes = b_bytes - 256 * (b_bytes >> 7)
-    return tl.sum(tl.reshape(a_bytes, [WARPS, 8, 1, 16]) * tl.reshape(b_bytes, [WARPS, 1, 8, 16]), axis=3)
-
-
-@triton.jit
-def _mma(a0, a1, a2, a3, b0, b1, c0, c1, c2, c3, EMULATE: tl.constexpr, WARPS: tl.constexpr):
+def _accumulate(a, b0, b1, c, EMULATE: tl.constexpr, WARPS: tl.constexpr):
     """D = A B + C on the tensor cores: A 16 x 32 unsigned bytes, B 32 x 8 signed bytes, C and D int32 (exact)."""
     if EMULATE:
-        top = tl.reshape(_bytes_dot(a0, b0, WARPS) + _bytes_dot(a2, b1, WARPS), [WARPS, 8, 4, 2])
-        bottom = tl.reshape(_bytes_dot(a1, b0, WARPS) + _bytes_dot(a3, b1, WARPS), [WARPS, 8, 4, 2])
+        place = tl.arange(0, 4).to(tl.uint32)[None, None, None, :] * 8
+        words = tl.join(tl.join(a[0], a[1]), tl.join(a[2], a[3]))  # [threads, row, half]
+        a_bytes = ((words[:, :, :, None] >> place) & 0xFF).to(tl.int32)
+        b_bytes = ((tl.join(b0, b1)[:, None, :, None] >> place) & 0xFF).to(tl.int32)
+        b_bytes -= 256 * (b_bytes >> 7)
+        a_bytes = tl.reshape(a_bytes, [WARPS, 8, 1, 4, 2, 8])  # [warp, g, n, t, row, half and byte]
+        b_bytes = tl.reshape(b_bytes, [WARPS, 1, 8, 4, 1, 8])
+        product = tl.sum(tl.sum(a_bytes * b_bytes, axis=5), axis=3)  # [warp, g, n, row]
+        top, bottom = tl.split(tl.reshape(product, [WARPS * 32, 2, 2]))
         d0, d1 = tl.split(top)
         d2, d3 = tl.split(bottom)
-        return (
-            c0 + tl.reshape(d0, [WARPS * 32]),
-            c1 + tl.reshape(d1, [WARPS * 32]),
-            c2 + tl.reshape(d2, [WARPS * 32]),
-            c3 + tl.reshape(d3, [WARPS * 32]),
-        )
+        return (c[0] + d0, c[1] + d1, c[2] + d2, c[3] + d3)
     else:
         return tl.inline_asm_elementwise(
             "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};",
             "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r,r",
-            [a0, a1, a2, a3, b0, b1, c0, c1, c2, c3],
+            [a[0], a[1], a[2], a[3], b0, b1, c[0], c[1], c[2], c[3]],
             dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
             is_pure=True,
             pack=1,
@@ -199,22 +206,6 @@ def _table(base, BITS: tl.constexpr, EMULATE: tl.constexpr):
         return _load16(base, EMULATE, False)
     else:
         return _load16(base, EMULATE, False) + _load16(base + 4, EMULATE, False)
-
-
-@triton.jit
-def _lookup(top_low, top_high, bottom_low, bottom_high, top, bottom, EMULATE: tl.constexpr):
-    """An operand of `_mma`: the digits of the eight nibbles of the top and of the bottom row."""
-    return (
-        _prmt(top_low, top_high, top, EMULATE),
-        _prmt(bottom_low, bottom_high, bottom, EMULATE),
-        _prmt(top_low, top_high, top >> 16, EMULATE),
-        _prmt(bottom_low, bottom_high, bottom >> 16, EMULATE),
-    )
-
-
-@triton.jit
-def _accumulate(a, b0, b1, c, EMULATE: tl.constexpr, WARPS: tl.constexpr):
-    return _mma(a[0], a[1], a[2], a[3], b0, b1, c[0], c[1], c[2], c[3], EMULATE, WARPS)
 
 
 @triton.jit

@@ -52,6 +52,7 @@ from torch import Tensor
 
 from pmpd import cuda
 from pmpd.kernels.base import BitplaneMatrix, PackedWeights
+from pmpd.kernels.bitplanes import unpack
 
 TILE_ROWS = 16
 TILE_COLUMNS = 256
@@ -89,33 +90,18 @@ def _position(plane: int, column: Tensor) -> Tensor:
     return (4 * (column % 8) + 3 - plane % 4 - column // 8) % 32
 
 
-def tile_bits(bits_NK: Tensor, plane: int) -> Tensor:
-    """One plane, uint8 0/1 [N, K] -> int32 [N/16, K/256, 32, 4], padded with zeros."""
-    rows, columns = bits_NK.shape
+def tile_codes(codes_NK: Tensor, bits: int) -> Tensor:
+    """Codes uint8 [N, K], each < 2**bits -> planes int32 [bits, N/16, K/256, 32, 4], rows and columns padded with zeros."""
+    rows, columns = codes_NK.shape
     row_blocks, blocks = math.ceil(rows / TILE_ROWS), math.ceil(columns / TILE_COLUMNS)
-    bits = torch.nn.functional.pad(bits_NK, (0, blocks * TILE_COLUMNS - columns, 0, row_blocks * TILE_ROWS - rows))
+    codes = torch.nn.functional.pad(codes_NK, (0, blocks * TILE_COLUMNS - columns, 0, row_blocks * TILE_ROWS - rows))
     # [row block, r, g, block, h, t, column in word] -> [row block, block, g, t, h, r, column in word]
-    bits = bits.view(row_blocks, 2, 8, blocks, 2, 4, 32).permute(0, 3, 2, 5, 4, 1, 6)
-    words = torch.zeros(bits.shape[:-1], dtype=torch.int32, device=bits.device)
-    for column, position in enumerate(_position(plane, torch.arange(32)).tolist()):
-        words |= bits[..., column].to(torch.int32) << position
-    return words.reshape(row_blocks, blocks, 32, 4)
-
-
-def _wire_bits(plane_words: Tensor) -> Tensor:
-    """One plane of the file format, int32 [N, K/32] -> uint8 0/1 [N, K] in column order."""
-    rows, words = plane_words.shape
-    columns = torch.arange(words * 32, device=plane_words.device)
-    block = columns // 1024
-    block_words = torch.clamp(words - block * 32, max=32)
-    inside = columns % 1024
-    j, rest = inside // (8 * block_words), inside % (8 * block_words)
-    word, shift = block * 32 + rest // 8, 31 - (8 * j + rest % 8)
-    out = torch.empty(rows, words * 32, dtype=torch.uint8, device=plane_words.device)
-    step = max(1, (1 << 26) // (words * 32))
-    for start in range(0, rows, step):
-        out[start : start + step] = ((plane_words[start : start + step][:, word] >> shift) & 1).to(torch.uint8)
-    return out
+    codes = codes.view(row_blocks, 2, 8, blocks, 2, 4, 32).permute(0, 3, 2, 5, 4, 1, 6)
+    planes = torch.zeros(bits, *codes.shape[:-1], dtype=torch.int32, device=codes.device)
+    for plane in range(bits):
+        for column, position in enumerate(_position(plane, torch.arange(32)).tolist()):
+            planes[plane] |= ((codes[..., column] >> (bits - 1 - plane)) & 1).to(torch.int32) << position
+    return planes.view(bits, row_blocks, blocks, 32, 4)
 
 
 def table_digits(table: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -272,8 +258,7 @@ class TritonMatrix(BitplaneMatrix):
     def __init__(self, packed: PackedWeights, dtype: torch.dtype) -> None:
         super().__init__(packed.shape, packed.precisions)
         self.dtype = dtype
-        planes = max(packed.precisions)
-        tiles = torch.stack([tile_bits(_wire_bits(packed.planes[plane]), plane) for plane in range(planes)])
+        tiles = tile_codes(unpack(packed.planes, max(packed.precisions)), max(packed.precisions))
         bias = None if packed.bias is None else packed.bias.to(dtype)
         self._tiles = _TileMatrix(tiles, packed.shape, bias)
         pad = self._tiles.padded_rows - packed.shape[0]
@@ -376,8 +361,7 @@ class GPTQMatrix:
         self.bits = bits
         self.dtype = dtype
         codes_NK = unpack_gptq(qweight.T, bits)  # codes run along K
-        planes = torch.stack([tile_bits((codes_NK >> (bits - 1 - plane)) & 1, plane) for plane in range(bits)])
-        self._tiles = _TileMatrix(planes, self.shape, None if bias is None else bias.to(dtype))
+        self._tiles = _TileMatrix(tile_codes(codes_NK, bits), self.shape, None if bias is None else bias.to(dtype))
         pad = self._tiles.padded_rows - rows
         self._scales = torch.nn.functional.pad(scales, (0, pad)).contiguous()  # [G, N padded]
         zeros = unpack_gptq(qzeros, bits).to(torch.int16) + zero_offset
