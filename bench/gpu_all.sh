@@ -21,7 +21,11 @@ cp -f pmpd/kernels/autotune/*.json "$out" 2>/dev/null
 workers=$(python3 -c 'import xdist' 2>/dev/null && echo "-n 8")
 part tests 150 python3 -m pytest -q -m gpu $workers tests/test_gpu.py
 part decode 150 python3 bench/decode.py --device cuda --out "$out"
-[ -f bench/label.py ] && part label 60 python3 bench/label.py --device cuda
+if python3 -c 'import rouge_score, tyro' 2>/dev/null; then
+  part label 90 python3 bench/label.py --device cuda --output "$out"
+else
+  echo "label: skipped, it needs rouge_score and tyro" | tee -a "$out/parts.txt"
+fi
 tail -n 4 "$out/tests.log"
 grep -E "of_floor|graph|switching|prefill|copy" "$out/decode.log" | grep -v '^{' || true
 sed -n '/^shape /,$p' "$out/kernels.log"
