@@ -46,7 +46,7 @@ def settings_of(checkpoint: Checkpoint) -> dict[str, Any] | None:
     if settings is None:
         return None
     for name, value, allowed in (
-        ("quant_method", settings.get("quant_method") or "gptq", ("gptq",)),
+        ("quant_method", settings.get("quant_method") or settings.get("method") or "gptq", ("gptq",)),
         ("bits", settings.get("bits"), BITS),
         ("checkpoint_format", _format(settings), FORMATS),
     ):
