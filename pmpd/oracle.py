@@ -41,7 +41,7 @@ def decode(
     cache = DynamicCache(config=model.config)
 
     state.set_uniform(prefill_bits)
-    logits = model(torch.tensor([list(input_ids)]), past_key_values=cache, use_cache=True).logits[0, -1]
+    logits = model(torch.tensor([list(input_ids)], device=model.device), past_key_values=cache, use_cache=True).logits[0, -1]
     tokens, bits = [int(logits.argmax())], [prefill_bits]
 
     steps = np.zeros((1, 0), dtype=np.int32)
@@ -56,7 +56,7 @@ def decode(
             break
         precision = int(chain_bits(chain, steps, np.asarray([t]))[0])
         state.set_uniform(precision)
-        logits = model(torch.tensor([[tokens[-1]]]), past_key_values=cache, use_cache=True).logits[0, -1]
+        logits = model(torch.tensor([[tokens[-1]]], device=model.device), past_key_values=cache, use_cache=True).logits[0, -1]
         tokens.append(int(logits.argmax()))
         bits.append(precision)
         if scheduler is not None:
