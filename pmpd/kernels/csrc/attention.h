@@ -16,9 +16,11 @@ INLINE Floats load_floats_at(const float* at) {
 }
 
 INLINE float sum_lanes(const Floats& v) {
-    float part[4];
-    for (int i = 0; i < 4; ++i) part[i] = (v[i] + v[i + 4]) + (v[i + 8] + v[i + 12]);
-    return (part[0] + part[2]) + (part[1] + part[3]);
+    typedef float Eight __attribute__((vector_size(32)));
+    typedef float Four __attribute__((vector_size(16)));
+    const Eight eight = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) + __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
+    const Four four = __builtin_shufflevector(eight, eight, 0, 1, 2, 3) + __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
+    return (four[0] + four[2]) + (four[1] + four[3]);
 }
 
 // e**x for x <= 0, to about 1e-7; 0 below -87.
