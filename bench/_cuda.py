@@ -123,41 +123,50 @@ def compile_one(job: tuple[int, int, int, int, int, bool]) -> None:
     torch.cuda.synchronize()
 
 
-def precompile(shapes: list[tuple[int, int]], tokens: list[int], workers: int) -> float:
+def check_one(job: tuple[int, int, torch.dtype, float, int]) -> dict:
+    """Every route and M at one b against the definition in float64, on fresh random inputs with an outlier."""
+    n, k, dtype, limit, bits = job
+    device = torch.device("cuda")
+    packed = random_weights(n, k, (2, 3, 4, 5, 8), 7 * bits, device)
+    matrix, weight = TritonMatrix(packed, dtype), ReferenceMatrix(packed, torch.float32, CacheBudget(0)).dequantize(bits)
+    same = torch.equal(matrix.dequantize(bits).float(), weight.to(dtype).float())
+    worst: dict[str, float] = {}
+    for tokens in (1, 2, 4, 8, 16):
+        x = torch.randn(tokens, k, device=device).to(dtype)
+        x[:, 5] *= 100
+        expected = x.double() @ weight.double().T
+        for route in ("digits", "fused", "dense"):
+            if route == "digits" and bits > 4:
+                continue
+            error = relative_error(matrix.multiply(x, bits, route), expected)
+            worst[route] = max(worst.get(route, 0.0), error if error == error else float("inf"))
+    passed = same and all(error < limit for error in worst.values())
+    return {"check": f"{n}x{k} {dtype} b={bits}", "dequantize_exact": same, "worst": worst, "passed": passed}
+
+
+def prepare(shapes: list[tuple[int, int]], tokens: list[int], workers: int) -> list[dict]:
+    """In many processes: compiles what will be timed (into Triton's cache on disk), and checks results. Returns the checks."""
     started = time.perf_counter()
     jobs = {(0, k, b, m, w, merge) for _, k in shapes for b in (2, 3, 4) for m in tokens for w, merge in variants(k, b, m)}
-    ordered = sorted(jobs, key=lambda job: -job[3])  # the long ones first
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        list(pool.map(compile_one, ordered))
-    return time.perf_counter() - started
-
-
-def check(device: torch.device) -> list[dict]:
-    """Every route, b and M against the definition in float32, on fresh random inputs with the output poisoned."""
+    checks = [
+        (n, k, dtype, limit, bits)
+        for n, k in ((4096, 4096), (1000, 2912))
+        for dtype, limit in ((torch.float16, 1.5e-3), (torch.bfloat16, 8e-3))
+        for bits in (2, 3, 4, 5, 8)
+    ]
     rows = []
-    for n, k in ((4096, 4096), (1000, 2912)):
-        packed = random_weights(n, k, (2, 3, 4, 5, 8), 7, device)
-        reference = ReferenceMatrix(packed, torch.float32, CacheBudget(0))
-        for dtype, limit in ((torch.float16, 1.5e-3), (torch.bfloat16, 8e-3)):
-            matrix = TritonMatrix(packed, dtype)
-            for bits in (2, 3, 4, 5, 8):
-                weight = reference.dequantize(bits)
-                same = torch.equal(matrix.dequantize(bits).float(), weight.to(dtype).float())
-                worst: dict[str, float] = {}
-                for tokens in (1, 2, 3, 4, 8, 16):
-                    x = torch.randn(tokens, k, device=device).to(dtype)
-                    x[:, 5] *= 100
-                    for route in ("digits", "fused", "dense"):
-                        if route == "digits" and bits > 4:
-                            continue
-                        error = relative_error(matrix.multiply(x, bits, route), x.float() @ weight.T)
-                        worst[route] = max(worst.get(route, 0.0), error if error == error else float("inf"))
-                passed = same and all(error < limit for error in worst.values())
-                rows.append({"check": f"{n}x{k} {dtype} b={bits}", "dequantize_exact": same, "worst": worst, "passed": passed})
-                print(
-                    f"{'ok  ' if passed else 'FAIL'} {rows[-1]['check']}: exact={same} { ({r: f'{e:.1e}' for r, e in worst.items()}) }",
-                    flush=True,
-                )
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        checking = [pool.submit(check_one, job) for job in checks]
+        compiling = [pool.submit(compile_one, job) for job in sorted(jobs, key=lambda job: -job[3])]
+        for job, future in zip(checks, checking, strict=True):
+            try:
+                rows.append(future.result())
+            except Exception as error:
+                rows.append({"check": str(job), "passed": False, "error": f"{type(error).__name__}: {str(error)[:1500]}"})
+            worst = {route: f"{error:.1e}" for route, error in rows[-1].get("worst", {}).items()}
+            print(f"{'ok  ' if rows[-1]['passed'] else 'FAIL'} {rows[-1]['check']}: {worst} {rows[-1].get('error', '')}", flush=True)
+        failures = [str(future.exception())[:1500] for future in compiling if future.exception() is not None]
+    print(f"{len(compiling)} variants compiled, {len(failures)} failed, {time.perf_counter() - started:.0f} s {failures[:1]}", flush=True)
     return rows
 
 
@@ -283,15 +292,12 @@ def main(arguments: list[str] | None = None) -> None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(result, indent=1))
 
-    print(
-        f"compiled in {precompile(list(shapes.values()), [1, 3, 8, 16] if not options.quick else [1, 8], options.workers):.0f} s",
-        flush=True,
-    )
+    result["checks"] = prepare(list(shapes.values()), [m for m in tokens if m != 2], options.workers)
+    save()
     bandwidth = copy_bandwidth(device)
     result["copy_gb_s"] = bandwidth / 1e9
     print(f"{head['gpu']}: copy {bandwidth / 1e9:.0f} GB/s", flush=True)
     parts = (
-        lambda: result.update(checks=check(device)),
         lambda: result["rows"].extend(time_attention(device, bandwidth)),
         lambda: result["rows"].extend(time_kernels(device, bandwidth, shapes, tokens)),
         lambda: result["rows"].extend(time_gptq(device, bandwidth)),

@@ -57,7 +57,7 @@ def expected_product(packed: PackedWeights, x: torch.Tensor, bits: int) -> torch
     return reference.multiply(x.float(), bits)
 
 
-@pytest.mark.parametrize("shape", [(16, 256), (5, 32), (40, 288), (33, 1312)])
+@pytest.mark.parametrize("shape", [(16, 256), (5, 32), (40, 288), (17, 1056)])
 def test_dequantized_weights_are_exactly_the_table_values(shape):
     packed = packed_weights(*shape, (2, 3, 4, 5, 8))
     matrix = TritonMatrix(packed, torch.float16)

@@ -221,7 +221,8 @@ class SplitActivations(NamedTuple):
     @classmethod
     def empty(cls, tokens: int, columns: int, device: torch.device) -> SplitActivations:
         padded = math.ceil(columns / (MOST_WARPS * TILE_COLUMNS)) * MOST_WARPS * TILE_COLUMNS
-        room = tokens + DIGITS_TOKENS  # a kernel may read past the last token, never use it
+        # A kernel may read past the last token (it never uses that); multiples of 16 keep addresses aligned alike.
+        room = (math.ceil(tokens / DIGITS_TOKENS) + 1) * DIGITS_TOKENS
         return cls(
             torch.empty(4 * room, padded // 4, dtype=torch.int32, device=device),
             torch.empty(2, room, dtype=torch.float32, device=device),
