@@ -68,9 +68,9 @@ class GenerateJob:
     """Precision of the prefill; default the highest of the chain."""
     classifier_path: str | None = None
     """kv_cache: folder written by jobs/train.py; default the embedded demo's."""
-    confidence_threshold: float = 0.9
+    confidence_threshold: float = 0.7
     """confidence: top probability that counts as sure."""
-    confidence_patience: int = 4
+    confidence_patience: int = 2
     """confidence: sure forwards in a row before the precision drops."""
     random_prior: tuple[float, float, float, float] | None = None
     """random: weights of the four switch classes; default equal."""
@@ -133,16 +133,17 @@ def main(job: GenerateJob, console: Console | None = None) -> str:
     folder = tables.join(output, benchmark.name + ("-search" if job.static_search else "-validation" if job.validation else ""))
 
     steps = static_steps(job, chain, length, best_path(output, benchmark.name, chain), checkpoints)
-    farm.connect()
+    sweeps = {}
     for group, checkpoint in checkpoints.items():
         config = SweepConfig(
             tuple(wanted[group]), chain, length, job.prefill_bit, steps, job.seed, job.random_prior, job.confidence_threshold,
             job.confidence_patience, job.classifier_path,
         )  # fmt: skip
         runs = tuple(sweep_runs(config))
-        sweep = Sweep(
-            benchmark, split, questions, runs, job.model_id, checkpoint.fingerprint(), template, job.num_choices, job.static_search
-        )
+        fingerprint = checkpoint.fingerprint()
+        sweeps[group] = Sweep(benchmark, split, questions, runs, job.model_id, fingerprint, template, job.num_choices, job.static_search)
+    farm.connect()
+    for group, sweep in sweeps.items():
         model = farm.ModelSource(paths[group], None if group == "fp" else chain, job.kernel, job.trust_remote_code)
         options = farm.FarmOptions(job.num_workers, job.gpus_per_worker, sweep.unit_rows(job.batch_size), job.retry_errors)
         generate(sweep, model, tables.join(folder, group), job.batch_size, job.reuse_cache, options)

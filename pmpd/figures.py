@@ -110,7 +110,8 @@ def quality(comparison: Comparison, scores: Sequence[Mapping[str, Any]], metric:
             continue
         bits, values = [row["average_bits"] for row in chosen], [row["value"] for row in chosen]
         if kind in ("uniform", "static"):
-            axes.plot(bits, values, color=color, linewidth=0.9, alpha=0.55, zorder=2, linestyle="-" if kind == "static" else "--")
+            line = _frontier(bits, values) if kind == "static" else (bits, values)
+            axes.plot(*line, color=color, linewidth=1.0, alpha=0.6, zorder=2, linestyle="-" if kind == "static" else "--")
         sides = ([row["value"] - row["low"] for row in chosen], [row["high"] - row["value"] for row in chosen])
         width = (
             [row["average_bits"] - row["average_bits_low"] for row in chosen],
@@ -132,6 +133,13 @@ def quality(comparison: Comparison, scores: Sequence[Mapping[str, Any]], metric:
     axes.margins(x=0.08, y=0.1)
     figure.legend(loc="outside lower center", ncols=3, columnspacing=1.2, handletextpad=0.4)
     return figure
+
+
+def _frontier(bits: Sequence[float], values: Sequence[float]) -> tuple[list[float], list[float]]:
+    """Of points in ascending order of bits, those that no cheaper point equals: a chain of three has many plans at similar bits."""
+    best = list(itertools.accumulate(values, max))
+    kept = [index for index in range(len(bits)) if index == 0 or best[index] > best[index - 1]]
+    return [bits[index] for index in kept], [values[index] for index in kept]
 
 
 def _unquantized_line(axes: Axes, row: Mapping[str, Any], against: str) -> None:

@@ -69,8 +69,8 @@ class SweepConfig:
     """Static settings, each one number of steps per pair (or one number). Default: all plans of the switch classes."""
     seed: int = 0
     random_prior: tuple[float, ...] | None = None
-    confidence_threshold: float = 0.9
-    confidence_patience: int = 4
+    confidence_threshold: float = 0.7
+    confidence_patience: int = 2
     classifier_path: str | None = None
 
     def __post_init__(self) -> None:

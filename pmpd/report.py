@@ -103,7 +103,7 @@ def _draw(comparison: Comparison, report: Report) -> dict[str, tuple[Any, str]]:
         "quality": (
             figures.draw(lambda: figures.quality(comparison, scores, metric, against)),
             f"Quality against cost: {METRIC_LABELS[metric]} against the {AGAINST_LABELS[against]} by average bits. Bars are 95 % "
-            "intervals. Higher and further left is better.",
+            "intervals. Higher and further left is better; the static line joins the plans that no cheaper one equals.",
         ),
         "lengths": (
             figures.draw(lambda: figures.lengths(comparison)),

@@ -28,7 +28,8 @@ from pmpd.generation import (
 from pmpd.oracle import decode
 from pmpd.results import read_generations
 from pmpd.schedulers import PrefillState, Scheduler
-from pmpd.static_search import best_path, read_best, write_best
+from pmpd.scoring import ScoreConfig, compare
+from pmpd.static_search import best_path, choose, read_best, write_best
 from tests.generation_rows import generation_rows
 from tests.ray_sessions import local_ray
 
@@ -213,6 +214,19 @@ def test_the_best_setting_is_carried_over_to_other_lengths_and_refused_for_other
     with pytest.raises(ValueError, match="searched with model_fingerprint abc"):
         read_best(path, (4, 3, 2), "xyz", 101)
     assert best_path(str(tmp_path), "demo", (4, 3)) != path
+
+
+def test_the_static_search_keeps_its_choice_and_what_it_chose_from(tmp_path: Path) -> None:
+    (comparison,) = compare(generation_rows(max_new_tokens=40))
+    best = choose(comparison, "rouge_l", "reference_output", 0.5, 40, ScoreConfig(resamples=200))
+    static = {run.name for run in comparison.runs.values() if run.kind == "static"}
+    assert {candidate["run"] for candidate in best["candidates"]} == static
+    assert best["best"]["value"] >= 0.5 * (best["best"]["value"] - best["best"]["difference"])
+    cheaper = [c for c in best["candidates"] if c["average_bits"] < best["best"]["average_bits"]]
+    assert all(c["value"] < 0.5 * (c["value"] - c["difference"]) for c in cheaper), "every cheaper one is over the budget"
+    path = best_path(str(tmp_path), "demo", (4, 3, 2))
+    write_best(path, best)
+    assert list(read_best(path, (4, 3, 2), "quant0", 40)) == best["high_bit_steps"]
 
 
 # ------------------------------------------------------------------------------------------------------------------- FastChat
