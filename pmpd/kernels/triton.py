@@ -9,14 +9,15 @@ to two logical operations per eight weights and plane turn words of planes into 
 
 Three ways to multiply, chosen by M and b:
 
-*digits* (M <= 16, b = 2, 3, 4). A table's 16-bit fixed-point values are split into two 7-bit digits, an activation into three signed
-bytes (24 bits, one scale a token); products run on the int8 tensor cores and add up exactly in int32; what is left is one
+*digits* (M <= 16, b = 2, 3, 4). A table's values become 14-bit fixed point of the row's range, as two 7-bit digits, an activation three
+signed bytes (24 bits, one scale a token); products run on the int8 tensor cores and add up exactly in int32; what is left is one
 multiply-add in float32 a row. Why: at b = 4 a memory-bound kernel must decode about 33 weights a clock and multiprocessor (H200:
 4.3 TB/s over 132 multiprocessors at 1.98 GHz), at b = 2 about 66, with 64 logical operations a clock: one to two operations a weight.
 A table look-up in shared memory or the first-level cache is slower than that. `prmt` looks up four bytes in an 8-byte table held
 in two registers, and four such bytes *are* an operand register of the int8 tensor cores: no widening, no interleaving, no multiply-add.
 Operations a weight (logical, shift, prmt; counted in the machine code for sm_90): b = 2: 1.0, b = 3: 1.1, b = 4: 2.0 (a code >= 8 makes
-`prmt` return 0, so the products of two half tables add up in the accumulators). Error: tables 2^-15 of the row's range, activations 2^-24 of the token's largest; below float16's own rounding.
+`prmt` return 0, so the products of two half tables add up in the accumulators). Error: tables 2^-15 of the row's range, activations
+2^-24 of the token's largest; below float16's own rounding.
 
 *fused* (other b, or 16 < M <= 64): decodes a tile with one table load a weight, then a tensor-core dot (a float32 sum for M < 4).
 
