@@ -196,7 +196,15 @@ def test_as_a_submitted_job_on_a_small_head(cpus, tmp_path):
     port, dashboard = free_port(), free_port()
     with environment() as env:
         env = {key: value for key, value in env.items() if key not in ("PYTHONPATH", "RAY_ADDRESS")}
-        start = [f"--port={port}", f"--dashboard-port={dashboard}", f"--num-cpus={cpus}", "--temp-dir", f"/tmp/ray-{os.getpid()}-{cpus}"]
+        ports = [f"--{name}-port={free_port()}" for name in ("dashboard-agent-listen", "dashboard-agent-grpc", "ray-client-server")]
+        start = [
+            f"--port={port}",
+            f"--dashboard-port={dashboard}",
+            *ports,
+            f"--num-cpus={cpus}",
+            "--temp-dir",
+            f"/tmp/ray-{os.getpid()}-{cpus}",
+        ]
         scripts = Path(sys.executable).parent
         command = [scripts / "ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", *start]
         with open(tmp_path / "head.log", "w") as log:
@@ -207,7 +215,8 @@ def test_as_a_submitted_job_on_a_small_head(cpus, tmp_path):
             deadline = time.monotonic() + 120
             while True:
                 done = subprocess.run([*submit, *job], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False)
-                if done.returncode == 0 or "Failed to connect" not in done.stderr + done.stdout or time.monotonic() > deadline:
+                not_yet = ("Failed to connect", "No available agent")  # the head is still starting
+                if not any(text in done.stdout + done.stderr for text in not_yet) or time.monotonic() > deadline:
                     break
                 time.sleep(1)
             assert done.returncode == 0, done.stdout + done.stderr
