@@ -77,7 +77,7 @@ def to_inline_svg(figure: Figure, identifier: str, description: str) -> str:
     text = re.sub(r'\bid="([^"]+)"', rf'id="{identifier}-\1"', text)
     text = re.sub(r'href="#([^"]+)"', rf'href="#{identifier}-\1"', text)
     text = re.sub(r"url\(#([^)]+)\)", rf"url(#{identifier}-\1)", text)
-    text = text.replace(INK, "var(--ink)").replace(GRID, "var(--grid)")
+    text = text.replace(INK, "var(--ink)").replace(GRID, "var(--grid)").replace(KINDS["fp"][1], "var(--soft)")
     text = re.sub(r"'DejaVu Sans'[^;\"]*", "system-ui, sans-serif", text)
     width, height = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', text).groups()  # type: ignore[union-attr]
     head = f'<svg role="img" aria-label="{description}" viewBox="0 0 {width} {height}" xmlns:xlink="http://www.w3.org/1999/xlink">'
@@ -125,9 +125,7 @@ def quality(comparison: Comparison, scores: Sequence[Mapping[str, Any]], metric:
         if kind == "uniform":
             for row in chosen:
                 name = f"{round(row['average_bits'])} bit"
-                axes.annotate(
-                    name, (row["average_bits"], row["value"]), (0, -13), textcoords="offset points", ha="center", fontsize=8, color=color
-                )
+                axes.annotate(name, (row["average_bits"], row["value"]), (0, -13), textcoords="offset points", ha="center", fontsize=8)
     axes.set_xlabel("average bits per decode forward")
     axes.set_ylabel(f"{METRIC_LABELS[metric]} against the\n{AGAINST_LABELS[against]}")
     axes.margins(x=0.08, y=0.1)

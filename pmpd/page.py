@@ -59,7 +59,7 @@ select:focus-visible, button:focus-visible, summary:focus-visible, a:focus-visib
   max-height: 16rem; overflow-y: auto; font-size: .92rem; }
 footer { padding-top: 1.5rem; padding-bottom: 3rem; }
 @media (max-width: 40rem) { h1 { font-size: 1.4rem; } h2 { font-size: 1.2rem; } th, td { padding: .34rem .5rem; }
-  th:first-child, td:first-child { max-width: 9.2rem; white-space: normal; overflow-wrap: anywhere; } }
+  tbody th:first-child { min-width: 6.6rem; max-width: 9rem; white-space: normal; overflow-wrap: break-word; } }
 @media print { :root { --paper: #fff; --panel: #fff; --ink: #000; --soft: #333; --grid: #bbb; } body { font-size: 10.5pt; }
   .controls, nav { display: none; } .scroll { overflow: visible; border: 0; } th, td { padding: .2rem .35rem; font-size: 8pt; white-space: normal; }
   h2 { break-after: avoid; } .answer, .prompt { border: 1px solid #bbb; max-height: none; } .text span { print-color-adjust: exact; -webkit-print-color-adjust: exact; } }
