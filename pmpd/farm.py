@@ -570,7 +570,9 @@ def autoscaler_present() -> bool:
     """Whether something can add nodes to this cluster."""
     from ray._private.state import state
 
-    if state.get_cluster_config() is not None:
+    if (
+        state.get_cluster_config() is not None or Path("~/ray_bootstrap_config.yaml").expanduser().exists()
+    ):  # `ray up` writes it on the head
         return True
     return bool(_autoscaler_node_types())
 
