@@ -1,16 +1,16 @@
 """The learned scheduler: what a decision costs, and what it learned on held-out prompts.
 
     python bench/scheduler.py cost                                        # decision against the decode of 256 tokens
-    python bench/scheduler.py proof --data-path results/label/labels      # learned against every baseline, and variants of its input
+    python bench/scheduler.py proof --data-path TRAIN --held-out-path A B # learned against every baseline, and variants of its input
 
-`proof` fits by five-fold cross-validation, so every labelled prompt is held out once; each fold keeps an eighth of its training prompts
-for early stopping. The variants see more than the published classifier does: they are computed here by a prefill of each prompt.
+`proof` fits on the training split of one labels dataset, stops early by its validation split, and compares on prompts that were never
+trained on: its test split and all prompts of the other datasets (of the demo: documents that the language model has not seen either).
+Some variants see more than the classifier of the scheduler does; their input is computed here by a prefill of each prompt.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import platform
 import time
@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 import numpy as np
+import pyarrow as pa
 import torch
 import tyro
 from torch import Tensor
@@ -32,7 +33,6 @@ from pmpd.schedulers import DEMO_ARTEFACT, KVCacheScheduler, StaticScheduler
 from pmpd.training import NO_LABEL, Features, Labels, TrainConfig
 from pmpd.weights.base import shared_state
 
-FOLDS = 5
 Head = Literal["kv_cache", "mean_pooled"]
 
 
@@ -98,16 +98,13 @@ class _Timed(KVCacheScheduler):
 
 
 @dataclass(frozen=True)
-class Folded(Labels):
-    """Labels whose split is one fold of a cross-validation."""
+class HeldOut(Labels):
+    """Labels whose test split has further prompts that are never trained on."""
 
-    fold: int = 0
+    held_out: frozenset[str] = frozenset()
 
     def splits(self, seed: int) -> np.ndarray:
-        draws = np.asarray([int.from_bytes(hashlib.sha256(f"fold/{seed}/{key}".encode()).digest()[:8], "big") for key in self.ids])
-        held_out = draws % FOLDS == self.fold
-        stopping = (draws // FOLDS) % 8 == 0
-        return np.where(held_out, 2, np.where(stopping, 1, 0))
+        return np.where([key in self.held_out for key in self.ids], 2, super().splits(seed))
 
 
 @dataclass(frozen=True)
@@ -125,6 +122,9 @@ class Proof:
     """Learned against majority, static classes, random with the prior and oracle, on held-out prompts."""
 
     data_path: str = "results/label/labels"
+    """Labels to fit on; its test split is held out."""
+    held_out_path: tuple[str, ...] = ()
+    """Labels that are held out altogether."""
     model_path: str = str(demo.ANYPREC)
     num_heads: int = 2
     """KV heads of the labelled model."""
@@ -133,8 +133,11 @@ class Proof:
 
     def run(self) -> None:
         torch.set_num_threads(self.threads)
-        table = training.usable(tables.read_table(self.data_path, [*FEATURE_COLUMNS, "input_ids"])).sort_by("prompt_id")
-        labels = training.labels_from_table(table)
+        columns = [*FEATURE_COLUMNS, "input_ids"]
+        unseen = [tables.read_table(path, columns) for path in self.held_out_path]
+        table = training.usable(pa.concat_tables([tables.read_table(self.data_path, columns), *unseen])).sort_by("prompt_id")
+        held_out = frozenset(key for part in unseen for key in part["prompt_id"].to_pylist())
+        labels = HeldOut(**vars(training.labels_from_table(table)), held_out=held_out)
         kv = training.features_from_table(table)
         shares = {f"{pair[0]}-{pair[1]}": np.bincount(labels.labels[:, j], minlength=4).tolist() for j, pair in enumerate(labels.pairs)}
         print(f"# {len(labels.ids)} prompts, labels per class {shares}, labels fingerprint {labels.fingerprint()}")
@@ -181,36 +184,28 @@ class Proof:
         return Features(labels.ids, torch.cat(keys), torch.cat(values), lengths), (table - table.mean(0)) / table.std(0).clamp_min(1e-6)
 
     def report(self, labels: Labels, variants: Sequence[Variant]) -> None:
+        splits = labels.splits(self.training.seed)
         for j, pair in enumerate(labels.pairs):
-            rows_of: list[np.ndarray] = []
-            choices: dict[str, list[np.ndarray]] = {}
-            seconds = dict.fromkeys((variant.name for variant in variants), 0.0)
-            for fold in range(FOLDS):
-                folded = Folded(labels.ids, labels.pairs, labels.labels, fold)
-                splits, column = folded.splits(self.training.seed), labels.labels[:, j]
-                train_rows, rows = (np.nonzero((splits == s) & (column != NO_LABEL))[0] for s in (0, 2))
-                chosen = {}
-                for variant in variants:
-                    started = time.perf_counter()
-                    config = dataclasses.replace(self.training, rebalance=variant.rebalance)
-                    model = training.make_head(variant.head, variant.features.dim, self.num_heads, config.dropout, config.seed, j)
-                    fit = training.PairTraining(model, folded, j, variant.features, config)
-                    while not fit.state.done:
-                        fit.epoch()
-                    chosen[variant.name] = fit.best_logits()[rows].argmax(-1).numpy()
-                    seconds[variant.name] += time.perf_counter() - started
-                for name, choice in training.policies(column[train_rows], column[rows], chosen).items():
-                    choices.setdefault(name, []).append(choice)
-                rows_of.append(rows)
-            held_out = labels.labels[np.concatenate(rows_of), j]
-            report = training.compare(held_out, {name: np.concatenate(parts) for name, parts in choices.items()}, pair)
-            print(f"## pair {pair[0]} → {pair[1]}: {report['rows']} held-out prompts, labels {report['label_counts']}\n")
+            column = labels.labels[:, j]
+            train_rows, rows = (np.nonzero((splits == s) & (column != NO_LABEL))[0] for s in (0, 2))
+            chosen, fits = {}, {}
+            for variant in variants:
+                started = time.perf_counter()
+                config = dataclasses.replace(self.training, rebalance=variant.rebalance)
+                model = training.make_head(variant.head, variant.features.dim, self.num_heads, config.dropout, config.seed, j)
+                fit = training.PairTraining(model, labels, j, variant.features, config)
+                while not fit.state.done:
+                    fit.epoch()
+                chosen[variant.name] = fit.best_logits()[rows].argmax(-1).numpy()
+                fits[variant.name] = {"epochs": fit.state.epoch, "loss": fit.state.best_loss, "seconds": time.perf_counter() - started}
+            report = training.compare(column[rows], training.policies(column[train_rows], column[rows], chosen), pair)
+            print(f"## pair {pair[0]} → {pair[1]}: {len(train_rows)} training, {len(rows)} held-out prompts {report['label_counts']}\n")
             print("| policy | accuracy | − majority | macro-F1 | average bits | quality loss |\n|---|---|---|---|---|---|")
             for name, policy in report["policies"].items():
                 cells = [_cell(policy[m], policy["interval"][m]) for m in ("accuracy", "macro_f1", "average_bits", "quality_loss")]
                 cells.insert(1, _cell(policy["accuracy_minus_majority"], policy["accuracy_minus_majority_interval"]))
                 print(f"| {name} | {' | '.join(cells)} |")
-            print(f"\n{json.dumps({'pair': pair, 'fit_seconds': {k: round(v, 1) for k, v in seconds.items()}})}\n", flush=True)
+            print(f"\n{json.dumps({'pair': pair, 'fits': fits})}\n", flush=True)
 
 
 def append(ids: tuple[str, ...], lengths: Tensor, parts: Sequence[Tensor | None]) -> Features:
