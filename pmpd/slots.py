@@ -14,12 +14,15 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import Cache
+
+from pmpd.kernels import dispatch
 
 IMPLEMENTATION = "pmpd_slots"
 """The name under which transformers finds `attend`."""
@@ -50,6 +53,11 @@ class Plan:
     stretches: Sequence[Stretch] = ()
     masks: dict[int | None, Tensor] = field(default_factory=dict)
     """Decode masks bool [used_slots, 1, 1, longest], by window: all layers share them."""
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """Keys that each row of a decode forward sees: int64 [n]."""
+        return self.positions + 1
 
     def decode_mask(self, window: int | None) -> Tensor:
         if window not in self.masks:
@@ -138,6 +146,10 @@ def attend_slots(plan: Plan, query: Tensor, keys: Tensor, values: Tensor, scalin
 
 
 def _attend_decode(plan: Plan, query: Tensor, keys: Tensor, values: Tensor, scaling: float | None, window: int | None) -> Tensor:
+    native = dispatch.native_attention(query.device, query.dtype, query.shape[2]) if values.shape == keys.shape else None
+    if native is not None:
+        scale = query.shape[2] ** -0.5 if scaling is None else scaling
+        return native(query, keys, values, plan.slots, plan.lengths, scale, window)
     by_slot = query.new_zeros(plan.used_slots, *query.shape[1:])
     by_slot[plan.slots] = query
     output = torch.nn.functional.scaled_dot_product_attention(

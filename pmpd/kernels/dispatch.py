@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from pmpd.kernels.base import BitplaneMatrix, PackedWeights
 
@@ -47,6 +49,14 @@ def build(packed: PackedWeights, dtype: torch.dtype, impl: str | None = None) ->
     """`packed` in the memory layout of the chosen implementation; it computes in `dtype`."""
     name = choose(packed.planes.device, dtype, impl).name
     return getattr(_module(name), _CLASSES[name][1])(packed, dtype)
+
+
+def native_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -> Callable[..., Tensor] | None:
+    """`pmpd.kernels.cpu.decode_attention` where it can be used and PMPD_KERNEL does not ask for another implementation; else None."""
+    if os.environ.get(ENVIRONMENT, "cpu") != "cpu" or device.type != "cpu":
+        return None
+    cpu = _module("cpu")
+    return None if cpu.attention_unavailable(device, dtype, head_dim) else cpu.decode_attention
 
 
 def explain(device: torch.device, dtype: torch.dtype, impl: str | None = None) -> str:
