@@ -28,7 +28,7 @@ from pmpd.schedulers import NUM_CLASSES, StaticScheduler, class_steps
 class Config:
     prompts: int = 64
     """Prompts that the engine labels."""
-    plain_prompts: int = 4
+    plain_prompts: int = 3
     """The first of them, which the batch-1 side labels too."""
     max_new_tokens: int = 256
     slots: tuple[int, ...] = (32, 64, 128)
