@@ -18,7 +18,8 @@ part() {  # name, seconds at most, command...
 : >"$out/parts.txt"
 part kernels 200 python3 bench/_cuda.py --out "$out/kernels_cuda.json" --write-settings ${QUICK:+--quick}
 cp -f pmpd/kernels/autotune/*.json "$out" 2>/dev/null
-workers=$(python3 -c 'import xdist' 2>/dev/null && echo "-n 8")
+export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1  # a plugin that fails to load, needed by nobody here, would end the run
+workers=$(python3 -c 'import xdist' 2>/dev/null && echo "-p xdist.plugin -n 8")
 part tests 150 python3 -m pytest -q -m gpu $workers tests/test_gpu.py
 part decode 150 python3 bench/decode.py --device cuda --out "$out"
 if python3 -c 'import rouge_score, tyro' 2>/dev/null; then

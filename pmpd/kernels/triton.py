@@ -237,7 +237,7 @@ class SplitActivations(NamedTuple):
 
     def launch(self) -> dict[str, int]:
         """Block and warps of the kernels that write this, a program a token."""
-        return {"BLOCK": 1 << (self.stride - 1).bit_length(), "num_warps": 8 if self.stride <= 4096 else 16}
+        return {"BLOCK": 1 << (self.stride - 1).bit_length(), "num_warps": 16 if self.stride <= 4096 else 32}
 
     def narrow(self, start: int, stop: int) -> SplitActivations:
         return SplitActivations(self.digits[4 * start :], self.scales[:, start:], stop - start)
