@@ -584,11 +584,15 @@ def _autoscaler_node_types() -> list[str]:
     status = _internal_kv_get("__autoscaling_status")
     if not status:
         return []
-    with contextlib.suppress(ValueError, AttributeError):
-        report = json.loads(status).get("autoscaler_report", {})
-        types = {name for kind in ("active_nodes", "idle_nodes", "pending_launches") for name in report.get(kind) or {}}
-        return sorted(name for name in types if not name.startswith("node_"))
-    return []
+    return node_types_in(json.loads(status))
+
+
+def node_types_in(status: Mapping[str, Any]) -> list[str]:
+    """Names of the node types in an autoscaler's status; those of a cluster without one are not counted."""
+    report = status.get("autoscaler_report") or {}
+    types = {name for kind in ("active_nodes", "idle_nodes", "pending_launches") for name in report.get(kind) or {}}
+    types |= set((report.get("node_type_mapping") or {}).values())
+    return sorted(name for name in types if not name.startswith("node_"))
 
 
 @dataclass(frozen=True)

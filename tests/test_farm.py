@@ -276,6 +276,19 @@ def test_plan_fits_workers_to_nodes(nodes, options, workers, cpus, gpus):
     assert (wanted, demand.cpus, demand.gpus) == (workers, pytest.approx(cpus), gpus)
 
 
+@pytest.mark.parametrize(
+    ("report", "types"),
+    [
+        (None, []),
+        ({"active_nodes": {"node_0a1b": 1}, "idle_nodes": None, "node_type_mapping": {"0a1b": "node_0a1b"}}, []),
+        ({"active_nodes": {}, "idle_nodes": None, "node_type_mapping": {"ffff": "ray.head.default"}}, ["ray.head.default"]),
+        ({"active_nodes": {"head": 1}, "pending_launches": {"gpu": 2}}, ["gpu", "head"]),
+    ],
+)
+def test_an_autoscaler_is_known_by_its_node_types(report, types):
+    assert farm.node_types_in({"autoscaler_report": report}) == types
+
+
 @pytest.mark.parametrize("options", [{"num_workers": 0}, {"gpus_per_worker": -1}, {"gpus_per_worker": 1.5}, {"unit_rows": 0}])
 def test_bad_options_are_refused(options):
     with pytest.raises(ValueError, match="--"):
