@@ -23,7 +23,7 @@ workers=$(python3 -c 'import xdist' 2>/dev/null && echo "-p xdist.plugin -n 8")
 part tests 150 python3 -m pytest -q -m gpu $workers tests/test_gpu.py
 part decode 150 python3 bench/decode.py --device cuda --out "$out"
 if python3 -c 'import rouge_score, tyro' 2>/dev/null; then
-  part label 90 python3 bench/label.py --device cuda --output "$out"
+  part label 90 python3 bench/label.py --device cuda --plain-prompts 1 --max-new-tokens 64 --slots 64 --output "$out"
 else
   echo "label: skipped, it needs rouge_score and tyro" | tee -a "$out/parts.txt"
 fi
