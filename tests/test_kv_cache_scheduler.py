@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from pmpd import oracle
+from pmpd import demo, oracle
 from pmpd.classifier import ArtefactConfig, KVCacheClassifier, save_artefact
 from pmpd.engine import Request
-from pmpd.schedulers import KVCacheScheduler, PrefillState, Scheduler, chain_bits, class_steps, pairs_of
+from pmpd.schedulers import DEMO_ARTEFACT, KVCacheScheduler, PrefillState, Scheduler, chain_bits, class_steps, pairs_of
+from pmpd.weights.checkpoint import Checkpoint
 
 DIM, HEADS = 8, 2
 CHAIN = [4, 3, 2]
@@ -175,3 +176,10 @@ def test_engine_equals_oracle_with_the_learned_scheduler(anyprec_model, tmp_path
         assert completion.tokens == expected.tokens, completion.key
         decided.add(tuple(expected.switch_steps))
     assert len(decided) > 1, "all rows decided alike: this shows nothing"
+
+
+def test_the_embedded_scheduler_fits_the_embedded_model():
+    fingerprint = Checkpoint(demo.ANYPREC).fingerprint()
+    scheduler = Scheduler.get_scheduler("kv_cache", precisions=CHAIN, dim=32, num_heads=2, model_fingerprint=fingerprint)
+    assert scheduler.artefact.config.model_fingerprint == fingerprint, "train the demo scheduler again: it belongs to another demo model"
+    assert sum(path.stat().st_size for path in DEMO_ARTEFACT.iterdir()) <= 2_000_000
