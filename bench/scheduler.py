@@ -148,7 +148,7 @@ class Proof:
             for parts in ((every.keys, every.values), (kv.keys, kv.values, scalars), (None, None, scalars))
         )
         variants = [
-            Variant("kv_cache, oversampled (as published)", "kv_cache", kv, "oversample"),
+            Variant("kv_cache, oversampled (the default)", "kv_cache", kv, "oversample"),
             Variant("kv_cache, not rebalanced", "kv_cache", kv, "none"),
             Variant("mean-pooled linear, not rebalanced", "mean_pooled", kv, "none"),
             Variant("kv_cache, all layers", "kv_cache", wide, "none"),
