@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pmpd import tables
+from pmpd import PMPDForCausalLM, tables
 from pmpd.benchmarks import BENCHMARKS, Question
 from pmpd.benchmarks.fastchat_export import answer_files, export
+from pmpd.demo import ANYPREC
 from pmpd.generation import (
     Generator,
     Run,
@@ -27,7 +28,7 @@ from pmpd.generation import (
 )
 from pmpd.oracle import decode
 from pmpd.results import read_generations
-from pmpd.schedulers import PrefillState, Scheduler
+from pmpd.schedulers import DEMO_ARTEFACT, PrefillState, Scheduler, class_steps
 from pmpd.scoring import ScoreConfig, compare
 from pmpd.static_search import best_path, choose, read_best, write_best
 from tests.generation_rows import generation_rows
@@ -155,6 +156,23 @@ def test_the_pieces_of_a_text_join_to_the_text(model) -> None:
 def test_the_workers_own_speed_is_on_every_row(rows: list[dict]) -> None:
     assert {part["bits"] for part in rows[0]["forward_seconds"]} == {4, 3, 2}
     assert all(part["seconds"] > 0 for part in rows[0]["forward_seconds"])
+
+
+@pytest.mark.skipif(not DEMO_ARTEFACT.is_dir(), reason="the demo's scheduler is not here")
+def test_a_learned_scheduler_of_another_model_is_refused_before_anything_runs(model) -> None:
+    with pytest.raises(ValueError, match="dim"):
+        Generator(model, runs("kv_cache"))
+
+
+@pytest.mark.skipif(not DEMO_ARTEFACT.is_dir(), reason="the demo's scheduler is not here")
+def test_the_demos_learned_scheduler_decides_with_scores_for_every_turn() -> None:
+    chosen = sweep_runs(SweepConfig(schedulers=("kv_cache",), max_new_tokens=LENGTH))
+    found = answer(PMPDForCausalLM(ANYPREC, kernel="reference").eval(), chosen)
+    assert len(found) == 9
+    for row in found:
+        assert row["error"] is None
+        assert np.asarray(row["decision_scores"]).shape == (2, 4)
+        assert row["switch_steps"] == [class_steps(LENGTH)[k] for k in row["classes"]]
 
 
 def test_decision_scores_are_kept_by_row(model) -> None:
