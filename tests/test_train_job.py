@@ -102,7 +102,9 @@ def test_a_labels_folder_without_kv_heads_asks_for_them(dataset, tmp_path):
 
 def test_the_job_writes_an_artefact_that_schedules_and_a_second_run_returns_it(dataset, tmp_path, local_ray):
     job = TrainJob(dataset, str(tmp_path), precisions="4,3,2", training=CONFIG)
+    started = time.monotonic()
     metrics = main(job)
+    took = time.monotonic() - started
     folder = tmp_path / "scheduler"
     names = {
         "classifier_4_3.safetensors",
@@ -126,14 +128,15 @@ def test_the_job_writes_an_artefact_that_schedules_and_a_second_run_returns_it(d
     torch.testing.assert_close(served, alone.logits["kv_cache/4-3"], rtol=1e-4, atol=1e-5)
     started = time.monotonic()
     assert main(job) == metrics
-    assert time.monotonic() - started < 5, "a finished training must be returned, not repeated"
+    assert time.monotonic() - started < took / 3, "a finished training must be returned, not repeated"
 
 
 def kill_when(path: Path, lines: int, find_pid) -> threading.Thread:
     """SIGKILL the process that `find_pid()` gives as soon as `path` has so many lines."""
 
     def wait() -> None:
-        for _ in range(3000):
+        deadline = time.monotonic() + 400
+        while time.monotonic() < deadline:
             if path.exists() and len(path.read_text().splitlines()) >= lines:
                 os.kill(find_pid(), signal.SIGKILL)
                 return
@@ -192,7 +195,7 @@ def test_a_killed_driver_goes_on_where_it_stopped(dataset, tmp_path):
     history = tmp_path / "scheduler" / "metrics.jsonl"
     first = subprocess.Popen(command, cwd=ROOT, env=environment)
     kill_when(history, 4, lambda: first.pid).join()
-    first.wait(60)
+    assert first.wait(60) == -signal.SIGKILL
     done = len(history.read_text().splitlines())
     labels, features = made_up(120)
     total = len(training.train(labels, features, HEADS, TrainConfig(num_train_epochs=8, learning_rate=0.01, batch_size=16)).history())
