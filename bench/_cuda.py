@@ -322,6 +322,7 @@ def main(arguments: list[str] | None = None) -> None:
     save()
     if options.write_settings:
         path = settings_file(head["gpu"])
+        path.parent.mkdir(exist_ok=True)
         known = json.loads(path.read_text()) if path.is_file() else {}
         path.write_text(json.dumps({**known, "gpu": head["gpu"], "digits": {**known.get("digits", {}), **best}}, indent=1) + "\n")
     print(f"\n{'shape':12} {'b':>2} {'M':>3} {'best':14} {'us':>8} {'% copy':>7} {'fp16 us':>8} {'speed-up':>8}")

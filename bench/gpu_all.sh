@@ -21,7 +21,7 @@ cp -f pmpd/kernels/autotune/*.json "$out" 2>/dev/null
 export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1  # a plugin that fails to load, needed by nobody here, would end the run
 workers=$(python3 -c 'import xdist' 2>/dev/null && echo "-p xdist.plugin -n 8")
 part tests 150 python3 -m pytest -q -m gpu $workers tests/test_gpu.py
-part decode 150 python3 bench/decode.py --device cuda --out "$out"
+part decode 200 python3 bench/decode.py --device cuda --out "$out"
 if python3 -c 'import rouge_score, tyro' 2>/dev/null; then
   part label 90 python3 bench/label.py --device cuda --plain-prompts 1 --max-new-tokens 64 --slots 64 --output "$out"
 else
