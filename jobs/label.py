@@ -44,7 +44,7 @@ class LabelJob:
     """Configuration of a Hugging Face dataset (allenai/c4: en)."""
     split: str | None = None
     """Split of the dataset; default train, of the demo held_out."""
-    size: int = 128
+    size: int = 96
     """Prompts; all there are where the dataset holds fewer."""
     precisions: str = "4,3,2"
     """Precision chain, descending; neighbours are the pairs that get a label each."""

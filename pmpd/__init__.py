@@ -1,6 +1,6 @@
 """Progressive mixed-precision decoding (PMPD, ICLR 2025): model, schedulers, and the farm that labels and evaluates them.
 
-    from pmpd import PMPDForCausalLM, Scheduler
+from pmpd import PMPDForCausalLM, Scheduler
 """
 
 from __future__ import annotations

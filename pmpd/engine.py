@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pmpd.lean import recognise
 from pmpd.graph_steps import GraphSteps, top_probability
+from pmpd.lean import recognise
 from pmpd.schedulers import NEVER, PrefillState, Scheduler, chain_bits
 from pmpd.slots import Plan, SlotCache, Stretch, slot_attention
 from pmpd.weights.base import shared_state

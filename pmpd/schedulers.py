@@ -13,6 +13,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -32,13 +33,13 @@ def check_chain(precisions: Sequence[int]) -> tuple[int, ...]:
     chain = tuple(int(bits) for bits in precisions)
     if len(chain) < 2:
         raise ValueError(f"precisions {list(chain)}: a precision chain needs two members at least, e.g. 4,3 or 4,3,2")
-    if any(low >= high for high, low in zip(chain, chain[1:], strict=False)):
+    if any(low >= high for high, low in pairwise(chain)):
         raise ValueError(f"precisions {list(chain)}: a precision chain is distinct and descending, e.g. 4,3,2")
     return chain
 
 
 def pairs_of(chain: Sequence[int]) -> list[tuple[int, int]]:
-    return list(zip(chain, chain[1:], strict=False))
+    return list(pairwise(chain))
 
 
 def class_steps(max_new_tokens: int) -> tuple[int, int, int, int]:
@@ -88,7 +89,7 @@ class Scheduler(ABC):
     def begin(self, state: PrefillState) -> np.ndarray:
         """`switch_steps` int32 [B, J] for rows at their decision point."""
 
-    def observe(self, switch_steps: np.ndarray, step: np.ndarray, top_probability: np.ndarray) -> None:
+    def observe(self, switch_steps: np.ndarray, step: np.ndarray, top_probability: np.ndarray) -> None:  # noqa: B027 - optional
         """After decode forward `step` int [B]: may lower entries of `switch_steps` [B, J] in place, never below `step`."""
 
     def describe(self) -> dict[str, Any]:

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from pmpd import PMPDForCausalLM
 import tests.ray_sessions  # noqa: F401 - one authentication mode for all of the process
+from pmpd import PMPDForCausalLM
 from tests.helpers import write_anyprec, write_dense
 
 torch.set_num_threads(min(2, torch.get_num_threads()))

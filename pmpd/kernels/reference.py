@@ -7,8 +7,8 @@ import weakref
 import torch
 from torch import Tensor
 
-from pmpd.kernels.bitplanes import unpack
 from pmpd.kernels.base import BitplaneMatrix, PackedWeights
+from pmpd.kernels.bitplanes import unpack
 
 CACHE_BYTES = 2 << 30
 """Dequantized matrices that all layers of a process keep together; past that they are rebuilt for every multiplication."""
