@@ -1115,17 +1115,14 @@ class LabelTask(FarmTask):
 
         model, device = self.model.load(place)
         config = LabelConfig(self.precisions, self.max_new_tokens, self.slots)
-        hf = model.model.config
-        head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
-
         def label(items: list[Item]) -> Iterable[dict[str, Any]]:
             references = {item["references"]["prompt_id"]: item["references"] for item in items}
             return label_prompts(model, [item["prompts"] for item in items], references, config)
 
         return BuiltTask(
             run=label,
-            schema=tables.labels_schema(head_dim),
-            models={"model": model.fingerprint, "num_key_value_heads": getattr(hf, "num_key_value_heads", None) or hf.num_attention_heads},
+            schema=tables.labels_schema(model.head_dim),
+            models={"model": model.fingerprint, "num_key_value_heads": model.kv_heads},
             device=device,
             tokens=lambda row: sum(sum(pair["branch_tokens"]) for pair in row["pairs"]),
         )

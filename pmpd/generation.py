@@ -25,7 +25,7 @@ from pmpd.benchmarks.base import Benchmark, Question
 from pmpd.benchmarks.conversation import has_special_tokens, render, stops
 from pmpd.engine import Completion, Prefix, Request
 from pmpd.model import PMPDForCausalLM
-from pmpd.schedulers import KVCacheScheduler, PrefillState, Scheduler, check_chain, class_steps
+from pmpd.schedulers import PrefillState, Scheduler, check_chain, class_steps
 
 SCHEDULER_KINDS = ("fp", "uniform", "static", "confidence", "random", "kv_cache")
 """What `--schedulers` takes, in the order of the default sweep. `naive` is another name of `static`."""
@@ -205,12 +205,7 @@ class Generator:
                 f"--max-new-tokens {longest}: this model has {model.max_positions} positions, so there is no room for a prompt"
             )
         for run in runs:
-            scheduler, _ = model.decide(run.scheduler(), run.prefill_bit)
-            if isinstance(scheduler, KVCacheScheduler):
-                hf = model.model.config
-                heads = getattr(hf, "num_key_value_heads", None) or hf.num_attention_heads
-                head_dim = getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads
-                scheduler.check_model(model.fingerprint, head_dim, heads)
+            model.decide(run.scheduler(), run.prefill_bit)
         widths = sorted({bits for run in runs for bits in (*run.precisions, run.prefill_bit)}, reverse=True)
         self.forward_seconds = [{"bits": bits, "seconds": seconds} for bits, seconds in measure_forwards(model, widths).items()]
 

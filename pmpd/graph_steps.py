@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -16,10 +16,10 @@ from transformers import PreTrainedModel
 
 from pmpd import cuda
 from pmpd.graphs import Buffers, StepGraphs
-from pmpd.weights.base import Segment
+from pmpd.slots import SlotCache
+from pmpd.weights.base import PrecisionState, Segment
 
 if TYPE_CHECKING:
-    from pmpd.engine import Engine
     from pmpd.lean_cuda import CudaForward
 
 USES_BEFORE_CAPTURE = 4
@@ -31,12 +31,24 @@ def top_probability(top: Tensor, logits: Tensor) -> Tensor:
     return torch.exp(top.float() - torch.logsumexp(logits.float(), dim=-1))
 
 
+class Rows(Protocol):
+    """What a step works on: the engine."""
+
+    slots: int
+    max_length: int
+    device: torch.device
+    state: PrecisionState
+    cache: SlotCache
+    tokens: Tensor  # int64 [slots + 1, columns]
+    bad: Tensor  # bool [slots + 1]
+
+
 class GraphSteps:
     """Decode steps of one model. `GraphSteps.of` gives None for a model that has no capturable forward."""
 
     def __init__(self, forward: CudaForward) -> None:
         self.forward = forward
-        self._engine: Engine | None = None
+        self._engine: Rows | None = None
         self._uses: Counter[Hashable] = Counter()
 
     @classmethod
@@ -47,7 +59,7 @@ class GraphSteps:
         return None if weights is None else cls(CudaForward(weights))
 
     @torch.inference_mode()
-    def run(self, engine: Engine, at: np.ndarray, step: np.ndarray, position: np.ndarray, probability: bool) -> Tensor | None:
+    def run(self, engine: Rows, at: np.ndarray, step: np.ndarray, position: np.ndarray, probability: bool) -> Tensor | None:
         """Decode forward `step` int [n] of the rows in slots `at` int [n], at `position` int [n]: appends their tokens on the device.
 
         Returns the tokens' probability [n] where asked for.

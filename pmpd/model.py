@@ -118,17 +118,27 @@ class PMPDForCausalLM(nn.Module):
         assert self._engine is not None
         return self._engine
 
+    @property
+    def kv_heads(self) -> int:
+        config = self.model.config
+        return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+
+    @property
+    def head_dim(self) -> int:
+        config = self.model.config
+        return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
     def _planned_slots(self, max_length: int) -> int:
         if self.device.type != "cuda":
             return 32
-        config = self.model.config
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        token_bytes = 2 * config.num_hidden_layers * heads * head_dim * next(self.model.parameters()).element_size()
+        element_bytes = next(self.model.parameters()).element_size()
+        token_bytes = 2 * self.model.config.num_hidden_layers * self.kv_heads * self.head_dim * element_bytes
         return cuda.plan_slots(cuda.free_bytes(self.device), token_bytes, max_length)
 
     def decide(self, scheduler: Scheduler | None, prefill_bit: int | None) -> tuple[Scheduler | None, int]:
-        """Checks scheduler and prefill precision against what is loaded; the precision defaults to the highest."""
+        """Checks scheduler and prefill precision against the model and what is loaded; the precision defaults to the highest."""
+        if scheduler is not None:
+            scheduler.check_model(self.fingerprint, self.head_dim, self.kv_heads)
         bits = prefill_bit if prefill_bit is not None else self.precisions[0]
         wanted = {bits, *(scheduler.precisions if scheduler else ())}
         absent = sorted(wanted - set(self.precisions))

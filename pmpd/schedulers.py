@@ -92,6 +92,9 @@ class Scheduler(ABC):
     def observe(self, switch_steps: np.ndarray, step: np.ndarray, top_probability: np.ndarray) -> None:  # noqa: B027 - optional
         """After decode forward `step` int [B]: may lower entries of `switch_steps` [B, J] in place, never below `step`."""
 
+    def check_model(self, fingerprint: str | None, dim: int, num_heads: int) -> None:  # noqa: B027 - optional
+        """ValueError, with the reason, where the scheduler was made for another model: `dim` head dim, `num_heads` KV heads."""
+
     def describe(self) -> dict[str, Any]:
         """Name and settings, as manifests and generations record them."""
         return {"name": type(self).name, "precisions": list(self.precisions)}
