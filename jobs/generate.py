@@ -20,8 +20,10 @@ from transformers import AutoTokenizer
 
 from pmpd import demo, farm, tables
 from pmpd.benchmarks import get_benchmark, load_questions
+from pmpd.benchmarks.base import Split
 from pmpd.benchmarks.conversation import choose_template
-from pmpd.generate_task import Sweep, generate, output_folder
+from pmpd.farm import output_folder
+from pmpd.generate_task import Sweep, generate
 from pmpd.generation import SCHEDULER_KINDS, SweepConfig, grid_plans, sweep_runs
 from pmpd.quantize.convert import local_folder
 from pmpd.results import read_generations
@@ -110,7 +112,7 @@ def main(job: GenerateJob, console: Console | None = None) -> str:
     """Generates, prints the table, returns the folder of the results. ValueError for anything the user can cure."""
     console = console or Console()
     benchmark = get_benchmark(job.bench_name)
-    split = "validation" if job.validation or job.static_search else "test"
+    split: Split = "validation" if job.validation or job.static_search else "test"
     length = job.max_new_tokens or benchmark.max_new_tokens
     chain = tuple(int(bits) for bits in job.precisions.split(","))
     output = output_folder(job.output_dir)

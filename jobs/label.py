@@ -9,11 +9,9 @@ whatever way, goes on where it stopped when the same command is given again.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import tyro
@@ -22,6 +20,7 @@ from rich.table import Table
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from pmpd import demo, farm, tables
+from pmpd.farm import output_folder
 from pmpd.labeling import LabelConfig
 from pmpd.prompts import PromptConfig, write_prompts
 from pmpd.quantize.convert import local_folder
@@ -139,12 +138,6 @@ def tokenizer_of(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=checkpoint.trust_remote_code, local_files_only=True)
     except (OSError, ValueError) as error:
         raise ValueError(f"{checkpoint.folder}: no usable tokenizer ({error}); copy the base model's tokenizer files there") from error
-
-
-def output_folder(path: str) -> str:
-    """A submitted job runs in a copy of the working directory that Ray deletes: there, a relative path is taken from home."""
-    submitted = "/runtime_resources/working_dir_files/" in os.getcwd() and "://" not in path
-    return tables.absolute(Path.home() / path if submitted else path)
 
 
 def label_table(dataset: str, max_new_tokens: int) -> Table:

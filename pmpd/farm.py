@@ -375,7 +375,7 @@ class Worker:
         context = ray.get_runtime_context()
         node_id = context.get_node_id()
         gpu_ids = tuple(str(gpu) for gpu in context.get_accelerator_ids().get("GPU", []))
-        own = next((node["Resources"] for node in ray.nodes() if node["NodeID"] == node_id), {})
+        own: dict[str, float] = next((node["Resources"] for node in ray.nodes() if node["NodeID"] == node_id), {})
         share = gpus / own["GPU"] if gpus and own.get("GPU") else 1 / workers_per_node
         threads = max(1, int(own.get("CPU", 1) * share))
         for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"):
@@ -419,10 +419,10 @@ class Worker:
         items: dict[str, Item] = {key: {} for key in unit.ids}
         for name, where in unit.rows.items():
             by_shard: dict[str, list[tuple[str, int]]] = {}
-            for key, (path, row) in zip(unit.ids, where, strict=True):
-                by_shard.setdefault(path, []).append((key, row))
+            for key, (path, index) in zip(unit.ids, where, strict=True):
+                by_shard.setdefault(path, []).append((key, index))
             for path, wanted in by_shard.items():
-                for (key, _), row in zip(wanted, tables.read_rows(path, [row for _, row in wanted]), strict=True):
+                for (key, _), row in zip(wanted, tables.read_rows(path, [index for _, index in wanted]), strict=True):
                     if row[self.task.id_column] != key:
                         raise RuntimeError(f"{path}: changed while it was in use")
                     items[key][name] = row
@@ -559,6 +559,12 @@ def connect() -> None:
             if address:
                 raise ValueError(f"RAY_ADDRESS={address}: no Ray answers there ({error}); start it, or unset RAY_ADDRESS") from error
     ray.init(address="local", include_dashboard=False, **quiet)
+
+
+def output_folder(path: str) -> str:
+    """A submitted job runs in a copy of the working directory that Ray deletes: there, a relative path is taken from home."""
+    submitted = "/runtime_resources/working_dir_files/" in os.getcwd() and "://" not in path
+    return tables.absolute(Path.home() / path if submitted else path)
 
 
 def live_nodes() -> list[dict[str, float]]:
@@ -711,7 +717,7 @@ class _Pool:
     def _grow(self) -> None:
         units = len(self.pending) + sum(len(slot.queue) for slot in self.slots)
         while len(self.slots) < min(self.wanted, units):
-            actor = self._actor.options(num_cpus=self.demand.cpus, num_gpus=self.demand.gpus, scheduling_strategy="SPREAD").remote()
+            actor: Any = self._actor.options(num_cpus=self.demand.cpus, num_gpus=self.demand.gpus, scheduling_strategy="SPREAD").remote()
             arguments = (self.task, self.dataset, self.lease.path, self.lease.token, self.demand.gpus, self.per_node)
             self.slots.append(_Slot(actor, actor.start.remote(*arguments)))
 
@@ -1115,6 +1121,7 @@ class LabelTask(FarmTask):
 
         model, device = self.model.load(place)
         config = LabelConfig(self.precisions, self.max_new_tokens, self.slots)
+
         def label(items: list[Item]) -> Iterable[dict[str, Any]]:
             references = {item["references"]["prompt_id"]: item["references"] for item in items}
             return label_prompts(model, [item["prompts"] for item in items], references, config)

@@ -5,11 +5,9 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import os
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from pmpd import farm, tables
@@ -123,9 +121,3 @@ def write_conversations(sweep: Sweep, dataset: str) -> None:
     tables.write_manifest(
         dataset, tables.CONVERSATIONS, sweep.identity(), table="conversations", complete=True, counts=counts, seconds=seconds
     )
-
-
-def output_folder(path: str) -> str:
-    """A submitted job runs in a copy of the working directory that Ray deletes: there, a relative path is taken from home."""
-    submitted = "/runtime_resources/working_dir_files/" in os.getcwd() and "://" not in path
-    return tables.absolute(Path.home() / path if submitted else path)
