@@ -70,9 +70,10 @@ def main(config: Config) -> None:
     ]
     references = {row["prompt_id"]: row for row in reference_prompts(reference_model, rows, labeling)}
 
-    started, expected = time.perf_counter(), []
-    for row in rows[: config.plain_prompts]:
-        expected.append(plain_labels(plain_model, row, references[row["prompt_id"]]["reference_text"], labeling))
+    started = time.perf_counter()
+    expected = [
+        plain_labels(plain_model, row, references[row["prompt_id"]]["reference_text"], labeling) for row in rows[: config.plain_prompts]
+    ]
     plain_rate = config.plain_prompts / (time.perf_counter() - started)
     print(f"batch-1 rule: {plain_rate:.3f} prompts/s ({config.plain_prompts} prompts)")
 

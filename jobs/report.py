@@ -10,6 +10,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import tyro
 from rich.console import Console
@@ -41,7 +42,9 @@ def main(job: ReportJob, console: Console | None = None) -> Path:
     console = console or Console()
     begin = time.monotonic()
     config = ScoreConfig(job.resamples, job.seed, job.bert_score)
-    rows, sources, run_sources = [], [], {}
+    rows: list[dict[str, Any]] = []
+    sources: list[Source] = []
+    run_sources: dict[tuple[str, str, str], list[int]] = {}
     for folder, manifest, found in (entry for path in job.inputs for entry in read_generations(path)):
         if manifest["config"].get("static_search"):
             continue  # the grid of a static search has a result of its own

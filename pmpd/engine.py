@@ -270,8 +270,8 @@ class _Run:
             return f"ValueError: max_new_tokens {request.max_new_tokens}: one new token at least"
         if length + request.max_new_tokens - 1 > self.engine.max_length:
             return (
-                f"ValueError: a prompt of {length} tokens with {request.max_new_tokens} new ones needs {length + request.max_new_tokens - 1} "
-                f"positions; there are {self.engine.max_length}"
+                f"ValueError: a prompt of {length} tokens with {request.max_new_tokens} new ones "
+                f"needs {length + request.max_new_tokens - 1} positions; there are {self.engine.max_length}"
             )
         if request.prefix is not None:
             cached = request.prefix.tokens
@@ -394,7 +394,7 @@ class _Run:
         live = np.flatnonzero(self.alive)
         first, last = int(self.seen[live].min()), int(self.produced[live].max())
         fetched = torch.cat([self.tokens[:, first:last], self.bad[:, None]], dim=1).cpu().numpy()
-        for slot in live:
+        for slot in live.tolist():
             seen, produced = int(self.seen[slot]), int(self.produced[slot])
             new = fetched[slot, seen - first : produced - first]
             self.seen[slot] = produced

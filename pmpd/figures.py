@@ -10,7 +10,7 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib import rc_context
@@ -18,6 +18,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from pmpd.scoring import Comparison, Run
+
+if TYPE_CHECKING:
+    from matplotlib.typing import RcKeyType
 
 INK, GRID = "#1c2733", "#d5dbe1"
 """Text and grid lines; inside the page they become CSS variables, so that they follow its light or dark scheme."""
@@ -46,7 +49,7 @@ AGAINST_LABELS: dict[str, str] = {"dataset": "data set's references", "reference
 WIDTH = 5.2
 """Inches. Narrow on purpose: on a phone the text stays near its nominal size."""
 
-_STYLE: dict[str, Any] = {
+_STYLE: dict[RcKeyType, Any] = {
     "font.size": 9.5, "axes.titlesize": 10, "axes.labelsize": 9.5, "xtick.labelsize": 9, "ytick.labelsize": 9, "legend.fontsize": 9,
     "font.family": "sans-serif", "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK, "xtick.color": INK, "ytick.color": INK,
     "grid.color": GRID, "grid.linewidth": 0.7, "axes.grid": True, "axes.axisbelow": True, "axes.spines.top": False,

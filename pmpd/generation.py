@@ -108,7 +108,7 @@ def _runs_of(kind: str, chain: tuple[int, ...], prefill: int, length: int, confi
             name = f"static-{'/'.join(map(str, settled))}"
             yield Run(name, kind, chain, prefill, length, {"high_bit_steps": settled})
     elif kind == "random":
-        options = {"seed": config.seed} | ({"prior": list(config.random_prior)} if config.random_prior else {})
+        options: dict[str, Any] = {"seed": config.seed} | ({"prior": list(config.random_prior)} if config.random_prior else {})
         yield Run(f"random-{config.seed}", kind, chain, prefill, length, options)
     elif kind == "confidence":
         options = {"threshold": config.confidence_threshold, "patience": config.confidence_patience}

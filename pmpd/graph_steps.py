@@ -1,6 +1,7 @@
 """The engine's decode step on a CUDA device: forward, arg-max and end-of-row bookkeeping, replayed as one CUDA graph.
 
-A step reads where its rows are (slot, column of the last token, position) from one static tensor, so a replay costs the host one small copy.
+A step reads where its rows are (slot, column of the last token, position) from one static tensor, so a replay costs the host one small
+copy.
 """
 
 from __future__ import annotations
@@ -90,7 +91,8 @@ class GraphSteps:
 
     def _step(self, buffers: Buffers, layout: Hashable) -> None:
         engine = self._engine
-        assert engine is not None and isinstance(layout, tuple)
+        assert engine is not None
+        assert isinstance(layout, tuple)
         segments, longest, probability = layout
         slots, columns, positions = buffers["where"]
         cache = engine.cache

@@ -17,7 +17,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from pmpd.engine import Completion, Fork, Request
 from pmpd.model import PMPDForCausalLM
@@ -191,7 +191,7 @@ def _row_head(row: Mapping[str, Any]) -> dict[str, Any]:
 
 def decode_text(model: PMPDForCausalLM, tokens: Sequence[int]) -> str:
     """The text of new tokens, without special ones."""
-    return model.tokenizer.decode(tokens, skip_special_tokens=True)
+    return cast(str, model.tokenizer.decode(list(tokens), skip_special_tokens=True))  # a list of texts only for a list of lists
 
 
 def _longest(requests: Sequence[Request]) -> int:

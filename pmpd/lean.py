@@ -11,6 +11,7 @@ Legend: n tokens of the flat forward, C hidden size, Hq query heads, H KV heads,
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,9 @@ from transformers import LlamaForCausalLM, MistralForCausalLM, PreTrainedModel, 
 
 from pmpd.slots import Plan, SlotCache, attend_slots
 from pmpd.weights.base import PrecisionLinear, PrecisionState
+
+if TYPE_CHECKING:
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 DENSE_BYTES = 512 << 20
 """Dequantized matrices are kept only where those of all layers and precisions fit in here; larger models multiply from their codes."""
@@ -102,7 +106,7 @@ def recognise(model: PreTrainedModel, state: PrecisionState) -> LeanForward | No
 class _Product:
     """x times the concatenated outputs of some linear layers, each token at its precision."""
 
-    def __init__(self, linears: Sequence[nn.Module], keep_dense: bool) -> None:
+    def __init__(self, linears: Sequence[PrecisionLinear | nn.Linear], keep_dense: bool) -> None:
         self.linears = linears
         self.keep_dense = keep_dense
         self.precise = any(isinstance(linear, PrecisionLinear) for linear in linears)
@@ -142,14 +146,14 @@ class _Product:
         return weight, bias
 
 
-def _rms_norm(norm: nn.Module, x: Tensor) -> Tensor:
+def _rms_norm(norm: LlamaRMSNorm, x: Tensor) -> Tensor:
     return nn.functional.rms_norm(x, (x.shape[-1],), norm.weight, norm.variance_epsilon)
 
 
 def _window(attention: nn.Module) -> int | None:
     """The layer's sliding window as its own forward would pass it."""
     if hasattr(attention, "sliding_window"):
-        return attention.sliding_window
+        return cast("int | None", attention.sliding_window)
     return getattr(attention.config, "sliding_window", None) if "Mistral" in type(attention).__name__ else None
 
 

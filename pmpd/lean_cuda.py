@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -76,7 +77,9 @@ def llama_weights(model: PreTrainedModel) -> LlamaWeights | None:
         if not all(isinstance(matrix, TritonMatrix) for group in matrices for matrix in group):
             return None
         try:
-            qkv, out, gate_up, down = (group[0] if len(group) == 1 else merge(group) for group in matrices)
+            qkv, out, gate_up, down = (
+                group[0] if len(group) == 1 else merge(group) for group in cast("list[list[TritonMatrix]]", matrices)
+            )
         except ValueError:  # odd numbers of rows
             return None
         window = getattr(attention, "sliding_window", None)
@@ -120,7 +123,9 @@ class CudaForward:
             delta = self._product(layer.out, split_activations(attended) if split else attended, segments)
             gate_up = self._product(layer.gate_up, self._norm(x, delta, layer.post_norm, split), segments)
             delta = self._product(layer.down, self._gated(gate_up, split), segments)
-        return nn.functional.linear(self._norm(x, delta, w.norm, split=False), w.head)
+        last = self._norm(x, delta, w.norm, split=False)
+        assert isinstance(last, Tensor)
+        return nn.functional.linear(last, w.head)
 
     def _product(self, weight: Weight, x: Tensor | SplitActivations, segments: Sequence[Segment]) -> Tensor:
         if isinstance(weight, Tensor):
@@ -131,6 +136,7 @@ class CudaForward:
             return parts[0] if len(parts) == 1 else torch.cat(parts)
         y = torch.empty(x.tokens, weight.shape[0], dtype=weight.dtype, device=x.digits.device)
         for start, stop, bits in segments:
+            assert stop is not None  # given by __call__
             weight.multiply_split(x.narrow(start, stop), bits, y[start:stop])
         return y
 

@@ -74,7 +74,10 @@ class PMPDForCausalLM(nn.Module):
         if isinstance(checkpoint, MultiCheckpoint):
             self.precisions = tuple(wanted or checkpoint.precisions)
             self.model = mixed.load(checkpoint, self.precisions, dtype, kernel)
-            self.model.models = {str(bits): SimpleNamespace(config=self.model.config) for bits in self.precisions}
+            # a plain attribute, which the annotations of nn.Module do not know
+            self.model.models = {  # type: ignore[assignment]
+                str(bits): SimpleNamespace(config=self.model.config) for bits in self.precisions
+            }
         elif "anyprec" in checkpoint.config_json:
             self.precisions = tuple(wanted or anyprec.precisions_of(checkpoint))
             self.model = anyprec.load(checkpoint, self.precisions, dtype, kernel)

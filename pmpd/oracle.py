@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import CacheLayerMixin
 
 from pmpd.schedulers import PrefillState, Scheduler, chain_bits
 from pmpd.weights.base import shared_state
@@ -44,10 +45,11 @@ def decode(
     logits = model(torch.tensor([list(input_ids)], device=model.device), past_key_values=cache, use_cache=True).logits[0, -1]
     tokens, bits = [int(logits.argmax())], [prefill_bits]
 
-    steps = np.zeros((1, 0), dtype=np.int32)
+    steps: np.ndarray = np.zeros((1, 0), dtype=np.int32)
     if scheduler is not None:
-        steps = np.asarray([switch_steps], dtype=np.int32) if switch_steps is not None else None
-        if steps is None:
+        if switch_steps is not None:
+            steps = np.asarray([switch_steps], dtype=np.int32)
+        else:
             steps = scheduler.begin(_decision_state(cache, key, len(input_ids), max_new_tokens, logits))
     chain = scheduler.precisions if scheduler else (prefill_bits,)
 
@@ -66,6 +68,9 @@ def decode(
 
 def _decision_state(cache: DynamicCache, key: str, prompt_length: int, max_new_tokens: int, logits: torch.Tensor) -> PrefillState:
     last = cache.layers[-1]
+    assert isinstance(last, CacheLayerMixin)
+    assert last.keys is not None
+    assert last.values is not None
     keys, values = last.keys[0].float().mean(0), last.values[0].float().mean(0)  # over KV heads: [T, D]
     return PrefillState(
         keys=[key],

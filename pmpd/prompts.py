@@ -289,7 +289,8 @@ def _json(file_system: pafs.FileSystem, path: str) -> Iterator[Record]:
 
 def _paragraphs(file_system: pafs.FileSystem, path: str) -> Iterator[Record]:
     """A text file holds documents separated by blank lines."""
-    name, start, block = posixpath.basename(path), 1, []
+    name, start = posixpath.basename(path), 1
+    block: list[str] = []
     for number, line in itertools.chain(_lines(file_system, path), [(0, "")]):
         if line.strip():
             start = start if block else number

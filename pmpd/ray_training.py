@@ -109,7 +109,7 @@ class RaggedCollate(ArrowBatchCollateFn):
     def __init__(self, ids: Sequence[str]) -> None:
         self.ids = pa.array(ids, pa.string())
 
-    def __call__(self, batch: pa.Table) -> dict[str, Tensor]:
+    def __call__(self, batch: pa.Table) -> dict[str, Tensor]:  # type: ignore[override]  # Ray's result type is a bare type variable
         """{ids int64 [rows] (the 16 hex digits' bits), lengths int64 [rows], keys and values float16 [sum T, D]}."""
         features = features_from_table(batch.filter(pc.is_in(batch["prompt_id"], self.ids)))
         bits = np.asarray([int(key, 16) for key in features.ids], dtype=np.uint64).view(np.int64)
@@ -247,7 +247,7 @@ def search(
         ),
         run_config=tune.RunConfig(storage_path=tables.join(output, "runs"), storage_filesystem=file_system, verbose=0),
     )
-    results = tuner.fit()
+    results: Any = tuner.fit()  # a ResultGrid: iterable by __getitem__ only, its fields annotated optional
     lines = [{**result.config, "validation_loss": result.metrics["validation_loss"]} for result in results if result.error is None]
     if not lines:
         raise ValueError(f"--tune {trials}: every trial failed; the first says: {results.errors[0]}")

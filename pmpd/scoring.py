@@ -266,8 +266,8 @@ def _compare(rows: list[Row]) -> Comparison:
     version, model_id = _only(rows, "benchmark_version"), _only(rows, "model_id")
     # A row of a conversation that failed as a whole doesn't know its model.
     fingerprints = {(row["kind"] == "fp", row["model_fingerprint"]) for row in rows if row["model_fingerprint"] is not None}
-    for unquantized, name in ((True, "unquantized"), (False, "quantized")):
-        different = sorted(fingerprint for is_fp, fingerprint in fingerprints if is_fp == unquantized)
+    for of_fp, name in ((True, "unquantized"), (False, "quantized")):
+        different = sorted(fingerprint for is_fp, fingerprint in fingerprints if is_fp == of_fp)
         if len(different) > 1:
             raise ValueError(
                 f"{rows[0]['benchmark']}: rows of {len(different)} {name} models (fingerprints {', '.join(different)}) under one "
@@ -419,7 +419,7 @@ class Metric:
     name: str
     against: str
     statistic: Statistic
-    of_pair: Callable[[Row, str, Sequence[int]], Sequence[float]]
+    of_pair: Callable[[Row, str, Sequence[int]], Sequence[float] | np.ndarray]
     """(row, reference text, reference tokens) -> components [C] that are summed over rows."""
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import tyro
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from pmpd.demo.texts import Document, documents_of
 
@@ -61,7 +61,7 @@ def train_tokenizer(documents: list[Document], vocab_size: int, positions: int) 
     )
 
 
-def token_stream(tokenizer: PreTrainedTokenizerFast, documents: list[Document]) -> torch.Tensor:
+def token_stream(tokenizer: PreTrainedTokenizerBase, documents: list[Document]) -> torch.Tensor:
     """All documents in one int64 vector, each between two end-of-text tokens (the first serves as the beginning)."""
     ids = [tokenizer.eos_token_id]
     for document in documents:
@@ -141,7 +141,7 @@ def main(config: TrainConfig) -> None:
     (config.output_dir / "training.json").write_text(json.dumps({"history": history}, indent=1) + "\n")
 
 
-def _save(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Writes float16 weights; the model itself goes on in float32."""
     half = {name: tensor.to(torch.float16) for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
     model.save_pretrained(folder, state_dict=half)

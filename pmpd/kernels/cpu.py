@@ -81,13 +81,13 @@ def describe() -> str:
     library = _library()
     if library.problem:
         return library.problem
-    usable = ", ".join(LEVELS[: library.functions.pmpd_highest_level() + 1])
+    usable = ", ".join(LEVELS[: _functions().pmpd_highest_level() + 1])
     return f"level {LEVELS[active_level()]} of {usable}; {library.threads}; {library.path}"
 
 
 def active_level() -> int:
     """Index in LEVELS of the instruction set for matrices that are built now. ValueError: a forced one that does not exist here."""
-    highest = _library().functions.pmpd_highest_level()
+    highest = _functions().pmpd_highest_level()
     forced = os.environ.get(LEVEL_VARIABLE)
     if not forced:
         return highest
@@ -111,7 +111,7 @@ class NativeMatrix(BitplaneMatrix):
             raise ValueError(problem)
         rows, columns = packed.shape
         self._dtype = dtype
-        self._library = _library().functions
+        self._library = _functions()
         self._level = active_level()
         self._planes = packed.planes.shape[0]
         self._levels = _pack(self._library, packed.planes)
@@ -232,7 +232,7 @@ def decode_attention(
         raise ValueError(f"attention: lengths {shortest}..{longest} and slots {lowest}..{highest} of a cache {list(keys.shape)}")
     q, slots, lengths = q.contiguous(), slots.contiguous(), lengths.contiguous()
     threads = torch.get_num_threads() if rows * query_heads * longest * dim >= _MIN_PARALLEL_WORK else 1
-    _library().functions.pmpd_attention(
+    _functions().pmpd_attention(
         *(active_level(), q.data_ptr(), keys.data_ptr(), values.data_ptr(), slots.data_ptr(), lengths.data_ptr(), out.data_ptr()),
         *(rows, query_heads, key_heads, dim, keys.stride(0), keys.stride(1), keys.stride(2), longest, window or 0, scale, threads),
     )
@@ -287,6 +287,14 @@ def _library() -> _Library:
     if problem:
         _log.warning("CPU kernels: %s. Low precisions run, but slowly.", problem)
     return _Library(functions, path, problem, threads)
+
+
+def _functions() -> ctypes.CDLL:
+    """The loaded library's. ValueError where there is none, saying why."""
+    library = _library()
+    if library.functions is None:
+        raise ValueError(library.problem)
+    return library.functions
 
 
 def _find() -> tuple[Path | None, str | None]:

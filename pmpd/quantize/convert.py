@@ -251,7 +251,8 @@ def _importance(
     for layer in waiting:
         if groups and layer == groups[0][0]:
             if model is None:
-                model = dense.load(checkpoint, torch.float32 if device.type == "cpu" else torch.bfloat16).to(device)
+                model = dense.load(checkpoint, torch.float32 if device.type == "cpu" else torch.bfloat16)
+                model.to(device)  # type: ignore[arg-type]  # transformers' wrapper of `to` hides that it is a method
             group = groups.pop(0)
 
             def on_sample() -> None:

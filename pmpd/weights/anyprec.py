@@ -154,7 +154,7 @@ def load(checkpoint: Checkpoint, precisions: Sequence[int], dtype: torch.dtype, 
 
 def _mismatches(checkpoint: Checkpoint, name: str, shape: tuple[int, int], parent: int, precisions: Sequence[int], bias: bool) -> list[str]:
     rows, columns = shape
-    expected = {f"{name}.qweight": ((parent, rows, columns // 32), torch.int32)}
+    expected: dict[str, tuple[tuple[int, ...], torch.dtype | None]] = {f"{name}.qweight": ((parent, rows, columns // 32), torch.int32)}
     expected |= {f"{name}.lut{bits}": ((rows, 2**bits), torch.float16) for bits in precisions}
     if bias:
         expected[f"{name}.bias"] = ((rows,), None)

@@ -115,12 +115,12 @@ def _parameters_on_meta() -> Iterator[None]:
     """Inside, modules are built without memory for their parameters; buffers (rotary frequencies) are real."""
     register = nn.Module.register_parameter
 
-    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        register(module, name, parameter)
-        if parameter is not None:
-            module._parameters[name] = nn.Parameter(parameter.data.to("meta"), requires_grad=False)
+    def register_on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        register(module, name, param)
+        if param is not None:
+            module._parameters[name] = nn.Parameter(param.data.to("meta"), requires_grad=False)
 
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    nn.Module.register_parameter = register_on_meta  # type: ignore[assignment, method-assign]  # mypy counts self twice
     try:
         yield
     finally:
@@ -165,8 +165,8 @@ def fill(model: PreTrainedModel, checkpoint: Checkpoint, dtype: torch.dtype) -> 
         if tensor.shape != parameter.shape:
             problems.append(f"{name} has shape {list(tensor.shape)}, the config asks for {list(parameter.shape)}")
             continue
-        module, _, attribute = name.rpartition(".")
-        model.get_submodule(module)._parameters[attribute] = nn.Parameter(
+        module_name, _, attribute = name.rpartition(".")
+        model.get_submodule(module_name)._parameters[attribute] = nn.Parameter(
             tensor.to(dtype) if tensor.is_floating_point() else tensor, requires_grad=False
         )
     for name, buffer in list(model.named_buffers()):

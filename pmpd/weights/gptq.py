@@ -36,7 +36,7 @@ class PackedGPTQ(NamedTuple):
     bits: int
 
     def to(self, device: torch.device) -> PackedGPTQ:
-        return PackedGPTQ(*(tensor.to(device) for tensor in self[:4]), self.bits)
+        return PackedGPTQ(self.qweight.to(device), self.qzeros.to(device), self.scales.to(device), self.g_idx.to(device), self.bits)
 
 
 def settings_of(checkpoint: Checkpoint) -> dict[str, Any] | None:

@@ -11,6 +11,7 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -97,22 +98,29 @@ class MixedLinear(PrecisionLinear):
     That weight and the bias exist once, as parameters. The parts are no submodules, so that the tree is the same for every format.
     """
 
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+
     def __init__(self, linear: nn.Linear, parts: Mapping[int, PrecisionLinear | None], state: PrecisionState) -> None:
         super().__init__(linear.in_features, linear.out_features, tuple(parts), state)
         self._parts = dict(parts)
-        self.register_parameter("weight", linear.weight if None in parts.values() else None)
+        self.register_parameter("weight", cast(nn.Parameter, linear.weight) if None in parts.values() else None)
         self.register_parameter("bias", linear.bias)
 
     def multiply(self, x: Tensor, bits: int) -> Tensor:
         part = self._parts[bits]
         if part is None:
+            assert self.weight is not None
             return nn.functional.linear(x, self.weight, self.bias)
         y = part.multiply(x, bits)
         return y if self.bias is None else y + self.bias
 
     def dequantize(self, bits: int) -> Tensor:
         part = self._parts[bits]
-        return self.weight if part is None else part.dequantize(bits)
+        if part is None:
+            assert self.weight is not None
+            return self.weight
+        return part.dequantize(bits)
 
     def bias_vector(self) -> Tensor | None:
         return self.bias
@@ -151,7 +159,8 @@ def load(checkpoint: MultiCheckpoint, precisions: Sequence[int], dtype: torch.dt
     if absent:
         held = ", ".join(map(str, checkpoint.precisions))
         raise ValueError(f"precisions {list(precisions)}: {checkpoint.file} holds {held}; add a folder for {', '.join(map(str, absent))}")
-    state, problems = PrecisionState(), []
+    state = PrecisionState()
+    problems: list[str] = []
     state.set_uniform(max(precisions))
     members = {bits: checkpoint.members[bits] for bits in sorted(precisions, reverse=True)}
     layers = {
@@ -201,6 +210,7 @@ def _layers_of(member: Checkpoint, precisions: list[int], state: PrecisionState,
             return None, []
         if "anyprec" in member.config_json:
             return anyprec.layer(member, name, linear, precisions, state, dtype, kernel)
+        assert settings is not None  # no other format has a qweight
         return gptq.layer(member, settings, name, linear, state, dtype, kernel)
 
     return layer
