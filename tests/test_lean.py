@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
+
 import pytest
 import torch
 
+from pmpd import PMPDForCausalLM, lean
 from pmpd.engine import Engine, Request
+from pmpd.kernels import cpu
 from pmpd.schedulers import Scheduler
+from pmpd.slots import Plan, Stretch
 from tests.test_engine import random_prompts
 
 
@@ -16,9 +22,9 @@ def test_lean_forward_gives_the_tokens_of_the_modules(anyprec_model, architectur
     scheduler = Scheduler.get_scheduler("random", precisions=[4, 3, 2])
     requests = [Request(str(i), prompt, 24) for i, prompt in enumerate(random_prompts(6, 70, seed=3))]
     results = []
-    for lean in (True, False):
-        engine = Engine(model.model, 4, 100, lean=lean)
-        assert (engine.lean is not None) == lean
+    for use_lean in (True, False):
+        engine = Engine(model.model, 4, 100, lean=use_lean)
+        assert (engine.lean is not None) == use_lean
         completions = {c.key: c for c in engine.run(requests, scheduler, 4, ())}
         results.append([(completions[r.key].tokens, completions[r.key].precision_trace) for r in requests])
     assert results[0] == results[1]
@@ -30,9 +36,35 @@ def test_a_tree_that_is_not_known_exactly_takes_the_generic_path(anyprec_model, 
 
 
 def test_a_changed_module_is_not_recognised(anyprec_folder):
-    from pmpd import PMPDForCausalLM
-
     model = PMPDForCausalLM(anyprec_folder("llama"), kernel="reference")
     assert Engine(model.model, 1, 10).lean is not None
     model.model.model.layers[1].mlp.extra = torch.nn.Dropout(0.1)
     assert Engine(model.model, 1, 10).lean is None
+
+
+@pytest.mark.parametrize("budget", [0, lean.DENSE_BYTES])
+@pytest.mark.parametrize("bits", [4, 2])
+def test_lean_forward_in_bfloat16_is_as_near_to_float32_as_the_modules(anyprec_folder, monkeypatch, budget, bits):
+    monkeypatch.setattr(lean, "DENSE_BYTES", budget)  # 0: multiplies from the codes, module by module
+    folder, tokens = anyprec_folder("llama"), torch.arange(3, 43)
+    plan = Plan(torch.zeros_like(tokens), torch.arange(len(tokens)), len(tokens), 1, [Stretch(0, len(tokens), 0, 0)])
+
+    def logits(dtype: torch.dtype, use_lean: bool) -> torch.Tensor:
+        engine = Engine(PMPDForCausalLM(folder, dtype=dtype).eval().model, 1, 64, lean=use_lean)
+        engine.state.set_uniform(bits)
+        return engine.forward(tokens, plan, None).float()
+
+    exact = logits(torch.float32, False)
+    modules, written_out = ((logits(torch.bfloat16, use_lean) - exact).norm() / exact.norm() for use_lean in (False, True))
+    assert written_out < max(2 * modules, 1e-2)
+    assert modules < 0.1
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's list of mapped files")
+@pytest.mark.skipif(cpu.unavailable(torch.device("cpu"), torch.bfloat16) is not None, reason="the plain implementation keeps the tensors")
+def test_a_packed_checkpoint_is_no_longer_mapped(anyprec_folder, tmp_path):
+    folder = shutil.copytree(anyprec_folder("llama"), tmp_path / "checkpoint")
+    model = PMPDForCausalLM(folder, dtype=torch.bfloat16)
+    packed = [module.packed_bytes() for module in model.model.modules() if hasattr(module, "packed_bytes")]
+    assert packed
+    assert str(folder) not in Path("/proc/self/maps").read_text()

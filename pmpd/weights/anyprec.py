@@ -110,12 +110,14 @@ def layer(
     problems = _mismatches(checkpoint, name, shape, checkpoint.config_json["anyprec"]["parent_precision"], precisions, bias)
 
     def read() -> PackedWeights:
-        return PackedWeights(
+        packed = PackedWeights(
             # planes below the lowest bit that is used are never read
             planes=checkpoint.tensor(f"{name}.qweight")[: max(precisions)],
             tables={bits: checkpoint.tensor(f"{name}.lut{bits}") for bits in precisions},
             bias=checkpoint.tensor(f"{name}.bias") if bias else None,
         )
+        checkpoint.release()  # once this layer is packed, nothing keeps the pages that it was read from
+        return packed
 
     return AnyPrecisionLinear(shape, precisions, state, read, dtype, kernel), problems
 
@@ -149,6 +151,7 @@ def load(checkpoint: Checkpoint, precisions: Sequence[int], dtype: torch.dtype, 
     if problems:
         raise ValueError(f"checkpoint {checkpoint.folder} is damaged: {'; '.join(problems[:8])}" + (" …" if len(problems) > 8 else ""))
     fill(model, checkpoint, dtype)
+    checkpoint.release()
     return model
 
 

@@ -96,17 +96,29 @@ class Checkpoint:
         file = self._open(self._index[name])
         return file[name] if isinstance(file, dict) else file.get_tensor(name)
 
+    def release(self) -> None:
+        """Lets go of the open files, so that their pages stop counting as this process's memory; they are opened again when needed.
+
+        A mapping goes with the last tensor that was read through it and is still alive.
+        """
+        self._files.clear()
+
     def fingerprint(self) -> str:
         """16 hex digits over what makes the model: config, and name, shape, dtype and a sample of each tensor. Not the path."""
         digest = hashlib.sha256()
         config = {key: value for key, value in self.config_json.items() if key not in ("_name_or_path", "transformers_version")}
         digest.update(json.dumps(config, sort_keys=True).encode())
+        file = None
         for name in sorted(self._index):
+            if self._index[name] != file:
+                self.release()  # a sample touches most pages of its file
+                file = self._index[name]
             tensor = self.tensor(name)
             flat = tensor.reshape(-1)
             sample = flat[:: max(1, flat.numel() // 64)][:64].contiguous()
             digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
             digest.update(sample.view(torch.uint8).numpy().tobytes() if sample.numel() else b"")
+        self.release()
         return digest.hexdigest()[:16]
 
 
