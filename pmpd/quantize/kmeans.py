@@ -16,6 +16,8 @@ cluster c is `sorted[borders[c]:borders[c + 1]]`.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -80,7 +82,8 @@ def quantize_rows(weight: Tensor, importance: Tensor | None, seed_bits: int, par
     codes = torch.empty(rows, columns, dtype=torch.uint8, device=weight.device)
     tables = {bits: torch.empty(rows, 2**bits, dtype=torch.float16, device=weight.device) for bits in range(seed_bits, parent_bits + 1)}
     step = max(1, _CHUNK_ELEMENTS // columns)
-    for start in range(0, rows, step):
+
+    def quantize_chunk(start: int) -> None:
         part = slice(start, start + step)
         chunk = _SortedChunk(weight[part].float(), None if importance is None else importance[part])
         searched = min(seed_bits, _SEARCHED_BITS)
@@ -93,7 +96,21 @@ def quantize_rows(weight: Tensor, importance: Tensor | None, seed_bits: int, par
             borders, table = _settle(chunk, _split(chunk, borders), within_parents=True)
             tables[bits][part] = table
         codes[part].scatter_(1, chunk.order, chunk.members(borders).to(torch.uint8))
+
+    _each(quantize_chunk, range(0, rows, step), weight.device)
     return QuantizedRows(codes, tables)
+
+
+def _each(work: Callable[[int], None], starts: Sequence[int], device: torch.device) -> None:
+    """`work` for every chunk; on a CPU one chunk per thread, since a chunk's many small operations gain nothing from sharing threads."""
+    threads = torch.get_num_threads()
+    if device.type != "cpu" or threads == 1 or len(starts) == 1:
+        for start in starts:
+            work(start)
+        return
+    with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        list(pool.map(work, starts))
+    torch.set_num_threads(threads)  # the pool's setting also holds for threads that are yet to come
 
 
 def weighted_error(weight: Tensor, importance: Tensor | None, quantized: QuantizedRows, bits: int) -> tuple[float, float]:
