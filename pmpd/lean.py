@@ -46,7 +46,8 @@ class LeanForward:
         self.heads = config.num_attention_heads
         self.kv_heads = config.num_key_value_heads
         keep = _dense_bytes(model) <= DENSE_BYTES
-        self.head = _Product([model.lm_head], keep)
+        # one precision and no codes, so the head alone is worth a second copy in oneDNN's layout (1.1 B model: 7 ms a step instead of 10)
+        self.head = _Product([model.lm_head], keep or model.lm_head.weight.nbytes <= DENSE_BYTES)
         self.layers = [
             (
                 layer.input_layernorm,
@@ -140,10 +141,17 @@ class _Product:
                 weight.new_zeros(len(matrix)) if part is None else part.to(dtype) for part, matrix in zip(biases, matrices, strict=True)
             ]
             bias = torch.cat(zeros)
-        if dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        if _has_own_layout(dtype):
             with torch.no_grad():
                 weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
         return weight, bias
+
+
+def _has_own_layout(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies matrices of `dtype` in a layout of its own on this processor."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _rms_norm(norm: LlamaRMSNorm, x: Tensor) -> Tensor:
