@@ -31,7 +31,7 @@ from pmpd.farm import cpu_name
 from pmpd.ray_training import FEATURE_COLUMNS
 from pmpd.schedulers import DEMO_ARTEFACT, KVCacheScheduler, StaticScheduler
 from pmpd.training import NO_LABEL, Features, Labels, TrainConfig
-from pmpd.weights.base import shared_state
+from pmpd.weights.base import cache_argument, shared_state
 
 Head = Literal["kv_cache", "mean_pooled"]
 
@@ -168,7 +168,7 @@ class Proof:
             ids = torch.tensor([prompt])
             cache = DynamicCache(config=model.config)
             state.set_uniform(bits[0])
-            logits = model(ids, past_key_values=cache, use_cache=True).logits[0].float().log_softmax(-1)
+            logits = model(ids, use_cache=True, **{cache_argument(model): cache}).logits[0].float().log_softmax(-1)
             keys.append(torch.cat([layer.keys[0].mean(0) for layer in cache.layers], dim=-1).half())
             values.append(torch.cat([layer.values[0].mean(0) for layer in cache.layers], dim=-1).half())
             last, loss = logits[-1], -logits[:-1].gather(1, ids[0, 1:, None]).mean() if len(prompt) > 1 else torch.tensor(0.0)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from dataclasses import dataclass
+from typing import Literal
 
 import tyro
 from rich.console import Console
@@ -90,8 +91,8 @@ class GenerateJob:
     """Static search: grid points per pair, from never to always high."""
     use_multi_model: bool = False
     """--model-path is a JSON of one checkpoint per precision (GPTQ), not an Any-Precision checkpoint."""
-    batch_size: int = 64
-    """Conversations that decode together in a worker, and per unit of work (and Parquet file)."""
+    batch_size: int | Literal["auto"] = 64
+    """Conversations that decode together in a worker, and per unit of work (and Parquet file); auto: what its memory holds."""
     reuse_cache: bool = True
     """Later turns start from the cache of the prompt before."""
     num_workers: int | None = None
@@ -144,11 +145,12 @@ def main(job: GenerateJob, console: Console | None = None) -> str:
         runs = tuple(sweep_runs(config))
         fingerprint = checkpoint.fingerprint()
         sweeps[group] = Sweep(benchmark, split, questions, runs, job.model_id, fingerprint, template, job.num_choices, job.static_search)
+    slots, unit_rows = farm.batch_of(job.batch_size)
     farm.connect()
     for group, sweep in sweeps.items():
         model = farm.ModelSource(paths[group], None if group == "fp" else chain, job.kernel, job.trust_remote_code)
-        options = farm.FarmOptions(job.num_workers, job.gpus_per_worker, sweep.unit_rows(job.batch_size), job.retry_errors)
-        generate(sweep, model, tables.join(folder, group), job.batch_size, job.reuse_cache, options)
+        options = farm.FarmOptions(job.num_workers, job.gpus_per_worker, sweep.unit_rows(unit_rows), job.retry_errors)
+        generate(sweep, model, tables.join(folder, group), slots, job.reuse_cache, options)
     rows = [row for _, _, found in read_generations(folder) for row in found]
     console.print(result_table(rows))
     if job.static_search:

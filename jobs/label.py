@@ -49,8 +49,8 @@ class LabelJob:
     """Precision chain, descending; neighbours are the pairs that get a label each."""
     max_new_tokens: int = 256
     """New tokens per trajectory."""
-    batch_size: int = 32
-    """Trajectories that decode together in a worker, and prompts per unit of work (and Parquet file)."""
+    batch_size: int | Literal["auto"] = 32
+    """Trajectories that decode together in a worker, and prompts per unit of work (and Parquet file); auto: what its memory holds."""
     num_workers: int | None = None
     """Default: one per GPU; without GPUs one per two cores."""
     gpus_per_worker: float | None = None
@@ -74,8 +74,9 @@ class LabelJob:
 def main(job: LabelJob, console: Console | None = None) -> farm.FarmResult | None:
     """Runs the stages and prints the table; the result of the last one. ValueError for anything the user can cure."""
     console = console or Console()
-    chain = LabelConfig(chain_of(job.precisions), job.max_new_tokens, job.batch_size).precisions
-    options = farm.FarmOptions(job.num_workers, job.gpus_per_worker, job.batch_size, job.retry_errors)
+    slots, unit_rows = farm.batch_of(job.batch_size)
+    chain = LabelConfig(chain_of(job.precisions), job.max_new_tokens, slots).precisions
+    options = farm.FarmOptions(job.num_workers, job.gpus_per_worker, unit_rows, job.retry_errors)
     source = PromptConfig(job.dataset, job.dataset_config, job.split, job.size, job.seed)
     quantized = open_checkpoint(local_folder(job.model_path), job.trust_remote_code, multi=job.use_multi_model)
     reference = Checkpoint(local_folder(job.reference_model_path), job.trust_remote_code)
@@ -104,11 +105,11 @@ def main(job: LabelJob, console: Console | None = None) -> farm.FarmResult | Non
         console.print(f"{counts['rows']} prompts" + (f" ({told})" if told else "") + f" in {tables.data_folder(prompts)}")
         if job.stage in ("all", "references"):
             model = farm.ModelSource(job.reference_model_path, None, None, job.trust_remote_code)
-            task: farm.FarmTask = farm.ReferenceTask(model, job.max_new_tokens, job.batch_size)
+            task: farm.FarmTask = farm.ReferenceTask(model, job.max_new_tokens, slots)
             result = farm.run(task, {"prompts": prompts}, references, identity, options, lease)
         if job.stage in ("all", "labels"):
             model = farm.ModelSource(job.model_path, chain, job.kernel, job.trust_remote_code)
-            task = farm.LabelTask(model, chain, job.max_new_tokens, job.batch_size)
+            task = farm.LabelTask(model, chain, job.max_new_tokens, slots)
             result = farm.run(task, {"prompts": prompts, "references": references}, labels, label_identity, options, lease)
     if result is not None:
         if result.dataset == labels:

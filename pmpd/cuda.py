@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
-from typing import TypeVar
 
 import torch
-
-_Result = TypeVar("_Result")
 
 
 def device_name(device: torch.device) -> str:
@@ -74,15 +71,3 @@ def plan_slots(free: int, bytes_per_token: int, max_length: int, reserve_bytes: 
             f"beside {reserve_bytes / 2**30:.1f} GiB for activations; shorten --max-new-tokens or the prompts, or use a larger GPU"
         )
     return min(most, 1 << (int(rows).bit_length() - 1))
-
-
-def halving(slots: int, run: Callable[[int], _Result]) -> _Result:
-    """`run(slots)`; after an out-of-memory again with half the slots, until one slot is too many too (then the error is raised)."""
-    while True:
-        try:
-            return run(slots)
-        except RuntimeError as error:
-            if not is_out_of_memory(error) or slots == 1:
-                raise
-        slots //= 2
-        release_memory()

@@ -28,7 +28,7 @@ from pmpd.graph_steps import GraphSteps, top_probability
 from pmpd.lean import recognise
 from pmpd.schedulers import NEVER, PrefillState, Scheduler, chain_bits
 from pmpd.slots import Plan, SlotCache, Stretch, slot_attention
-from pmpd.weights.base import shared_state
+from pmpd.weights.base import cache_argument, shared_state
 
 PREFILL_TOKENS = 4096
 """Prompt tokens of one prefill forward, at most (a longer prompt runs alone)."""
@@ -63,6 +63,15 @@ class Request:
     want_features: bool = False
     want_prefix: bool = False
     forks: tuple[Fork, ...] = ()
+
+    def all_keys(self) -> set[str]:
+        """Of all completions that come of it: its own and its forks'."""
+        keys, forks = {self.key}, list(self.forks)
+        while forks:
+            fork = forks.pop()
+            keys.add(fork.key)
+            forks += fork.forks
+        return keys
 
 
 @dataclass(frozen=True)
@@ -136,6 +145,7 @@ class Engine:
         self.max_length = max_length
         self.sync_every = sync_every
         self.state = shared_state(model)
+        self.cache_argument = cache_argument(model)
         self.device = next(model.parameters()).device
         self.lean = recognise(model, self.state) if lean else None
         self.steps = GraphSteps.of(model) if lean and self.device.type == "cuda" else None
@@ -169,9 +179,9 @@ class Engine:
             output = self.model(
                 input_ids=input_ids[None],
                 position_ids=plan.positions[None],
-                past_key_values=self.cache,
                 use_cache=True,
                 logits_to_keep=0 if keep is None else keep,
+                **{self.cache_argument: self.cache},
             )
         return output.logits[0]
 
@@ -313,6 +323,7 @@ class _Run:
         for array in (self.produced, self.seen, self.decode_seconds):
             array[at] = 0
         probability = self._take_tokens(at, logits)
+        fetched = self._fetch()
         seconds = (time.perf_counter() - started) / len(batch)
         for row in batch:
             row.prefill_seconds = seconds
@@ -322,7 +333,7 @@ class _Run:
             if row.pending:
                 self.holders.add(row.slot)
         self._decide(batch, at, probability)
-        self._look_at_tokens()
+        self._end_rows(*fetched)
 
     def _decide(self, batch: list[_Row], at: np.ndarray, probability: Tensor | None) -> None:
         if self.scheduler is None:
@@ -390,10 +401,20 @@ class _Run:
     # -- rows go --------------------------------------------------------------------------------------------------------
 
     def _look_at_tokens(self) -> None:
-        """Brings the new tokens to the host (one transfer) and ends the rows that have ended."""
+        """Brings the new tokens to the host and ends the rows that have ended."""
+        started = time.perf_counter()
+        live, first, fetched = self._fetch()
+        # a GPU has run the forwards by now, but not when they were given to it
+        self.decode_seconds[live] += (time.perf_counter() - started) / len(live)
+        self._end_rows(live, first, fetched)
+
+    def _fetch(self) -> tuple[np.ndarray, int, np.ndarray]:
+        """(live slots, the first column fetched, new tokens and the flag of bad logits by slot), in one transfer."""
         live = np.flatnonzero(self.alive)
         first, last = int(self.seen[live].min()), int(self.produced[live].max())
-        fetched = torch.cat([self.tokens[:, first:last], self.bad[:, None]], dim=1).cpu().numpy()
+        return live, first, torch.cat([self.tokens[:, first:last], self.bad[:, None]], dim=1).cpu().numpy()
+
+    def _end_rows(self, live: np.ndarray, first: int, fetched: np.ndarray) -> None:
         for slot in live.tolist():
             seen, produced = int(self.seen[slot]), int(self.produced[slot])
             new = fetched[slot, seen - first : produced - first]

@@ -32,7 +32,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, ClassVar, TextIO
+from typing import Any, ClassVar, Literal, TextIO
 
 import pyarrow as pa
 import ray
@@ -102,6 +102,15 @@ class FarmTask(ABC):
     @abstractmethod
     def build(self, place: Place) -> BuiltTask:
         """Loads what the work needs. A ValueError stops the run with its message."""
+
+
+AUTO_UNIT_ROWS = 64
+"""Items of a unit where the rows that decode together follow from a worker's memory."""
+
+
+def batch_of(batch_size: int | Literal["auto"]) -> tuple[int | None, int]:
+    """What a job's --batch-size means: (rows that decode together, None = as many as the worker's memory holds; items of a unit)."""
+    return (None, AUTO_UNIT_ROWS) if batch_size == "auto" else (batch_size, batch_size)
 
 
 @dataclass(frozen=True)
@@ -1089,7 +1098,7 @@ class ReferenceTask(FarmTask):
 
     model: ModelSource
     max_new_tokens: int
-    slots: int
+    slots: int | None
     table = "references"
 
     def build(self, place: Place) -> BuiltTask:
@@ -1113,7 +1122,7 @@ class LabelTask(FarmTask):
     model: ModelSource
     precisions: tuple[int, ...]
     max_new_tokens: int
-    slots: int
+    slots: int | None
     table = "labels"
 
     def build(self, place: Place) -> BuiltTask:

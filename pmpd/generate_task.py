@@ -24,7 +24,7 @@ class GenerateTask(FarmTask):
 
     model: ModelSource
     runs: tuple[Run, ...]
-    slots: int
+    slots: int | None
     reuse_cache: bool = True
     table = "generations"
     id_column = "conversation_id"
@@ -84,7 +84,9 @@ class Sweep:
         }
 
 
-def generate(sweep: Sweep, model: ModelSource, folder: str, slots: int, reuse_cache: bool, options: farm.FarmOptions) -> farm.FarmResult:
+def generate(
+    sweep: Sweep, model: ModelSource, folder: str, slots: int | None, reuse_cache: bool, options: farm.FarmOptions
+) -> farm.FarmResult:
     """Answers on the cluster that `farm.connect` joined; continues what an earlier call left undone. The rows are in `folder`."""
     conversations, identity = tables.join(folder, "conversations"), sweep.identity()
     answers = tables.join(folder, "answers")

@@ -192,7 +192,9 @@ class _Conversation:
 class Generator:
     """Answers conversations with one model. `forward_seconds` is measured once, here, by the worker that answers."""
 
-    def __init__(self, model: PMPDForCausalLM, runs: Sequence[Run], slots: int = 32, reuse_cache: bool = True, device: str = "") -> None:
+    def __init__(
+        self, model: PMPDForCausalLM, runs: Sequence[Run], slots: int | None = 32, reuse_cache: bool = True, device: str = ""
+    ) -> None:
         self.model = model
         self.runs = {run.name: run for run in runs}
         self.slots = slots
@@ -287,9 +289,8 @@ class Generator:
         requests = [Request(key, turn.ids, run.max_new_tokens, prefix=turn.prefix, want_prefix=keep) for key, (_, turn) in ordered]
         stop = {name: stops(name) for name in {turn.row["template"] for _, turn in turns.values()}}
         ends = self.model.eos_token_ids.union(*(entry.token_ids for entry in stop.values()))
-        longest = max(len(request.input_ids) for request in requests) + run.max_new_tokens
-        engine = self.model.engine(min(self.slots, max(len(requests), 1)), longest)
-        for completion in engine.run(requests, scheduler, run.prefill_bit, ends):
+        slots = None if self.slots is None else min(self.slots, len(requests))
+        for completion in self.model.complete(requests, scheduler, run.prefill_bit, slots, ends):
             conversation, turn = turns[completion.key]
             conversation.prefix = completion.prefix.head(len(turn.ids)) if completion.prefix else None
             turn.row |= self._result(run, completion, stop[turn.row["template"]].cut, scheduler)

@@ -36,14 +36,14 @@ class LabelConfig:
     """The precision chain; consecutive members are the pairs that get a label each. The first is also the prefill's precision."""
     max_new_tokens: int = 256
     """New tokens of every trajectory, at most."""
-    slots: int = 64
-    """Trajectories that decode together."""
+    slots: int | None = 64
+    """Trajectories that decode together; None: as many as memory holds."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "precisions", check_chain(self.precisions))
         if self.max_new_tokens < 4:
             raise ValueError(f"--max-new-tokens {self.max_new_tokens}: four at least, so that the switch classes differ")
-        if self.slots < 1:
+        if self.slots is not None and self.slots < 1:
             raise ValueError(f"--batch-size {self.slots}: one at least")
 
 
@@ -57,8 +57,7 @@ def reference_prompts(model: PMPDForCausalLM, prompts: Iterable[Mapping[str, Any
     without `worker`, in any order."""
     rows = {row["prompt_id"]: row for row in prompts}
     requests = [Request(key, row["input_ids"], config.max_new_tokens) for key, row in rows.items()]
-    engine = model.engine(config.slots, _longest(requests))
-    for completion in engine.run(requests, None, model.precisions[0], model.eos_token_ids):
+    for completion in model.complete(requests, None, model.precisions[0], config.slots):
         yield {
             "prompt_id": completion.key,
             "prompt_tokens": len(rows[completion.key]["input_ids"]),
@@ -90,9 +89,8 @@ def label_prompts(
     if not requests:
         return
     model.decide(plan.scheduler, config.precisions[0])
-    engine = model.engine(config.slots, _longest(requests))
     open_rows: dict[str, dict[str, Completion]] = {}
-    for completion in engine.run(requests, plan.scheduler, config.precisions[0], model.eos_token_ids):
+    for completion in model.complete(requests, plan.scheduler, config.precisions[0], config.slots):
         key, _, name = completion.key.partition("/")
         trajectories = open_rows.setdefault(key, {})
         trajectories[name] = completion
@@ -192,7 +190,3 @@ def _row_head(row: Mapping[str, Any]) -> dict[str, Any]:
 def decode_text(model: PMPDForCausalLM, tokens: Sequence[int]) -> str:
     """The text of new tokens, without special ones."""
     return cast(str, model.tokenizer.decode(list(tokens), skip_special_tokens=True))  # a list of texts only for a list of lists
-
-
-def _longest(requests: Sequence[Request]) -> int:
-    return max((len(request.input_ids) + request.max_new_tokens for request in requests), default=1)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +21,8 @@ from pmpd.weights import anyprec, dense, mixed
 from pmpd.weights.base import compute_dtype
 from pmpd.weights.checkpoint import Checkpoint
 from pmpd.weights.mixed import MultiCheckpoint
+
+_log = logging.getLogger(__name__)
 
 
 @dataclass
@@ -90,6 +93,7 @@ class PMPDForCausalLM(nn.Module):
         self.eos_token_ids = _eos_token_ids(self.model, self.tokenizer)
         self.scheduler: Scheduler | None = None
         self._engine: Engine | None = None
+        self._most_slots = 2**31  # more ran out of memory
 
     @classmethod
     def from_pretrained(cls, model_path: str | Path, precisions: Sequence[int] | None = None, **options) -> PMPDForCausalLM:
@@ -108,18 +112,55 @@ class PMPDForCausalLM(nn.Module):
     def engine(self, slots: int | None = None, max_length: int | None = None) -> Engine:
         """An engine of at least that size, kept and reused while it is large enough.
 
-        `slots` None: on a GPU what its free memory holds, on a CPU 32.
+        `slots` None: on a GPU what its free memory holds, on a CPU 32. Never more than the memory has been seen to hold (`complete`).
         """
         max_length = min(max_length or self.max_positions, self.max_positions)
-        if slots is None:
-            slots = self._engine.slots if self._engine is not None else self._planned_slots(max_length)
         engine = self._engine
-        if engine is None or engine.slots < slots or engine.max_length < max_length or engine.device != self.device:
-            self._engine = None  # its cache goes before the new one comes
+        if engine is not None and (engine.max_length < max_length or engine.device != self.device):
+            engine = self._engine = None  # its cache goes before the new one is planned
+        if slots is None:
+            slots = engine.slots if engine is not None else self._planned_slots(max_length)
+        slots = min(slots, self._most_slots)
+        if engine is None or engine.slots < slots:
+            engine = self._engine = None
             # a GPU runs ahead of the host, so the host looks at the tokens now and then only
-            self._engine = Engine(self.model, slots, max_length, sync_every=8 if self.device.type == "cuda" else 1)
-        assert self._engine is not None
-        return self._engine
+            engine = self._engine = Engine(self.model, slots, max_length, sync_every=8 if self.device.type == "cuda" else 1)
+        return engine
+
+    def complete(
+        self,
+        requests: Sequence[Request],
+        scheduler: Scheduler | None,
+        prefill_bit: int,
+        slots: int | None = None,
+        eos_token_ids: Collection[int] | None = None,
+    ) -> Iterator[Completion]:
+        """`Engine.run` that survives an out-of-memory: the slots are halved, for good, and what is unfinished is done again.
+
+        `slots`: requests that decode together (None: as many as memory holds). `eos_token_ids`: default the model's.
+        """
+        longest = max((len(request.input_ids) + request.max_new_tokens for request in requests), default=1)
+        ends = self.eos_token_ids if eos_token_ids is None else eos_token_ids
+        done: set[str] = set()
+        engine: Engine | None
+        while True:
+            left = [request for request in requests if not done.issuperset(request.all_keys())]
+            engine, used = None, slots
+            try:
+                engine = self.engine(slots, longest)
+                used = engine.slots
+                for completion in engine.run(left, scheduler, prefill_bit, ends):
+                    if completion.key not in done:
+                        done.add(completion.key)
+                        yield completion
+                return
+            except RuntimeError as error:
+                if not cuda.is_out_of_memory(error) or used is None or used == 1:
+                    raise
+            engine = self._engine = None
+            self._most_slots = used // 2
+            cuda.release_memory()
+            _log.warning("out of memory with %d rows at a time; going on with %d", used, self._most_slots)
 
     @property
     def kv_heads(self) -> int:
@@ -168,8 +209,8 @@ class PMPDForCausalLM(nn.Module):
         `keys`: names of the rows, from which random schedulers draw (default: a hash of the prompt).
         """
         requests = self._requests(input_ids, max_new_tokens, past_key_values, attention_mask, keys)
-        engine, scheduler, bits = self._prepare(requests, prefill_bit)
-        by_key = {completion.key: completion for completion in engine.run(requests, scheduler, bits, self.eos_token_ids)}
+        scheduler, bits = self.decide(self.scheduler, prefill_bit)
+        by_key = {completion.key: completion for completion in self.complete(requests, scheduler, bits, len(requests))}
         completions = [by_key[request.key] for request in requests]
         failed = [completion for completion in completions if completion.error]
         if failed:
@@ -187,17 +228,13 @@ class PMPDForCausalLM(nn.Module):
         requests = self._requests(input_ids, max_new_tokens, past_key_values, None, None)
         if len(requests) != 1:
             raise ValueError(f"stream takes one prompt, got {len(requests)}; use generate for a batch")
-        engine, scheduler, bits = self._prepare(requests, prefill_bit)
+        scheduler, bits = self.decide(self.scheduler, prefill_bit)
+        engine = self.engine(1, len(requests[0].input_ids) + max_new_tokens)
         for event in engine.stream(requests, scheduler, bits, self.eos_token_ids):
             if isinstance(event, TokenEvent):
                 yield event.token, event.bits
             elif event.error:
                 raise ValueError(event.error)
-
-    def _prepare(self, requests: list[Request], prefill_bit: int | None) -> tuple[Engine, Scheduler | None, int]:
-        scheduler, bits = self.decide(self.scheduler, prefill_bit)
-        longest = max(len(request.input_ids) + request.max_new_tokens for request in requests)
-        return self.engine(len(requests), longest), scheduler, bits
 
     def _requests(
         self,

@@ -14,7 +14,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
 from pmpd.schedulers import PrefillState, Scheduler, chain_bits
-from pmpd.weights.base import shared_state
+from pmpd.weights.base import cache_argument, shared_state
 
 
 @dataclass
@@ -40,9 +40,10 @@ def decode(
     """Greedy decoding of one prompt. `switch_steps` overrides the scheduler's decision; no scheduler: all at `prefill_bits`."""
     state = shared_state(model)
     cache = DynamicCache(config=model.config)
+    kept = {cache_argument(model): cache}
 
     state.set_uniform(prefill_bits)
-    logits = model(torch.tensor([list(input_ids)], device=model.device), past_key_values=cache, use_cache=True).logits[0, -1]
+    logits = model(torch.tensor([list(input_ids)], device=model.device), use_cache=True, **kept).logits[0, -1]
     tokens, bits = [int(logits.argmax())], [prefill_bits]
 
     steps: np.ndarray = np.zeros((1, 0), dtype=np.int32)
@@ -58,7 +59,7 @@ def decode(
             break
         precision = int(chain_bits(chain, steps, np.asarray([t]))[0])
         state.set_uniform(precision)
-        logits = model(torch.tensor([[tokens[-1]]], device=model.device), past_key_values=cache, use_cache=True).logits[0, -1]
+        logits = model(torch.tensor([[tokens[-1]]], device=model.device), use_cache=True, **kept).logits[0, -1]
         tokens.append(int(logits.argmax()))
         bits.append(precision)
         if scheduler is not None:

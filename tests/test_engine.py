@@ -153,6 +153,37 @@ def test_forks_equal_the_trajectories_decoded_alone(anyprec_model, slots):
             assert expanded(completion) == truth.bits
 
 
+def test_an_out_of_memory_halves_the_slots_and_loses_nothing(anyprec_folder, monkeypatch, caplog):
+    """The memory holds 3 rows; some rows have ended, and forks have started, when a fourth and fifth want in."""
+    model = PMPDForCausalLM(anyprec_folder("llama"), kernel="reference").eval()
+    h, never = class_steps(13), 12
+    scheduler = Scheduler.get_scheduler("static", precisions=[4, 3, 2], high_bit_steps=[never, never])
+    requests = [
+        Request(f"{i}/high", p, 13, (never, never), forks=tuple(Fork(f"{i}/{k}", h[k], (h[k], never)) for k in range(3)))
+        for i, p in enumerate(random_prompts(6, 20, seed=2))
+    ]
+    expected = {c.key: c.tokens for c in model.complete(requests, scheduler, 4, 3)}
+    forward, sizes = Engine.forward, []
+
+    def limited(self, input_ids, plan, keep):
+        rows = len(plan.stretches) or len(input_ids)
+        if rows > 3:
+            sizes.append(self.slots)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, input_ids, plan, keep)
+
+    monkeypatch.setattr(Engine, "forward", limited)
+    completions = list(model.complete(requests, scheduler, 4, 14))
+    assert {c.key: c.tokens for c in completions} == expected
+    assert len(completions) == len(expected), "a row that was done again came twice"
+    assert sizes == [14, 7]
+    assert "going on with 3" in caplog.text
+    assert model.engine(14, 20).slots == 3, "the next unit must not run out of memory again"
+    monkeypatch.setattr(Engine, "forward", lambda *_: (_ for _ in ()).throw(RuntimeError("something else")))
+    with pytest.raises(RuntimeError, match="something else"):
+        list(model.complete(requests, scheduler, 4, 2))
+
+
 def test_streaming_yields_what_generate_returns(anyprec_model):
     model = anyprec_model("llama")
     prompts = random_prompts(3, 20, seed=4)

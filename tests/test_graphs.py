@@ -168,20 +168,3 @@ def test_slots_follow_from_free_memory():
     assert cuda.plan_slots((2 << 30) + token_bytes * 2304, token_bytes, 2304) == 1
     with pytest.raises(ValueError, match=r"one row of 2304 tokens needs 0\.28 GiB"):
         cuda.plan_slots(2 << 30, token_bytes, 2304)
-
-
-def test_an_out_of_memory_halves_the_slots_and_goes_on():
-    tried = []
-
-    def work(slots):
-        tried.append(slots)
-        if slots > 4:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return slots
-
-    assert cuda.halving(32, work) == 4
-    assert tried == [32, 16, 8, 4]
-    with pytest.raises(torch.OutOfMemoryError):
-        cuda.halving(8, lambda slots: (_ for _ in ()).throw(torch.OutOfMemoryError("CUDA out of memory")))
-    with pytest.raises(RuntimeError, match="other"):
-        cuda.halving(8, lambda slots: (_ for _ in ()).throw(RuntimeError("other")))

@@ -5,6 +5,7 @@ Legend: M tokens, K in_features, N out_features.
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -85,6 +86,11 @@ class PrecisionLinear(nn.Module, ABC):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, precisions={self.precisions}"
+
+
+def cache_argument(model: nn.Module) -> str:
+    """What the model's forward calls its KV cache: `cache`, or `past_key_values` before transformers 5.24 and in older model code."""
+    return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
 def shared_state(model: nn.Module) -> PrecisionState:
