@@ -38,9 +38,14 @@ class KVCacheClassifier(nn.Module):
     H groups of H queries attend over T (scaled dot product, dropout on the weights); the attended values are averaged within each
     group, concatenated to H·D, layer-normed, Linear(H·D, H·D), ReLU, Linear(H·D, 4). Returns logits, never probabilities:
     a softmax before the cross-entropy would flatten its gradient.
+
+    `generator`: draws the initial weights; None = the process-wide one, which other threads may be drawing from.
     """
 
-    def __init__(self, dim: int, num_heads: int, dropout: float = 0.0) -> None:
+    generator: torch.Generator | None = None
+    """Draws the dropout."""
+
+    def __init__(self, dim: int, num_heads: int, dropout: float = 0.0, generator: torch.Generator | None = None) -> None:
         super().__init__()
         if dim < 1 or num_heads < 1 or not 0 <= dropout < 1:
             raise ValueError(f"dim {dim}, num_heads {num_heads}, dropout {dropout}: dim and heads >= 1, 0 <= dropout < 1")
@@ -49,10 +54,10 @@ class KVCacheClassifier(nn.Module):
         self.dropout = dropout
         width = num_heads * dim
         self.queries = nn.Parameter(torch.empty(num_heads, num_heads, dim))
-        nn.init.xavier_normal_(self.queries)
+        nn.init.xavier_normal_(self.queries, generator=generator)
         self.norm = nn.LayerNorm(width)
-        self.hidden = nn.Linear(width, width)
-        self.head = nn.Linear(width, NUM_CLASSES)
+        self.hidden = _linear(width, width, generator)
+        self.head = _linear(width, NUM_CLASSES, generator)
 
     def forward(self, keys_BTD: Tensor, values_BTD: Tensor, lengths_B: Tensor) -> Tensor:
         """Logits float32 [B, 4]. Tokens at or after `lengths_B` count for nothing."""
@@ -62,18 +67,29 @@ class KVCacheClassifier(nn.Module):
         queries_QD = self.queries.reshape(-1, dim)
         scores_BQT = torch.matmul(queries_QD, keys_BTD.transpose(1, 2)) / math.sqrt(dim)
         scores_BQT = scores_BQT.masked_fill(~mask_of(lengths_B, tokens)[:, None, :], -math.inf)
-        weights_BQT = F.dropout(scores_BQT.softmax(-1), self.dropout, self.training)
+        weights_BQT = scores_BQT.softmax(-1)
+        if self.training and self.dropout > 0:
+            kept = torch.empty_like(weights_BQT).bernoulli_(1 - self.dropout, generator=self.generator)
+            weights_BQT = weights_BQT * kept.div_(1 - self.dropout)
         attended = torch.matmul(weights_BQT, values_BTD).view(batch, self.num_heads, self.num_heads, dim).mean(2)
         return self.head(F.relu(self.hidden(self.norm(attended.flatten(1)))))
+
+
+def _linear(inputs: int, outputs: int, generator: torch.Generator | None) -> nn.Linear:
+    """`nn.Linear` with the initial weights it always has, drawn from `generator`."""
+    linear = nn.utils.skip_init(nn.Linear, inputs, outputs)
+    nn.init.kaiming_uniform_(linear.weight, a=math.sqrt(5), generator=generator)
+    nn.init.uniform_(linear.bias, -1 / math.sqrt(inputs), 1 / math.sqrt(inputs), generator=generator)
+    return linear
 
 
 class MeanPooledClassifier(nn.Module):
     """The simple head every result is compared with: one linear layer on the mean key and the mean value."""
 
-    def __init__(self, dim: int) -> None:
+    def __init__(self, dim: int, generator: torch.Generator | None = None) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(2 * dim)
-        self.head = nn.Linear(2 * dim, NUM_CLASSES)
+        self.head = _linear(2 * dim, NUM_CLASSES, generator)
 
     def forward(self, keys_BTD: Tensor, values_BTD: Tensor, lengths_B: Tensor) -> Tensor:
         """Logits float32 [B, 4]."""
@@ -164,7 +180,7 @@ def load_artefact(
     classifiers = nn.ModuleList()
     digest = hashlib.sha256()
     for pair in pairs:
-        classifier = KVCacheClassifier(config.dim, config.num_heads)
+        classifier = KVCacheClassifier(config.dim, config.num_heads, generator=torch.Generator())
         wanted = {name: tuple(tensor.shape) for name, tensor in classifier.state_dict().items()}
         found = {name: tuple(tensor.shape) for name, tensor in states[pair].items()}
         if wanted != found:

@@ -284,18 +284,18 @@ class PairTraining:
         per_step = size * self.config.gradient_accumulation_steps
         self.model.train()
         total = torch.zeros(1)
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            torch.manual_seed(seed + self.workers.rank)  # dropout: a resumed run draws what an undisturbed one does
-            for start in range(0, len(order), per_step):
-                step_rows = order[start : start + per_step]
-                self.optimizer.zero_grad(set_to_none=False)
-                for micro in range(0, len(step_rows), size):
-                    loss = self._loss(step_rows[micro : micro + size])
-                    if loss is not None:
-                        (loss / len(step_rows)).backward()
-                        total += loss.detach().cpu()
-                self._sum_gradients()
-                self.optimizer.step()
+        if isinstance(self.model, KVCacheClassifier):  # a resumed run drops what an undisturbed one does, whatever else this process draws
+            self.model.generator = torch.Generator(self.device).manual_seed(seed + self.workers.rank)
+        for start in range(0, len(order), per_step):
+            step_rows = order[start : start + per_step]
+            self.optimizer.zero_grad(set_to_none=False)
+            for micro in range(0, len(step_rows), size):
+                loss = self._loss(step_rows[micro : micro + size])
+                if loss is not None:
+                    (loss / len(step_rows)).backward()
+                    total += loss.detach().cpu()
+            self._sum_gradients()
+            self.optimizer.step()
         self.workers.sum(total)
         line = {"pair": self.name, "epoch": number, "train_rows": len(order), "train_loss": float(total) / len(order)}
         logits_NK = self.logits()
@@ -366,9 +366,8 @@ HEADS = ("kv_cache", "mean_pooled")
 
 def make_head(head: str, dim: int, num_heads: int, dropout: float, seed: int, pair: int) -> nn.Module:
     """A freshly initialised head; the weights depend on (seed, pair) only."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed * 1009 + pair)
-        return KVCacheClassifier(dim, num_heads, dropout) if head == "kv_cache" else MeanPooledClassifier(dim)
+    generator = torch.Generator().manual_seed(seed * 1009 + pair)
+    return KVCacheClassifier(dim, num_heads, dropout, generator) if head == "kv_cache" else MeanPooledClassifier(dim, generator)
 
 
 @dataclass

@@ -147,6 +147,16 @@ def test_training_is_deterministic_on_cpu():
     assert not torch.equal(first.logits["kv_cache/4-3"], other.logits["kv_cache/4-3"])
 
 
+def test_training_neither_draws_from_the_process_wide_generator_nor_sets_it():
+    """Other threads draw from it too: seeding it would give two trainings, or a training and its process, each other's numbers."""
+    labels, features = made_up()
+    before = torch.get_rng_state()
+    first = training.train(labels, features, 2, CONFIG)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(7)
+    assert torch.equal(training.train(labels, features, 2, CONFIG).logits["kv_cache/4-3"], first.logits["kv_cache/4-3"])
+
+
 def test_a_resumed_training_ends_as_an_undisturbed_one():
     labels, features = made_up()
     undisturbed = training.train(labels, features, 2, CONFIG)
@@ -200,7 +210,8 @@ def test_two_workers_with_half_the_features_fit_what_one_does():
         thread.join(60)
     for name, logits in alone.logits.items():
         torch.testing.assert_close(results[0].logits[name], logits, rtol=1e-3, atol=1e-3)
-        assert torch.equal(results[0].logits[name], results[1].logits[name])
+        first, second = (result.fits[name].best_model for result in results)
+        assert all(torch.equal(first[tensor], second[tensor]) for tensor in first), "the workers hold different weights"
 
 
 def test_early_stopping_keeps_the_weights_of_the_lowest_validation_loss():
