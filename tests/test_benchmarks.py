@@ -1,5 +1,6 @@
 """Benchmarks: ids, published schemas, templates, malformed input."""
 
+import dataclasses
 import gzip
 import json
 import subprocess
@@ -118,6 +119,80 @@ def test_a_malformed_line_is_named_with_the_schema(tmp_path: Path, bad: str, sai
     path.write_text(json.dumps(RECORDS["mt_bench"]) + "\n\n" + bad + "\n")
     with pytest.raises(ValueError, match=rf"question\.jsonl {said}"):
         load_questions(BENCHMARKS["mt_bench"], question_file=path)
+
+
+def test_a_malformed_element_of_an_array_is_named_as_that(tmp_path: Path) -> None:
+    path = tmp_path / "question.json"
+    good = RECORDS["mt_bench"]
+    path.write_text("\n" + json.dumps([good, {**good, "question_id": None}], indent=1))
+    with pytest.raises(ValueError, match=r"question\.json element 2: 'question_id'"):
+        load_questions(BENCHMARKS["mt_bench"], question_file=path)
+    path.write_text(json.dumps([good, good]))
+    with pytest.raises(ValueError, match=r"element 2: the id '81' is taken by element 1"):
+        load_questions(BENCHMARKS["mt_bench"], question_file=path)
+    path.write_text(json.dumps([good, "text"]))
+    with pytest.raises(ValueError, match=r"element 2: a JSON object is wanted, got str"):
+        load_questions(BENCHMARKS["mt_bench"], question_file=path)
+
+
+def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path) -> None:
+    path = tmp_path / "question.jsonl"
+    path.write_text(json.dumps(RECORDS["mt_bench"]), encoding="utf-8-sig")
+    assert load_questions(BENCHMARKS["mt_bench"], question_file=path)[0].key == "81"
+
+
+@pytest.mark.parametrize("damage", ["not gzip", "cut off", "flipped bits", "not Parquet"])
+def test_a_damaged_file_is_named_and_no_traceback(tmp_path: Path, damage: str) -> None:
+    content = gzip.compress(b"".join(json.dumps({**RECORDS["mt_bench"], "question_id": n}).encode() + b"\n" for n in range(500)))
+    path = tmp_path / ("q.parquet" if damage == "not Parquet" else "q.jsonl.gz")
+    path.write_bytes({"cut off": content[:-20], "flipped bits": content[:40] + bytes(40) + content[80:]}.get(damage, b"plain text"))
+    with pytest.raises(ValueError, match=rf"--question-file .*{path.name}: can't be read"):
+        load_questions(BENCHMARKS["mt_bench"], question_file=path)
+
+
+HUB = {
+    "mt_bench": {"path": "HuggingFaceH4/mt_bench_prompts", "split": "train"},
+    "cnn_dm": {"path": "abisee/cnn_dailymail", "name": "3.0.0", "split": "test"},
+    "dialogsum": {"path": "knkarthick/dialogsum", "split": "test"},
+    "iwslt": {"path": "IWSLT/iwslt2017", "data_dir": "iwslt2017-fr-en", "revision": "refs/convert/parquet", "split": "test"},
+}
+
+
+@pytest.mark.parametrize("name", HUB)
+def test_a_benchmark_asks_the_hub_for_its_data_set_and_split(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr("datasets.load_dataset", lambda **options: asked.append(options) or [RECORDS[name]])
+    assert load_questions(BENCHMARKS[name])[0].category
+    if name != "mt_bench":
+        load_questions(BENCHMARKS[name], split="validation")
+    assert asked[0] == {**HUB[name], "streaming": True}
+    assert [options["split"] for options in asked[1:]] == ["validation"] * (name != "mt_bench")
+
+
+def test_a_hub_that_cannot_be_reached_names_the_way_around(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(**_: object) -> None:
+        raise ConnectionError("no route\nto host")
+
+    monkeypatch.setattr("datasets.load_dataset", offline)
+    with pytest.raises(ValueError, match=r"abisee/cnn_dailymail .* \(ConnectionError: no route\); give a local copy with --question-file"):
+        load_questions(BENCHMARKS["cnn_dm"])
+
+
+def test_iwslt_is_read_from_the_folders_that_the_hub_keeps_parquet_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    for language in ("fr", "de"):
+        for split in ("train", "validation", "test"):
+            folder = tmp_path / "hub" / f"iwslt2017-{language}-en" / split
+            folder.mkdir(parents=True)
+            pq.write_table(pa.table({"translation": [{language: "mot " * 80, "en": f"{split} " * 80}]}), folder / "0000.parquet")
+    iwslt = BENCHMARKS["iwslt"]
+    local = dataclasses.replace(iwslt, hub={**iwslt.hub, "path": str(tmp_path / "hub")})
+    for split in ("validation", "test"):
+        (question,) = load_questions(local, split=split)
+        assert question.references[0].split()[0] == split
 
 
 def test_an_unknown_benchmark_an_absent_file_and_an_empty_range_say_what_to_do(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import csv
 import gzip
 import hashlib
 import json
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +19,8 @@ from typing import Any, Literal, Protocol
 Split = Literal["test", "validation"]
 Reference = Literal["dataset", "reference_output"]
 
-NumberedRecords = Iterator[tuple[int, Mapping[str, Any]]]
-"""(line or row number from 1, record)."""
+PlacedRecords = Iterator[tuple[str, Mapping[str, Any]]]
+"""(where it is, record): "line 3" of a text file, "element 3" of a JSON array, "row 3" of a table; all count from 1."""
 
 CountTokens = Callable[[str], int]
 """Length of a text in the model's tokens, without special tokens."""
@@ -69,8 +70,8 @@ class Benchmark:
     """Default answer length in tokens."""
     schema: str
     """The record schema of a local file, in words, for error messages."""
-    hub: tuple[str, str | None, str | None] | None = None
-    """(data set id, config, revision) on the Hugging Face hub; None: embedded."""
+    hub: Mapping[str, str] | None = None
+    """What `datasets.load_dataset` takes: path (the data set's id on the Hugging Face hub), name, data_dir, revision; None: embedded."""
     splits: Mapping[str, str] | None = None
     """Our split -> the hub's split name; a split that is absent does not exist."""
     records: Callable[[Split], Iterable[Mapping[str, Any]]] | None = None
@@ -108,22 +109,22 @@ def load_questions(
 ) -> list[Question]:
     """The questions [begin, end) of a split, in the data set's order.
 
-    `begin` and `end` count the questions that the benchmark keeps. A malformed record is a ValueError that names its line; two
+    `begin` and `end` count the questions that the benchmark keeps. A malformed record is a ValueError that names its place; two
     records with one key too.
     """
     records, where = _open_records(benchmark, split, question_file)
     questions: list[Question] = []
-    seen: dict[str, int] = {}
-    for number, record in records:
+    seen: dict[str, str] = {}
+    for place, record in records:
         try:
             parsed = benchmark.make(record, count_tokens or _count_words)
         except ValueError as error:
-            raise ValueError(f"{where} line {number}: {error}. Expected: {benchmark.schema}") from None
+            raise ValueError(f"{where} {place}: {error}. Expected: {benchmark.schema}") from None
         if parsed is None:
             continue
         if parsed.key in seen:
-            raise ValueError(f"{where} line {number}: the id {parsed.key!r} is taken by line {seen[parsed.key]}; ids must be unique")
-        seen[parsed.key] = number
+            raise ValueError(f"{where} {place}: the id {parsed.key!r} is taken by {seen[parsed.key]}; ids must be unique")
+        seen[parsed.key] = place
         questions.append(
             Question(prompt_id(benchmark, split, parsed.key), parsed.key, parsed.category, parsed.turns, parsed.references, parsed.template)
         )
@@ -142,16 +143,20 @@ def _count_words(text: str) -> int:
     return len(text.split())
 
 
-def _open_records(benchmark: Benchmark, split: Split, question_file: str | Path | None) -> tuple[NumberedRecords, str]:
+def _open_records(benchmark: Benchmark, split: Split, question_file: str | Path | None) -> tuple[PlacedRecords, str]:
     if question_file is not None:
         return read_records(Path(question_file), benchmark.schema), str(question_file)
     if benchmark.records is not None:
-        return iter(enumerate(benchmark.records(split), start=1)), f"{benchmark.name} ({split})"
+        return _rows(benchmark.records(split)), f"{benchmark.name} ({split})"
     if benchmark.hub is None or split not in (benchmark.splits or {}):
         raise ValueError(
             f"--validation: {benchmark.name} has no {split} split; give one as a local file with --question-file ({benchmark.schema})"
         )
-    return iter(enumerate(_hub_records(benchmark, split), start=1)), f"{benchmark.hub[0]} ({split})"
+    return _rows(_hub_records(benchmark, split)), f"{benchmark.hub['path']} ({split})"
+
+
+def _rows(records: Iterable[Mapping[str, Any]]) -> PlacedRecords:
+    return ((f"row {number}", record) for number, record in enumerate(records, start=1))
 
 
 def _hub_records(benchmark: Benchmark, split: Split) -> Iterator[Mapping[str, Any]]:
@@ -159,62 +164,69 @@ def _hub_records(benchmark: Benchmark, split: Split) -> Iterator[Mapping[str, An
 
     assert benchmark.hub is not None
     assert benchmark.splits is not None
-    name, config, revision = benchmark.hub
     try:
-        dataset = load_dataset(name, config, split=benchmark.splits[split], revision=revision, streaming=True)
-        yield from dataset
+        yield from load_dataset(**benchmark.hub, split=benchmark.splits[split], streaming=True)
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(
-            f"--bench-name {benchmark.name}: {name} could not be read from the Hugging Face hub "
+            f"--bench-name {benchmark.name}: {benchmark.hub['path']} could not be read from the Hugging Face hub "
             f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}); "
             f"give a local copy with --question-file ({benchmark.schema})"
         ) from error
 
 
-def read_records(path: Path, schema: str = "one JSON object per line") -> NumberedRecords:
-    """The records of a .jsonl, .json (an array, or lines), .csv or .parquet file; the text ones also as .gz."""
+def read_records(path: Path, schema: str = "one JSON object per line") -> PlacedRecords:
+    """The records of a .jsonl, .json (an array, or lines), .csv or .parquet file; the text ones also as .gz. ValueError where it is
+    damaged."""
     if not path.is_file():
         raise ValueError(f"--question-file {path}: no such file. Expected: {schema}")
     suffixes = [suffix for suffix in path.suffixes if suffix != ".gz"]
     kind = suffixes[-1] if suffixes else ""
     if kind == ".parquet":
+        import pyarrow as pa
         import pyarrow.parquet as pq
 
-        yield from enumerate(pq.read_table(path).to_pylist(), start=1)
+        try:
+            yield from _rows(pq.read_table(path).to_pylist())
+        except (pa.ArrowException, OSError) as error:
+            raise ValueError(f"--question-file {path}: can't be read as Parquet ({error}); copy it again") from None
         return
     if kind not in (".jsonl", ".json", ".csv"):
         raise ValueError(f"--question-file {path}: known are .jsonl, .json, .csv (each also .gz) and .parquet")
     opener = gzip.open if path.suffix == ".gz" else open
-    with opener(path, "rt", encoding="utf-8", newline="" if kind == ".csv" else None) as file:
-        try:
+    try:
+        with opener(path, "rt", encoding="utf-8-sig", newline="" if kind == ".csv" else None) as file:
             if kind == ".csv":
                 yield from _csv_records(file, path)
             else:
                 yield from _json_records(file, path, schema, array_allowed=kind == ".json")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}: not UTF-8 text ({error}). Expected: {schema}") from None
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not UTF-8 text ({error}). Expected: {schema}") from None
+    except (OSError, EOFError, zlib.error) as error:  # what is wrong with a gzip file can be any of the three
+        raise ValueError(f"--question-file {path}: can't be read ({error}); copy it again") from None
 
 
-def _csv_records(file: Any, path: Path) -> NumberedRecords:
+def _csv_records(file: Any, path: Path) -> PlacedRecords:
     reader = csv.DictReader(file)
     for record in reader:
         if None in record or None in record.values():
             raise ValueError(
                 f"{path} line {reader.line_num}: not {len(reader.fieldnames or [])} columns ({', '.join(reader.fieldnames or [])})"
             )
-        yield reader.line_num, record
+        yield f"line {reader.line_num}", record
 
 
-def _json_records(file: Any, path: Path, schema: str, array_allowed: bool) -> NumberedRecords:
+def _json_records(file: Any, path: Path, schema: str, array_allowed: bool) -> PlacedRecords:
     lines: Iterable[tuple[int, str]] = enumerate(file, start=1)
     for number, line in lines:
         if not line.strip():
             continue
-        if number == 1 and array_allowed and line.lstrip().startswith("["):
-            array = _parse_json(line + file.read(), path, 1, schema)
-            yield from ((n, _checked_object(record, path, n, schema)) for n, record in enumerate(array, start=1))
+        if array_allowed and line.lstrip().startswith("["):
+            array = _parse_json(line + file.read(), path, number, schema)
+            places = ((f"element {index}", record) for index, record in enumerate(array, start=1))
+            yield from ((place, _checked_object(record, path, place, schema)) for place, record in places)
             return
-        yield number, _checked_object(_parse_json(line.rstrip(), path, number, schema), path, number, schema)
+        place = f"line {number}"
+        yield place, _checked_object(_parse_json(line.rstrip(), path, number, schema), path, place, schema)
 
 
 def _parse_json(text: str, path: Path, number: int, schema: str) -> Any:
@@ -225,7 +237,7 @@ def _parse_json(text: str, path: Path, number: int, schema: str) -> Any:
         raise ValueError(f"{path} line {line}: not valid JSON ({error.msg} at column {error.colno}). Expected: {schema}") from None
 
 
-def _checked_object(record: Any, path: Path, number: int, schema: str) -> Mapping[str, Any]:
+def _checked_object(record: Any, path: Path, place: str, schema: str) -> Mapping[str, Any]:
     if not isinstance(record, dict):
-        raise ValueError(f"{path} line {number}: a JSON object is wanted, got {type(record).__name__}. Expected: {schema}")
+        raise ValueError(f"{path} {place}: a JSON object is wanted, got {type(record).__name__}. Expected: {schema}")
     return record

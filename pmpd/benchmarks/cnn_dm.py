@@ -22,6 +22,6 @@ BENCHMARK = Benchmark(
     reference="dataset",
     max_new_tokens=256,
     schema='{"article": "…", "highlights": "…", "id": "…"}',
-    hub=("abisee/cnn_dailymail", "3.0.0", None),
+    hub={"path": "abisee/cnn_dailymail", "name": "3.0.0"},
     splits={"test": "test", "validation": "validation"},
 )

@@ -21,6 +21,6 @@ BENCHMARK = Benchmark(
     reference="dataset",
     max_new_tokens=256,
     schema='{"id": "…", "dialogue": "…", "summary": "…", "topic": "…"}',
-    hub=("knkarthick/dialogsum", None, None),
+    hub={"path": "knkarthick/dialogsum"},
     splits={"test": "test", "validation": "validation"},
 )

@@ -34,7 +34,8 @@ BENCHMARK = Benchmark(
     reference="dataset",
     max_new_tokens=256,
     schema='{"translation": {"fr": "…", "en": "…"}}',
-    # The data set's own repository holds a loading script, which `datasets` no longer runs; the hub keeps its Parquet beside it.
-    hub=("IWSLT/iwslt2017", "iwslt2017-fr-en", "refs/convert/parquet"),
+    # The data set's own repository holds a loading script, which `datasets` no longer runs. The hub keeps its Parquet beside
+    # it, a folder for each configuration; there they are folders only, not configurations.
+    hub={"path": "IWSLT/iwslt2017", "data_dir": "iwslt2017-fr-en", "revision": "refs/convert/parquet"},
     splits={"test": "test", "validation": "validation"},
 )

@@ -30,6 +30,6 @@ BENCHMARK = Benchmark(
     reference="reference_output",
     max_new_tokens=256,
     schema='{"question_id": 81, "category": "writing", "turns": ["…", "…"]} or the same with "prompt_id" and "prompt"',
-    hub=("HuggingFaceH4/mt_bench_prompts", None, None),
+    hub={"path": "HuggingFaceH4/mt_bench_prompts"},
     splits={"test": "train"},
 )
