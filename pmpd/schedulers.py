@@ -10,6 +10,8 @@ point (`begin`: after prefill, before decode forward 1), or watches the decode a
 from __future__ import annotations
 
 import hashlib
+import inspect
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -30,7 +32,10 @@ NEVER = 2**30
 
 def check_chain(precisions: Sequence[int]) -> tuple[int, ...]:
     """The precision chain as a tuple; it must be distinct and descending, with two members at least."""
-    chain = tuple(int(bits) for bits in precisions)
+    try:
+        chain = tuple(int(bits) for bits in precisions)
+    except (TypeError, ValueError):
+        raise ValueError(f"precisions {precisions!r}: a precision chain is a list of bit widths, e.g. [4, 3, 2]") from None
     if len(chain) < 2:
         raise ValueError(f"precisions {list(chain)}: a precision chain needs two members at least, e.g. 4,3 or 4,3,2")
     if any(low >= high for high, low in pairwise(chain)):
@@ -106,7 +111,7 @@ class Scheduler(ABC):
         """The published door: `Scheduler.get_scheduler('naive', precisions=[3, 2], high_bit_steps=10)`.
 
         Names: naive (= static), kv_cache, confidence, random. Options that only another scheduler uses are accepted and ignored, so
-        that one dictionary serves all (as published); an option no scheduler knows is a ValueError.
+        that one dictionary serves all (as published); an option that no scheduler knows, or that this one lacks, is a ValueError.
         """
         if name not in SCHEDULERS:
             raise ValueError(f"scheduler {name!r}: known are {', '.join(sorted(SCHEDULERS))}")
@@ -115,6 +120,10 @@ class Scheduler(ABC):
         if unknown:
             raise ValueError(f"scheduler option {', '.join(unknown)}: known are {', '.join(sorted(known))}")
         make, accepted = SCHEDULERS[name]
+        needed = [option for option, given in inspect.signature(make).parameters.items() if given.default is given.empty]
+        missing = [option for option in needed if options.get(option) is None]
+        if missing:
+            raise ValueError(f"scheduler {name!r} needs the option {', '.join(missing)}; it takes {', '.join(accepted)}")
         return make(**{key: value for key, value in options.items() if key in accepted})
 
 
@@ -130,14 +139,15 @@ class StaticScheduler(Scheduler):
     def __init__(self, precisions: Sequence[int], high_bit_steps: int | Sequence[int]) -> None:
         super().__init__(precisions)
         pairs = len(self.precisions) - 1
-        if isinstance(high_bit_steps, int):
-            steps = tuple(high_bit_steps * (j + 1) for j in range(pairs))
-        else:
-            steps = tuple(int(step) for step in high_bit_steps)
+        given = [high_bit_steps * (j + 1) for j in range(pairs)] if isinstance(high_bit_steps, int | np.integer) else high_bit_steps
+        try:
+            steps = tuple(operator.index(step) for step in given)
+        except TypeError:  # not a list, or not of integers
+            steps = ()
         if len(steps) != pairs or min(steps) < 0:
             raise ValueError(
                 f"high_bit_steps {high_bit_steps}: the chain {list(self.precisions)} has {pairs} pair(s); "
-                "give one number of decode forwards >= 0, or one per pair"
+                "give one whole number of decode forwards >= 0, or one per pair"
             )
         self.high_bit_steps = steps
 
@@ -172,10 +182,14 @@ class RandomScheduler(ClassScheduler):
         super().__init__(precisions)
         self.seed = seed
         pairs = len(self.precisions) - 1
-        weights = np.ones((pairs, NUM_CLASSES)) if prior is None else np.broadcast_to(np.asarray(prior, dtype=float), (pairs, NUM_CLASSES))
-        if (weights < 0).any() or (weights.sum(axis=1) <= 0).any():
-            raise ValueError(f"prior {prior}: four weights >= 0 with a positive sum, or one such list per pair")
-        self.prior = weights / weights.sum(axis=1, keepdims=True)
+        try:
+            weights = np.asarray([1] * NUM_CLASSES if prior is None else prior, dtype=float)
+        except (TypeError, ValueError):  # lists of different lengths, or not of numbers
+            weights = np.empty(0)
+        well_formed = weights.shape in ((NUM_CLASSES,), (pairs, NUM_CLASSES)) and np.isfinite(weights).all()
+        if not well_formed or (weights < 0).any() or (weights.sum(axis=-1) <= 0).any():
+            raise ValueError(f"prior {prior}: give four weights >= 0 with a positive sum, or one such list for each of the {pairs} pair(s)")
+        self.prior = np.broadcast_to(weights / weights.sum(axis=-1, keepdims=True), (pairs, NUM_CLASSES))
 
     def classes(self, state: PrefillState) -> np.ndarray:
         return np.asarray([[self._draw(key, pair) for pair in range(len(self.prior))] for key in state.keys])
