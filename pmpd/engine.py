@@ -451,6 +451,7 @@ class _Run:
         self.alive[slot] = False
         if error is not None:
             self._fail(Fork(row.key, 0, (), tuple(row.pending)), error)
+            self.cache.clear_slot(slot)
             self._release(slot)
             return
         count = int(self.produced[slot])

@@ -111,6 +111,12 @@ class SlotCache(Cache):
         for tensor in (*self.keys, *self.values):
             tensor[target, :, :length] = tensor[source, :, :length]
 
+    @torch.inference_mode()
+    def clear_slot(self, slot: int) -> None:
+        """Zeros everywhere: what is not finite would reach the slot's next row through the mask (NaN plus -inf is NaN)."""
+        for tensor in (*self.keys, *self.values):
+            tensor[slot] = 0
+
     def read_slot(self, slot: int, length: int) -> list[tuple[Tensor, Tensor]]:
         """A copy of the first `length` tokens, per layer keys and values [H, length, D]."""
         return [(k[slot, :, :length].clone(), v[slot, :, :length].clone()) for k, v in zip(self.keys, self.values, strict=True)]
