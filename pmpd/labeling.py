@@ -144,7 +144,7 @@ def _label_row(
     if errors:
         return _error_row(row, errors[0])
     texts = {name: decode_text(model, completion.tokens) for name, completion in trajectories.items()}
-    scores = {text: rouge_l(reference["reference_text"], text) for text in set(texts.values())}
+    scores = {text: rouge_l(text, reference["reference_text"]) for text in set(texts.values())}
     features = trajectories["high0"].features
     assert features is not None
     pairs = []

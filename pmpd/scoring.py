@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from pmpd.rouge import longest_common_subsequence
+from pmpd.rouge import rouge_l
 
 DATASET = "dataset"
 REFERENCE_OUTPUT = "reference_output"
@@ -51,28 +51,6 @@ class ScoreConfig:
 
 
 # ------------------------------------------------------------------------------------------------------------------ text overlap
-
-
-def rouge_l(prediction: str, reference: str, stemmed: bool = False) -> float:
-    """ROUGE-L F1 in [0, 1] as `rouge_score` computes it (Lin 2004), with or without its Porter stemmer."""
-    predicted, target = _words(prediction, stemmed), _words(reference, stemmed)
-    if not predicted or not target:
-        return 0.0
-    common = longest_common_subsequence(target, predicted)
-    precision, recall = common / len(predicted), common / len(target)
-    return 2 * precision * recall / (precision + recall) if common else 0.0
-
-
-@functools.lru_cache(maxsize=200_000)
-def _words(text: str, stemmed: bool) -> tuple[str, ...]:
-    return tuple(_tokenizer(stemmed).tokenize(text))
-
-
-@functools.cache
-def _tokenizer(stemmed: bool) -> Any:
-    from rouge_score.tokenizers import DefaultTokenizer
-
-    return DefaultTokenizer(use_stemmer=stemmed)
 
 
 def bleu_statistics(prediction: str, reference: str) -> np.ndarray:
