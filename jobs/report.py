@@ -46,8 +46,6 @@ def main(job: ReportJob, console: Console | None = None) -> Path:
     sources: list[Source] = []
     run_sources: dict[tuple[str, str, str], list[int]] = {}
     for folder, manifest, found in (entry for path in job.inputs for entry in read_generations(path)):
-        if manifest["config"].get("static_search"):
-            continue  # the grid of a static search has a result of its own
         sources.append(Source(len(sources) + 1, folder, manifest))
         rows += found
         for key in {(row["benchmark"], row["split"], row["run"]) for row in found}:
@@ -79,5 +77,5 @@ def main(job: ReportJob, console: Console | None = None) -> Path:
 if __name__ == "__main__":
     try:
         main(tyro.cli(ReportJob, description=__doc__))
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")

@@ -75,7 +75,7 @@ PAIR = pa.struct(
         ("high", pa.int8()),
         ("low", pa.int8()),
         ("label", pa.int8()),  # switch class 0..3
-        ("rouge_l", pa.list_(pa.float32())),  # of branches 0..3, rounded as the label rule says; null where not computed
+        ("rouge_l", pa.list_(pa.float32())),  # of branches 0..3, not rounded (the label rule rounds); null where not computed
         ("high_rouge_l", pa.float32()),
         ("high_text", pa.string()),
         ("high_ids", _IDS),
@@ -251,7 +251,17 @@ def exists(path: str | Path) -> bool:
 
 
 def write_bytes(path: str | Path, content: bytes | pa.Buffer) -> None:
-    """All or nothing. Local: temporary name, fsync, rename. Object store: one put. OSError where it can't be written."""
+    """All or nothing. Local: temporary name, fsync, rename. Object store: one put. ShardWriteError where it can't be written."""
+    try:
+        _write_bytes(path, content)
+    except OSError as error:
+        raise ShardWriteError(
+            f"{path}: can't be written ({error}); everything finished before it is kept. Free space, make the folder writable or choose "
+            "another --output-dir, then run the same command again: it goes on where it stopped"
+        ) from error
+
+
+def _write_bytes(path: str | Path, content: bytes | pa.Buffer) -> None:
     file_system, inner = resolve(path)
     if not isinstance(file_system, pafs.LocalFileSystem):
         with file_system.open_output_stream(inner) as stream:
@@ -280,13 +290,15 @@ def write_bytes(path: str | Path, content: bytes | pa.Buffer) -> None:
 
 
 def read_bytes(path: str | Path) -> bytes | None:
-    """The content, or None where there is no such file."""
+    """The content, or None where there is no such file. ValueError where a file is in the place of its folder."""
     file_system, inner = resolve(path)
     try:
         with file_system.open_input_stream(inner) as stream:
             return stream.read()
     except FileNotFoundError:
         return None
+    except NotADirectoryError as error:
+        raise ValueError(f"{path}: a file is in the place of the folder; choose another --output-dir, or move that file away") from error
 
 
 def remove(path: str | Path) -> None:
@@ -358,23 +370,18 @@ def table_name(schema: pa.Schema) -> str:
 def write_shard(table: pa.Table, path: str | Path, row_group_rows: int | None = None) -> int:
     """Writes one Parquet file, all or nothing, with checksums; its size in bytes. Row groups are what `read_rows` reads at least.
 
-    ValueError where the disk is full or not writable: nothing else is touched by that.
+    ShardWriteError where the disk is full or not writable: nothing else is touched by that.
     """
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd", write_page_checksum=True, row_group_size=row_group_rows)
     content = sink.getvalue()
-    try:
-        write_bytes(path, content)
-    except OSError as error:
-        raise ShardWriteError(
-            f"{path}: can't be written ({error}); everything finished before it is kept. Free space or make the folder writable, "
-            "then run the same command again: it goes on where it stopped"
-        ) from error
+    write_bytes(path, content)
     return content.size
 
 
-class ShardWriteError(ValueError):
-    """A shard could not be written (disk full, no permission)."""
+class ShardWriteError(OSError, ValueError):
+    """A shard or another file of a dataset could not be written (disk full, no permission): a ValueError for users, and an OSError for
+    those who wait for it to pass."""
 
     def __reduce__(self) -> tuple[Any, ...]:  # carried from worker to driver
         return (ShardWriteError, self.args)

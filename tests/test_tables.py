@@ -115,6 +115,36 @@ except ValueError as error:
     assert tables.read_table(tmp_path)["prompt_text"].to_pylist() == ["old"]
 
 
+@pytest.mark.parametrize("kind", ["shard", "manifest", "bytes"])
+def test_whatever_can_not_be_written_is_told_with_path_and_cure(tmp_path, monkeypatch, kind):
+    """To users it is a ValueError; who waits for a storage hiccup to pass sees an OSError."""
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("pmpd.tables.os.fsync", full)
+    write = {
+        "shard": lambda: tables.write_shard(tables.to_table([{"prompt_id": "a"}], tables.PROMPTS), tmp_path / "data" / "part-0.parquet"),
+        "manifest": lambda: tables.write_manifest(tmp_path, tables.PROMPTS, {}, table="prompts", complete=False),
+        "bytes": lambda: tables.write_bytes(tmp_path / "_lease.json", b"{}"),
+    }[kind]
+    with pytest.raises(ValueError, match=rf"{tmp_path}/.*: can't be written \(.*No space left.*Free space.*run the same command") as caught:
+        write()
+    assert isinstance(caught.value, OSError)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()], "half a file was left behind"
+
+
+@pytest.mark.parametrize("folder", ["file", "file/below"])
+def test_a_file_in_the_place_of_the_output_folder_is_told(tmp_path, folder):
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(ValueError, match=r"a file is in the place of the folder; choose another --output-dir"):
+        tables.check_config(tmp_path / folder, {})
+    with pytest.raises(ValueError, match=r"can't be written .*choose another --output-dir"):
+        tables.write_bytes(tmp_path / folder / "_lease.json", b"{}")
+    with pytest.raises(ValueError, match=r"/proc/no/_lease\.json: can't be written"):
+        tables.write_bytes("/proc/no/_lease.json", b"{}")
+
+
 def test_write_error_survives_the_way_from_worker_to_driver():
     error = pickle.loads(pickle.dumps(tables.ShardWriteError("full")))
     assert isinstance(error, tables.ShardWriteError)
