@@ -26,11 +26,12 @@ from pmpd.benchmarks.conversation import choose_template
 from pmpd.farm import output_folder
 from pmpd.generate_task import Sweep, generate
 from pmpd.generation import SCHEDULER_KINDS, SweepConfig, grid_plans, sweep_runs
-from pmpd.quantize.convert import local_folder
 from pmpd.results import read_generations
 from pmpd.scoring import ScoreConfig, average_bits, compare, decode_forwards
 from pmpd.static_search import best_path, choose, read_best, write_best
+from pmpd.weights import dense
 from pmpd.weights.checkpoint import Checkpoint
+from pmpd.weights.hub import local_folder
 from pmpd.weights.mixed import open_checkpoint
 
 
@@ -119,12 +120,17 @@ def main(job: GenerateJob, console: Console | None = None) -> str:
     output = output_folder(job.output_dir)
     names = scheduler_names(job, benchmark.reference)
     paths = {"fp": job.reference_model_path, "quantized": job.model_path}
+    flags = {"fp": "--reference-model-path", "quantized": "--model-path"}
     wanted = {group: [name for name in names if (name == "fp") == (group == "fp")] for group in paths}
     checkpoints = {
-        group: open_checkpoint(local_folder(paths[group]), job.trust_remote_code, multi=job.use_multi_model and group == "quantized")
+        group: open_checkpoint(
+            local_folder(paths[group], flags[group]), job.trust_remote_code, multi=job.use_multi_model and group == "quantized"
+        )
         for group in paths
         if wanted[group]
     }
+    if "fp" in checkpoints:
+        dense.check(checkpoints["fp"], flags["fp"])
     tokenizers = [AutoTokenizer.from_pretrained(c.folder, trust_remote_code=job.trust_remote_code) for c in checkpoints.values()]
     if len(tokenizers) > 1 and tokenizers[0].get_vocab() != tokenizers[1].get_vocab():
         raise ValueError(f"{job.model_path} and {job.reference_model_path} have different tokenizers; give two checkpoints of one model")

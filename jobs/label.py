@@ -23,9 +23,10 @@ from pmpd import demo, farm, tables
 from pmpd.farm import output_folder
 from pmpd.labeling import LabelConfig
 from pmpd.prompts import PromptConfig, write_prompts
-from pmpd.quantize.convert import local_folder
 from pmpd.schedulers import NUM_CLASSES, class_steps
+from pmpd.weights import dense
 from pmpd.weights.checkpoint import Checkpoint
+from pmpd.weights.hub import local_folder
 from pmpd.weights.mixed import open_checkpoint, precisions_of
 
 
@@ -79,7 +80,8 @@ def main(job: LabelJob, console: Console | None = None) -> farm.FarmResult | Non
     options = farm.FarmOptions(job.num_workers, job.gpus_per_worker, unit_rows, job.retry_errors)
     source = PromptConfig(job.dataset, job.dataset_config, job.split, job.size, job.seed)
     quantized = open_checkpoint(local_folder(job.model_path), job.trust_remote_code, multi=job.use_multi_model)
-    reference = Checkpoint(local_folder(job.reference_model_path), job.trust_remote_code)
+    reference = Checkpoint(local_folder(job.reference_model_path, "--reference-model-path"), job.trust_remote_code)
+    dense.check(reference, "--reference-model-path")
     absent = sorted(set(chain) - set(precisions_of(quantized)))
     if absent:
         held = ", ".join(map(str, precisions_of(quantized)))

@@ -18,7 +18,8 @@ from rich.table import Table
 
 import pmpd
 from pmpd.prompts import PromptConfig, records
-from pmpd.quantize.convert import QuantizeConfig, Summary, local_folder, quantize_checkpoint
+from pmpd.quantize.convert import QuantizeConfig, Summary, quantize_checkpoint
+from pmpd.weights.hub import local_folder
 
 DEMO = Path(pmpd.__file__).parent / "demo" / "model"
 _STAGES = {"gradients": "gradients of calibration samples", "layers": "layers quantized"}

@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ from pmpd.schedulers import Scheduler
 from pmpd.weights import anyprec, dense, mixed
 from pmpd.weights.base import compute_dtype
 from pmpd.weights.checkpoint import Checkpoint
+from pmpd.weights.hub import local_folder
 from pmpd.weights.mixed import MultiCheckpoint
 
 _log = logging.getLogger(__name__)
@@ -46,9 +48,9 @@ class GenerateOutput:
 class PMPDForCausalLM(nn.Module):
     """A causal language model whose linear layers hold several weight precisions.
 
-    `model_path`: an Any-Precision checkpoint folder, or an unquantized one (then precisions is (16,)), or a JSON file that names a
-    checkpoint folder (GPTQ, for one) for each precision. `use_anyprec=False`: it must be the JSON. Then `.model.models[str(bits)].config`
-    is the config; the modules exist once.
+    `model_path`: an Any-Precision checkpoint folder, or an unquantized one (then precisions is (16,)), or the Hugging Face id of one, or a
+    JSON file that names a checkpoint folder (GPTQ, for one) for each precision. `use_anyprec=False`: it must be the JSON. Then
+    `.model.models[str(bits)].config` is the config; the modules exist once.
     `precisions`: those to load (default: all the checkpoint holds). `prefill_bit` defaults to the highest of them.
     `dtype`: what activations and unquantized weights are (default: float32; `.cuda()` keeps it, so pass float16 there).
     `kernel`: forces an implementation of the multiplication (`reference`, `cpu`, `triton`).
@@ -68,11 +70,14 @@ class PMPDForCausalLM(nn.Module):
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
+        wanted = None if precisions is None else sorted({int(bits) for bits in precisions}, reverse=True)
+        if wanted == []:
+            raise ValueError("precisions []: give at least one, e.g. [4, 3, 2], or None for all that the checkpoint holds")
         dtype = dtype or compute_dtype(torch.device("cpu"))
-        checkpoint = mixed.open_checkpoint(model_path, trust_remote_code, multi=not use_anyprec)
+        folder = local_folder(model_path, "model_path") if use_anyprec else model_path
+        checkpoint = mixed.open_checkpoint(folder, trust_remote_code, multi=not use_anyprec)
         self.model_path = Path(model_path)
         self.fingerprint = checkpoint.fingerprint()
-        wanted = sorted({int(bits) for bits in precisions}, reverse=True) if precisions is not None else None
         self.model: PreTrainedModel
         if isinstance(checkpoint, MultiCheckpoint):
             self.precisions = tuple(wanted or checkpoint.precisions)
@@ -127,6 +132,16 @@ class PMPDForCausalLM(nn.Module):
             engine = self._engine = Engine(self.model, slots, max_length, sync_every=8 if self.device.type == "cuda" else 1)
         return engine
 
+    @contextmanager
+    def _borrowed(self, slots: int | None, max_length: int) -> Iterator[Engine]:
+        """The kept engine, for one decode: whoever wants to decode before that has ended gets another one, since its cache is in use."""
+        engine = self.engine(slots, max_length)
+        self._engine = None
+        try:
+            yield engine
+        finally:
+            self._engine = engine
+
     def complete(
         self,
         requests: Sequence[Request],
@@ -147,12 +162,12 @@ class PMPDForCausalLM(nn.Module):
             left = [request for request in requests if not done.issuperset(request.all_keys())]
             engine, used = None, slots
             try:
-                engine = self.engine(slots, longest)
-                used = engine.slots
-                for completion in engine.run(left, scheduler, prefill_bit, ends):
-                    if completion.key not in done:
-                        done.add(completion.key)
-                        yield completion
+                with self._borrowed(slots, longest) as engine:
+                    used = engine.slots
+                    for completion in engine.run(left, scheduler, prefill_bit, ends):
+                        if completion.key not in done:
+                            done.add(completion.key)
+                            yield completion
                 return
             except RuntimeError as error:
                 if not cuda.is_out_of_memory(error) or used is None or used == 1:
@@ -212,9 +227,8 @@ class PMPDForCausalLM(nn.Module):
         scheduler, bits = self.decide(self.scheduler, prefill_bit)
         by_key = {completion.key: completion for completion in self.complete(requests, scheduler, bits, len(requests))}
         completions = [by_key[request.key] for request in requests]
-        failed = [completion for completion in completions if completion.error]
-        if failed:
-            raise ValueError(failed[0].error)
+        for completion in completions:
+            _raise_error(completion)
         return self._output(requests, completions)
 
     def stream(
@@ -224,17 +238,18 @@ class PMPDForCausalLM(nn.Module):
         prefill_bit: int | None = None,
         past_key_values: Sequence[Prefix] | None = None,
     ) -> Iterator[tuple[int, int]]:
-        """As `generate` for one prompt int64 [1, L], yielding (token, precision) as soon as each token is known."""
+        """As `generate` for one prompt int64 [1, L], yielding (token, precision) as soon as each token is known. Streams and calls may
+        take turns: each decodes with a cache of its own."""
         requests = self._requests(input_ids, max_new_tokens, past_key_values, None, None)
         if len(requests) != 1:
             raise ValueError(f"stream takes one prompt, got {len(requests)}; use generate for a batch")
         scheduler, bits = self.decide(self.scheduler, prefill_bit)
-        engine = self.engine(1, len(requests[0].input_ids) + max_new_tokens)
-        for event in engine.stream(requests, scheduler, bits, self.eos_token_ids):
-            if isinstance(event, TokenEvent):
-                yield event.token, event.bits
-            elif event.error:
-                raise ValueError(event.error)
+        with self._borrowed(1, len(requests[0].input_ids) + max_new_tokens) as engine:
+            for event in engine.stream(requests, scheduler, bits, self.eos_token_ids):
+                if isinstance(event, TokenEvent):
+                    yield event.token, event.bits
+                else:
+                    _raise_error(event)
 
     def _requests(
         self,
@@ -277,6 +292,12 @@ class PMPDForCausalLM(nn.Module):
             past_key_values=[completion.prefix for completion in completions if completion.prefix is not None],
             completions=completions,
         )
+
+
+def _raise_error(completion: Completion) -> None:
+    """ValueError where the row failed; its text names that class already."""
+    if completion.error:
+        raise ValueError(completion.error.removeprefix("ValueError: "))
 
 
 def _load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -32,13 +31,12 @@ from pmpd.quantize.kmeans import check_precisions, quantize_rows, weighted_error
 from pmpd.quantize.layers import LayerPlan, find_layers
 from pmpd.weights import dense
 from pmpd.weights.checkpoint import Checkpoint, build_skeleton
+from pmpd.weights.hub import local_folder as local_folder
 
 _LAYOUT = 1
 """Raised when what is computed or stored changes, so that an older work folder is not taken up."""
 
 _COPIED_SUFFIXES = frozenset({".json", ".jinja", ".model", ".py", ".tiktoken", ".txt"})
-_HUB_FILES = ["*.json", "*.jinja", "*.model", "*.py", "*.tiktoken", "*.txt", "*.safetensors"]
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 Progress = Callable[[Literal["gradients", "layers"], int, int], None]
 """Called with (stage, done, total) after every step."""
@@ -95,27 +93,6 @@ class Summary:
     """Finished by an earlier run that was interrupted."""
 
 
-def local_folder(model_path: str | Path) -> Path:
-    """The checkpoint folder, or the JSON file that names several; a Hugging Face id that is neither is downloaded. ValueError where
-    there is none."""
-    folder = Path(model_path)
-    if folder.is_dir() or (folder.suffix == ".json" and folder.is_file()):
-        return folder
-    if not _HUB_ID.fullmatch(str(model_path)):
-        raise ValueError(f"--model-path {model_path}: no such folder; give a checkpoint folder or a Hugging Face id (owner/name)")
-    from huggingface_hub import snapshot_download
-
-    try:
-        folder = Path(snapshot_download(str(model_path), allow_patterns=_HUB_FILES))
-        if not any(folder.glob("*.safetensors")):  # an older repository; where there are both, pickles are not worth their bytes
-            folder = Path(snapshot_download(str(model_path), allow_patterns=["pytorch_model*"]))
-        return folder
-    except Exception as error:  # the hub client has its own zoo of exceptions: no network, no such id, gated, …
-        raise ValueError(
-            f"--model-path {model_path}: no such folder, and not to be had from the Hugging Face hub ({type(error).__name__}: {error})"
-        ) from error
-
-
 def quantize_checkpoint(
     model_path: str | Path,
     output_dir: str | Path,
@@ -138,9 +115,7 @@ def quantize_checkpoint(
     start = time.monotonic()
     device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     checkpoint, output = Checkpoint(model_path, trust_remote_code), Path(output_dir).absolute()
-    for key in ("anyprec", "quantization_config"):
-        if key in checkpoint.config_json:
-            raise ValueError(f"checkpoint {model_path} is quantized already (config.json has {key!r}): give the unquantized model")
+    dense.check(checkpoint)
     plan = _checked_plan(checkpoint)
     samples = _samples(checkpoint, config, texts) if config.weighted else None
     fingerprint = _fingerprint(checkpoint, config, samples)

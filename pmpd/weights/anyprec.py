@@ -7,6 +7,7 @@ precisions available are seed..parent; a lower one reads fewer planes of the sam
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -72,13 +73,27 @@ class AnyPrecisionLinear(PrecisionLinear):
 
 def precisions_of(checkpoint: Checkpoint) -> tuple[int, ...]:
     """Descending. ValueError where the folder is no Any-Precision checkpoint."""
+    settings = _settings(checkpoint)
+    return tuple(range(settings["parent_precision"], settings["seed_precision"] - 1, -1))
+
+
+def _settings(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The key `anyprec` of config.json, complete. ValueError where it is not."""
     settings = checkpoint.config_json.get("anyprec")
-    if settings is None:
+    if not isinstance(settings, dict):
         raise ValueError(
             f"checkpoint {checkpoint.folder}: its config.json has no key 'anyprec', so it is not an Any-Precision checkpoint; "
             "make one with `python jobs/quantize.py`, or pass an unquantized model with precisions 16"
         )
-    return tuple(range(settings["parent_precision"], settings["seed_precision"] - 1, -1))
+    arch = settings.get("arch_config") or {}
+    lacking = [key for key in ("seed_precision", "parent_precision") if key not in settings]
+    lacking += [f"arch_config.{key}" for key in ("model_name", "layers_name", "module_names") if key not in arch]
+    if lacking:
+        raise ValueError(
+            f"checkpoint {checkpoint.folder}: 'anyprec' in its config.json lacks {', '.join(lacking)}; copy config.json again from the "
+            "tool that wrote the checkpoint, or quantize again with `python jobs/quantize.py`"
+        )
+    return settings
 
 
 def check(checkpoint: Checkpoint, precisions: Sequence[int]) -> None:
@@ -86,11 +101,13 @@ def check(checkpoint: Checkpoint, precisions: Sequence[int]) -> None:
     available = precisions_of(checkpoint)
     absent = [bits for bits in precisions if bits not in available]
     if absent:
+        lowest, highest = min(precisions), max(precisions)
+        again = f", or quantize again with --seed-precision {lowest} --parent-precision {highest}" if 2 <= lowest <= highest <= 8 else ""
         raise ValueError(
             f"precisions {list(precisions)}: this checkpoint holds {', '.join(map(str, available))} ({checkpoint.folder}); "
-            f"choose from these, or quantize again with --seed-precision {min(absent)} --parent-precision {max(*absent, *available)}"
+            f"choose from these{again}"
         )
-    settings = checkpoint.config_json["anyprec"]
+    settings = _settings(checkpoint)
     if settings.get("group_count", 1) != 1:
         count = settings["group_count"]
         raise ValueError(f"checkpoint {checkpoint.folder}: group_count {count} is not supported, only 1 (one table per row)")
@@ -107,7 +124,7 @@ def layer(
 ) -> tuple[AnyPrecisionLinear, list[str]]:
     """The quantized layer in place of `linear` (with a bias if that has one), and what is wrong with its tensors."""
     shape, bias = (linear.out_features, linear.in_features), linear.bias is not None
-    problems = _mismatches(checkpoint, name, shape, checkpoint.config_json["anyprec"]["parent_precision"], precisions, bias)
+    problems = _mismatches(checkpoint, name, shape, _settings(checkpoint)["parent_precision"], precisions, bias)
 
     def read() -> PackedWeights:
         packed = PackedWeights(
@@ -128,8 +145,7 @@ def load(checkpoint: Checkpoint, precisions: Sequence[int], dtype: torch.dtype, 
     ValueError naming tensors that are missing or misshapen, or precisions that the checkpoint does not hold.
     """
     check(checkpoint, precisions)
-    settings = checkpoint.config_json["anyprec"]
-    arch = settings["arch_config"]
+    arch = _settings(checkpoint)["arch_config"]
     prefix = f"{arch['model_name']}.{arch['layers_name']}."
     names, state, problems = checkpoint.names(), PrecisionState(), []
     state.set_uniform(max(precisions))

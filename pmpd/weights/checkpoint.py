@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -15,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 _WEIGHT_FILES = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
 
@@ -38,10 +39,34 @@ class Checkpoint:
 
     @cached_property
     def config_json(self) -> dict[str, Any]:
-        return json.loads((self.folder / "config.json").read_text())
+        return self.read_json("config.json")
 
-    def config(self):
+    @cached_property
+    def generation_json(self) -> dict[str, Any]:
+        """The folder's `generation_config.json`, {} where it has none."""
+        name = "generation_config.json"
+        return self.read_json(name) if (self.folder / name).is_file() else {}
+
+    @property
+    def eos_token_id(self) -> int | list[int] | None:
+        """What ends a sequence: of generation_config.json, else of config.json."""
+        ends = self.generation_json.get("eos_token_id")
+        return self.config_json.get("eos_token_id") if ends is None else ends
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """The object in a file of the folder. ValueError where it holds none."""
+        path = self.folder / name
+        try:
+            content = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"checkpoint file {path} can't be read: {error}; copy it again from where the checkpoint is from") from error
+        if not isinstance(content, dict):
+            raise ValueError(f"checkpoint file {path} holds a {type(content).__name__}, not an object; copy it again")
+        return content
+
+    def config(self) -> PreTrainedConfig:
         """The Hugging Face config object. `trust_remote_code` is off unless the caller switched it on."""
+        self.config_json  # noqa: B018 - raises where it is damaged
         try:
             return AutoConfig.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code, local_files_only=True)
         except ValueError as error:
@@ -59,7 +84,9 @@ class Checkpoint:
             if not path.is_file():
                 continue
             if pattern.endswith(".index.json"):
-                weight_map = json.loads(path.read_text())["weight_map"]
+                weight_map = self.read_json(pattern).get("weight_map")
+                if not isinstance(weight_map, dict):
+                    raise ValueError(f"checkpoint file {path} has no weight_map (tensor name -> file); copy it again")
                 missing = sorted({file for file in weight_map.values() if not (self.folder / file).is_file()})
                 if missing:
                     raise ValueError(f"checkpoint {self.folder}: {pattern} names files that are not there: {', '.join(missing)}")
@@ -81,9 +108,10 @@ class Checkpoint:
                 if path.suffix == ".safetensors":
                     self._files[path] = safe_open(path, framework="pt", device="cpu")
                 else:
-                    self._files[path] = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+                    self._files[path] = _load_pickle(path)
             except Exception as error:
-                raise ValueError(f"checkpoint file {path} can't be read: {type(error).__name__}: {error}") from error
+                kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+                raise ValueError(f"checkpoint file {path} can't be read: {kind}{error}") from error
         return self._files[path]
 
     def names(self) -> set[str]:
@@ -94,7 +122,12 @@ class Checkpoint:
         if name not in self._index:
             raise ValueError(f"checkpoint {self.folder}: tensor {name} is missing")
         file = self._open(self._index[name])
-        return file[name] if isinstance(file, dict) else file.get_tensor(name)
+        try:
+            return file[name] if isinstance(file, dict) else file.get_tensor(name)
+        except (KeyError, SafetensorError) as error:
+            raise ValueError(
+                f"checkpoint file {self._index[name]} does not hold {name}, as the index says ({error}); copy index and shards again"
+            ) from error
 
     def release(self) -> None:
         """Lets go of the open files, so that their pages stop counting as this process's memory; they are opened again when needed.
@@ -104,9 +137,12 @@ class Checkpoint:
         self._files.clear()
 
     def fingerprint(self) -> str:
-        """16 hex digits over what makes the model: config, and name, shape, dtype and a sample of each tensor. Not the path."""
+        """16 hex digits over what makes the model: config, end-of-sequence tokens, and name, shape, dtype and a sample of each tensor.
+        Not the path."""
         digest = hashlib.sha256()
         config = {key: value for key, value in self.config_json.items() if key not in ("_name_or_path", "transformers_version")}
+        if self.eos_token_id is not None:
+            config["eos_token_id"] = self.eos_token_id
         digest.update(json.dumps(config, sort_keys=True).encode())
         file = None
         for name in sorted(self._index):
@@ -120,6 +156,17 @@ class Checkpoint:
             digest.update(sample.view(torch.uint8).numpy().tobytes() if sample.numel() else b"")
         self.release()
         return digest.hexdigest()[:16]
+
+
+def _load_pickle(path: Path) -> dict[str, Tensor]:
+    """The memory-mapped tensors of a `.bin`. ValueError where it holds anything else, code above all."""
+    try:
+        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except pickle.UnpicklingError as error:  # torch's own advice is to trust the file
+        raise ValueError("it holds more than tensors, and reading that would run its code; save the tensors as safetensors") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"it holds a {type(content).__name__}, not a dict of tensors; save the model's state_dict()")
+    return content
 
 
 @contextmanager
@@ -140,7 +187,10 @@ def _parameters_on_meta() -> Iterator[None]:
 
 
 def build_skeleton(checkpoint: Checkpoint) -> PreTrainedModel:
-    """The model of the checkpoint's config with all parameters on the meta device, in eval mode."""
+    """The model of the checkpoint's config with all parameters on the meta device, in eval mode.
+
+    ValueError naming a kind of model whose rows can't share a forward.
+    """
     config = checkpoint.config()
     try:
         with _parameters_on_meta():
@@ -151,7 +201,28 @@ def build_skeleton(checkpoint: Checkpoint) -> PreTrainedModel:
         if "scaled_dot_product_attention" not in str(error):
             raise
         raise ValueError(f"checkpoint {checkpoint.folder}: models of type {config.model_type!r} are not supported: {error}") from error
+    problem = _unsupported(model)
+    if problem:
+        raise ValueError(f"checkpoint {checkpoint.folder}: models of type {config.model_type!r} are not supported with {problem}")
+    if checkpoint.generation_json:
+        model.generation_config = GenerationConfig.from_dict(checkpoint.generation_json)
     return model.eval()
+
+
+def _unsupported(model: PreTrainedModel) -> str | None:
+    """What keeps rows of several positions from sharing a forward of this model; None for all else."""
+    config = model.config.get_text_config(decoder=True)
+    if getattr(config, "attention_chunk_size", None) is not None:
+        return f"chunked attention (attention_chunk_size {config.attention_chunk_size})"
+    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+    for settings in (rope, *rope.values()):  # some have one per type of layer
+        kind = settings.get("rope_type", settings.get("type")) if isinstance(settings, dict) else None
+        if kind in ("dynamic", "longrope"):
+            return f"rope type {kind!r}: its frequencies follow the longest row of the batch"
+    own = type(model).__module__.startswith("transformers.")  # code of a checkpoint is judged by what it does, in `slots`
+    if own and not model._can_set_attn_implementation():
+        return "attention of their own, past transformers' attention interface"
+    return None
 
 
 def replace_linears(model: nn.Module, make: Callable[[str, nn.Linear], nn.Module | None]) -> None:

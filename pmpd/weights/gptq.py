@@ -8,7 +8,6 @@ b words, and for b = 3 two of them straddle a word boundary. Checkpoint format `
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -41,8 +40,9 @@ class PackedGPTQ(NamedTuple):
 
 def settings_of(checkpoint: Checkpoint) -> dict[str, Any] | None:
     """The quantizer's settings, checked; None where the folder is no GPTQ checkpoint. ValueError: settings that can't be read."""
-    file = checkpoint.folder / "quantize_config.json"
-    settings = json.loads(file.read_text()) if file.is_file() else checkpoint.config_json.get("quantization_config")
+    name = "quantize_config.json"
+    separate = (checkpoint.folder / name).is_file()
+    settings = checkpoint.read_json(name) if separate else checkpoint.config_json.get("quantization_config")
     if settings is None:
         return None
     for name, value, allowed in (

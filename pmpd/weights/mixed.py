@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import cast
@@ -20,9 +19,7 @@ from transformers import PreTrainedModel
 from pmpd.weights import anyprec, dense, gptq
 from pmpd.weights.base import PrecisionLinear, PrecisionState
 from pmpd.weights.checkpoint import Checkpoint, build_skeleton, fill, replace_linears
-
-_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_HUB_FILES = ["*.json", "*.model", "*.txt", "*.jinja", "*.py"]
+from pmpd.weights.hub import CONFIG_FILES, download
 
 Layer = Callable[[str, nn.Linear], tuple[PrecisionLinear | None, list[str]]]
 """(name, linear) -> its quantized layer without bias (None where the checkpoint leaves it unquantized), and what is wrong with it."""
@@ -48,9 +45,9 @@ class MultiCheckpoint(Checkpoint):
             ) from error
         if not paths:
             raise ValueError(f'{file}: no precision in it; add a folder for each, like "4": "model-gptq-4bit"')
-        folder = self._folder(base, _HUB_FILES)
+        folder = self._folder(base, CONFIG_FILES)
         super().__init__(folder, trust_remote_code)
-        folders = {bits: self._folder(path, [*_HUB_FILES, "*.safetensors", "*.bin"]) for bits, path in paths.items()}
+        folders = {bits: self._folder(path, [*CONFIG_FILES, "*.safetensors", "*.bin"]) for bits, path in paths.items()}
         unique = {path: Checkpoint(path, trust_remote_code) for path in folders.values()}
         self.members = {bits: unique[folders[bits]] for bits in sorted(folders, reverse=True)}
         self.holders = list(dict.fromkeys(self.members.values()))
@@ -65,18 +62,9 @@ class MultiCheckpoint(Checkpoint):
         """Descending."""
         return tuple(self.members)
 
-    def _folder(self, path: str, hub_files: list[str]) -> Path:
+    def _folder(self, path: str, hub_files: Sequence[str]) -> Path:
         folder = self.file.parent / path
-        if folder.is_dir():
-            return folder.resolve()
-        if not _HUB_ID.fullmatch(path):
-            raise ValueError(f"{self.file}: {path}: no such folder (relative ones are relative to the JSON), and no Hugging Face id")
-        from huggingface_hub import snapshot_download
-
-        try:
-            return Path(snapshot_download(path, allow_patterns=hub_files))
-        except Exception as error:  # the hub client has its own zoo of exceptions: no network, no such id, gated, …
-            raise ValueError(f"{self.file}: {path}: no such folder, and not to be had from the Hugging Face hub ({error})") from error
+        return folder.resolve() if folder.is_dir() else download(path, hub_files, f"{self.file} (folders are relative to it): {path}")
 
     def names(self) -> set[str]:
         return {name for holder in self.holders for name in holder.names()}
@@ -86,10 +74,11 @@ class MultiCheckpoint(Checkpoint):
         return next((holder for holder in self.holders if name in holder.names()), self.holders[0]).tensor(name)
 
     def fingerprint(self) -> str:
-        """16 hex digits over the members' fingerprints and precisions, and that of the base model where its tensors are used."""
+        """16 hex digits over the members' fingerprints and precisions, that of the base model where its tensors are used, and its
+        end-of-sequence tokens."""
         prints = [f"{bits} {member.fingerprint()}" for bits, member in self.members.items()]
         prints += [holder.fingerprint() for holder in self.holders if holder not in self.members.values()]
-        return hashlib.sha256(json.dumps([self.config_json.get("model_type"), *prints]).encode()).hexdigest()[:16]
+        return hashlib.sha256(json.dumps([self.config_json.get("model_type"), self.eos_token_id, *prints]).encode()).hexdigest()[:16]
 
 
 class MixedLinear(PrecisionLinear):
