@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from functools import lru_cache
 
 import torch
+
+
+def available() -> bool:
+    """Whether there is a device, and a torch that can use it."""
+    return torch.cuda.is_available()
 
 
 def device_name(device: torch.device) -> str:
@@ -34,7 +40,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 def release_memory() -> None:
     """Gives cached memory back, after an out-of-memory or before a plan of the memory."""
     gc.collect()
-    if torch.cuda.is_available():
+    if available():
         torch.cuda.empty_cache()
 
 
@@ -54,9 +60,15 @@ def capture(step: Callable[[], None], prepare: Callable[[], None] = lambda: None
     torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=_pool()):
         step()
     return graph.replay
+
+
+@lru_cache(maxsize=1)
+def _pool() -> tuple[int, int]:
+    """One memory pool for all graphs: they run one after the other, and what a step leaves behind is in buffers made outside."""
+    return torch.cuda.graph_pool_handle()
 
 
 def plan_slots(free: int, bytes_per_token: int, max_length: int, reserve_bytes: int = 2 << 30, most: int = 256) -> int:

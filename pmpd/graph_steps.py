@@ -6,6 +6,7 @@ copy.
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Hashable
 from typing import TYPE_CHECKING, Protocol
@@ -22,6 +23,8 @@ from pmpd.weights.base import PrecisionState, Segment
 
 if TYPE_CHECKING:
     from pmpd.lean_cuda import CudaForward
+
+_log = logging.getLogger(__name__)
 
 USES_BEFORE_CAPTURE = 4
 """A layout (segments of precisions, bound of the length) runs so often without a graph first: mixed batches pass through many once."""
@@ -54,10 +57,13 @@ class GraphSteps:
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> GraphSteps | None:
-        from pmpd.lean_cuda import CudaForward, llama_weights
+        from pmpd.lean_cuda import CudaForward, LlamaWeights, llama_weights
 
         weights = llama_weights(model)
-        return None if weights is None else cls(CudaForward(weights))
+        if isinstance(weights, LlamaWeights):
+            return cls(CudaForward(weights))
+        _log.warning("decode steps run eagerly, without CUDA graphs (slower): %s", weights)
+        return None
 
     @torch.inference_mode()
     def run(self, engine: Rows, at: np.ndarray, step: np.ndarray, position: np.ndarray, probability: bool) -> Tensor | None:

@@ -3,8 +3,8 @@
 Nothing in it depends on values that the host knows: slots and positions are read on the device, so a captured forward replays for any
 rows. The generic path through the model's modules stays the truth: tests compare the two, and anything not recognised takes it.
 
-A layer: add + norm + split | q, k, v | rotary + cache write | attention, its join, split | o | add + norm + split | gate, up |
-silu + split | down; "split" prepares the activations for the int8 tensor cores (`pmpd.kernels.triton`).
+A layer: add + norm | q, k, v | rotary + cache write | attention, its join | o | add + norm | gate, up | silu | down. For one or two rows
+the stages also split their results into digits for the int8 tensor cores (`pmpd.kernels.triton`), which is a launch more, before o.
 
 Legend: n tokens of the flat forward (one a row), C hidden size, Hq query heads, H KV heads, D head dim, F intermediate size, V vocabulary.
 """
@@ -13,17 +13,44 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, MistralForCausalLM, PreTrainedModel, Qwen2ForCausalLM
 
-from pmpd.kernels.triton import DIGITS_BITS, FUSED_TOKENS, SplitActivations, TritonMatrix, decode_attention, merge, split_activations
-from pmpd.weights.base import Segment
+from pmpd.kernels.triton import (
+    DIGITS_BITS,
+    SPLIT_TOKENS,
+    SplitActivations,
+    TritonMatrix,
+    decode_attention,
+    merge,
+    overlap,
+    padded_rows,
+    split_activations,
+)
+from pmpd.weights.base import PrecisionLinear, Segment
 
-Weight = TritonMatrix | Tensor
-"""A matrix of several precisions, or an unquantized one [N, K]."""
+
+class Dense(NamedTuple):
+    """An unquantized layer."""
+
+    weight: Tensor  # [N, K]
+    bias: Tensor | None = None
+
+
+class Several(NamedTuple):
+    """Layers of other formats (GPTQ, for one) that read the same input, multiplied one after the other."""
+
+    linears: Sequence[PrecisionLinear | nn.Linear]
+
+    def multiply(self, x: Tensor, bits: int) -> Tensor:
+        parts = [linear.multiply(x, bits) if isinstance(linear, PrecisionLinear) else linear(x) for linear in self.linears]
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+
+
+Weight = TritonMatrix | Dense | Several
 
 
 @dataclass
@@ -54,36 +81,25 @@ class LlamaWeights:
     rope_scale: float = 1.0
 
 
-def llama_weights(model: PreTrainedModel) -> LlamaWeights | None:
-    """The weights of a Llama, Mistral or Qwen2 tree on a CUDA device whose linears all multiply with `TritonMatrix`; else None.
+def llama_weights(model: PreTrainedModel) -> LlamaWeights | str:
+    """The weights of a Llama, Mistral or Qwen2 tree on a CUDA device; of any other model the reason why it is not one, in words.
 
-    q, k, v and gate, up are merged: the modules' own matrices become views, so the generic path (prefill) goes on working.
+    Layers that read the same input are merged where their format allows it: the modules' own matrices become views, so the generic path
+    (prefill) goes on working.
     """
     if type(model) not in (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM) or type(model.lm_head) is not nn.Linear:
-        return None
+        return f"no decode step is written out for {type(model).__name__} with a {type(model.lm_head).__name__} as its head"
     config, rotary = model.config, model.model.rotary_emb
     if config.hidden_act != "silu" or rotary.rope_type not in ("default", "llama3", "linear"):
-        return None
+        return f"no decode step is written out for the activation {config.hidden_act} with rotary embeddings of type {rotary.rope_type}"
     layers = []
     for layer in model.model.layers:
         attention, mlp = layer.self_attn, layer.mlp
-        groups = (
-            (attention.q_proj, attention.k_proj, attention.v_proj),
-            (attention.o_proj,),
-            (mlp.gate_proj, mlp.up_proj),
-            (mlp.down_proj,),
-        )
-        matrices = [[getattr(linear, "matrix", None) for linear in group] for group in groups]
-        if not all(isinstance(matrix, TritonMatrix) for group in matrices for matrix in group):
-            return None
-        try:
-            qkv, out, gate_up, down = (
-                group[0] if len(group) == 1 else merge(group) for group in cast("list[list[TritonMatrix]]", matrices)
-            )
-        except ValueError:  # odd numbers of rows
-            return None
+        qkv = together([attention.q_proj, attention.k_proj, attention.v_proj])
+        gate_up = together([mlp.gate_proj, mlp.up_proj])
         window = getattr(attention, "sliding_window", None)
-        layers.append(Layer(layer.input_layernorm.weight, qkv, out, layer.post_attention_layernorm.weight, gate_up, down, window))
+        norms = layer.input_layernorm.weight, layer.post_attention_layernorm.weight
+        layers.append(Layer(norms[0], qkv, together([attention.o_proj]), norms[1], gate_up, together([mlp.down_proj]), window))
     return LlamaWeights(
         embedding=model.model.embed_tokens.weight,
         layers=layers,
@@ -96,6 +112,35 @@ def llama_weights(model: PreTrainedModel) -> LlamaWeights | None:
         epsilon=config.rms_norm_eps,
         rope_scale=float(rotary.attention_scaling),
     )
+
+
+def together(linears: Sequence[nn.Module]) -> Weight:
+    """Layers that read the same input, as one."""
+    matrices = [getattr(linear, "matrix", None) for linear in linears]
+    if all(isinstance(matrix, TritonMatrix) for matrix in matrices):
+        parts = cast("list[TritonMatrix]", matrices)
+        if len(parts) == 1:
+            return parts[0]
+        try:
+            return merge(parts)
+        except ValueError:  # numbers of rows that tiles can't be cut at
+            return Several(cast("list[PrecisionLinear | nn.Linear]", linears))
+    if all(type(linear) is nn.Linear for linear in linears):
+        return _dense(cast("list[nn.Linear]", linears))
+    return Several(cast("list[PrecisionLinear | nn.Linear]", linears))
+
+
+def _dense(linears: Sequence[nn.Linear]) -> Dense:
+    if len(linears) == 1:
+        return Dense(linears[0].weight, linears[0].bias)
+    whole = torch.cat([linear.weight.detach() for linear in linears])
+    start = 0
+    for linear in linears:
+        linear.weight = nn.Parameter(whole[start : start + linear.out_features], requires_grad=False)
+        start += linear.out_features
+    if all(linear.bias is None for linear in linears):
+        return Dense(whole)
+    return Dense(whole, torch.cat([whole.new_zeros(linear.out_features) if linear.bias is None else linear.bias for linear in linears]))
 
 
 class CudaForward:
@@ -111,7 +156,8 @@ class CudaForward:
         """[n, V] for `input_ids`, `slots`, `positions` int64 [n]; the rows of a precision are a segment; `longest` tokens at most a row."""
         w, n = self.weights, len(input_ids)
         segments = [Segment(s.start, n if s.stop is None else s.stop, s.bits) for s in segments]
-        split = n <= FUSED_TOKENS and all(isinstance(layer.qkv, TritonMatrix) for layer in w.layers[:1])
+        weights = (weight for layer in w.layers for weight in (layer.qkv, layer.out, layer.gate_up, layer.down))
+        split = n <= SPLIT_TOKENS and all(isinstance(weight, TritonMatrix) for weight in weights)
         split = split and all(segment.bits in DIGITS_BITS for segment in segments)
         x = nn.functional.embedding(input_ids, w.embedding)
         delta: Tensor | None = None
@@ -128,12 +174,13 @@ class CudaForward:
         return nn.functional.linear(last, w.head)
 
     def _product(self, weight: Weight, x: Tensor | SplitActivations, segments: Sequence[Segment]) -> Tensor:
-        if isinstance(weight, Tensor):
+        if isinstance(weight, Dense):
             assert isinstance(x, Tensor)
-            return nn.functional.linear(x, weight)
+            return nn.functional.linear(x, weight.weight, weight.bias)
         if isinstance(x, Tensor):
             parts = [weight.multiply(x[s.start : s.stop], s.bits) for s in segments]
             return parts[0] if len(parts) == 1 else torch.cat(parts)
+        assert isinstance(weight, TritonMatrix)  # else nothing is split
         y = torch.empty(x.tokens, weight.shape[0], dtype=weight.dtype, device=x.digits.device)
         for start, stop, bits in segments:
             assert stop is not None  # given by __call__
@@ -144,16 +191,19 @@ class CudaForward:
         """x += delta, in place; the norm of x, split or not."""
         from pmpd.kernels import _triton_kernels as kernels
 
-        n, width = x.shape
-        digits = SplitActivations.empty(n if split else 1, width, x.device)
-        out = x if split else torch.empty_like(x)
-        launch = digits.launch() if split else {"BLOCK": 1 << (width - 1).bit_length(), "num_warps": 8}
-        kernels.add_norm_split[(n,)](
+        out, digits = self._room(x, x.shape[1], split)
+        kernels.add_norm_split[(len(x),)](
             x, x if delta is None else delta, weight, out, digits.digits.view(torch.int8), digits.scales[0], digits.scales[1],
-            self.weights.epsilon, width, digits.stride,
-            HAS_DELTA=delta is not None, HAS_OUT=not split, HAS_DIGITS=split, **launch,
+            self.weights.epsilon, x.shape[1], out.stride(0), digits.stride,
+            HAS_DELTA=delta is not None, HAS_OUT=not split, HAS_DIGITS=split, **digits.launch(),
         )  # fmt: skip
         return digits if split else out
+
+    def _room(self, like: Tensor, width: int, split: bool) -> tuple[Tensor, SplitActivations]:
+        """Where a stage puts its [n, width]: a plain tensor and digits, of which the one that is not wanted has no rows of its own."""
+        rows = len(like)
+        out = like if split else padded_rows(rows, width, like.dtype, like.device)
+        return out, SplitActivations.empty(rows if split else 1, width, like.device)
 
     def _rotate_write(self, qkv: Tensor, slots: Tensor, positions: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         from pmpd.kernels import _triton_kernels as kernels
@@ -164,7 +214,8 @@ class CudaForward:
         kernels.rotate_write[(n, w.heads + 2 * w.kv_heads)](
             qkv, w.inverse_frequencies, positions, slots, q, keys, values, w.rope_scale,
             *keys.stride()[:3], *values.stride()[:3],
-            HEADS=w.heads, KV_HEADS=w.kv_heads, HALF=half, HALF_PADDED=1 << (half - 1).bit_length(), num_warps=1,
+            HEADS=w.heads, KV_HEADS=w.kv_heads, HALF=half, HALF_PADDED=1 << (half - 1).bit_length(),
+            num_warps=1, **overlap(qkv.device),
         )  # fmt: skip
         return q
 
@@ -172,10 +223,9 @@ class CudaForward:
         from pmpd.kernels import _triton_kernels as kernels
 
         width = gate_up.shape[1] // 2
-        if not split:
-            return nn.functional.silu(gate_up[:, :width]) * gate_up[:, width:]
-        digits = SplitActivations.empty(len(gate_up), width, gate_up.device)
+        out, digits = self._room(gate_up, width, split)
         kernels.silu_split[(len(gate_up),)](
-            gate_up, digits.digits.view(torch.int8), digits.scales[0], digits.scales[1], width, digits.stride, **digits.launch()
-        )
-        return digits
+            gate_up, out, digits.digits.view(torch.int8), digits.scales[0], digits.scales[1], width, out.stride(0), digits.stride,
+            HAS_DIGITS=split, **digits.launch(),
+        )  # fmt: skip
+        return digits if split else out

@@ -5,6 +5,8 @@ The interpreter is chosen when triton is first imported, so `tests/__init__.py` 
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -14,9 +16,8 @@ from pmpd.kernels.reference import ReferenceMatrix
 from pmpd.kernels.triton import (
     GPTQMatrix,
     TritonMatrix,
-    concatenate,
     decode_attention,
-    share_input,
+    padded_rows,
     split_activations,
     table_digits,
     unavailable,
@@ -65,11 +66,11 @@ def test_dequantized_weights_are_exactly_the_table_values(shape):
         assert torch.equal(matrix.dequantize(bits), ReferenceMatrix(packed, torch.float16).dequantize(bits)), f"{shape}, {bits} bits"
 
 
-@pytest.mark.parametrize("route", ["digits", "fused", "dense"])
+@pytest.mark.parametrize("route", ["digits", "halves", "fused", "dense"])
 @pytest.mark.parametrize("bits", range(2, 9))
 def test_every_route_multiplies_as_the_reference(route, bits):
-    if route == "digits" and bits not in (2, 3, 4):
-        pytest.skip("digits holds tables of 2, 3 and 4 bits")
+    if route in ("digits", "halves") and bits not in (2, 3, 4):
+        pytest.skip("digits and halves hold tables of 2, 3 and 4 bits")
     packed = packed_weights(20, 544, (bits, 8) if bits < 8 else (8,), bias=True)
     matrix = TritonMatrix(packed, torch.float16)
     for tokens in (1, 3):
@@ -146,26 +147,34 @@ def test_table_digits_are_bytes_below_128(bits):
     assert not (words.long() & 0x80808080).any()
 
 
-def test_layers_that_share_an_input_take_one_multiplication(monkeypatch):
-    parts = [packed_weights(rows, 256, (2, 5), bias=rows == 24, seed=rows) for rows in (24, 16, 40)]
-    matrices = share_input(parts, torch.float32)
-    calls = []
-    multiply = TritonMatrix.multiply
-    monkeypatch.setattr(TritonMatrix, "multiply", lambda self, *args: calls.append(1) or multiply(self, *args))
-    for seed in (1, 2):
-        x = activations(2, 256, dtype=torch.float32, seed=seed)
-        for matrix, packed in zip(matrices, parts, strict=True):
-            assert error(matrix.multiply(x, 5), expected_product(packed, x, 5)) < TOLERANCE[torch.float32]
-    assert len(calls) == 2, "one multiplication for all three layers"
-    other = activations(2, 256, dtype=torch.float32, seed=9)
-    assert error(matrices[1].multiply(other, 5), expected_product(parts[1], other, 5)) < TOLERANCE[torch.float32]
-    assert error(matrices[2].multiply(x, 5), expected_product(parts[2], x, 5)) < TOLERANCE[torch.float32], "not the last input's product"
-    assert torch.equal(matrices[1].dequantize(5), ReferenceMatrix(parts[1], torch.float32).dequantize(5))
+@pytest.mark.parametrize(("tokens", "warps", "shape"), [(3, 2, (20, 544)), (11, 1, (16, 512)), (19, 2, (33, 512)), (37, 4, (9, 96))])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_halves_for_any_number_of_tokens_warps_and_columns(tokens, warps, shape, dtype):
+    """Columns that do and do not fill the warps, more tokens than one program takes, rows of x that lie apart in memory."""
+    packed = packed_weights(*shape, (2, 3, 4), bias=True)
+    matrix = TritonMatrix(packed, dtype)
+    x = padded_rows(tokens, shape[1], dtype, DEVICE)
+    x.copy_(activations(tokens, shape[1], dtype=dtype))
+    bits = (2, 3, 4)[tokens % 3]
+    y = matrix.multiply(x, bits, "halves", warps)
+    assert y.dtype == dtype
+    assert error(y, expected_product(packed, x, bits)) < TOLERANCE[dtype], f"{bits} bits"
+    assert torch.equal(y, matrix.multiply(x.clone()[:, :], bits, "halves", warps)), "the stride of x changes nothing"
 
 
-def test_concatenating_layers_of_different_inputs_is_refused():
-    with pytest.raises(ValueError, match="do not share an input"):
-        concatenate([packed_weights(16, 64, (2, 3)), packed_weights(16, 96, (2, 3))])
+def test_activations_that_are_not_aligned_are_copied_first():
+    packed = packed_weights(16, 96, (2, 3))
+    matrix = TritonMatrix(packed, torch.float16)
+    x = activations(4, 101)[:, 3:99]
+    assert error(matrix.multiply(x, 3, "halves"), expected_product(packed, x, 3)) < TOLERANCE[torch.float16]
+
+
+def test_few_tokens_take_digits_more_take_halves_and_float32_takes_neither():
+    packed = packed_weights(16, 64, (2, 3, 5))
+    matrix, exact = TritonMatrix(packed, torch.float16), TritonMatrix(packed, torch.float32)
+    assert [matrix.route(tokens, 3) for tokens in (1, 2, 3, 64, 65)] == ["digits", "digits", "halves", "halves", "dense"]
+    assert [matrix.route(tokens, 5) for tokens in (1, 64, 65)] == ["fused", "fused", "dense"]
+    assert [exact.route(tokens, 3) for tokens in (1, 16, 17)] == ["digits", "digits", "fused"]
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -195,6 +204,31 @@ def test_gptq_codes_scales_and_zeros(bits, act_order):
     for tokens in (1, 5, 70):
         x = activations(tokens, columns, dtype=torch.float32)
         assert error(v2.multiply(x), x @ weight.T.to(DEVICE)) < 1e-5
+
+
+@pytest.mark.parametrize(("bits", "group_size", "act_order"), [(4, 64, True), (4, 192, False), (3, 32, False), (2, 128, True)])
+def test_gptq_halves_multiply_as_the_dequantized_matrix(bits, group_size, act_order):
+    """Float16 groups of any size that is a multiple of 32, the last one possibly shorter; columns in any order of groups."""
+    columns, rows = 192, 20 if bits != 3 else 32
+    rows = math.lcm(rows, 32 // math.gcd(32, bits))
+    draw = torch.Generator().manual_seed(bits)
+    groups = math.ceil(columns / group_size)
+    codes = torch.randint(0, 2**bits, (rows, columns), generator=draw)
+    zeros = torch.randint(0, 2**bits, (groups, rows), generator=draw)
+    scales = (0.01 + 0.02 * torch.rand(groups, rows, generator=draw)).half()
+    g_idx = torch.arange(columns) // group_size
+    if act_order:
+        g_idx = g_idx[torch.randperm(columns, generator=draw)]
+    weight = (scales[g_idx].float() * (codes.T - zeros[g_idx]).float()).T
+    matrix = GPTQMatrix(
+        gptq_words(codes, bits).T.contiguous().to(DEVICE), gptq_words(zeros, bits).to(DEVICE), scales.to(DEVICE),
+        g_idx.int().to(DEVICE), bits, 0, torch.float16,
+    )  # fmt: skip
+    assert torch.equal(matrix.dequantize().cpu(), weight.half())
+    for tokens in (1, 12):
+        x = activations(tokens, columns)
+        for route in ("halves", "fused", "dense"):
+            assert error(matrix.multiply(x, route), x.float() @ weight.T.to(DEVICE)) < TOLERANCE[torch.float16], (route, tokens)
 
 
 def gptq_words(values: torch.Tensor, bits: int) -> torch.Tensor:

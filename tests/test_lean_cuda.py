@@ -9,8 +9,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from pmpd import lean_cuda
 from pmpd.kernels.base import PackedWeights
 from pmpd.kernels.reference import ReferenceMatrix
-from pmpd.kernels.triton import TritonMatrix, concatenate, merge
-from pmpd.lean_cuda import CudaForward, Layer, LlamaWeights
+from pmpd.kernels.triton import TritonMatrix, merge
+from pmpd.lean_cuda import CudaForward, Dense, Layer, LlamaWeights, Several, Weight
 from pmpd.weights.base import Segment
 from tests.test_kernels_triton import DEVICE, TOLERANCE, activations, error, expected_product, interpreter_only_here, packed_weights
 
@@ -48,8 +48,9 @@ def set_precision(model: LlamaForCausalLM, packed: list[dict[str, PackedWeights]
 
 
 def lean(model: LlamaForCausalLM, packed: list[dict[str, PackedWeights]], dtype: torch.dtype) -> CudaForward:
-    def product(*parts: PackedWeights) -> TritonMatrix:
-        return TritonMatrix(concatenate(parts), dtype)
+    def product(*parts: PackedWeights) -> Weight:
+        matrices = [TritonMatrix(part, dtype) for part in parts]
+        return merge(matrices) if len(matrices) > 1 else matrices[0]
 
     layers = [
         Layer(
@@ -113,8 +114,9 @@ def test_precisions_without_digits_and_unquantized_weights_take_the_same_forward
     qkv = torch.cat([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight])
     gate_up = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])
     dense = Layer(
-        layer.input_layernorm.weight, qkv, attention.o_proj.weight, layer.post_attention_layernorm.weight, gate_up, mlp.down_proj.weight
-    )
+        layer.input_layernorm.weight, Dense(qkv), Several([attention.o_proj]), layer.post_attention_layernorm.weight, Dense(gate_up),
+        Dense(mlp.down_proj.weight),
+    )  # fmt: skip
     forward = CudaForward(
         LlamaWeights(
             model.model.embed_tokens.weight, [dense], model.model.norm.weight, model.lm_head.weight, model.model.rotary_emb.inv_freq,

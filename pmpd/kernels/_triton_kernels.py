@@ -1,17 +1,35 @@
 """The Triton kernels behind `pmpd.kernels.triton` (which says what each must do, its layout, and its bytes and operations).
 
 Legend: M tokens, N out_features, K in_features, b bits; a *tile* is 16 rows x 256 columns of one matrix; lane = 4 g + t, as the
-tensor cores number the threads of a warp (g = 0..7, t = 0..3).
+tensor cores number the threads of a warp (g = 0..7, t = 0..3). The loops over tiles stay loops: unrolled, a kernel is 22 KB of
+instructions, which every launch of a decode step would fetch anew.
 
 `EMULATE` replaces the few PTX instructions by plain Triton that computes the same: Triton's interpreter knows no PTX.
+
+`PDL` (programmatic dependent launch, Hopper and later): a kernel starts while the one before it still runs, asks for its weights, and
+waits only then. So every such kernel lets its successor start at once (`_let_next_start`), and reads nothing that an earlier kernel wrote,
+and writes nothing at all, before `_wait_for_last`.
 """
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 # -- one instruction each ------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def _let_next_start(PDL: tl.constexpr):
+    if PDL:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def _wait_for_last(PDL: tl.constexpr):
+    if PDL:
+        gdc_wait()
 
 
 @triton.jit
@@ -30,7 +48,7 @@ def _load16(pointer, EMULATE: tl.constexpr, STREAM: tl.constexpr):
             "=r,=r,=r,=r,l",
             [pointer.to(tl.int64)],
             dtype=(tl.uint32, tl.uint32, tl.uint32, tl.uint32),
-            is_pure=True,
+            is_pure=False,  # stays on its side of `_wait_for_last`
             pack=1,
         )
     else:
@@ -39,42 +57,62 @@ def _load16(pointer, EMULATE: tl.constexpr, STREAM: tl.constexpr):
             "=r,=r,=r,=r,l",
             [pointer.to(tl.int64)],
             dtype=(tl.uint32, tl.uint32, tl.uint32, tl.uint32),
-            is_pure=True,
+            is_pure=False,  # stays on its side of `_wait_for_last`
             pack=1,
         )
 
 
 @triton.jit
-def _prmt(low, high, selector):
+def _prmt(low, high, selector, EMULATE: tl.constexpr):
     """Four byte look-ups: byte i of the result is byte `nibble i of selector` of the 8-byte table high:low.
 
-    A nibble >= 8 gives the sign of byte `nibble - 8`, repeated: 0 for the table bytes here, which are all below 128.
+    A nibble >= 8 gives the sign of byte `nibble - 8`, repeated: 0 for the table bytes of `digits`, which are all below 128.
     """
-    return tl.inline_asm_elementwise("prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [low, high, selector], dtype=tl.uint32, is_pure=True, pack=1)
+    if EMULATE:
+        found = (low & 0) | (selector & 0)
+        for i in tl.static_range(4):
+            nibble = (selector >> (4 * i)) & 15
+            byte = (tl.where((nibble & 4) == 0, low, high) >> ((nibble & 3) * 8)) & 0xFF
+            found = found | (tl.where(nibble < 8, byte, (byte >> 7) * 255) << (8 * i))
+        return found
+    else:
+        return tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [low, high, selector], dtype=tl.uint32, is_pure=True, pack=1
+        )
+
+
+@triton.jit
+def _pick(a, b, mask, EMULATE: tl.constexpr):
+    """Bits of `a` where `mask` is set, else of `b`: one instruction (LLVM narrows the masks and then needs two or three)."""
+    if EMULATE:
+        return (a & mask) | (b & (mask ^ 0xFFFFFFFF))
+    else:
+        return tl.inline_asm_elementwise("lop3.b32 $0, $1, $2, $3, 0xE4;", "=r,r,r,r", [a, b, mask], dtype=tl.uint32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _prefetch(pointer, elected, BYTES: tl.constexpr, EMULATE: tl.constexpr):
+    """Each thread for which `elected` is 1 asks for BYTES from `pointer` on to be brought to the second-level cache; nobody waits."""
+    if not EMULATE:
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], $3; mov.b32 $0, 0; }",
+            "=r,l,r,r",
+            [pointer.to(tl.int64), elected, BYTES],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
 
 
 @triton.jit
 def _lookup(top_low, top_high, bottom_low, bottom_high, top, bottom, EMULATE: tl.constexpr):
-    """An operand of `_mma`: the digits of the eight nibbles of the top and of the bottom row."""
-    if EMULATE:
-        place = tl.arange(0, 4).to(tl.uint32)[None, None, None, :]
-        selector = tl.join(tl.join(top, bottom), tl.join(top >> 16, bottom >> 16))  # [threads, row, half]
-        nibble = (selector[:, :, :, None] >> (place * 4)) & 15
-        low = tl.join(top_low, bottom_low)[:, :, None, None]
-        high = tl.join(top_high, bottom_high)[:, :, None, None]
-        byte = (tl.where((nibble & 4) == 0, low, high) >> ((nibble & 3) * 8)) & 0xFF
-        byte = tl.where(nibble < 8, byte, (byte >> 7) * 255)
-        first, second = tl.split(tl.sum(byte << (place * 8), axis=3).to(tl.uint32))
-        a0, a1 = tl.split(first)
-        a2, a3 = tl.split(second)
-        return (a0, a1, a2, a3)
-    else:
-        return (
-            _prmt(top_low, top_high, top),
-            _prmt(bottom_low, bottom_high, bottom),
-            _prmt(top_low, top_high, top >> 16),
-            _prmt(bottom_low, bottom_high, bottom >> 16),
-        )
+    """An operand of `_accumulate`: the digits of the eight nibbles of the top and of the bottom row."""
+    return (
+        _prmt(top_low, top_high, top, EMULATE),
+        _prmt(bottom_low, bottom_high, bottom, EMULATE),
+        _prmt(top_low, top_high, top >> 16, EMULATE),
+        _prmt(bottom_low, bottom_high, bottom >> 16, EMULATE),
+    )
 
 
 @triton.jit
@@ -109,7 +147,8 @@ def _accumulate(a, b0, b1, c, EMULATE: tl.constexpr, WARPS: tl.constexpr):
 
 @triton.jit
 def _store_digits(values, column, token, digits, scales, sums, digits_stride):
-    """One token's `values` float32 [BLOCK] (zeros past K) as `split_digits` stores them."""
+    """One token's `values` float32 [BLOCK] (zeros past K) as `split_digits` stores them: of 128 columns, 32 s + 8 t + i lies at
+    32 t + 8 s + i, so that a thread t of `digits_matmul` finds its columns together."""
     # The divisor is below 127 * (65536 + 256 + 1), so that rounding never carries into a fourth byte.
     scale = tl.maximum(tl.max(tl.abs(values), axis=0), 1e-30) / 8355000.0
     whole = tl.floor(values / scale + 0.5).to(tl.int32)
@@ -118,7 +157,8 @@ def _store_digits(values, column, token, digits, scales, sums, digits_stride):
     d2 = ((whole + 128) & 255) - 128
     rest = (whole - d2) >> 8
     d1 = ((rest + 128) & 255) - 128
-    row = digits + token.to(tl.int64) * 4 * digits_stride + column
+    place = (column // 128) * 128 + (column // 8 % 4) * 32 + (column // 32 % 4) * 8 + column % 8
+    row = digits + token.to(tl.int64) * 4 * digits_stride + place
     inside = column < digits_stride
     tl.store(row, ((rest - d1) >> 8).to(tl.int8), mask=inside)
     tl.store(row + digits_stride, d1.to(tl.int8), mask=inside)
@@ -127,14 +167,16 @@ def _store_digits(values, column, token, digits, scales, sums, digits_stride):
 
 
 @triton.jit(do_not_specialize=["M"])
-def split_digits(x, digits, scales, sums, M, K, x_stride, digits_stride, BLOCK: tl.constexpr):
+def split_digits(x, digits, scales, sums, M, K, x_stride, digits_stride, BLOCK: tl.constexpr, PDL: tl.constexpr):
     """x [M, K] -> three signed bytes a value: x = scale (65536 d0 + 256 d1 + d2), one scale a token.
 
     `digits` int8 [4 * tokens, digits_stride]: rows 4 m + (0, 1, 2) hold d0, d1, d2, row 4 m + 3 and everything past K zeros.
     `scales`, `sums` float32 [tokens]: the scale and the sum of the represented values. One program a token; tokens >= M get zeros.
     """
+    _let_next_start(PDL)
     token = tl.program_id(0)
     column = tl.arange(0, BLOCK)
+    _wait_for_last(PDL)
     values = tl.load(x + token.to(tl.int64) * x_stride + column, mask=(column < K) & (token < M), other=0.0).to(tl.float32)
     _store_digits(values, column, token, digits, scales, sums, digits_stride)
 
@@ -148,18 +190,18 @@ def _rotate(word, COUNT: tl.constexpr):
 
 
 @triton.jit
-def _nibbles(p0, p1, p2, p3, BITS: tl.constexpr):
-    """Words of up to four planes -> four words of eight codes each, a code a nibble: word s, nibble i is column 8 s + i."""
+def _nibbles(p0, p1, p2, p3, BITS: tl.constexpr, EMULATE: tl.constexpr):
+    """Words of up to four planes -> four words of eight codes each, a code a nibble: word s, nibble i is bit 8 s + i of a word."""
     if BITS == 4:
-        even_high = (p0 & 0xAAAAAAAA) | (p1 & 0x55555555)
-        even_low = (p2 & 0xAAAAAAAA) | (p3 & 0x55555555)
-        odd_high = (p0 & 0x55555555) | (p1 & 0xAAAAAAAA)
-        odd_low = (p2 & 0x55555555) | (p3 & 0xAAAAAAAA)
+        even_high = _pick(p0, p1, 0xAAAAAAAA, EMULATE)
+        even_low = _pick(p2, p3, 0xAAAAAAAA, EMULATE)
+        odd_high = _pick(p1, p0, 0xAAAAAAAA, EMULATE)
+        odd_low = _pick(p3, p2, 0xAAAAAAAA, EMULATE)
         return (
-            (even_high & 0xCCCCCCCC) | (even_low & 0x33333333),
-            _rotate((odd_high & 0x66666666) | (odd_low & 0x99999999), 1),
-            _rotate((even_high & 0x33333333) | (even_low & 0xCCCCCCCC), 2),
-            _rotate((odd_high & 0x99999999) | (odd_low & 0x66666666), 3),
+            _pick(even_high, even_low, 0xCCCCCCCC, EMULATE),
+            _rotate(_pick(odd_high, odd_low, 0x66666666, EMULATE), 1),
+            _rotate(_pick(even_low, even_high, 0xCCCCCCCC, EMULATE), 2),
+            _rotate(_pick(odd_low, odd_high, 0x66666666, EMULATE), 3),
         )
     elif BITS == 3:
         even_high = (p0 & 0xAAAAAAAA) | (p1 & 0x55555555)
@@ -196,6 +238,12 @@ def _planes(base, plane_stride, BITS: tl.constexpr, EMULATE: tl.constexpr):
 
 
 @triton.jit
+def _tile_nibbles(words, AT: tl.constexpr, BITS: tl.constexpr, EMULATE: tl.constexpr):
+    """`_nibbles` of one half and row part of a tile: word AT = 2 h + r of each plane in `words`, four words a plane."""
+    return _nibbles(words[AT], words[AT + 4], words[AT + 8], words[AT + 12], BITS, EMULATE)
+
+
+@triton.jit
 def _table(base, BITS: tl.constexpr, EMULATE: tl.constexpr):
     """The row's table as bytes: 2 bits (high digits, low digits); 3 bits (high 0-3, 4-7, low 0-3, 4-7); 4 bits: codes 0-7, then 8-15."""
     if BITS == 2:
@@ -218,44 +266,43 @@ def digits_matmul(
     planes, tables, table_scales, table_offsets, digits, x_scales, x_sums, bias, y,
     M, N, plane_stride, digits_stride, y_stride,
     BLOCKS: tl.constexpr, TILES: tl.constexpr, BITS: tl.constexpr, TOKEN_PAIRS: tl.constexpr, WARPS: tl.constexpr,
-    HAS_BIAS: tl.constexpr, MERGE: tl.constexpr, EMULATE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, MERGE: tl.constexpr, PDL: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     """y [M, N] for M <= 2 * TOKEN_PAIRS from digits of x: one program = 16 rows, its warps share the columns.
 
     BLOCKS = tiles of a row block, TILES = those of one warp. MERGE (b = 4): `or` the digits of the two half tables before the product, in
     place of two products (fewer products, for many tokens). A thread holds exactly one element of every tensor, so element = thread.
     """
+    _let_next_start(PDL)
     row_block = tl.program_id(0)
     thread = tl.arange(0, 32 * WARPS)
     warp = thread // 32
     lane = thread % 32
     g = lane // 4
     t = lane % 4
+    row_base = planes + row_block.to(tl.int64) * (BLOCKS * 128)
+    _prefetch(row_base + thread.to(tl.int64) * plane_stride, (thread < BITS).to(tl.int32), BLOCKS * 512, EMULATE)
     WORDS: tl.constexpr = 2 if BITS == 2 else (4 if BITS == 3 else 8)
     top = _table(tables + (row_block * 16 + g) * WORDS, BITS, EMULATE)
     bottom = _table(tables + (row_block * 16 + 8 + g) * WORDS, BITS, EMULATE)
-
     zero = tl.zeros([32 * WARPS], tl.int32)
     acc = ()
     for _ in tl.static_range(TOKEN_PAIRS * 8):
         acc = acc + (zero,)  # type: ignore[assignment]  # noqa: RUF005 - Triton's tuples grow, and it knows no unpacking
+    _wait_for_last(PDL)
 
-    tile_base = planes + row_block.to(tl.int64) * (BLOCKS * 128) + lane * 4
-    first = tl.minimum(warp, BLOCKS - 1)
-    words = _planes(tile_base + first * 128, plane_stride, BITS, EMULATE)
-    for i in tl.static_range(TILES):
+    for i in range(TILES):
         block = warp + i * WARPS
-        current = words
-        if i + 1 < TILES:
-            following = tl.minimum(block + WARPS, BLOCKS - 1)
-            words = _planes(tile_base + following * 128, plane_stride, BITS, EMULATE)
+        words = _planes(row_base + lane * 4 + tl.minimum(block, BLOCKS - 1) * 128, plane_stride, BITS, EMULATE)
         for h in tl.static_range(2):
             x_words = ()
             for n in tl.static_range(TOKEN_PAIRS):
-                x_base = digits + (n * 8 + g).to(tl.int64) * (digits_stride // 4) + block * 64 + h * 32 + t * 8
+                x_row = tl.minimum(n * 8 + g, 4 * M - 1)  # threads without a token of their own read what others read
+                x_row -= (x_row % 4 == 3).to(tl.int32)  # the fourth column has no digit: its product is not used
+                x_base = digits + x_row.to(tl.int64) * (digits_stride // 4) + block * 64 + h * 32 + t * 8
                 x_words = x_words + _load16(x_base, EMULATE, False) + _load16(x_base + 4, EMULATE, False)
-            n_top = _nibbles(current[2 * h], current[4 + 2 * h], current[8 + 2 * h], current[12 + 2 * h], BITS)
-            n_bottom = _nibbles(current[2 * h + 1], current[5 + 2 * h], current[9 + 2 * h], current[13 + 2 * h], BITS)
+            n_top = _tile_nibbles(words, 2 * h, BITS, EMULATE)
+            n_bottom = _tile_nibbles(words, 2 * h + 1, BITS, EMULATE)
             for s in tl.static_range(4):
                 if BITS == 2:
                     high = _lookup(top[0], top[1], bottom[0], bottom[1], n_top[s], n_bottom[s], EMULATE)
@@ -314,37 +361,218 @@ def digits_matmul(
         tl.store(y + token * y_stride + row_bottom, y_bottom.to(y.dtype.element_ty), mask=(token < M) & (row_bottom < N))
 
 
+# -- halves: table values of 16 bits put together in registers, products on the float16 / bfloat16 tensor cores -----------------
+
+
+@triton.jit
+def _halves(values, EMULATED_BFLOAT16: tl.constexpr):
+    """The two 16-bit floats of each word (the lower half first), as float32."""
+    if EMULATED_BFLOAT16:
+        return (values << 16).to(tl.float32, bitcast=True), (values & 0xFFFF0000).to(tl.float32, bitcast=True)
+    else:
+        low = (values & 0xFFFF).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+        return low, (values >> 16).to(tl.uint16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _half_product(row, column, BFLOAT16: tl.constexpr, WARPS: tl.constexpr):
+    """Emulation: sum over t of the products of two words of halves, [warp, g of the row, n] from threads (g, t) and (n, t)."""
+    row_low, row_high = _halves(row, BFLOAT16)
+    column_low, column_high = _halves(column, BFLOAT16)
+    low = tl.reshape(row_low, [WARPS, 8, 1, 4]) * tl.reshape(column_low, [WARPS, 1, 8, 4])
+    high = tl.reshape(row_high, [WARPS, 8, 1, 4]) * tl.reshape(column_high, [WARPS, 1, 8, 4])
+    return tl.sum(low + high, axis=3)
+
+
+@triton.jit
+def _accumulate_halves(a, b0, b1, c, BFLOAT16: tl.constexpr, EMULATE: tl.constexpr, WARPS: tl.constexpr):
+    """D = A B + C on the tensor cores: A 16 x 16 and B 16 x 8 of 16-bit floats, C and D float32."""
+    if EMULATE:
+        top = _half_product(a[0], b0, BFLOAT16, WARPS) + _half_product(a[2], b1, BFLOAT16, WARPS)
+        bottom = _half_product(a[1], b0, BFLOAT16, WARPS) + _half_product(a[3], b1, BFLOAT16, WARPS)
+        d0, d1 = tl.split(tl.reshape(top, [WARPS * 32, 2]))
+        d2, d3 = tl.split(tl.reshape(bottom, [WARPS * 32, 2]))
+        return (c[0] + d0, c[1] + d1, c[2] + d2, c[3] + d3)
+    elif BFLOAT16:
+        return tl.inline_asm_elementwise(
+            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};",
+            "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f",
+            [a[0], a[1], a[2], a[3], b0, b1, c[0], c[1], c[2], c[3]],
+            dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};",
+            "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f",
+            [a[0], a[1], a[2], a[3], b0, b1, c[0], c[1], c[2], c[3]],
+            dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
+            is_pure=True,
+            pack=1,
+        )
+
+
+@triton.jit
+def _values(table, codes, PART: tl.constexpr, BITS: tl.constexpr, EMULATE: tl.constexpr):
+    """16-bit table values of four codes, in the lower (PART 0) or upper nibbles of `codes`: two words of two values each."""
+    if BITS == 4:
+        octet = (codes & 0x77777777) >> (16 * PART)
+        which = (((codes >> 1) & 0x44444444) | 0x32103210) >> (16 * PART)  # i for a code < 8, else 4 + i
+        low = _prmt(_prmt(table[2], table[3], octet, EMULATE), _prmt(table[6], table[7], octet, EMULATE), which, EMULATE)
+        high = _prmt(_prmt(table[0], table[1], octet, EMULATE), _prmt(table[4], table[5], octet, EMULATE), which, EMULATE)
+    elif BITS == 3:
+        low = _prmt(table[2], table[3], codes >> (16 * PART), EMULATE)
+        high = _prmt(table[0], table[1], codes >> (16 * PART), EMULATE)
+    else:
+        low = _prmt(table[1], table[0], codes >> (16 * PART), EMULATE)
+        high = _prmt(table[0], table[1], codes >> (16 * PART), EMULATE)
+    return _prmt(low, high, (low & 0) + 0x5140, EMULATE), _prmt(low, high, (low & 0) + 0x7362, EMULATE)
+
+
+@triton.jit
+def _affine(words, minus_zero, scale, EMULATE: tl.constexpr):
+    """(code - zero) * scale of two float16 codes a word, rounded once: `minus_zero` and `scale` hold their value twice."""
+    if EMULATE:
+        code_low, code_high = _halves(words, False)
+        zero_low, zero_high = _halves(minus_zero, False)
+        scale_low, scale_high = _halves(scale, False)
+        low = ((code_low + zero_low) * scale_low).to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32)
+        high = ((code_high + zero_high) * scale_high).to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32)
+        return low | (high << 16)
+    else:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 d; add.f16x2 d, $1, $2; mul.f16x2 $0, d, $3; }",
+            "=r,r,r,r",
+            [words, minus_zero, scale],
+            dtype=tl.uint32,
+            is_pure=True,
+            pack=1,
+        )
+
+
+@triton.jit
+def _x_words(x_row, column, K, EXACT: tl.constexpr, EMULATE: tl.constexpr):
+    """Eight 16-bit activations from `column` (a multiple of 8) as four words; zeros past K."""
+    if EXACT:
+        return _load16(x_row + column // 2, EMULATE, False)
+    else:
+        w0, w1, w2, w3 = _load16(x_row + tl.where(column < K, column, 0) // 2, EMULATE, False)
+        keep = (column < K).to(tl.uint32)
+        return (w0 * keep, w1 * keep, w2 * keep, w3 * keep)
+
+
+@triton.jit(do_not_specialize=["M"])
+def halves_matmul(
+    x, planes, tables, scales, minus_zeros, bias, y, M, N, K, plane_stride, x_stride, y_stride, group_stride, LAST_GROUP,
+    BLOCKS: tl.constexpr, TILES: tl.constexpr, BITS: tl.constexpr, OCTETS: tl.constexpr, WARPS: tl.constexpr,
+    GROUP: tl.constexpr, EXACT: tl.constexpr, HAS_BIAS: tl.constexpr, BFLOAT16: tl.constexpr, PDL: tl.constexpr, EMULATE: tl.constexpr,
+):  # fmt: skip
+    """y [M, N] from x [M, K] of 16-bit floats (as int32 words, x_stride words a token); a program: 16 rows, 8 * OCTETS tokens.
+
+    The order of the columns in a product is free, if weights and activations agree: thread t takes columns 32 s + 8 t + 0..7 of 128 in
+    two products, four consecutive ones each. EXACT: TILES * WARPS * 256 = K, so that no column is past the end.
+
+    GROUP = 0: `tables` holds a table a row. Else it holds one for all, of the float16 codes, and every GROUP columns (a multiple of 32) of
+    a row have a scale and a zero: `scales`, `minus_zeros` int32 [groups, N padded], each value twice.
+    """
+    _let_next_start(PDL)
+    row_block = tl.program_id(0)
+    token0 = tl.program_id(1) * (8 * OCTETS)
+    thread = tl.arange(0, 32 * WARPS)
+    warp = thread // 32
+    lane = thread % 32
+    g = lane // 4
+    t = lane % 4
+    row_base = planes + row_block.to(tl.int64) * (BLOCKS * 128)
+    _prefetch(row_base + thread.to(tl.int64) * plane_stride, (thread < BITS).to(tl.int32), BLOCKS * 512, EMULATE)
+    WORDS: tl.constexpr = 2 if BITS == 2 else (4 if BITS == 3 else 8)
+    table_row = g * 0
+    if GROUP == 0:
+        table_row = row_block * 16 + g
+    top = _table(tables + table_row * WORDS, BITS, EMULATE)
+    bottom = top
+    if GROUP == 0:
+        bottom = _table(tables + (table_row + 8) * WORDS, BITS, EMULATE)
+    zero = tl.zeros([32 * WARPS], tl.float32)
+    acc = ()
+    for _ in tl.static_range(OCTETS * 4):
+        acc = acc + (zero,)  # type: ignore[assignment]  # noqa: RUF005 - Triton's tuples grow, and it knows no unpacking
+    _wait_for_last(PDL)
+
+    for i in range(TILES):
+        block = warp + i * WARPS
+        words = _planes(row_base + lane * 4 + tl.minimum(block, BLOCKS - 1) * 128, plane_stride, BITS, EMULATE)
+        for h in tl.static_range(2):
+            n_top = _tile_nibbles(words, 2 * h, BITS, EMULATE)
+            n_bottom = _tile_nibbles(words, 2 * h + 1, BITS, EMULATE)
+            for s in tl.static_range(4):
+                if GROUP > 0 and s * 32 % GROUP == 0:
+                    of_group = tl.minimum((block * 256 + h * 128 + s * 32) // GROUP, LAST_GROUP) * group_stride + row_block * 16 + g
+                    scale_top = tl.load(scales + of_group).to(tl.uint32, bitcast=True)
+                    scale_bottom = tl.load(scales + of_group + 8).to(tl.uint32, bitcast=True)
+                    zero_top = tl.load(minus_zeros + of_group).to(tl.uint32, bitcast=True)
+                    zero_bottom = tl.load(minus_zeros + of_group + 8).to(tl.uint32, bitcast=True)
+                x_words = ()
+                for n in tl.static_range(OCTETS):
+                    x_row = x + tl.minimum(token0 + n * 8 + g, M - 1).to(tl.int64) * x_stride
+                    x_words = x_words + _x_words(x_row, block * 256 + h * 128 + s * 32 + t * 8, K, EXACT, EMULATE)
+                for part in tl.static_range(2):
+                    a0, a2 = _values(top, n_top[s], part, BITS, EMULATE)
+                    a1, a3 = _values(bottom, n_bottom[s], part, BITS, EMULATE)
+                    if GROUP > 0:
+                        a0 = _affine(a0, zero_top, scale_top, EMULATE)
+                        a2 = _affine(a2, zero_top, scale_top, EMULATE)
+                        a1 = _affine(a1, zero_bottom, scale_bottom, EMULATE)
+                        a3 = _affine(a3, zero_bottom, scale_bottom, EMULATE)
+                    updated = ()
+                    for n in tl.static_range(OCTETS):
+                        b0 = x_words[4 * n + 2 * part]  # type: ignore[var-annotated]  # a tuple that grew
+                        b1 = x_words[4 * n + 2 * part + 1]  # type: ignore[var-annotated]
+                        c = (acc[4 * n], acc[4 * n + 1], acc[4 * n + 2], acc[4 * n + 3])
+                        updated = updated + _accumulate_halves((a0, a1, a2, a3), b0, b1, c, BFLOAT16, EMULATE, WARPS)
+                    acc = updated
+
+    slot = tl.arange(0, 32)
+    row_top = row_block * 16 + slot // 4
+    for n in tl.static_range(OCTETS):
+        pairs = tl.join(tl.join(acc[4 * n], acc[4 * n + 2]), tl.join(acc[4 * n + 1], acc[4 * n + 3]))  # [threads, row, token]
+        total = tl.sum(tl.reshape(pairs, [WARPS, 32, 2, 2]), axis=0)
+        row = row_top[:, None, None] + 8 * tl.arange(0, 2)[None, :, None]
+        token = token0 + n * 8 + 2 * (slot % 4)[:, None, None] + tl.arange(0, 2)[None, None, :]
+        if HAS_BIAS:
+            total += tl.load(bias + row, mask=row < N, other=0.0).to(tl.float32)
+        tl.store(y + token * y_stride + row, total.to(y.dtype.element_ty), mask=(token < M) & (row < N))
+
+
 # -- plain Triton: decode a tile, then dot, sum or store it --------------------------------------------------------------------
 
 
 @triton.jit
-def _tile_codes(planes, row, word_column, plane_stride, BLOCKS: tl.constexpr, BITS: tl.constexpr):
-    """Codes of rows `row` [R] and word columns `word_column` [C] (32 columns each): int32 [R, C, 32]."""
-    block = word_column // 8
-    h = (word_column // 4) % 2
-    t = word_column % 4
+def _tile_codes(planes, row, first, plane_stride, BLOCKS: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Codes of rows `row` [ROWS] and columns `first` (a multiple of 128)...: int32 [ROWS, COLUMNS]; rubbish past the last block."""
+    word = tl.minimum(first // 32 + tl.arange(0, COLUMNS // 32), BLOCKS * 8 - 1)
     at = (row // 16).to(tl.int64)[:, None] * (BLOCKS * 128) + ((row % 8) * 16 + (row % 16) // 8)[:, None]
-    at += (block * 128 + t * 4 + h * 2)[None, :]
+    at += ((word // 8) * 128 + word % 4 * 4 + (word // 4) % 2 * 2)[None, :]
     c = tl.arange(0, 32)
-    codes = tl.zeros([row.shape[0], word_column.shape[0], 32], tl.int32)
+    codes = tl.zeros([ROWS, COLUMNS // 32, 32], tl.int32)
     for p in tl.static_range(BITS):
-        word = tl.load(planes + p * plane_stride + at).to(tl.uint32, bitcast=True)
+        bits = tl.load(planes + p * plane_stride + at).to(tl.uint32, bitcast=True)
         position = (4 * (c % 8) + 3 - p % 4 + 32 - c // 8) % 32
-        bit = (word[:, :, None] >> position[None, None, :].to(tl.uint32)) & 1
-        codes = codes * 2 + bit.to(tl.int32)
-    return codes
+        codes = codes * 2 + ((bits[:, :, None] >> position[None, None, :].to(tl.uint32)) & 1).to(tl.int32)
+    by_thread = tl.reshape(codes, [ROWS, COLUMNS // 128, 4, 4, 8])  # [row, half, t, s, i]: column 32 s + 8 t + i
+    return tl.reshape(tl.permute(by_thread, (0, 1, 3, 2, 4)), [ROWS, COLUMNS])
 
 
 @triton.jit
 def _tile_weights(
-    planes, values, zeros, groups, row, word_column, plane_stride, N_PADDED,
+    planes, values, zeros, groups, row, first, plane_stride, N_PADDED,
     BLOCKS: tl.constexpr, BITS: tl.constexpr, AFFINE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """float32 weights [ROWS, COLUMNS]: table look-up, or (AFFINE) scale * (code - zero) of the column's group."""
-    codes = tl.reshape(_tile_codes(planes, row, word_column, plane_stride, BLOCKS, BITS), [ROWS, COLUMNS])
+    codes = _tile_codes(planes, row, first, plane_stride, BLOCKS, BITS, ROWS, COLUMNS)
     if AFFINE:
-        column = tl.reshape(word_column[:, None] * 32 + tl.arange(0, 32)[None, :], [COLUMNS])
-        group = tl.load(groups + column)
+        group = tl.load(groups + tl.minimum(first + tl.arange(0, COLUMNS), BLOCKS * 256 - 1))
         at = group[None, :] * N_PADDED + row[:, None]
         return tl.load(values + at).to(tl.float32) * (codes - tl.load(zeros + at).to(tl.int32)).to(tl.float32)
     else:
@@ -358,9 +586,9 @@ def dequantize_tiles(
 ):  # fmt: skip
     """out [N, K] <- the weights; one program = 16 rows x 256 columns."""
     row = tl.program_id(0) * 16 + tl.arange(0, 16)
-    word_column = tl.program_id(1) * 8 + tl.arange(0, 8)
-    weights = _tile_weights(planes, values, zeros, groups, row, word_column, plane_stride, N_PADDED, BLOCKS, BITS, AFFINE, 16, 256)
-    column = tl.program_id(1) * 256 + tl.arange(0, 256)
+    first = tl.program_id(1) * 256
+    weights = _tile_weights(planes, values, zeros, groups, row, first, plane_stride, N_PADDED, BLOCKS, BITS, AFFINE, 16, 256)
+    column = first + tl.arange(0, 256)
     at = row.to(tl.int64)[:, None] * K + column[None, :]
     tl.store(out + at, weights.to(out.dtype.element_ty), mask=(row < N)[:, None] & (column < K)[None, :])
 
@@ -386,11 +614,8 @@ def plain_matmul(
     acc = tl.zeros([ROWS, TOKENS], tl.float32)
     for step in range(STEPS):
         first = (part * STEPS + step) * COLUMNS
-        word_column = tl.minimum(first // 32 + tl.arange(0, COLUMNS // 32), BLOCKS * 8 - 1)
         column = first + tl.arange(0, COLUMNS)
-        weights = _tile_weights(
-            planes, values, zeros, groups, safe_row, word_column, plane_stride, N_PADDED, BLOCKS, BITS, AFFINE, ROWS, COLUMNS
-        )
+        weights = _tile_weights(planes, values, zeros, groups, safe_row, first, plane_stride, N_PADDED, BLOCKS, BITS, AFFINE, ROWS, COLUMNS)
         x_at = token.to(tl.int64)[:, None] * x_stride + column[None, :]
         x_tile = tl.load(x + x_at, mask=(token < M)[:, None] & (column < K)[None, :], other=0.0)
         if USE_DOT:
@@ -416,15 +641,17 @@ def attention_part(
     q, keys, values, slots, lengths, out, log_sums, scale_log2, window, extra,
     q_row, q_head, k_slot, k_head, k_token, v_slot, v_head, v_token, HEADS, SPLITS,
     GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr, D: tl.constexpr, D_PADDED: tl.constexpr,
-    TOKENS: tl.constexpr, STEPS: tl.constexpr, HAS_WINDOW: tl.constexpr,
+    TOKENS: tl.constexpr, STEPS: tl.constexpr, HAS_WINDOW: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One (row, kv head, part of the cache): its GROUP query heads against TOKENS * STEPS cached tokens.
 
     out float32 [n, Hq, SPLITS, D] (normalized within the part), log_sums float32 [n, Hq, SPLITS] (base 2; -inf for an empty part).
     """
+    _let_next_start(PDL)
     row = tl.program_id(0)
     kv_head = tl.program_id(1)
     part = tl.program_id(2)
+    _wait_for_last(PDL)
     slot = tl.load(slots + row).to(tl.int64)
     length = tl.load(lengths + row) + extra
     start = part * (TOKENS * STEPS)
@@ -464,8 +691,13 @@ def attention_part(
 
 
 @triton.jit
-def attention_join(out, log_sums, y, HEADS, D: tl.constexpr, D_PADDED: tl.constexpr, SPLITS: tl.constexpr, SPLITS_PADDED: tl.constexpr):
+def attention_join(
+    out, log_sums, y, HEADS, y_row,
+    D: tl.constexpr, D_PADDED: tl.constexpr, SPLITS: tl.constexpr, SPLITS_PADDED: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     """y [n, Hq, D] <- the parts of `attention_part`, weighted by their share of the softmax."""
+    _let_next_start(PDL)
+    _wait_for_last(PDL)
     row_head = tl.program_id(0) * HEADS + tl.program_id(1)
     split = tl.arange(0, SPLITS_PADDED)
     d = tl.arange(0, D_PADDED)
@@ -478,7 +710,7 @@ def attention_join(out, log_sums, y, HEADS, D: tl.constexpr, D_PADDED: tl.conste
         other=0.0,
     )
     joined = tl.sum(part * share[:, None], axis=0) / tl.maximum(tl.sum(share, axis=0), 1e-37)
-    tl.store(y + row_head.to(tl.int64) * D + d, joined.to(y.dtype.element_ty), mask=d < D)
+    tl.store(y + tl.program_id(0).to(tl.int64) * y_row + tl.program_id(1) * D + d, joined.to(y.dtype.element_ty), mask=d < D)
 
 
 # -- the rest of a decoder layer of the Llama family, one launch a stage -------------------------------------------------------
@@ -486,50 +718,62 @@ def attention_join(out, log_sums, y, HEADS, D: tl.constexpr, D_PADDED: tl.conste
 
 @triton.jit
 def add_norm_split(
-    x, delta, weight, out, digits, scales, sums, epsilon, C, digits_stride,
-    BLOCK: tl.constexpr, HAS_DELTA: tl.constexpr, HAS_OUT: tl.constexpr, HAS_DIGITS: tl.constexpr,
+    x, delta, weight, out, digits, scales, sums, epsilon, C, out_stride, digits_stride,
+    BLOCK: tl.constexpr, HAS_DELTA: tl.constexpr, HAS_OUT: tl.constexpr, HAS_DIGITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """x [n, C] += delta; h = RMS norm of x times weight, rounded as transformers does -> `out` [n, C] and / or its digits."""
+    _let_next_start(PDL)
     token = tl.program_id(0)
     column = tl.arange(0, BLOCK)
     inside = column < C
     at = token.to(tl.int64) * C + column
+    factor = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
+    _wait_for_last(PDL)
     h = tl.load(x + at, mask=inside, other=0.0)
     if HAS_DELTA:
         h = (h.to(tl.float32) + tl.load(delta + at, mask=inside, other=0.0).to(tl.float32)).to(h.dtype)
         tl.store(x + at, h, mask=inside)
     wide = h.to(tl.float32)
     normal = wide * tl.rsqrt(tl.sum(wide * wide, axis=0) / C + epsilon)
-    scaled = normal.to(h.dtype).to(tl.float32) * tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
-    scaled = scaled.to(h.dtype)
+    scaled = (normal.to(h.dtype).to(tl.float32) * factor).to(h.dtype)
     if HAS_OUT:
-        tl.store(out + at, scaled, mask=inside)
+        tl.store(out + token.to(tl.int64) * out_stride + column, scaled, mask=inside)
     if HAS_DIGITS:
         _store_digits(scaled.to(tl.float32), column, token, digits, scales, sums, digits_stride)
 
 
 @triton.jit
-def silu_split(gate_up, digits, scales, sums, F, digits_stride, BLOCK: tl.constexpr):
-    """silu(gate) * up of gate_up [n, 2 F], rounded as transformers does -> digits."""
+def silu_split(
+    gate_up, out, digits, scales, sums, F, out_stride, digits_stride,
+    BLOCK: tl.constexpr, HAS_DIGITS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """silu(gate) * up of gate_up [n, 2 F], rounded as transformers does -> digits, or `out` [n, F]."""
+    _let_next_start(PDL)
     token = tl.program_id(0)
     column = tl.arange(0, BLOCK)
     inside = column < F
+    _wait_for_last(PDL)
     at = token.to(tl.int64) * 2 * F + column
     gate = tl.load(gate_up + at, mask=inside, other=0.0)
     up = tl.load(gate_up + at + F, mask=inside, other=0.0).to(tl.float32)
     wide = gate.to(tl.float32)
     active = (wide / (1.0 + tl.exp(-wide))).to(gate.dtype).to(tl.float32)
-    product = (active * up).to(gate.dtype).to(tl.float32)
-    _store_digits(product, column, token, digits, scales, sums, digits_stride)
+    product = (active * up).to(gate.dtype)
+    if HAS_DIGITS:
+        _store_digits(product.to(tl.float32), column, token, digits, scales, sums, digits_stride)
+    else:
+        tl.store(out + token.to(tl.int64) * out_stride + column, product, mask=inside)
 
 
 @triton.jit
 def rotate_write(
     qkv, inverse_frequencies, positions, slots, q, keys, values, rope_scale,
     k_slot, k_head, k_token, v_slot, v_head, v_token,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, HALF_PADDED: tl.constexpr,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, HALF_PADDED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Rotary embedding of q -> q [n, Hq, D] and of k -> the cache; v -> the cache. One program a token and head of qkv."""
+    _let_next_start(PDL)
+    _wait_for_last(PDL)
     token = tl.program_id(0)
     head = tl.program_id(1)
     d = tl.arange(0, HALF_PADDED)

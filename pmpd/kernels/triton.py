@@ -3,23 +3,28 @@
 Legend: M tokens, N out_features, K in_features, b bits, P planes. A *tile* is 16 rows x 256 columns.
 
 Memory layout (made once at load): planes int32 [P, N/16, K/256, 32 lanes, 4], rows and columns padded. Lane 4 g + t, word 2 h + r of a
-tile holds row 8 r + g, columns 128 h + 32 t + 0..31, so a warp reads one plane of a tile as 512 consecutive bytes, 16 a thread, and the
-tiles of a row block follow each other. Column 8 s + i of a word has its bit of plane p at position (4 i + 3 - p - s) mod 32: then one
-to two logical operations per eight weights and plane turn words of planes into words of nibbles, one code a nibble.
+tile holds row 8 r + g, columns 128 h + 32 s + 8 t + i (s = 0..3, i = 0..7), so a warp reads one plane of a tile as 512 consecutive bytes,
+16 a thread, the tiles of a row block follow each other, and the four threads of a row read 32 activations side by side. Bit 8 s + i of a
+word of plane p is at position (4 i + 3 - p - s) mod 32: then one to two logical operations per eight weights and plane turn words of
+planes into words of nibbles, one code a nibble.
 
-Three ways to multiply, chosen by M and b:
+Four ways to multiply, chosen by M, b and type:
 
-*digits* (M <= 16, b = 2, 3, 4). A table's values become 14-bit fixed point of the row's range, as two 7-bit digits, an activation three
-signed bytes (24 bits, one scale a token); products run on the int8 tensor cores and add up exactly in int32; what is left is one
-multiply-add in float32 a row. Why: at b = 4 a memory-bound kernel must decode about 33 weights a clock and multiprocessor (H200:
-4.3 TB/s over 132 multiprocessors at 1.98 GHz), at b = 2 about 66, with 64 logical operations a clock: one to two operations a weight.
-A table look-up in shared memory or the first-level cache is slower than that. `prmt` looks up four bytes in an 8-byte table held
-in two registers, and four such bytes *are* an operand register of the int8 tensor cores: no widening, no interleaving, no multiply-add.
-Operations a weight (logical, shift, prmt; counted in the machine code for sm_90): b = 2: 1.0, b = 3: 1.1, b = 4: 2.0 (a code >= 8 makes
-`prmt` return 0, so the products of two half tables add up in the accumulators). Error: tables 2^-15 of the row's range, activations
-2^-24 of the token's largest; below float16's own rounding.
+*digits* (M <= 2, b = 2, 3, 4; up to 16 in float32). A table's values become 14-bit fixed point of the row's range, as two 7-bit digits, an
+activation three signed bytes (24 bits, one scale a token); products run on the int8 tensor cores and add up exactly in int32; what is left
+is one multiply-add in float32 a row. Why: at b = 4 a memory-bound kernel must decode about 33 weights a clock and multiprocessor (H200: 4.3
+TB/s over 132 multiprocessors at 1.98 GHz), at b = 2 about 66, with 64 logical operations a clock: one to two operations a weight. A table
+look-up in shared memory or the first-level cache is slower than that. `prmt` looks up four bytes in an 8-byte table held in two registers,
+and four such bytes *are* an operand register of the int8 tensor cores: no widening, no interleaving, no multiply-add. Operations a weight
+(logical, shift, prmt; counted in the machine code for sm_90): b = 2: 1.0, b = 3: 1.1, b = 4: 1.7 (a code >= 8 makes `prmt` return 0, so the
+products of two half tables add up in the accumulators). Error: tables 2^-15 of the row's range, activations 2^-24 of the token's largest;
+below float16's own rounding.
 
-*fused* (other b, or 16 < M <= 64): decodes a tile with one table load a weight, then a tensor-core dot (a float32 sum for M < 4).
+*halves* (2 < M <= 64, b = 2, 3, 4, float16 and bfloat16). `prmt` looks up the low and the high bytes of four table values and puts them
+together: exact values of the type, operands of its tensor cores, eight tokens a product. Operations a weight: b = 2, 3: 1.5, b = 4: 2.5.
+GPTQ in float16 (M <= 64, groups of a multiple of 32 columns) looks up its codes in the same way, then subtracts and scales pairs.
+
+*fused* (other b and float32, up to M = 64): decodes a tile with one table load a weight, then a tensor-core dot (a float32 sum for M < 4).
 
 *dense* (larger M): writes the matrix in the activations' type, then cuBLAS.
 
@@ -42,8 +47,7 @@ import importlib.util
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -60,9 +64,13 @@ TILE_COLUMNS = 256
 DIGITS_BITS = (2, 3, 4)
 DIGITS_TOKENS = 16
 MOST_WARPS = 16
+SPLIT_TOKENS = 2
+"""Up to so many tokens 16-bit types take `digits` too; for more, `halves` is faster."""
 FUSED_TOKENS = 64
+HALVES_TOKENS = 32
+"""Tokens of one program of `halves`."""
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-ROUTES = ("digits", "fused", "dense")
+ROUTES = ("digits", "halves", "fused", "dense")
 
 
 def _interpreted() -> bool:
@@ -96,13 +104,30 @@ def tile_codes(codes_NK: Tensor, bits: int) -> Tensor:
     rows, columns = codes_NK.shape
     row_blocks, blocks = math.ceil(rows / TILE_ROWS), math.ceil(columns / TILE_COLUMNS)
     codes = torch.nn.functional.pad(codes_NK, (0, blocks * TILE_COLUMNS - columns, 0, row_blocks * TILE_ROWS - rows))
-    # [row block, r, g, block, h, t, column in word] -> [row block, block, g, t, h, r, column in word]
-    codes = codes.view(row_blocks, 2, 8, blocks, 2, 4, 32).permute(0, 3, 2, 5, 4, 1, 6)
+    # [row block, r, g, block, h, s, t, i] -> [row block, block, g, t, h, r, s and i: column in word]
+    codes = codes.view(row_blocks, 2, 8, blocks, 2, 4, 4, 8).permute(0, 3, 2, 6, 4, 1, 5, 7).reshape(row_blocks, blocks, 8, 4, 2, 2, 32)
     planes = torch.zeros(bits, *codes.shape[:-1], dtype=torch.int32, device=codes.device)
     for plane in range(bits):
         for column, position in enumerate(_position(plane, torch.arange(32)).tolist()):
             planes[plane] |= ((codes[..., column] >> (bits - 1 - plane)) & 1).to(torch.int32) << position
     return planes.view(bits, row_blocks, blocks, 32, 4)
+
+
+def _table_words(high: Tensor, low: Tensor, bits: int) -> Tensor:
+    """Bytes int64 [N, 2**bits], the high and the low ones of a table -> int32 [N, words] in the order `_triton_kernels._table` reads."""
+    high, low = high.view(len(high), -1, 4), low.view(len(low), -1, 4)  # [N, 2**bits / 4, 4]
+    if bits == 4:
+        octets = torch.stack([high[:, 0], high[:, 1], low[:, 0], low[:, 1], high[:, 2], high[:, 3], low[:, 2], low[:, 3]], dim=1)
+    else:
+        octets = torch.cat([high, low], dim=1)
+    return (octets << torch.tensor([0, 8, 16, 24], device=high.device)).sum(-1).to(torch.int32).contiguous()
+
+
+def table_halves(table: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
+    """`table` [N, 2**bits] as 16-bit floats of `dtype` -> their bytes int32 [N padded, words]."""
+    padded = torch.nn.functional.pad(table.to(dtype), (0, 0, 0, -len(table) % TILE_ROWS))
+    patterns = padded.contiguous().view(torch.int16).to(torch.int64) & 0xFFFF
+    return _table_words(patterns >> 8, patterns & 0xFF, bits)
 
 
 def table_digits(table: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -116,13 +141,7 @@ def table_digits(table: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     offset = values.amin(1)
     scale = (values.amax(1) - offset) / (127 * 128 + 127)
     digits = torch.round((values - offset[:, None]) / torch.where(scale > 0, scale, 1.0)[:, None]).to(torch.int64)
-    high, low = (half.view(padded, -1, 4) for half in (digits // 128, digits % 128))  # [N, 2**bits / 4, 4]
-    if bits == 4:
-        octets = torch.stack([high[:, 0], high[:, 1], low[:, 0], low[:, 1], high[:, 2], high[:, 3], low[:, 2], low[:, 3]], dim=1)
-    else:
-        octets = torch.cat([high, low], dim=1)
-    words = (octets << torch.tensor([0, 8, 16, 24], device=table.device)).sum(-1)
-    return words.to(torch.int32).contiguous(), scale.float(), offset.float()
+    return _table_words(digits // 128, digits % 128, bits), scale.float(), offset.float()
 
 
 # -- settings per GPU ----------------------------------------------------------------------------------------------------------
@@ -142,9 +161,9 @@ def _gpu_name(device: torch.device) -> str:
     return cuda.device_name(device) if device.type == "cuda" else "interpreter"
 
 
-def digits_warps(gpu_name: str, rows: int, columns: int, bits: int) -> int:
-    """Warps that share a row block's columns: as measured for this GPU and shape, else about 2048 warps in all."""
-    measured = _settings(gpu_name).get("digits", {}).get(f"{rows}x{columns}x{bits}")
+def warps_of(gpu_name: str, route: str, rows: int, columns: int, bits: int, tokens: int) -> int:
+    """Warps that share a row block's columns: as measured for this GPU, route and shape, else about 2048 warps in all."""
+    measured = _settings(gpu_name).get(route, {}).get(f"{rows}x{columns}x{bits}x{_token_bucket(tokens)}")
     if measured:
         return int(measured["warps"])
     blocks = math.ceil(columns / TILE_COLUMNS)
@@ -153,6 +172,17 @@ def digits_warps(gpu_name: str, rows: int, columns: int, bits: int) -> int:
     while warps < min(MOST_WARPS, max(wanted, math.ceil(blocks / 8)), blocks):
         warps *= 2
     return warps
+
+
+def _token_bucket(tokens: int) -> int:
+    """1, 2, 4, … 32: what the settings and the compiled kernels tell apart."""
+    return min(HALVES_TOKENS, 1 << (tokens - 1).bit_length())
+
+
+def overlap(device: torch.device) -> dict[str, Any]:
+    """Launch options of a kernel that may start before the one in front of it has ended (`PDL` in the kernels), where the GPU can."""
+    overlapping = device.type == "cuda" and cuda.capability(device) >= (9, 0)
+    return {"PDL": True, "launch_pdl": True} if overlapping else {"PDL": False}
 
 
 # -- matrices ------------------------------------------------------------------------------------------------------------------
@@ -197,6 +227,27 @@ class _TileMatrix:
             y = (total if self.bias is None else total + self.bias.float()).to(x.dtype)
         return y
 
+    def halves(
+        self, x: Tensor, bits: int, tables: Tensor, warps: int, groups: tuple[Tensor, Tensor] | None = None, group_size: int = 0
+    ) -> Tensor:
+        """`x` [M, K] of 16-bit floats. `tables` as of `table_halves`; with `groups` (scales, minus zeros) as the kernel says."""
+        from pmpd.kernels import _triton_kernels as kernels
+
+        if x.stride(0) % 8 or x.data_ptr() % 16:  # activations are read 16 bytes at a time
+            x = x.clone(memory_format=torch.contiguous_format)
+        (rows, columns), tokens = self.shape, x.shape[0]
+        octets = max(1, _token_bucket(tokens) // 8)
+        scales, minus_zeros = groups or (tables, tables)
+        y = x.new_empty(tokens, rows)
+        kernels.halves_matmul[(self.row_blocks, math.ceil(tokens / (8 * octets)))](
+            x.view(torch.int32), self.planes, tables, scales, minus_zeros, y if self.bias is None else self.bias, y,
+            tokens, rows, columns, self.planes.stride(0), x.stride(0) // 2, y.stride(0), scales.stride(0), len(scales) - 1,
+            BLOCKS=self.blocks, TILES=math.ceil(self.blocks / warps), BITS=bits, OCTETS=octets, WARPS=warps, GROUP=group_size,
+            EXACT=self.blocks % warps == 0 and columns == self.blocks * TILE_COLUMNS, HAS_BIAS=self.bias is not None,
+            BFLOAT16=x.dtype == torch.bfloat16, EMULATE=_interpreted(), num_warps=warps, **overlap(y.device),
+        )  # fmt: skip
+        return y
+
     def dequantize(self, bits: int, values: Tensor, zeros: Tensor | None, groups: Tensor | None, dtype: torch.dtype) -> Tensor:
         from pmpd.kernels import _triton_kernels as kernels
 
@@ -235,12 +286,18 @@ class SplitActivations(NamedTuple):
         """Bytes of one row of digits."""
         return 4 * self.digits.shape[1]
 
-    def launch(self) -> dict[str, int]:
+    def launch(self) -> dict[str, Any]:
         """Block and warps of the kernels that write this, a program a token."""
-        return {"BLOCK": 1 << (self.stride - 1).bit_length(), "num_warps": 16 if self.stride <= 4096 else 32}
+        warps = 16 if self.stride <= 4096 else 32
+        return {"BLOCK": 1 << (self.stride - 1).bit_length(), "num_warps": warps, **overlap(self.digits.device)}
 
     def narrow(self, start: int, stop: int) -> SplitActivations:
         return SplitActivations(self.digits[4 * start :], self.scales[:, start:], stop - start)
+
+
+def padded_rows(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An empty [rows, columns] whose rows begin half a cache line apart, so that `halves` reads eight of them without bank conflicts."""
+    return torch.empty(rows, columns + 64 // dtype.itemsize, dtype=dtype, device=device)[:, :columns]
 
 
 def split_activations(x: Tensor) -> SplitActivations:
@@ -263,62 +320,68 @@ class TritonMatrix(BitplaneMatrix):
         tiles = tile_codes(unpack(packed.planes, max(packed.precisions)), max(packed.precisions))
         bias = None if packed.bias is None else packed.bias.to(dtype)
         self._tiles = _TileMatrix(tiles, packed.shape, bias)
-        pad = self._tiles.padded_rows - packed.shape[0]
-        self._tables = {bits: torch.nn.functional.pad(table, (0, 0, 0, pad)).contiguous() for bits, table in packed.tables.items()}
-        self._digits: dict[int, tuple[Tensor, ...]] = {
-            bits: table_digits(table, bits) for bits, table in packed.tables.items() if bits in DIGITS_BITS
-        }
+        self._tables = {bits: _tables_of(table, bits, dtype) for bits, table in packed.tables.items()}
         self._gpu_name = _gpu_name(packed.planes.device)
 
     def route(self, tokens: int, bits: int) -> str:
         """Which of `ROUTES` a multiplication of `tokens` takes."""
         limits = _settings(self._gpu_name).get("routes", {})
-        if tokens <= limits.get("digits", DIGITS_TOKENS) and bits in self._digits:
+        tables = self._tables[bits]
+        if "words" in tables and tokens <= (limits.get("digits", SPLIT_TOKENS) if "halves" in tables else DIGITS_TOKENS):
             return "digits"
-        return "fused" if tokens <= limits.get("fused", FUSED_TOKENS) else "dense"
+        if tokens <= limits.get("fused", FUSED_TOKENS):
+            return "halves" if "halves" in tables else "fused"
+        return "dense"
 
-    def multiply(self, x: Tensor, bits: int, route: str | None = None) -> Tensor:
-        """As in the base class. `route` forces one of `ROUTES`."""
+    def multiply(self, x: Tensor, bits: int, route: str | None = None, warps: int | None = None) -> Tensor:
+        """As in the base class. `route` forces one of `ROUTES`, `warps` as in the kernels (default: as measured for GPU and shape)."""
         rows, columns = self.shape
         x_MK = x.reshape(-1, columns)
         if x_MK.stride(-1) != 1:
             x_MK = x_MK.contiguous()
+        tables = self._tables[bits]
         route = route or self.route(x_MK.shape[0], bits)
         if x_MK.shape[0] == 0:
             y_MN = x_MK.new_empty(0, rows)
         elif route == "digits":
             y_MN = x_MK.new_empty(x_MK.shape[0], rows)
-            self.multiply_split(split_activations(x_MK), bits, y_MN)
+            self.multiply_split(split_activations(x_MK), bits, y_MN, warps)
+        elif route == "halves":
+            y_MN = self._tiles.halves(x_MK, bits, tables["halves"], warps or self._warps("halves", bits, x_MK.shape[0]))
         elif route == "fused":
-            y_MN = self._tiles.fused(x_MK, bits, self._tables[bits], None, None)
+            y_MN = self._tiles.fused(x_MK, bits, tables["values"], None, None)
         else:
-            y_MN = torch.nn.functional.linear(x_MK, self._tiles.dequantize(bits, self._tables[bits], None, None, x.dtype), self._tiles.bias)
+            y_MN = torch.nn.functional.linear(x_MK, self._tiles.dequantize(bits, tables["values"], None, None, x.dtype), self._tiles.bias)
         return y_MN.view(*x.shape[:-1], rows)
 
     def multiply_split(self, x: SplitActivations, bits: int, y: Tensor, warps: int | None = None, merge: bool | None = None) -> None:
         """y [M, N] <- the product, any M; `warps` and `merge` as in the kernel (default: as measured for this GPU and shape)."""
         from pmpd.kernels import _triton_kernels as kernels
 
-        tiles = self._tiles
-        warps = warps or digits_warps(self._gpu_name, *self.shape, bits)
-        words, table_scales, table_offsets = self._digits[bits]
+        tiles, tables = self._tiles, self._tables[bits]
+        warps = warps or self._warps("digits", bits, x.tokens)
         for start in range(0, x.tokens, DIGITS_TOKENS):
             tokens = min(DIGITS_TOKENS, x.tokens - start)
             pairs = 1 << ((tokens + 1) // 2 - 1).bit_length()  # 1, 2, 4 or 8
             part = y[start : start + tokens]
+            # at 4 warps and 4 bits, fewer registers let all programs of 14336 rows run at once
             kernels.digits_matmul[(tiles.row_blocks,)](
-                tiles.planes, words, table_scales, table_offsets, x.digits[4 * start :], x.scales[0, start:], x.scales[1, start:],
-                part if tiles.bias is None else tiles.bias, part,
+                tiles.planes, tables["words"], tables["scales"], tables["offsets"],
+                x.digits[4 * start :], x.scales[0, start:], x.scales[1, start:], part if tiles.bias is None else tiles.bias, part,
                 tokens, self.shape[0], tiles.planes.stride(0), 4 * x.digits.shape[1], y.stride(0),
                 BLOCKS=tiles.blocks, TILES=math.ceil(tiles.blocks / warps), BITS=bits, TOKEN_PAIRS=pairs, WARPS=warps,
-                HAS_BIAS=tiles.bias is not None, MERGE=pairs > 2 if merge is None else merge, EMULATE=_interpreted(), num_warps=warps,
+                HAS_BIAS=tiles.bias is not None, MERGE=pairs > 2 if merge is None else merge, EMULATE=_interpreted(),
+                num_warps=warps, maxnreg=72 if bits == 4 and warps == 4 and pairs == 1 else None, **overlap(y.device),
             )  # fmt: skip
 
-    def _with(self, tiles: _TileMatrix, tables: dict[int, Tensor], digits: dict[int, tuple[Tensor, ...]]) -> TritonMatrix:
+    def _with(self, tiles: _TileMatrix, tables: dict[int, dict[str, Tensor]]) -> TritonMatrix:
         other = object.__new__(TritonMatrix)
         BitplaneMatrix.__init__(other, tiles.shape, self.precisions)
-        other.dtype, other._gpu_name, other._tiles, other._tables, other._digits = self.dtype, self._gpu_name, tiles, tables, digits
+        other.dtype, other._gpu_name, other._tiles, other._tables = self.dtype, self._gpu_name, tiles, tables
         return other
+
+    def _warps(self, route: str, bits: int, tokens: int) -> int:
+        return warps_of(self._gpu_name, route, *self.shape, bits, tokens)
 
     def _rows(self, start: int, stop: int) -> TritonMatrix:
         """A view of rows `start` (a multiple of 16) to `stop`."""
@@ -327,16 +390,24 @@ class TritonMatrix(BitplaneMatrix):
         planes = self._tiles.planes[:, start // TILE_ROWS : padded // TILE_ROWS]
         return self._with(
             _TileMatrix(planes, (stop - start, self.shape[1]), bias),
-            {bits: table[start:padded] for bits, table in self._tables.items()},
-            {bits: tuple(part[start:padded] for part in parts) for bits, parts in self._digits.items()},
+            {bits: {name: part[start:padded] for name, part in parts.items()} for bits, parts in self._tables.items()},
         )
 
     def dequantize(self, bits: int) -> Tensor:
-        return self._tiles.dequantize(bits, self._tables[bits], None, None, self.dtype)
+        return self._tiles.dequantize(bits, self._tables[bits]["values"], None, None, self.dtype)
 
     def packed_bytes(self) -> int:
-        tables = [*self._tables.values(), *(part for parts in self._digits.values() for part in parts)]
-        return self._tiles.planes.nbytes + sum(table.nbytes for table in tables)
+        return self._tiles.planes.nbytes + sum(part.nbytes for parts in self._tables.values() for part in parts.values())
+
+
+def _tables_of(table: Tensor, bits: int, dtype: torch.dtype) -> dict[str, Tensor]:
+    """What the kernels look up, by name, each [N padded, …]: `values` as given, the three results of `table_digits`, `table_halves`."""
+    tables = {"values": torch.nn.functional.pad(table, (0, 0, 0, -len(table) % TILE_ROWS)).contiguous()}
+    if bits in DIGITS_BITS:
+        tables["words"], tables["scales"], tables["offsets"] = table_digits(table, bits)
+        if dtype != torch.float32:
+            tables["halves"] = table_halves(table, bits, dtype)
+    return tables
 
 
 class GPTQMatrix:
@@ -363,37 +434,69 @@ class GPTQMatrix:
         self.bits = bits
         self.dtype = dtype
         codes_NK = unpack_gptq(qweight.T, bits)  # codes run along K
+        self._group_size = math.ceil(columns / scales.shape[0]) if g_idx is None else int(torch.bincount(g_idx).max())
+        groups = torch.arange(columns, device=qweight.device) // self._group_size
+        self._order: Tensor | None = None  # of the columns in memory, where that is not their own: groups side by side
+        if g_idx is not None and not torch.equal(g_idx, groups):
+            order = torch.argsort(g_idx, stable=True)
+            if torch.equal(g_idx[order], groups):
+                self._order, codes_NK = order, codes_NK[:, order]
+            else:
+                self._group_size, groups = 0, g_idx  # groups of different sizes
         self._tiles = _TileMatrix(tile_codes(codes_NK, bits), self.shape, None if bias is None else bias.to(dtype))
         pad = self._tiles.padded_rows - rows
         self._scales = torch.nn.functional.pad(scales, (0, pad)).contiguous()  # [G, N padded]
         zeros = unpack_gptq(qzeros, bits).to(torch.int16) + zero_offset
         self._zeros = torch.nn.functional.pad(zeros, (0, pad)).contiguous()
-        if g_idx is None:
-            group_size = math.ceil(columns / scales.shape[0])
-            g_idx = torch.arange(columns, device=qweight.device) // group_size
-        self._groups = torch.nn.functional.pad(g_idx.to(torch.int32), (0, self._tiles.blocks * TILE_COLUMNS - columns)).contiguous()
+        self._groups = torch.nn.functional.pad(groups.to(torch.int32), (0, self._tiles.blocks * TILE_COLUMNS - columns)).contiguous()
+        self._halves: tuple[Tensor, Tensor, Tensor] | None = None
+        if bits in DIGITS_BITS and dtype == torch.float16 and self._group_size and self._group_size % 32 == 0:
+            codes = torch.arange(2.0**bits, device=qweight.device)[None]
+            self._halves = table_halves(codes, bits, dtype), _twice(self._scales), _twice(-self._zeros)
+        self._gpu_name = _gpu_name(qweight.device)
 
     def multiply(self, x: Tensor, route: str | None = None) -> Tensor:
-        """`x` [..., K] -> [..., N], bias added. `route`: `fused` or `dense` (default: by the number of tokens)."""
+        """`x` [..., K] -> [..., N], bias added. `route`: `halves`, `fused` or `dense` (default: by the number of tokens)."""
         rows, columns = self.shape
         x_MK = x.reshape(-1, columns)
-        if x_MK.stride(-1) != 1:
+        if self._order is not None:
+            x_MK = x_MK[:, self._order]
+        elif x_MK.stride(-1) != 1:
             x_MK = x_MK.contiguous()
-        if x_MK.shape[0] == 0:
+        tokens = x_MK.shape[0]
+        few = "fused" if self._halves is None else "halves"
+        route = route or (few if tokens <= FUSED_TOKENS else "dense")
+        if tokens == 0:
             y_MN = x_MK.new_empty(0, rows)
-        elif (route or ("fused" if x_MK.shape[0] <= FUSED_TOKENS else "dense")) == "fused":
+        elif route == "halves":
+            assert self._halves is not None
+            table, *groups = self._halves
+            warps = warps_of(self._gpu_name, "halves", rows, columns, self.bits, tokens)
+            y_MN = self._tiles.halves(x_MK, self.bits, table, warps, (groups[0], groups[1]), self._group_size)
+        elif route == "fused":
             y_MN = self._tiles.fused(x_MK, self.bits, self._scales, self._zeros, self._groups)
         else:
-            weight = self._tiles.dequantize(self.bits, self._scales, self._zeros, self._groups, x.dtype)
-            y_MN = torch.nn.functional.linear(x_MK, weight, self._tiles.bias)
+            y_MN = torch.nn.functional.linear(x_MK, self._stored(x.dtype), self._tiles.bias)
         return y_MN.view(*x.shape[:-1], rows)
 
     def dequantize(self) -> Tensor:
         """The matrix [N, K] in `dtype`."""
-        return self._tiles.dequantize(self.bits, self._scales, self._zeros, self._groups, self.dtype)
+        stored = self._stored(self.dtype)
+        return stored if self._order is None else stored[:, torch.argsort(self._order)]
+
+    def _stored(self, dtype: torch.dtype) -> Tensor:
+        """The matrix with its columns in the order in which they lie in memory."""
+        return self._tiles.dequantize(self.bits, self._scales, self._zeros, self._groups, dtype)
 
     def packed_bytes(self) -> int:
-        return self._tiles.planes.nbytes + self._scales.nbytes + self._zeros.nbytes + self._groups.nbytes
+        halves = sum(part.nbytes for part in self._halves or ())
+        return self._tiles.planes.nbytes + self._scales.nbytes + self._zeros.nbytes + self._groups.nbytes + halves
+
+
+def _twice(values: Tensor) -> Tensor:
+    """int32 words that hold each value as float16 twice."""
+    patterns = values.half().view(torch.int16).to(torch.int32) & 0xFFFF
+    return (patterns | (patterns << 16)).contiguous()
 
 
 def unpack_gptq(words: Tensor, bits: int) -> Tensor:
@@ -408,20 +511,6 @@ def unpack_gptq(words: Tensor, bits: int) -> Tensor:
 
 
 # -- several layers that read the same input -----------------------------------------------------------------------------------
-
-
-def concatenate(packed: Sequence[PackedWeights]) -> PackedWeights:
-    """One matrix whose rows are those of all `packed` (q, k, v or gate, up): one launch for all. They must agree in K and precisions."""
-    first = packed[0]
-    if any(p.shape[1] != first.shape[1] or p.precisions != first.precisions for p in packed):
-        raise ValueError(
-            f"matrices of shapes {[p.shape for p in packed]} and precisions {[p.precisions for p in packed]} do not share an input"
-        )
-    bias = None
-    if any(p.bias is not None for p in packed):
-        bias = torch.cat([first.tables[first.precisions[0]].new_zeros(p.shape[0]) if p.bias is None else p.bias for p in packed])
-    tables: Mapping[int, Tensor] = {bits: torch.cat([p.tables[bits] for p in packed]) for bits in first.precisions}
-    return replace(first, planes=torch.cat([p.planes[: max(first.precisions)] for p in packed], dim=1), tables=tables, bias=bias)
 
 
 def merge(parts: Sequence[TritonMatrix]) -> TritonMatrix:
@@ -442,63 +531,14 @@ def merge(parts: Sequence[TritonMatrix]) -> TritonMatrix:
         )
     whole = first._with(
         _TileMatrix(torch.cat([p._tiles.planes for p in parts], dim=1), (sum(rows), first.shape[1]), bias),
-        {bits: torch.cat([p._tables[bits] for p in parts]) for bits in first._tables},
-        {bits: tuple(torch.cat(same) for same in zip(*(p._digits[bits] for p in parts), strict=True)) for bits in first._digits},
+        {bits: {name: torch.cat([p._tables[bits][name] for p in parts]) for name in names} for bits, names in first._tables.items()},
     )
     start = 0
     for part in parts:
         view = whole._rows(start, start + part.shape[0])
-        part._tiles, part._tables, part._digits = view._tiles, view._tables, view._digits
+        part._tiles, part._tables = view._tiles, view._tables
         start += part.shape[0]
     return whole
-
-
-def share_input(packed: Sequence[PackedWeights], dtype: torch.dtype) -> list[BitplaneMatrix]:
-    """One `BitplaneMatrix` for each of `packed`, in the order in which a layer calls them: the first multiplies for all.
-
-    The others take their part of that result when they get the same tensor at the same precision (anything else they multiply
-    themselves), so the input must not be overwritten in between.
-    """
-    whole = _SharedProduct(TritonMatrix(concatenate(packed), dtype), [p.shape[0] for p in packed])
-    return [_SharedPart(whole, index) for index in range(len(packed))]
-
-
-class _SharedProduct:
-    def __init__(self, matrix: TritonMatrix, sizes: Sequence[int]) -> None:
-        self.matrix = matrix
-        self.sizes = list(sizes)
-        self.starts = [sum(sizes[:i]) for i in range(len(sizes))]
-        self.x: Tensor | None = None  # kept so that its address is not given to another tensor
-        self.y: dict[int, Tensor] = {}
-
-    def part(self, x: Tensor, bits: int, index: int) -> Tensor:
-        last = self.x
-        same = last is not None and (last.data_ptr(), last.shape, last.stride(), last.dtype) == (x.data_ptr(), x.shape, x.stride(), x.dtype)
-        if index == 0 or not same:
-            self.y = {}
-            self.x = x
-        if bits not in self.y:
-            self.y[bits] = self.matrix.multiply(x, bits)
-        part = self.y[bits].narrow(-1, self.starts[index], self.sizes[index])
-        if index == len(self.sizes) - 1:
-            self.x, self.y = None, {}
-        return part
-
-
-class _SharedPart(BitplaneMatrix):
-    def __init__(self, whole: _SharedProduct, index: int) -> None:
-        super().__init__((whole.sizes[index], whole.matrix.shape[1]), whole.matrix.precisions)
-        self._whole, self._index = whole, index
-
-    def multiply(self, x: Tensor, bits: int) -> Tensor:
-        return self._whole.part(x, bits, self._index)
-
-    def dequantize(self, bits: int) -> Tensor:
-        start = self._whole.starts[self._index]
-        return self._whole.matrix.dequantize(bits)[start : start + self.shape[0]]
-
-    def packed_bytes(self) -> int:
-        return self._whole.matrix.packed_bytes() * self.shape[0] // self._whole.matrix.shape[0]
 
 
 # -- attention -----------------------------------------------------------------------------------------------------------------
@@ -532,10 +572,11 @@ def decode_attention(
         q.stride(0), q.stride(1), keys.stride(0), keys.stride(1), keys.stride(2), values.stride(0), values.stride(1), values.stride(2),
         heads, splits,
         GROUP=group, GROUP_PADDED=max(16, 1 << (group - 1).bit_length()), D=dim, D_PADDED=dim_padded, TOKENS=64, STEPS=steps,
-        HAS_WINDOW=window is not None, num_warps=4,
+        HAS_WINDOW=window is not None, num_warps=4, **overlap(q.device),
     )  # fmt: skip
-    y = torch.empty(rows, heads, dim, dtype=q.dtype, device=q.device)
+    y = padded_rows(rows, heads * dim, q.dtype, q.device)
     kernels.attention_join[(rows, heads)](
-        out, log_sums, y, heads, D=dim, D_PADDED=dim_padded, SPLITS=splits, SPLITS_PADDED=1 << (splits - 1).bit_length(), num_warps=4
-    )
-    return y
+        out, log_sums, y, heads, y.stride(0),
+        D=dim, D_PADDED=dim_padded, SPLITS=splits, SPLITS_PADDED=1 << (splits - 1).bit_length(), num_warps=4, **overlap(q.device),
+    )  # fmt: skip
+    return y.view(rows, heads, dim)
