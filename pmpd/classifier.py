@@ -9,16 +9,18 @@ A leaf: torch, safetensors and numpy only. An artefact is a folder with one `cla
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor, nn
 
 NUM_CLASSES = 4
@@ -133,6 +135,7 @@ def save_artefact(folder: str | Path, config: ArtefactConfig, states: Mapping[tu
     """Write `artefact_files` into the local `folder`, `config.json` last: a folder without it is not finished."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").unlink(missing_ok=True)  # of an earlier artefact, which the new weights do not belong to
     for name, content in artefact_files(config, states).items():
         (folder / name).write_bytes(content)
 
@@ -147,6 +150,11 @@ class Artefact:
     """First 16 hex digits of the SHA-256 over the pairs' weights."""
 
 
+def read_local(path: str) -> bytes | None:
+    """The content of a local file, None where there is none."""
+    return Path(path).read_bytes() if Path(path).is_file() else None
+
+
 def load_artefact(
     folder: str | Path,
     pairs: Sequence[tuple[int, int]],
@@ -154,29 +162,34 @@ def load_artefact(
     dim: int | None = None,
     num_heads: int | None = None,
     model_fingerprint: str | None = None,
+    read: Callable[[str], bytes | None] = read_local,
 ) -> Artefact:
     """The classifiers of `pairs` from an artefact folder (or one with a `scheduler/` in it), or from published
     `classifier_{high}_{low}.pt` files.
 
     `dim`, `num_heads` and `model_fingerprint` describe the model they are to serve; None = not checked.
-    Raises ValueError, with the reason, where the folder, a pair, a tensor or the model does not fit.
+    `read`: content of a file of the folder, None where it is missing; another one than the default also reads URIs.
+    Raises ValueError, with the reason, where the folder, a file, a pair, a tensor or the model does not fit.
     """
-    folder = Path(folder)
-    if (folder / "scheduler" / "config.json").exists():
-        folder = folder / "scheduler"
-    if (folder / "config.json").exists():
-        config = _read_config(folder)
+    folder = str(folder).rstrip("/")
+    content = read(f"{folder}/scheduler/config.json")
+    if content is not None:
+        folder += "/scheduler"
+    else:
+        content = read(f"{folder}/config.json")
+    if content is not None:
+        config = _config(content, f"{folder}/config.json")
         missing = [pair for pair in pairs if pair not in config.pairs]
         if missing:
             raise ValueError(
                 f"{folder}: no classifier for the pair(s) {missing}; it holds {list(config.pairs)}; train it with --precisions of the chain"
             )
-        states = {pair: load_file(folder / classifier_file(pair)) for pair in pairs}
+        states = {pair: _read_weights(read, folder, pair) for pair in pairs}
     else:
-        states = {pair: _read_published(folder, pair) for pair in pairs}
+        states = {pair: _read_published(read, folder, pair) for pair in pairs}
         heads, _, width = states[pairs[0]]["queries"].shape
         config = ArtefactConfig(dim=width, num_heads=heads, pairs=tuple(pairs))
-    check_fit(config, str(folder), dim=dim, num_heads=num_heads, model_fingerprint=model_fingerprint)
+    check_fit(config, folder, dim=dim, num_heads=num_heads, model_fingerprint=model_fingerprint)
     classifiers = nn.ModuleList()
     digest = hashlib.sha256()
     for pair in pairs:
@@ -204,65 +217,80 @@ def check_fit(config: ArtefactConfig, source: str, *, dim: int | None, num_heads
         )
 
 
-def _read_config(folder: Path) -> ArtefactConfig:
-    raw = json.loads((folder / "config.json").read_text())
-    if raw.get("architecture") != "kv_cache" or raw.get("version") != ARTEFACT_VERSION:
-        raise ValueError(
-            f"{folder}/config.json: architecture {raw.get('architecture')!r} version {raw.get('version')!r}; "
-            f"this version reads 'kv_cache' version {ARTEFACT_VERSION}"
-        )
-    raw["pairs"] = tuple((int(high), int(low)) for high, low in raw["pairs"])
-    raw["switch_fractions"] = tuple(raw["switch_fractions"])
-    return ArtefactConfig(**raw)
+def _config(content: bytes, source: str) -> ArtefactConfig:
+    try:
+        raw = json.loads(content)
+        described = {key: raw.get(key) for key in ("architecture", "version")}
+        if described != {"architecture": "kv_cache", "version": ARTEFACT_VERSION}:
+            raise ValueError(f"it describes {described}, this version reads 'kv_cache' version {ARTEFACT_VERSION}")
+        raw["pairs"] = tuple((int(high), int(low)) for high, low in raw["pairs"])
+        raw["switch_fractions"] = tuple(map(float, raw["switch_fractions"]))
+        raw |= {key: int(raw[key]) for key in ("dim", "num_heads")}
+        return ArtefactConfig(**raw)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{source}: not the description of a scheduler ({error}); copy the folder again, or train again") from error
 
 
-def _read_published(folder: Path, pair: tuple[int, int]) -> dict[str, Tensor]:
-    path = folder / classifier_file(pair, "pt")
-    if not path.exists():
+def _read_weights(read: Callable[[str], bytes | None], folder: str, pair: tuple[int, int]) -> dict[str, Tensor]:
+    path = f"{folder}/{classifier_file(pair)}"
+    content = read(path)
+    try:
+        if content is not None:
+            return load(content)
+    except SafetensorError as error:
+        raise ValueError(f"{path}: damaged ({error}); copy the folder again, or train again") from error
+    raise ValueError(f"{path}: missing, though config.json names the pair; copy the whole folder, or train again")
+
+
+def _read_published(read: Callable[[str], bytes | None], folder: str, pair: tuple[int, int]) -> dict[str, Tensor]:
+    path = f"{folder}/{classifier_file(pair, 'pt')}"
+    content = read(path)
+    if content is None:
         raise ValueError(
-            f"{folder}: neither config.json nor {path.name}; give the folder that `jobs/train.py --output-dir` wrote (its scheduler/), "
-            "or one of published classifier_{high}_{low}.pt files"
+            f"{folder}: neither config.json nor {classifier_file(pair, 'pt')}; give the folder that `jobs/train.py --output-dir` wrote "
+            "(its scheduler/), or one of published classifier_{high}_{low}.pt files"
         )
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = dict(torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
     except Exception as error:
         raise ValueError(
             f"{path}: not a plain state dict ({error}); save it again as `torch.save(classifier.state_dict(), path)`"
         ) from error
-    return published_state(state, str(path))
+    return published_state(state, path)
 
 
-def published_state(state: Mapping[str, Tensor], source: str = "state dict") -> dict[str, Tensor]:
-    """A published classifier's tensors under our names, recognised by shape and grouping, whatever they are called.
+def published_state(state: Mapping[str, Any], source: str = "state dict") -> dict[str, Tensor]:
+    """A published classifier's tensors under our names and in our order, recognised by shape and grouping, whatever they are called.
 
     Recognised: the one 3-D tensor [H, H, D] = the queries; among the groups that share a name up to its last dot, each a
     `weight` and a `bias`: the one with a 1-D weight [H·D] = layer norm, the one with [H·D, H·D] = hidden linear, the one with
-    [4, H·D] = head. A prefix common to all (`module.`, `classifier.`) does not matter. Anything missing, twice or left over
-    is a ValueError that lists the names and shapes found.
+    [4, H·D] = head. A prefix common to all (`module.`, `classifier.`) does not matter, other tensors are ignored. One that is missing
+    or there twice is a ValueError that lists the names and shapes found.
+
+    The published classifier flattens the attended values [H, D] with the head running fastest (index d·H + h), ours with the dim
+    (h·D + d): what reads them, the layer norm and the hidden linear's inputs, changes its order here.
     """
-    found: dict[str, Tensor] = {}
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    tensors = {name: tensor for name, tensor in state.items() if isinstance(tensor, Tensor)}
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
     def refuse(why: str) -> ValueError:
         return ValueError(f"{source}: not a KV-cache classifier ({why}); found {shapes}")
 
-    queries = [name for name, tensor in state.items() if tensor.ndim == 3]
-    if len(queries) != 1 or shapes[queries[0]][0] != shapes[queries[0]][1]:
+    queries = [name for name, shape in shapes.items() if len(shape) == 3 and shape[0] == shape[1]]
+    if len(queries) != 1:
         raise refuse("expected one query tensor [heads, heads, dim]")
-    found["queries"] = state[queries[0]]
     heads, _, dim = shapes[queries[0]]
     width = heads * dim
-    roles = {(width,): "norm", (width, width): "hidden", (NUM_CLASSES, width): "head"}
-    groups = {name.rpartition(".")[0] for name in state if name != queries[0]}
-    for group in sorted(groups):
-        names = {part: f"{group}.{part}" for part in ("weight", "bias")}
-        if not all(name in state for name in names.values()):
-            raise refuse(f"{group!r} has no weight and bias")
-        role = roles.get(shapes[names["weight"]])
-        if role is None or f"{role}.weight" in found:
-            raise refuse(f"{group!r} has an unexpected shape")
-        found |= {f"{role}.{part}": state[name] for part, name in names.items()}
-    missing = {f"{role}.weight" for role in roles.values()} - set(found)
-    if missing or len(found) != len(state):
-        raise refuse(f"missing {sorted(missing)}" if missing else "tensors left over")
+    found = {"queries": tensors[queries[0]]}
+    for role, shape in (("norm", (width,)), ("hidden", (width, width)), ("head", (NUM_CLASSES, width))):
+        groups = [
+            name.removesuffix("weight")
+            for name in shapes
+            if name.endswith(".weight") and shapes[name] == shape and shapes.get(name.removesuffix("weight") + "bias") == shape[:1]
+        ]
+        if len(groups) != 1:
+            raise refuse(f"expected one weight {list(shape)} with its bias, there are {len(groups)}")
+        found |= {f"{role}.{part}": tensors[groups[0] + part] for part in ("weight", "bias")}
+    for name in ("norm.weight", "norm.bias", "hidden.weight"):
+        found[name] = found[name].unflatten(-1, (dim, heads)).transpose(-1, -2).flatten(-2)
     return {name: tensor.float() for name, tensor in found.items()}

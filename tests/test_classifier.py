@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections import OrderedDict
+from pathlib import Path
 
 import pytest
 import torch
@@ -124,38 +126,123 @@ def test_misshapen_tensors_are_named(tmp_path):
         load_artefact(tmp_path, [(4, 3)])
 
 
-class Foreign(nn.Module):
-    """The same computation under other names, as a foreign state dict would hold it."""
+class Published(nn.Module):
+    """The published computation, stated on its own: groups of queries attend, and the group means are flattened with the head running
+    fastest (entry d * H + h of the flat vector is channel d of group h)."""
 
-    def __init__(self, model: KVCacheClassifier) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.q = nn.Parameter(model.queries.data)
-        self.classifier = nn.Sequential(OrderedDict(ln=model.norm, fc1=model.hidden, act=nn.ReLU(), fc2=model.head))
+        self.q = nn.Parameter(torch.randn(HEADS, HEADS, DIM))
+        width = HEADS * DIM
+        layers = OrderedDict(ln=nn.LayerNorm(width), fc1=nn.Linear(width, width), act=nn.ReLU(), fc2=nn.Linear(width, 4))
+        self.classifier = nn.Sequential(layers)
+        nn.init.normal_(self.classifier.ln.weight)
+        nn.init.normal_(self.classifier.ln.bias)
+
+    def forward(self, keys, values):
+        """Logits [4] of one row: keys and values [T, D]."""
+        flat = torch.empty(DIM * HEADS)
+        for h in range(HEADS):
+            mean = torch.stack([torch.softmax(keys @ query / DIM**0.5, 0) @ values for query in self.q[h]]).mean(0)
+            for d in range(DIM):
+                flat[d * HEADS + h] = mean[d]
+        return self.classifier(flat)
+
+
+def published(**extra: torch.Tensor) -> dict[str, torch.Tensor]:
+    torch.manual_seed(3)
+    return {**Published().state_dict(), **extra}
 
 
 @pytest.mark.parametrize("prefix", ["", "module."])
-def test_a_published_state_dict_is_recognised_whatever_its_tensors_are_called(tmp_path, prefix):
-    model = classifier().eval()
-    state = {prefix + name: tensor for name, tensor in Foreign(model).state_dict().items()}
-    torch.save(state, tmp_path / classifier_file((4, 3), "pt"))
+def test_a_published_state_dict_decides_as_published_whatever_its_tensors_are_called(tmp_path, prefix):
+    torch.manual_seed(3)
+    model = Published()
+    torch.save({prefix + name: tensor for name, tensor in model.state_dict().items()}, tmp_path / classifier_file((4, 3), "pt"))
     loaded = load_artefact(tmp_path, [(4, 3)], dim=DIM, num_heads=HEADS)
-    batch = rows(5, 9, 2)
-    assert torch.equal(loaded.classifiers[0](*batch), model(*batch))
+    keys, values, lengths = rows(5, 9, 2)
+    with torch.no_grad():
+        expected = torch.stack([model(keys[b, :length], values[b, :length]) for b, length in enumerate(lengths)])
+    torch.testing.assert_close(loaded.classifiers[0](keys, values, lengths), expected, rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match="num_heads 5"):
         load_artefact(tmp_path, [(4, 3)], num_heads=5)
 
 
-@pytest.mark.parametrize("change", ["missing", "extra", "shape"])
+def test_tensors_that_the_classifier_does_not_have_are_ignored():
+    plain = published_state(published())
+    more = published_state(published(**{"other.weight": torch.zeros(7), "steps": torch.tensor(3), "kept": torch.zeros(2, 3, 4)}))
+    assert set(more) == set(classifier().state_dict())
+    assert all(torch.equal(more[name], plain[name]) for name in plain)
+
+
+@pytest.mark.parametrize("change", ["missing", "twice", "shape", "no bias"])
 def test_a_foreign_state_dict_that_is_something_else_is_refused(change):
-    state = Foreign(classifier()).state_dict()
+    state = published()
     if change == "missing":
         del state["classifier.fc2.weight"]
-    if change == "extra":
-        state |= {"other.weight": torch.zeros(7), "other.bias": torch.zeros(7)}
+    if change == "twice":
+        state |= {"other.weight": torch.zeros(4, HEADS * DIM), "other.bias": torch.zeros(4)}
     if change == "shape":
         state["q"] = torch.zeros(HEADS, HEADS + 1, DIM)
+    if change == "no bias":
+        del state["classifier.ln.bias"]
     with pytest.raises(ValueError, match="not a KV-cache classifier"):
         published_state(state)
+
+
+def damage(folder, change: str) -> None:
+    weights, config = folder / "classifier_4_3.safetensors", folder / "config.json"
+    described = json.loads(config.read_text())
+    if change == "no weights":
+        weights.unlink()
+    elif change == "half the weights":
+        weights.write_bytes(weights.read_bytes()[:100])
+    elif change == "no pairs":
+        del described["pairs"]
+    elif change == "unknown key":
+        described["colour"] = "red"
+    elif change == "another version":
+        described["version"] = 99
+    elif change == "a word for a number":
+        described["dim"] = "wide"
+    config.write_text("[1]" if change == "a list" else json.dumps(described)[: -9 if change == "half a config" else None])
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ("no weights", r"classifier_4_3\.safetensors: missing"),
+        ("half the weights", r"classifier_4_3\.safetensors: damaged"),
+        ("no pairs", r"config\.json: .*pairs"),
+        ("unknown key", r"config\.json: .*colour"),
+        ("another version", r"config\.json: .*99"),
+        ("a word for a number", r"config\.json: .*wide"),
+        ("half a config", r"config\.json: not the description"),
+        ("a list", r"config\.json: not the description"),
+    ],
+)
+def test_a_damaged_artefact_is_refused_with_the_file_and_the_reason(tmp_path, change, reason):
+    artefact(tmp_path)
+    damage(tmp_path, change)
+    with pytest.raises(ValueError, match=reason):
+        load_artefact(tmp_path, [(4, 3)])
+
+
+def test_an_artefact_written_over_another_is_never_a_mixture(tmp_path, monkeypatch):
+    artefact(tmp_path)
+    write, written = Path.write_bytes, []
+
+    def stop_after_one(path, content):
+        if written:
+            raise OSError("disk full")
+        written.append(path)
+        return write(path, content)
+
+    monkeypatch.setattr(Path, "write_bytes", stop_after_one)
+    with pytest.raises(OSError, match="disk full"):
+        artefact(tmp_path, labels_fingerprint="l2")
+    with pytest.raises(ValueError, match=r"neither config\.json"):
+        load_artefact(tmp_path, [(4, 3)])
 
 
 def test_a_pickle_that_is_more_than_tensors_is_refused(tmp_path):
