@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
+from pmpd import cuda
 from pmpd.kernels import cpu, dispatch
 
 
 def main() -> None:
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        print(f"cpu   {str(dtype).removeprefix('torch.'):9} {dispatch.explain(torch.device('cpu'), dtype)}")
-    print(f"native CPU library: {cpu.describe()}; torch uses {torch.get_num_threads()} threads")
-    if not torch.cuda.is_available():
+    _explain("cpu", torch.float32, torch.bfloat16, torch.float16)
+    print(f"native CPU library: {_say(cpu.describe)}; torch uses {torch.get_num_threads()} threads")
+    if cuda.available():
+        _explain("cuda", torch.float16, torch.bfloat16, torch.float32)
+    else:
         print("cuda: no device, or a torch without CUDA")
-        return
-    for dtype in (torch.float16, torch.bfloat16, torch.float32):
-        print(f"cuda  {str(dtype).removeprefix('torch.'):9} {dispatch.explain(torch.device('cuda'), dtype)}")
+
+
+def _explain(device: str, *dtypes: torch.dtype) -> None:
+    for dtype in dtypes:
+        print(f"{device:5} {str(dtype).removeprefix('torch.'):9} {_say(dispatch.explain, torch.device(device), dtype)}")
+
+
+def _say(tell: Callable[..., str], *what: Any) -> str:
+    """What `tell` says of `what`, or why it can't: this page is for finding out what is wrong with the settings."""
+    try:
+        return tell(*what)
+    except ValueError as error:
+        return f"error: {error}"
 
 
 if __name__ == "__main__":

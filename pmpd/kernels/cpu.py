@@ -3,8 +3,9 @@
 Legend: M tokens, N out_features, K in_features, b a precision.
 
 The library has no OpenMP runtime of its own: it is handed the functions of the one that torch runs on, so that both work with the same
-threads and `torch.set_num_threads` holds for both. Work is split over rows of W only, and a token's sums are added in one order
-whatever M is: results depend neither on the number of threads nor on the other tokens of a call.
+threads and `torch.set_num_threads` holds for both. Up to FUSED_TOKENS tokens, results depend neither on the number of threads nor on
+the other tokens of a call: work is split over rows of W only, and a token's sums are added in one order whatever M is. More tokens are
+multiplied by torch, in an order of its own.
 """
 
 from __future__ import annotations
@@ -311,7 +312,10 @@ def _find() -> tuple[Path | None, str | None]:
         stale = path
     if stale:
         return None, f"{stale} was built from other sources; run `pip install .` again"
-    return None, "the native library was not built; install a C++ compiler (g++ or clang++) and run `pip install .` again"
+    return None, (
+        "the native library was not built (no C++ compiler, or the build failed: `pip install -v .` shows why); "
+        "install g++ or clang++ and run `pip install .` again"
+    )
 
 
 def _prepare(functions: ctypes.CDLL) -> str:
