@@ -1,6 +1,6 @@
 """Kernels on a CUDA device: correctness, then microseconds and GB/s against the copy bandwidth of the same run.
 
-`python bench/_cuda.py --out bench/results/kernels_cuda.json` runs alone; `bench/linear.py --device cuda` calls `main`.
+`python bench/linear.py --device cuda` runs it.
 Weights rotate over several matrices so that they come from memory, not from the second-level cache; times are those of CUDA-graph
 replays, launch gaps between the kernels of one multiplication included.
 """
@@ -8,21 +8,35 @@ replays, launch gaps between the kernels of one multiplication included.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
+import math
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from bench import _record
 from pmpd.kernels.base import PackedWeights
 from pmpd.kernels.reference import CacheBudget, ReferenceMatrix
-from pmpd.kernels.triton import GPTQMatrix, TritonMatrix, decode_attention, settings_file, split_activations
+from pmpd.kernels.triton import (
+    DIGITS_BITS,
+    FUSED_TOKENS,
+    ROUTES,
+    SPLIT_TOKENS,
+    TILE_COLUMNS,
+    GPTQMatrix,
+    TritonMatrix,
+    decode_attention,
+    settings_file,
+    split_activations,
+)
 
 SHAPES = {  # name: (out_features, in_features)
     "8b.qkv": (6144, 4096), "8b.o": (4096, 4096), "8b.gate_up": (28672, 4096), "14336x4096": (14336, 4096), "8b.down": (4096, 14336),
@@ -81,7 +95,7 @@ def median_seconds(calls: list[Callable[[], object]], repeats: int = 15, rounds:
 def twin(matrix: TritonMatrix) -> TritonMatrix:
     """The same matrix at another address."""
     tiles = matrix._tiles
-    return matrix._with(type(tiles)(tiles.planes.clone(), tiles.shape, tiles.bias), matrix._tables, matrix._digits)
+    return matrix._with(type(tiles)(tiles.planes.clone(), tiles.shape, tiles.bias), matrix._tables)
 
 
 def clones(matrix: TritonMatrix, weight_bytes: float) -> list[TritonMatrix]:
@@ -93,41 +107,39 @@ def relative_error(y: torch.Tensor, expected: torch.Tensor) -> float:
     return float((y.double() - expected.double()).norm() / expected.double().norm())
 
 
-def variants(columns: int, bits: int, tokens: int) -> list[tuple[int, bool]]:
-    blocks = -(-columns // 256)
-    warps = [w for w in (2, 4, 8, 16) if blocks / 8 <= w <= blocks]
-    merges = (False, True) if bits == 4 else (True,)
-    return [(w, m) for w in warps for m in merges if tokens <= 4 or m]
+def variants(columns: int, tokens: int) -> list[tuple[str, int]]:
+    """(route, warps) worth timing for so many tokens."""
+    blocks = -(-columns // TILE_COLUMNS)
+    routes = [route for route in ("digits", "halves") if (tokens <= SPLIT_TOKENS or route == "halves") and tokens <= FUSED_TOKENS]
+    return [(route, warps) for route in routes for warps in (2, 4, 8, 16) if blocks / 16 <= warps <= blocks]
 
 
-def digits_call(matrix: TritonMatrix, x: torch.Tensor, bits: int, warps: int, merge: bool) -> Callable[[], torch.Tensor]:
-    y = torch.empty(x.shape[0], matrix.shape[0], dtype=x.dtype, device=x.device)
-
-    def call() -> torch.Tensor:
-        matrix.multiply_split(split_activations(x), bits, y, warps, merge)
-        return y
-
-    return call
-
-
-def product_call(matrix: TritonMatrix, x: torch.Tensor, bits: int, warps: int, merge: bool) -> Callable[[], torch.Tensor]:
-    """As `digits_call`, without the splitting of the activations (a layer that shares its input pays for that once)."""
+def product_call(matrix: TritonMatrix, x: torch.Tensor, bits: int, warps: int) -> Callable[[], torch.Tensor]:
+    """`digits` without the splitting of the activations (a decode step splits them in the stage before)."""
     y = torch.empty(x.shape[0], matrix.shape[0], dtype=x.dtype, device=x.device)
     split = split_activations(x)
 
     def call() -> torch.Tensor:
-        matrix.multiply_split(split, bits, y, warps, merge)
+        matrix.multiply_split(split, bits, y, warps)
         return y
 
     return call
 
 
-def compile_one(job: tuple[int, int, int, int, int, bool]) -> None:
+def upstream_kernel() -> Callable[..., torch.Tensor] | None:
+    """The CUDA kernel of the Any-Precision authors' package, `matmul_kbit(x [1, M, K], planes, table, b)`, where that is installed."""
+    try:
+        return importlib.import_module("any_precision_ext").matmul_kbit
+    except ImportError:
+        return None
+
+
+def compile_one(job: tuple[int, int, int, str, int]) -> None:
     """In a process of its own: fills Triton's cache on disk."""
-    _, columns, bits, tokens, warps, merge = job
+    columns, bits, tokens, route, warps = job
     device = torch.device("cuda")
     matrix = TritonMatrix(random_weights(64, columns, (4, 3, 2), 0, device), torch.float16)
-    digits_call(matrix, torch.randn(tokens, columns, device=device).half(), bits, warps, merge)()
+    matrix.multiply(torch.randn(tokens, columns, device=device).half(), bits, route, warps)
     torch.cuda.synchronize()
 
 
@@ -139,12 +151,12 @@ def check_one(job: tuple[int, int, torch.dtype, float, int]) -> dict:
     matrix, weight = TritonMatrix(packed, dtype), ReferenceMatrix(packed, torch.float32, CacheBudget(0)).dequantize(bits)
     same = torch.equal(matrix.dequantize(bits).float(), weight.to(dtype).float())
     worst: dict[str, float] = {}
-    for tokens in (1, 2, 4, 8, 16):
+    for tokens in (1, 2, 3, 8, 16, 33, 64):
         x = torch.randn(tokens, k, device=device).to(dtype)
         x[:, 5] *= 100
         expected = x.double() @ weight.double().T
-        for route in ("digits", "fused", "dense"):
-            if route == "digits" and bits > 4:
+        for route in ROUTES:
+            if route in ("digits", "halves") and bits not in DIGITS_BITS:
                 continue
             error = relative_error(matrix.multiply(x, bits, route), expected)
             worst[route] = max(worst.get(route, 0.0), error if error == error else float("inf"))
@@ -155,7 +167,10 @@ def check_one(job: tuple[int, int, torch.dtype, float, int]) -> dict:
 def prepare(shapes: list[tuple[int, int]], tokens: list[int], workers: int) -> list[dict]:
     """In many processes: compiles what will be timed (into Triton's cache on disk), and checks results. Returns the checks."""
     started = time.perf_counter()
-    jobs = {(0, k, b, m, w, merge) for _, k in shapes for b in (2, 3, 4) for m in tokens for w, merge in variants(k, b, m)}
+    jobs = {  # one kernel serves several numbers of tokens
+        (k, b, 1 if route == "digits" else min(32, max(8, m)), route, w)
+        for _, k in shapes for b in DIGITS_BITS for m in tokens for route, w in variants(k, m)
+    }  # fmt: skip
     checks = [
         (n, k, dtype, limit, bits)
         for n, k in ((4096, 4096), (1000, 2912))
@@ -165,7 +180,7 @@ def prepare(shapes: list[tuple[int, int]], tokens: list[int], workers: int) -> l
     rows = []
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         checking = [pool.submit(check_one, job) for job in checks]
-        compiling = [pool.submit(compile_one, job) for job in sorted(jobs, key=lambda job: -job[3])]
+        compiling = [pool.submit(compile_one, job) for job in sorted(jobs, key=lambda job: -job[2])]
         for job, future in zip(checks, checking, strict=True):
             try:
                 rows.append(future.result())
@@ -178,38 +193,39 @@ def prepare(shapes: list[tuple[int, int]], tokens: list[int], workers: int) -> l
     return rows
 
 
-def time_kernels(device: torch.device, bandwidth: float, shapes: dict[str, tuple[int, int]], tokens_of: tuple[int, ...]) -> list[dict]:
-    rows = []
+def time_kernels(device: torch.device, bandwidth: float, shapes: dict[str, tuple[int, int]], tokens_of: Sequence[int]) -> Iterator[dict]:
+    theirs = upstream_kernel()
     for name, (n, k) in shapes.items():
-        matrix = TritonMatrix(random_weights(n, k, (2, 3, 4), 1, device), torch.float16)
+        packed = random_weights(n, k, DIGITS_BITS, 1, device)
+        matrix = TritonMatrix(packed, torch.float16)
+        inputs = {tokens: torch.randn(tokens, k, device=device).half() for tokens in tokens_of}
         dense = torch.randn(n, k, device=device).half()
         copies = [dense, *(dense.clone() for _ in range(min(12, int(ROTATE_BYTES / dense.nbytes))))]
-        for tokens in tokens_of:
-            x = torch.randn(tokens, k, device=device).half()
+        for tokens, x in inputs.items():
             seconds = median_seconds([lambda w=w, x=x: torch.nn.functional.linear(x, w) for w in copies])
-            rows.append(row(name, n, k, 16, tokens, "torch", seconds, dense.nbytes, bandwidth))
+            yield row(name, n, k, 16, tokens, "torch", seconds, dense.nbytes, bandwidth)
         del copies, dense
-        for bits in (4, 3, 2):
+        for bits in sorted(DIGITS_BITS, reverse=True):
             weight_bytes = n * k * bits / 8
             matrices = clones(matrix, weight_bytes)
-            for tokens in tokens_of:
-                x = torch.randn(tokens, k, device=device).half()
-                bytes_moved = weight_bytes + n * (8 + {2: 8, 3: 16, 4: 32}[bits]) + 2 * tokens * (n + k)
-                if tokens <= 16:
-                    for warps, merge in variants(k, bits, tokens):
-                        for label, make in (("digits", digits_call), ("product", product_call)):
-                            calls = [make(m, x, bits, warps, merge) for m in matrices]
-                            seconds = median_seconds(calls)
-                            rows.append(
-                                row(name, n, k, bits, tokens, f"{label} w{warps}{'m' if merge else ''}", seconds, bytes_moved, bandwidth)
-                            )
-                if tokens in (1, 16, 32, 64) and name == "14336x4096":
-                    for route in ("fused", "dense"):
-                        calls = [lambda m=m, x=x, bits=bits, route=route: m.multiply(x, bits, route) for m in matrices]
-                        rows.append(row(name, n, k, bits, tokens, route, median_seconds(calls), bytes_moved, bandwidth))
+            for tokens, x in inputs.items():
+                moved = weight_bytes + n * (8 + {2: 8, 3: 16, 4: 32}[bits]) + 2 * tokens * (n + k)
+                calls: dict[str, list[Callable[[], object]]] = {}
+                for route, warps in variants(k, tokens):
+                    calls[f"{route} w{warps}"] = [lambda m=m, x=x, b=bits, r=route, w=warps: m.multiply(x, b, r, w) for m in matrices]
+                    if route == "digits":
+                        calls[f"product w{warps}"] = [product_call(m, x, bits, warps) for m in matrices]
+                if name == "14336x4096":
+                    for route in ("fused", "dense") if tokens in (1, 32, 64) else ():
+                        calls[route] = [lambda m=m, x=x, b=bits, r=route: m.multiply(x, b, r) for m in matrices]
+                if theirs is not None and tokens <= 8:
+                    calls["upstream"] = [
+                        lambda p=packed.planes.clone(), t=packed.tables[bits], x=x, b=bits: theirs(x[None], p, t, b) for _ in matrices
+                    ]
+                for impl, some in calls.items():
+                    yield row(name, n, k, bits, tokens, impl, median_seconds(some), moved, bandwidth)
             del matrices
         torch.cuda.empty_cache()
-    return rows
 
 
 def row(name: str, n: int, k: int, bits: int, tokens: int, impl: str, seconds: float, moved: float, bandwidth: float) -> dict:
@@ -224,9 +240,8 @@ def row(name: str, n: int, k: int, bits: int, tokens: int, impl: str, seconds: f
     return result
 
 
-def time_attention(device: torch.device, bandwidth: float) -> list[dict]:
+def time_attention(device: torch.device, bandwidth: float) -> Iterator[dict]:
     """8B: 32 query, 8 KV heads, D = 128; against PyTorch's attention over the same slots with a mask."""
-    rows = []
     for batch, length in ((1, 1024), (8, 1024), (32, 1024)):
         caches = [
             tuple(torch.randn(batch, 8, 2048, 128, device=device, dtype=torch.float16) for _ in range(2))
@@ -240,7 +255,7 @@ def time_attention(device: torch.device, bandwidth: float) -> list[dict]:
         expected = torch.nn.functional.scaled_dot_product_attention(q[:, :, None], *caches[0], attn_mask=mask, enable_gqa=True)[:, :, 0]
         error = relative_error(decode_attention(q, *caches[0], slots, lengths, 128**-0.5), expected)
         seconds = median_seconds([lambda c=c, q=q, s=slots, n=lengths: decode_attention(q, *c, s, n, 128**-0.5) for c in caches])
-        rows.append(row(f"attn B={batch}", 32, length, 16, batch, "triton", seconds, moved, bandwidth) | {"error": error})
+        yield row(f"attn B={batch}", 32, length, 16, batch, "triton", seconds, moved, bandwidth) | {"error": error}
         peer = median_seconds(
             [
                 lambda c=c, q=q, mask=mask: torch.nn.functional.scaled_dot_product_attention(
@@ -249,94 +264,90 @@ def time_attention(device: torch.device, bandwidth: float) -> list[dict]:
                 for c in caches
             ]
         )
-        rows.append(row(f"attn B={batch}", 32, length, 16, batch, "torch", peer, moved, bandwidth))
+        yield row(f"attn B={batch}", 32, length, 16, batch, "torch", peer, moved, bandwidth)
         print(f"     attention error {error:.1e}", flush=True)
-    return rows
 
 
-def time_gptq(device: torch.device, bandwidth: float) -> list[dict]:
-    rows = []
+def time_gptq(device: torch.device, bandwidth: float) -> Iterator[dict]:
     n, k, group = 14336, 4096, 128
     for bits in (2, 3, 4, 8):
         words = torch.randint(-(2**31), 2**31, (k * bits // 32, n), device=device, dtype=torch.int32)
         zeros = torch.randint(-(2**31), 2**31, (k // group, n * bits // 32), device=device, dtype=torch.int32)
         scales = (0.001 + 0.01 * torch.rand(k // group, n, device=device)).half()
         matrices = [GPTQMatrix(words, zeros, scales, None, bits, 1, torch.float16) for _ in range(max(3, int(2e8 / (n * k * bits / 8))))]
-        for tokens in (1, 16):
+        for tokens in (1, 8, 32):
             x = torch.randn(tokens, k, device=device).half()
-            error = relative_error(matrices[0].multiply(x), x.float() @ matrices[0].dequantize().float().T)
-            seconds = median_seconds([lambda m=m, x=x: m.multiply(x) for m in matrices])
-            rows.append(row("gptq", n, k, bits, tokens, "fused", seconds, n * k * bits / 8, bandwidth) | {"error": error})
-    return rows
+            exact = x.double() @ matrices[0].dequantize().double().T
+            for route in ("halves", "fused") if bits in DIGITS_BITS else ("fused",):
+                error = relative_error(matrices[0].multiply(x, route), exact)
+                seconds = median_seconds([lambda m=m, x=x, route=route: m.multiply(x, route) for m in matrices])
+                yield row("gptq", n, k, bits, tokens, route, seconds, n * k * bits / 8, bandwidth) | {"error": error}
 
 
-def best_settings(rows: list[dict]) -> dict:
-    """The autotune table: for each shape and b the warps that were fastest at M = 1."""
-    table: dict[str, dict] = {}
+def best_settings(rows: list[dict]) -> dict[str, dict[str, dict]]:
+    """The autotune table: for each route, shape, b and number of tokens the warps that were fastest."""
+    table: dict[str, dict[str, dict]] = {"digits": {}, "halves": {}}
     for r in rows:
-        if r["impl"].startswith("digits w") and r["tokens"] == 1:
-            key = f"{r['n']}x{r['k']}x{r['bits']}"
-            warps = int(r["impl"].removeprefix("digits w").removesuffix("m"))
-            if key not in table or r["us"] < table[key]["us"]:
-                table[key] = {"warps": warps, "merge": r["impl"].endswith("m"), "us": round(r["us"], 2)}
+        route, _, warps = r["impl"].partition(" w")
+        key = f"{r['n']}x{r['k']}x{r['bits']}x{r['tokens']}"
+        if route in table and r["us"] < table[route].get(key, {"us": math.inf})["us"]:
+            table[route][key] = {"warps": int(warps), "us": round(r["us"], 2)}
     return table
+
+
+def write_settings(gpu: str, best: dict[str, dict[str, dict]]) -> None:
+    """Adds to the autotune table of this GPU."""
+    path = settings_file(gpu)
+    path.parent.mkdir(exist_ok=True)
+    known = json.loads(path.read_text()) if path.is_file() else {}
+    path.write_text(json.dumps({"gpu": gpu, **{route: {**known.get(route, {}), **best[route]} for route in best}}, indent=1) + "\n")
+
+
+def print_table(rows: list[dict], shapes: dict[str, tuple[int, int]], tokens_of: Sequence[int]) -> None:
+    print(f"\n{'shape':12} {'b':>2} {'M':>3} {'best':14} {'us':>8} {'% copy':>7} {'fp16 us':>8} {'speed-up':>8}")
+    for name, bits, tokens in ((name, bits, tokens) for name in shapes for bits in (4, 3, 2) for tokens in tokens_of):
+        at = [r for r in rows if (r["shape"], r["tokens"]) == (name, tokens) and r["bits"] in (bits, 16)]
+        mine = [r for r in at if r["impl"].startswith(("digits", "halves"))]
+        for peer in (r for r in at if r["impl"] == "torch" and mine):
+            best = min(mine, key=lambda r: r["us"])
+            print(
+                f"{name:12} {bits:>2} {tokens:>3} {best['impl']:14} {best['us']:8.2f} {100 * best['of_copy']:7.1f} {peer['us']:8.2f} "
+                f"{peer['us'] / best['us']:8.2f}"
+            )
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, default=Path("bench/results/kernels_cuda.json"), help="JSON to write")
-    parser.add_argument("--quick", action="store_true", help="two shapes, M = 1 and 8")
+    parser.add_argument("--out", type=Path, default=_record.RESULTS, help="folder of the JSON")
+    parser.add_argument("--quick", action="store_true", help="two shapes, M = 1, 8, 32")
     parser.add_argument("--workers", type=int, default=14, help="processes that compile")
     parser.add_argument("--write-settings", action="store_true", help="write the autotune table of this GPU")
     options = parser.parse_args(arguments)
     device = torch.device("cuda")
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    head = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "commit": commit}
     shapes = {name: SHAPES[name] for name in ("8b.o", "14336x4096")} if options.quick else SHAPES
-    tokens = (1, 8) if options.quick else (1, 2, 8, 16)
-    result: dict = {**head, "rows": []}
+    tokens = (1, 8, 32) if options.quick else (1, 2, 4, 8, 16, 32, 64)
+    result: dict[str, Any] = {"upstream_kernel": "installed" if upstream_kernel() else "any_precision_ext is not installed", "rows": []}
 
     def save() -> None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(result, indent=1))
+        _record.write("kernels_cuda", result, "cuda", options.out)
 
-    result["checks"] = prepare(list(shapes.values()), [m for m in tokens if m != 2], options.workers)
-    save()
+    result["checks"] = prepare(list(shapes.values()), list(tokens), options.workers)
     bandwidth = copy_bandwidth(device)
     result["copy_gb_s"] = bandwidth / 1e9
-    print(f"{head['gpu']}: copy {bandwidth / 1e9:.0f} GB/s", flush=True)
-    parts = (
-        lambda: result["rows"].extend(time_attention(device, bandwidth)),
-        lambda: result["rows"].extend(time_kernels(device, bandwidth, shapes, tokens)),
-        lambda: result["rows"].extend(time_gptq(device, bandwidth)),
-    )
-    for part in parts:
+    print(f"{_record.hardware('cuda')}: copy {bandwidth / 1e9:.0f} GB/s", flush=True)
+    for part in (time_attention(device, bandwidth), time_gptq(device, bandwidth), time_kernels(device, bandwidth, shapes, tokens)):
         try:
-            part()
+            for found in part:
+                result["rows"].append(found)
+                save()
         except Exception as error:
             result.setdefault("errors", []).append(f"{type(error).__name__}: {error}")
             print(f"FAILED: {type(error).__name__}: {str(error)[:2000]}", file=sys.stderr, flush=True)
-        save()
-    best = best_settings(result["rows"])
-    result["settings"] = best
+    result["settings"] = best_settings(result["rows"])
     save()
     if options.write_settings:
-        path = settings_file(head["gpu"])
-        path.parent.mkdir(exist_ok=True)
-        known = json.loads(path.read_text()) if path.is_file() else {}
-        path.write_text(json.dumps({**known, "gpu": head["gpu"], "digits": {**known.get("digits", {}), **best}}, indent=1) + "\n")
-    print(f"\n{'shape':12} {'b':>2} {'M':>3} {'best':14} {'us':>8} {'% copy':>7} {'fp16 us':>8} {'speed-up':>8}")
-    for name in shapes:
-        for bits in (4, 3, 2):
-            for count in tokens:
-                mine = [r for r in result["rows"] if (r["shape"], r["bits"], r["tokens"]) == (name, bits, count) and "digits" in r["impl"]]
-                peer = [r for r in result["rows"] if (r["shape"], r["bits"], r["tokens"]) == (name, 16, count)]
-                if mine and peer:
-                    b = min(mine, key=lambda r: r["us"])
-                    print(
-                        f"{name:12} {bits:>2} {count:>3} {b['impl']:14} {b['us']:8.2f} {100 * b['of_copy']:7.1f} {peer[0]['us']:8.2f} "
-                        f"{peer[0]['us'] / b['us']:8.2f}"
-                    )
+        write_settings(_record.hardware("cuda"), result["settings"])
+    print_table(result["rows"], shapes, tokens)
 
 
 if __name__ == "__main__":

@@ -169,4 +169,4 @@ def main(config: DecodeCpuConfig, output: Path = _record.RESULTS) -> None:
         "prompt_tokens": config.prompt_tokens, "new_tokens": {"demo": config.demo_tokens, "1.1B": config.tokens},
     }  # fmt: skip
     measured = {"copy_gb_per_s": bandwidth / 1e9, "step_mib": mib, "rows": rows, "bars": bars}
-    _record.write("decode_cpu", {**settings, **measured}, folder=output)
+    print(_record.write("decode_cpu", {**settings, **measured}, folder=output))

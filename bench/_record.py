@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import subprocess
 from datetime import UTC, datetime
@@ -26,23 +27,33 @@ def hardware(device: str = "cpu") -> str:
     return f"{name}, {torch.get_num_threads()} threads"
 
 
+def commit() -> str | None:
+    """What was measured: the short id of the commit, with `+changes` where the tree differs from it.
+
+    A tree copied without its repository is told by the environment variable PMPD_COMMIT; None without either.
+    """
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=RESULTS.parents[1], check=False).stdout.strip()
+
+    name = git("rev-parse", "--short", "HEAD") or os.environ.get("PMPD_COMMIT")
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", "pmpd", "bench/*.py")
+    return f"{name}+changes" if name and changed else name or None
+
+
 def write(name: str, results: Any, device: str = "cpu", folder: Path = RESULTS) -> Path:
-    """Writes `results` with hardware, date, commit and versions to `folder/name.json` and prints it as one JSON line."""
+    """Writes `results` with hardware, date, commit and versions to `folder/name.json`; returns that path."""
     import transformers
 
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent, check=False
-    ).stdout.strip()
     record = {
         "benchmark": name,
         "hardware": hardware(device),
         "date": datetime.now(UTC).date().isoformat(),
-        "commit": commit or None,
+        "commit": commit(),
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
         "results": results,
     }
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
     path.write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps(record))
     return path

@@ -89,7 +89,7 @@ def main(config: Config) -> None:
             {"slots": slots, "prompts_per_second": rate, "ratio": rate / plain_rate, "equal_labels": f"{same}/{len(expected)}"}
         )
         print(f"engine, {slots} slots: {rate:.2f} prompts/s, {rate / plain_rate:.1f}x; labels equal for {same} of {len(expected)}")
-    _record.write(f"label_{config.device}", results, config.device, config.output)
+    print(_record.write(f"label_{config.device}", results, config.device, config.output))
 
 
 if __name__ == "__main__":

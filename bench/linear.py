@@ -67,7 +67,7 @@ def main(config: LinearBenchConfig) -> None:
     for bar in bars:
         print(f"{'met   ' if bar['met'] else 'MISSED'} {bar['bar']}: {bar['measured']:.2f}")
     settings = {"threads": config.threads, "clock": config.clock, "rounds": config.rounds, "kernel": cpu.LEVELS[cpu.active_level()]}
-    _record.write(config.name, {**settings, "copy_gb_per_s": bandwidth / 1e9, "rows": rows, "bars": bars})
+    print(_record.write(config.name, {**settings, "copy_gb_per_s": bandwidth / 1e9, "rows": rows, "bars": bars}))
 
 
 def copy_bandwidth(clock: Callable[[], float]) -> float:

@@ -99,7 +99,7 @@ def main(config: MemoryBenchConfig) -> None:
     print(f"{'met   ' if met else 'MISSED'} peak of {measured['peak_gib']:.2f} GiB resident, {LIMIT_GIB:g} allowed")
     bar = {"bar": f"7B, 2-4 bits, resident GiB at most {LIMIT_GIB:g}", "measured": measured["peak_gib"], "met": met}
     shaped = {"layers": config.layers, "checkpoint_gib": size / 2**30, "new_tokens": config.new_tokens, "threads": config.threads}
-    _record.write("memory_cpu", {**shaped, **measured, "bars": [bar]}, folder=config.output)
+    print(_record.write("memory_cpu", {**shaped, **measured, "bars": [bar]}, folder=config.output))
 
 
 if __name__ == "__main__":

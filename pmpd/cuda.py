@@ -66,7 +66,7 @@ def capture(step: Callable[[], None], prepare: Callable[[], None] = lambda: None
 
 
 @lru_cache(maxsize=1)
-def _pool() -> tuple[int, int]:
+def _pool() -> Any:
     """One memory pool for all graphs: they run one after the other, and what a step leaves behind is in buffers made outside."""
     return torch.cuda.graph_pool_handle()
 
