@@ -13,7 +13,7 @@ import hashlib
 import inspect
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pmpd import tables
 from pmpd.classifier import FRACTIONS, check_fit, load_artefact
 
 NUM_CLASSES = 4
@@ -115,7 +116,7 @@ class Scheduler(ABC):
         """
         if name not in SCHEDULERS:
             raise ValueError(f"scheduler {name!r}: known are {', '.join(sorted(SCHEDULERS))}")
-        known = {option for _, accepted in SCHEDULERS.values() for option in accepted}
+        known = {option for _, accepted in SCHEDULERS.values() for option in accepted} | set(UNUSED_OPTIONS)
         unknown = sorted(set(options) - known)
         if unknown:
             raise ValueError(f"scheduler option {', '.join(unknown)}: known are {', '.join(sorted(known))}")
@@ -249,7 +250,8 @@ class KVCacheScheduler(ClassScheduler):
     precisions: the chain; the artefact must hold a classifier for each of its pairs.
     precision_switch_points: when the four classes switch. None = the artefact's own (0, 1/3, 2/3, 1 of the decode forwards).
         Four ascending numbers in 0..1 = fractions of the decode forwards; four ascending integers with one above 1 = decode forwards.
-    save_dir: folder of the artefact (or of published `classifier_{high}_{low}.pt`); None = the one of the embedded demo model.
+        The chain's pairs, as published, e.g. {(4, 3), (3, 2)} = the artefact's own.
+    save_dir: folder or URI of the artefact (or of published `classifier_{high}_{low}.pt`); None = the one of the embedded demo model.
     dim, num_heads: head dim and number of kv heads of the model; None = not checked.
     model_fingerprint: fingerprint of the model that generates; None = not checked (see also `check_model`).
     """
@@ -259,29 +261,24 @@ class KVCacheScheduler(ClassScheduler):
     def __init__(
         self,
         precisions: Sequence[int],
-        precision_switch_points: Sequence[float] | None = None,
+        precision_switch_points: Collection[float] | Collection[tuple[int, int]] | None = None,
         save_dir: str | Path | None = None,
         dim: int | None = None,
         num_heads: int | None = None,
         model_fingerprint: str | None = None,
     ) -> None:
         super().__init__(precisions)
-        self.save_dir = Path(DEMO_ARTEFACT if save_dir is None else save_dir)
-        self.artefact = load_artefact(self.save_dir, self.pairs, dim=dim, num_heads=num_heads, model_fingerprint=model_fingerprint)
-        points = self.artefact.config.switch_fractions if precision_switch_points is None else tuple(precision_switch_points)
-        ascending = len(points) == NUM_CLASSES and min(points) >= 0 and list(points) == sorted(points)
-        if not ascending or (max(points) > 1 and any(point % 1 for point in points)):
-            raise ValueError(
-                f"precision_switch_points {list(points)}: give four ascending numbers, either fractions 0..1 of the decode forwards "
-                "(e.g. 0, 1/3, 2/3, 1) or whole decode forwards (e.g. 0, 85, 170, 255)"
-            )
-        self.switch_points = points
+        self.save_dir = str(DEMO_ARTEFACT if save_dir is None else save_dir)
+        self.artefact = load_artefact(
+            self.save_dir, self.pairs, dim=dim, num_heads=num_heads, model_fingerprint=model_fingerprint, read=tables.read_bytes
+        )
+        self.switch_points = self._points(precision_switch_points)
         self.last_scores: np.ndarray | None = None
         """Logits of the last decision, float32 [B, J, 4], rows as in its `PrefillState`."""
 
     def check_model(self, fingerprint: str | None, dim: int, num_heads: int) -> None:
         """ValueError, with the reason, where the artefact does not fit this model."""
-        check_fit(self.artefact.config, str(self.save_dir), dim=dim, num_heads=num_heads, model_fingerprint=fingerprint)
+        check_fit(self.artefact.config, self.save_dir, dim=dim, num_heads=num_heads, model_fingerprint=fingerprint)
 
     def begin(self, state: PrefillState) -> np.ndarray:
         steps = np.asarray([self._steps(n) for n in state.max_new_tokens], dtype=np.int32)  # [B, 4]
@@ -297,6 +294,23 @@ class KVCacheScheduler(ClassScheduler):
         self.last_scores = scores
         # A row without finite features is the engine's to report; until then it must not lower anything, nor stop its batch mates.
         return np.where(np.isfinite(scores).all(-1), scores.argmax(-1), NUM_CLASSES - 1)
+
+    def _points(self, given: Any) -> tuple[float, ...]:
+        """The four switch points that `precision_switch_points` stands for. ValueError, with what is allowed, if it stands for none."""
+        own = self.artefact.config.switch_fractions
+        try:
+            if given is not None and set(given) == set(self.pairs):
+                return own
+            points = np.asarray(own if given is None else list(given), dtype=float)
+        except (TypeError, ValueError):  # not a collection, or not of numbers
+            points = np.empty(0)
+        ascending = points.shape == (NUM_CLASSES,) and np.isfinite(points).all() and points[0] >= 0 and (np.diff(points) >= 0).all()
+        if not ascending or (points[-1] > 1 and (points % 1 != 0).any()):
+            raise ValueError(
+                f"precision_switch_points {given if given is not None else own}: give four ascending numbers, either fractions 0..1 of the "
+                f"decode forwards (e.g. 0, 1/3, 2/3, 1) or whole decode forwards (e.g. 0, 85, 170, 255), or the chain's pairs {self.pairs}"
+            )
+        return tuple(points.tolist())
 
     def _steps(self, max_new_tokens: int) -> tuple[int, ...]:
         m = max_new_tokens - 1
@@ -317,6 +331,9 @@ class KVCacheScheduler(ClassScheduler):
             "model_fingerprint": config.model_fingerprint,
         }
 
+
+UNUSED_OPTIONS = ("max_new_tokens", "dropout_prob")
+"""Published options that nothing here needs: each row has its own number of new tokens, and dropout acts in training only."""
 
 SCHEDULERS: dict[str, tuple[Callable[..., Scheduler], tuple[str, ...]]] = {
     "naive": (StaticScheduler, ("precisions", "high_bit_steps")),

@@ -107,7 +107,36 @@ def test_precision_switch_points_are_fractions_or_steps(folder, points, steps):
     assert scheduler.begin(state).tolist() == [[steps]]
 
 
-@pytest.mark.parametrize("points", [(0, 0.5, 1), (0, 0.6, 0.3, 1), (-1, 0, 0.5, 1), (0, 0.5, 10, 20)])
+@pytest.mark.parametrize("points", [{(4, 3), (3, 2)}, [(4, 3), (3, 2)]])
+def test_the_published_options_give_the_default_switch_points(folder, points):
+    options = {"precisions": CHAIN, "precision_switch_points": points, "save_dir": folder, "dim": DIM, "num_heads": HEADS}
+    scheduler = Scheduler.get_scheduler("kv_cache", **options, max_new_tokens=256, dropout_prob=0.1)
+    assert scheduler.describe() == KVCacheScheduler(CHAIN, save_dir=folder).describe()
+    with pytest.raises(ValueError, match=r"the chain's pairs \[\(3, 2\)\]"):
+        Scheduler.get_scheduler("kv_cache", **{**options, "precisions": [3, 2]})
+
+
+def test_a_uri_is_read_as_the_folder_is(folder):
+    there = KVCacheScheduler(CHAIN, save_dir=folder.as_uri())
+    assert there.describe() == KVCacheScheduler(CHAIN, save_dir=folder).describe()
+    with pytest.raises(ValueError, match="neither config"):
+        KVCacheScheduler(CHAIN, save_dir=f"{folder.as_uri()}/nothing")
+
+
+@pytest.mark.parametrize(
+    "points",
+    [
+        (0, 0.5, 1),
+        (0, 0.6, 0.3, 1),
+        (-1, 0, 0.5, 1),
+        (0, 0.5, 10, 20),
+        (0, 1, 2, float("nan")),
+        (0, 1, 2, float("inf")),
+        ("a", "b", "c", "d"),
+        ([0], 1, 2, 3),
+        5,
+    ],
+)
 def test_bad_switch_points_are_refused(folder, points):
     with pytest.raises(ValueError, match="precision_switch_points"):
         KVCacheScheduler([3, 2], precision_switch_points=points, save_dir=folder)
