@@ -18,9 +18,13 @@ INLINE Floats load_floats_at(const float* at) {
 INLINE float sum_lanes(const Floats& v) {
     typedef float Eight __attribute__((vector_size(32)));
     typedef float Four __attribute__((vector_size(16)));
-    const Eight eight = __builtin_shufflevector(v, v, 0, 1, 2, 3, 4, 5, 6, 7) + __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15);
-    const Four four = __builtin_shufflevector(eight, eight, 0, 1, 2, 3) + __builtin_shufflevector(eight, eight, 4, 5, 6, 7);
-    return (four[0] + four[2]) + (four[1] + four[3]);
+    Eight eight[2];  // by memory, which compilers see through: __builtin_shufflevector came with GCC 12
+    __builtin_memcpy(eight, &v, sizeof(eight));
+    eight[0] += eight[1];
+    Four four[2];
+    __builtin_memcpy(four, eight, sizeof(four));
+    four[0] += four[1];
+    return (four[0][0] + four[0][2]) + (four[0][1] + four[0][3]);
 }
 
 // e**x for x <= 0, to about 1e-7; 0 below -87.
