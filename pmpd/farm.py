@@ -36,7 +36,10 @@ from typing import Any, ClassVar, Literal, TextIO
 
 import pyarrow as pa
 import ray
-from ray.exceptions import RayActorError, RayError, RayTaskError
+from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+from ray._private.state import actors
+from ray._private.utils import read_ray_address
+from ray.exceptions import RayError, RayTaskError
 from ray.util.metrics import Gauge
 
 from pmpd import tables
@@ -50,6 +53,9 @@ NODE_LOSSES_BEFORE_BLAME = 5
 
 FAILURES_BEFORE_STOP = 3
 """Failures outside of any row (a worker that can't start, an input shard that can't be read) before the run stops."""
+
+START_RETRY_SECONDS = 30.0
+"""Between two tries to start one more worker where others work: a node that can start none costs the run nothing."""
 
 POISONED = 17
 """Exit code of a worker whose GPU context is broken."""
@@ -237,6 +243,7 @@ class Lease:
         self._write()
         time.sleep(0.2 if "://" not in self.folder else 2.0)
         self._check_token()
+        tables.remove_temporary(self.folder)
         self._thread.start()
         return self
 
@@ -344,7 +351,6 @@ class UnitResult:
 
 @dataclass(frozen=True)
 class WorkerInfo:
-    node_id: str
     place: Place
     models: Mapping[str, Any]
     device: str
@@ -355,8 +361,8 @@ def shard_path(dataset: str, unit: Unit) -> str:
 
 
 def note_path(dataset: str, unit: Unit) -> str:
-    """Where a worker that must end itself says why."""
-    return tables.join(dataset, f"_death-{unit.name}.txt")
+    """Where a worker that must end itself says why; temporary, as half-written files are."""
+    return tables.join(dataset, f".death.{unit.name}.tmp")
 
 
 def error_text(error: BaseException, tail_lines: int = 6) -> str:
@@ -401,7 +407,7 @@ class Worker:
             )
         self._check_lease()
         self.built = task.build(self.place)
-        return WorkerInfo(node_id, self.place, dict(self.built.models), self.built.device)
+        return WorkerInfo(self.place, dict(self.built.models), self.built.device)
 
     def run(self, unit: Unit) -> UnitResult:
         """Does a unit and writes its shard; returns when that is durable."""
@@ -414,14 +420,11 @@ class Worker:
             if problem is not None:
                 rows[key] = [self._error_row(item, problem)]
         self._work({key: item for key, item in items.items() if key not in rows}, rows)
-        flat = [row for key in unit.ids for row in rows[key]]
-        if "worker" in self.built.schema.names:
-            flat = [{**row, "worker": row.get("worker") or self.place.worker} for row in flat]
-        table = tables.to_table(flat, self.built.schema)
+        table = self._table(items, rows)
         self._check_lease()
         tables.write_shard(table, shard_path(self.dataset, unit))
         error_items = sum(any(row.get("error") for row in rows[key]) for key in unit.ids)
-        tokens = sum(self.built.tokens(row) for row in flat if not row.get("error"))
+        tokens = sum(self.built.tokens(row) for key in unit.ids for row in rows[key] if not row.get("error"))
         return UnitResult(len(unit.ids), error_items, tokens, time.monotonic() - begin)
 
     def _read(self, unit: Unit) -> dict[str, Item]:
@@ -464,6 +467,25 @@ class Worker:
             assert key in expected, f"a row of an item that was not asked for: {key}"
             assert not (self.task.one_row_per_item and key in rows), f"two rows of one item: {key}"
             rows.setdefault(key, []).append(row)
+
+    def _table(self, items: Mapping[str, Item], rows: dict[str, list[dict[str, Any]]]) -> pa.Table:
+        """The unit's shard. An item with a value that its column can't hold becomes an error row, in `rows` too."""
+
+        def table(keys: Iterable[str]) -> pa.Table:
+            flat = [row for key in keys for row in rows[key]]
+            if "worker" in self.built.schema.names:
+                flat = [{**row, "worker": row.get("worker") or self.place.worker} for row in flat]
+            return tables.to_table(flat, self.built.schema)
+
+        try:
+            return table(items)
+        except ValueError:
+            for key, item in items.items():
+                try:
+                    table([key])
+                except ValueError as error:
+                    rows[key] = [self._error_row(item, error_text(error))]
+            return table(items)
 
     def _error_row(self, item: Item, text: str) -> dict[str, Any]:
         """What the first input knows of the item, in the columns that the output shares with it, and the error."""
@@ -555,19 +577,45 @@ class Progress:
 
 
 def connect() -> None:
-    """Joins the cluster this process belongs to (a submitted job, RAY_ADDRESS, a Ray running on this machine), else starts a local one."""
+    """Joins the Ray of RAY_ADDRESS (a submitted job has it), else the one that `ray start` made or joined on this machine, else starts
+    one for this process. Such a Ray of another process is never joined: it ends with its process.
+
+    ValueError: RAY_ADDRESS can't be joined, or the machine's own Ray refuses this process.
+    """
     if ray.is_initialized():
         return
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-    address = os.environ.get("RAY_ADDRESS")
-    if address != "local":
-        try:
-            ray.init(address=address or "auto", **quiet)
-            return
-        except ConnectionError as error:
-            if address:
-                raise ValueError(f"RAY_ADDRESS={address}: no Ray answers there ({error}); start it, or unset RAY_ADDRESS") from error
-    ray.init(address="local", include_dashboard=False, **quiet)
+    given = os.environ.get("RAY_ADDRESS", "auto")
+    address = read_ray_address() if given == "auto" else given
+    if address is None or address == "local" or (given == "auto" and not _answers(address)):
+        ray.init(address="local", include_dashboard=False, **quiet)
+        return
+    told = f"RAY_ADDRESS={address}" if given != "auto" else f"the Ray of this machine, {address}"
+    if not _answers(address):
+        raise ValueError(f"{told}: no Ray answers there; start it, or unset RAY_ADDRESS")
+    if given == "auto":
+        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)  # as Ray does where it looks for the address itself
+    try:
+        ray.init(address=address, **quiet)
+    except (ConnectionError, RayError, ValueError) as error:
+        if "AuthenticationError" in f"{error!r} {error.__cause__}":
+            raise ValueError(
+                f"{told}: it refuses this process's token; put the cluster's token into ~/.ray/auth_token and set RAY_AUTH_MODE=token "
+                "(RAY_ADDRESS=local starts a Ray of its own)"
+            ) from error
+        raise ValueError(
+            f"{told}: it can't be joined ({error}); give host:port of a running Ray (RAY_ADDRESS=local starts one of its own)"
+        ) from error
+
+
+def _answers(address: str) -> bool:
+    """Whether something listens there: Ray itself takes minutes to find that nothing does."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=3).close()
+    except (OSError, ValueError, OverflowError):
+        return False
+    return True
 
 
 def output_folder(path: str) -> str:
@@ -685,6 +733,7 @@ class _Pool:
         self.start_failures = 0
         self._actor = ray.remote(max_restarts=0, max_task_retries=0)(Worker)
         self._planned = 0.0
+        self._grow_after = 0.0
         self._nodeless_since: float | None = None
 
     def work(self, units: Iterable[Unit]) -> None:
@@ -724,6 +773,8 @@ class _Pool:
             )
 
     def _grow(self) -> None:
+        if time.monotonic() < self._grow_after and self._someone_works():
+            return
         units = len(self.pending) + sum(len(slot.queue) for slot in self.slots)
         while len(self.slots) < min(self.wanted, units):
             actor: Any = self._actor.options(num_cpus=self.demand.cpus, num_gpus=self.demand.gpus, scheduling_strategy="SPREAD").remote()
@@ -760,15 +811,19 @@ class _Pool:
     def _started(self, slot: _Slot) -> None:
         try:
             info: WorkerInfo = ray.get(slot.start)
-        except (RayTaskError, RayActorError) as error:
+        except RayError as error:
+            where, node_alive = self._node(slot)
             self._remove(slot)
-            cause = getattr(error, "cause", None) if isinstance(error, RayTaskError) else None
-            if isinstance(cause, ValueError | OSError | ImportError):
-                raise _rebuilt(cause) from None
-            if isinstance(error, RayActorError) and self.progress.up and not self._node_alive(slot):
-                return  # went with its node
+            if not node_alive:
+                self.progress.say(f"node {where} went while a worker started there")
+                return
+            self.progress.say(f"a worker could not start on {where}: {_short(error)}")
+            if self._someone_works():
+                self._grow_after = time.monotonic() + START_RETRY_SECONDS
+                return
             self.start_failures += 1
-            self.progress.say(f"a worker could not start: {_short(error)}")
+            if isinstance(_rebuilt(error), ValueError):
+                raise _rebuilt(error) from None
             if self.start_failures >= FAILURES_BEFORE_STOP:
                 raise ValueError(f"{self.start_failures} workers could not start; the last one: {_short(error)}") from error
             return
@@ -796,15 +851,15 @@ class _Pool:
                 raise (_rebuilt(cause) if cause is not None else error) from error
             self.progress.say(f"a unit failed outside of its rows and is tried again: {_short(error)}")
             self.pending.append(replace(unit, failures=unit.failures + 1))
-        except RayActorError as error:
+        except RayError as error:  # of the actor, of its node, or Ray's memory monitor
             self._died(slot, error)
         else:
             del slot.queue[index]
             self.progress.add(result)
 
-    def _died(self, slot: _Slot, error: RayActorError) -> None:
+    def _died(self, slot: _Slot, error: RayError) -> None:
         """Replaces a dead worker: what it had finished counts, the unit it was at is blamed (unless its node went), the rest waits."""
-        node_alive = self._node_alive(slot)
+        _, node_alive = self._node(slot)
         self._remove(slot)
         place = slot.info.place.worker if slot.info else "?"
         self.progress.say(f"worker {place} is gone ({'its node too' if not node_alive else _death(error)}); its units are done again")
@@ -821,7 +876,7 @@ class _Pool:
                 again += self._after_death(unit, node_alive, error)
         self.pending.extendleft(reversed(again))
 
-    def _after_death(self, unit: Unit, node_alive: bool, error: RayActorError) -> list[Unit]:
+    def _after_death(self, unit: Unit, node_alive: bool, error: RayError) -> list[Unit]:
         if not node_alive and unit.node_losses + 1 < NODE_LOSSES_BEFORE_BLAME:
             return [replace(unit, node_losses=unit.node_losses + 1)]
         note = tables.read_bytes(note_path(self.dataset, unit))
@@ -841,10 +896,14 @@ class _Pool:
             return False
         return set(shard.ids) == set(unit.ids)
 
-    def _node_alive(self, slot: _Slot) -> bool:
-        if slot.info is None:
-            return True
-        return any(node["NodeID"] == slot.info.node_id and node["Alive"] for node in ray.nodes())
+    def _someone_works(self) -> bool:
+        return any(slot.info is not None for slot in self.slots)
+
+    def _node(self, slot: _Slot) -> tuple[str, bool]:
+        """Address of the worker's node, and whether that is alive; Ray's table knows it from when the worker began to start."""
+        address = actors(slot.actor._actor_id.hex())["Address"]
+        dead = any(node["NodeID"] == address["NodeID"] and not node["Alive"] for node in ray.nodes())
+        return address["IPAddress"] or "?", not dead
 
     def _remove(self, slot: _Slot) -> None:
         self.slots.remove(slot)
@@ -858,7 +917,7 @@ def _rebuilt(error: BaseException) -> BaseException:
     return cause if isinstance(cause, BaseException) else error
 
 
-def _death(error: RayActorError, limit: int = 300) -> str:
+def _death(error: RayError, limit: int = 300) -> str:
     """Ray's reason, without the ids before it."""
     text = " ".join(str(error).split())
     return text.partition("The actor is dead because ")[2][:limit] or text[:limit]
@@ -905,7 +964,8 @@ def _run(
     for name, scan in found.items():
         if scan.unreadable:
             raise ValueError(
-                f"input {name}: {next(iter(scan.unreadable.values()))}; remove the folder {inputs[name]} to have it made again"
+                f"input {name}: {next(iter(scan.unreadable.values()))}; run the stage that makes it (--stage {name}): it does the rows of "
+                "that shard again and keeps the others"
             )
     where = {name: scan.where() for name, scan in found.items()}
     primary, *others = inputs
