@@ -39,6 +39,7 @@ ROWS_PER_GROUP = 64
 """Workers read whole row groups, and a unit's prompts, neighbours in length, lie all over the file."""
 
 _SUFFIXES = (".json", ".json.gz", ".jsonl", ".jsonl.gz", ".parquet", ".txt", ".txt.gz")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _DEFAULT_CONFIGS = {"allenai/c4": "en"}
 
@@ -119,7 +120,8 @@ def make_prompts(
     """The first `config.size` prompts as PROMPTS rows. Memory grows with the ids only.
 
     `max_prompt_tokens`: what the model's positions leave (positions - max_new_tokens); documents are truncated to the smaller of it
-    and 2048 tokens. A document without a token becomes a row with `error` set. `counts` receives records, duplicates and empty.
+    and 2048 tokens. A document without a token, or one that is no text (half a surrogate pair), becomes a row with `error` set. `counts`
+    receives records, duplicates, empty and malformed.
     ValueError: malformed record (names file and line), no record at all, no room for a prompt.
     """
     if max_prompt_tokens < 1:
@@ -137,9 +139,14 @@ def make_prompts(
             counts["duplicates"] += 1
             continue
         seen.add(bytes.fromhex(key))
-        input_ids = tokenizer(record.text, truncation=False, verbose=False)["input_ids"] if record.text.strip() else []
+        half = _SURROGATE.search(record.text)
+        input_ids = tokenizer(record.text, truncation=False, verbose=False)["input_ids"] if record.text.strip() and not half else []
         row = {"prompt_id": key, "source": record.source, "document_tokens": len(input_ids)}
-        if all(token in special for token in input_ids):
+        if half:
+            counts["malformed"] += 1
+            told = f"the document is no text: character {half.start()} is U+{ord(half[0]):X}, half of a surrogate pair"
+            yield {**row, "prompt_tokens": 0, "prompt_text": "", "input_ids": [], "error": told}
+        elif all(token in special for token in input_ids):
             counts["empty"] += 1
             yield {**row, "prompt_tokens": 0, "prompt_text": "", "input_ids": [], "error": "the document tokenizes to nothing"}
         else:
@@ -156,13 +163,14 @@ def make_prompts(
 def write_prompts(
     config: PromptConfig, tokenizer: Any, max_prompt_tokens: int, dataset: str, row_config: Mapping[str, Any]
 ) -> dict[str, int]:
-    """Writes the PROMPTS dataset, streaming, unless it is there already; its counts (rows, errors, records, duplicates, empty).
+    """Writes the PROMPTS dataset, streaming, unless it is there already; its counts (rows, errors, records, duplicates, empty,
+    malformed).
 
     `row_config` is what defines the rows. A dataset that was cut short is written again: prompts are cheap and always the same.
     ValueError: the folder is of another configuration, or as in `make_prompts`.
     """
     manifest = tables.check_config(dataset, row_config)
-    if manifest is not None and manifest["complete"] and not tables.scan(dataset).unreadable:
+    if manifest is not None and tables.is_whole(dataset, manifest, "prompt_id"):
         return manifest["counts"]
     begin = time.monotonic()
     tables.write_manifest(dataset, tables.PROMPTS, row_config, table="prompts", complete=False)
@@ -179,7 +187,7 @@ def write_prompts(
         tables.write_shard(tables.to_table(shard, tables.PROMPTS), path, ROWS_PER_GROUP)
         counts["rows"] += len(shard)
         counts["shards"] += 1
-    counts["errors"] = counts["empty"]
+    counts["errors"] = counts["empty"] + counts["malformed"]
     seconds = time.monotonic() - begin
     tables.write_manifest(dataset, tables.PROMPTS, row_config, table="prompts", complete=True, counts=counts, seconds=seconds)
     return dict(counts)
@@ -200,18 +208,21 @@ def _demo(config: PromptConfig) -> Iterator[Record]:
 
 
 def _hub(config: PromptConfig) -> Iterator[Record]:
+    for index, row in enumerate(_hub_rows(config)):
+        yield Record(f"{config.resolved_split}:{index}", _text_of(row, f"{config.dataset} record {index}"))
+
+
+def _hub_rows(config: PromptConfig) -> Iterator[Any]:
     import datasets
 
     where = f"--dataset {config.dataset}"
     try:
-        stream = datasets.load_dataset(config.dataset, config.resolved_config, split=config.resolved_split, streaming=True)
+        yield from datasets.load_dataset(config.dataset, config.resolved_config, split=config.resolved_split, streaming=True)
     except Exception as error:  # the hub client has its own zoo of exceptions: no network, no such id, gated, …
         raise ValueError(
             f"{where} (config {config.resolved_config}, split {config.resolved_split}): {type(error).__name__}: {error}; "
             "check the id, --dataset-config and --split, and that the hub can be reached"
         ) from error
-    for index, row in enumerate(stream):
-        yield Record(f"{config.resolved_split}:{index}", _text_of(row, f"{config.dataset} record {index}"))
 
 
 def _local(config: PromptConfig) -> Iterator[Record]:

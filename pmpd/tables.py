@@ -314,10 +314,11 @@ def list_shards(dataset: str | Path) -> list[str]:
 
 
 def remove_temporary(dataset: str | Path) -> None:
-    """Removes what killed writers left behind. Only for the one run that holds the folder."""
-    for path in _list(data_folder(dataset), hidden=True):
-        if path.endswith(".tmp"):
-            remove(path)
+    """Removes what killed writers left behind, in the dataset's folder and its data. Only for the one run that holds the folder."""
+    for folder in (str(dataset), data_folder(dataset)):
+        for path in _list(folder, hidden=True):
+            if path.endswith(".tmp"):
+                remove(path)
 
 
 def _list(folder: str, hidden: bool = False) -> list[str]:
@@ -605,6 +606,14 @@ def check_config(dataset: str | Path, config: Mapping[str, Any]) -> dict[str, An
     return manifest
 
 
+def is_whole(dataset: str | Path, manifest: Mapping[str, Any], id_column: str) -> bool:
+    """Whether the manifest calls the dataset complete and its shards, all readable, hold as many rows as it counts."""
+    if not manifest["complete"]:
+        return False
+    found = scan(dataset, id_column)
+    return not found.unreadable and sum(len(shard.ids) for shard in found.shards) == manifest["counts"].get("rows")
+
+
 @cache
 def package_versions() -> dict[str, str]:
     """Versions of what can change a row."""
@@ -694,12 +703,15 @@ def describe(dataset: str | Path) -> tuple[list[str], list[str]]:
 def datasets_under(path: str | Path) -> Iterator[str]:
     """The dataset folders at `path`: itself, or those one level below."""
     file_system, inner = resolve(path)
+    if file_system.get_file_info(inner).type == pafs.FileType.File:
+        return
     if exists(data_folder(path)) or exists(join(path, "manifest.json")):
         yield str(path)
         return
     for info in sorted(file_system.get_file_info(pafs.FileSelector(inner, allow_not_found=True)), key=lambda info: info.base_name):
-        if info.type == pafs.FileType.Directory and exists(data_folder(join(path, info.base_name))):
-            yield join(path, info.base_name)
+        below = join(path, info.base_name)
+        if info.type == pafs.FileType.Directory and (exists(data_folder(below)) or exists(join(below, "manifest.json"))):
+            yield below
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -712,9 +724,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("path", help="a dataset folder, a folder of them (results/label), or one Parquet file; local or a URI")
     path = parser.parse_args(given).path
-    path = dataset_folder(path)
-    if not exists(path):
-        print(f"{path}: no such file or folder", file=sys.stderr)
+    try:
+        path = dataset_folder(path)
+        if not exists(path):
+            raise ValueError(f"{path}: no such file or folder")
+    except ValueError as error:
+        print(error, file=sys.stderr)
         return 1
     found = [path] if path.endswith(".parquet") else list(datasets_under(path))
     if not found:

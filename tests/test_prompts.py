@@ -108,6 +108,15 @@ def test_a_document_without_tokens_is_an_error_row(tokenizer, tmp_path, text):
     assert rows[0]["input_ids"] == []
 
 
+def test_half_a_surrogate_pair_is_an_error_row_and_counted(tokenizer, tmp_path):
+    counts: Counter[str] = Counter()
+    path = write_lines(tmp_path / "d.jsonl", c4(["a \ud83d b", "fine \U0001f600"]))
+    rows = list(prompts.make_prompts(PromptConfig(str(path)), tokenizer, 512, counts))
+    assert [row["error"] for row in rows] == ["the document is no text: character 2 is U+D83D, half of a surrogate pair", None]
+    assert counts["malformed"] == 1
+    assert tables.to_table(rows, tables.PROMPTS).num_rows == 2
+
+
 @pytest.mark.parametrize(
     ("lines", "told"),
     [
@@ -187,6 +196,18 @@ def test_a_hub_that_does_not_answer_is_a_clear_error(tokenizer, monkeypatch):
         made(tokenizer, "allenai/c4")
 
 
+def test_a_hub_that_stops_answering_is_a_clear_error(tokenizer, monkeypatch):
+    import datasets
+
+    def rows(*_, **__):
+        yield {"text": "first"}
+        raise ConnectionError("reset")
+
+    monkeypatch.setattr(datasets, "load_dataset", rows)
+    with pytest.raises(ValueError, match=r"allenai/c4 \(config en, split train\): ConnectionError: reset"):
+        made(tokenizer, "allenai/c4")
+
+
 def test_demo_prompts_are_held_out_documents_long_enough_to_continue(tokenizer):
     by_key = {document.key: document for document in texts.documents()}
     rows = made(tokenizer, "demo", size=40)
@@ -217,5 +238,8 @@ def test_written_prompts_are_reused_when_whole_and_made_again_when_cut_short(tok
     Path(tables.list_shards(folder)[1]).write_bytes(b"damaged")
     write_prompts(PromptConfig(str(path)), tokenizer, 512, folder, identity)
     assert {row["prompt_id"]: row for row in tables.read_table(folder).to_pylist()} == first
+    Path(tables.list_shards(folder)[1]).unlink()
+    write_prompts(PromptConfig(str(path)), tokenizer, 512, folder, identity)
+    assert {row["prompt_id"]: row for row in tables.read_table(folder).to_pylist()} == first, "a shard that is gone is noticed"
     with pytest.raises(ValueError, match="size: 64 -> 65"):
         write_prompts(config, tokenizer, 512, folder, {"size": 65})

@@ -185,8 +185,10 @@ def test_leftovers_of_killed_writers_are_invisible_and_go(tmp_path):
     folder = write_dataset(tmp_path / "labels", label_rows(4))
     (folder / "data" / ".part-9.parquet.abc.tmp").write_bytes(b"half")
     assert len(tables.read_table(folder)) == len(pd.read_parquet(folder / "data")) == 4
+    (folder / ".manifest.json.abc.tmp").write_bytes(b"half")
     tables.remove_temporary(folder)
     assert [path.name for path in (folder / "data").iterdir()] == ["part-0.parquet"]
+    assert sorted(path.name for path in folder.iterdir()) == ["data", "manifest.json"]
 
 
 def test_read_rows_reads_the_row_groups_it_needs_in_the_order_asked(tmp_path):
@@ -332,6 +334,18 @@ def test_command_line_finds_problems(tmp_path, capsys, spoil, problem):
 def test_command_line_says_when_there_is_nothing(tmp_path, capsys):
     assert tables.main([str(tmp_path)]) == tables.main([str(tmp_path / "nowhere")]) == 1
     assert "no such file" in capsys.readouterr().err
+    (tmp_path / "README.md").write_text("text")
+    assert tables.main([str(tmp_path / "README.md")]) == tables.main(["foo://x"]) == 1
+    told = capsys.readouterr().err
+    assert "no dataset in it" in told
+    assert "path foo://x" in told
+
+
+def test_command_line_finds_a_dataset_that_has_no_shard_yet(tmp_path, capsys):
+    write_dataset(tmp_path / "labels", label_rows(6))
+    tables.write_manifest(tmp_path / "references", None, {}, table="references", complete=False)
+    assert tables.main([str(tmp_path)]) == 1
+    assert f"{tmp_path}/references\n  0 rows" in capsys.readouterr().out
 
 
 def test_importing_tables_imports_neither_torch_nor_ray():
