@@ -101,7 +101,7 @@ def generate(
 def write_conversations(sweep: Sweep, dataset: str) -> None:
     """Writes the CONVERSATIONS data set unless it is there already; one that was cut short is written again."""
     manifest = tables.check_config(dataset, sweep.identity())
-    if manifest is not None and manifest["complete"] and not tables.scan(dataset, "conversation_id").unreadable:
+    if manifest is not None and tables.is_whole(dataset, manifest, "conversation_id"):
         return
     begin = time.monotonic()
     tables.write_manifest(dataset, tables.CONVERSATIONS, sweep.identity(), table="conversations", complete=False)
