@@ -157,7 +157,7 @@ def main(job: GenerateJob, console: Console | None = None) -> str:
         model = farm.ModelSource(paths[group], None if group == "fp" else chain, job.kernel, job.trust_remote_code)
         options = farm.FarmOptions(job.num_workers, job.gpus_per_worker, sweep.unit_rows(unit_rows), job.retry_errors)
         generate(sweep, model, tables.join(folder, group), slots, job.reuse_cache, options)
-    rows = [row for _, _, found in read_generations(folder) for row in found]
+    rows = [row for _, _, found in read_generations(folder, job.static_search) for row in found]
     console.print(result_table(rows))
     if job.static_search:
         best = choose(compare(rows)[0], benchmark.metric, benchmark.reference, job.quality_budget, length, ScoreConfig())

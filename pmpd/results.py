@@ -10,11 +10,12 @@ import pyarrow.fs as pafs
 from pmpd import tables
 
 
-def generation_datasets(path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(folder, manifest) of every GENERATIONS data set at or below `path`, in order. ValueError where there is none."""
+def generation_datasets(path: str, static_search: bool = False) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(folder, manifest) of every GENERATIONS data set at or below `path`, in order; see `read_generations`. ValueError where there is
+    none."""
     file_system, inner = tables.resolve(path)
     if not tables.exists(path):
-        raise ValueError(f"--inputs {path}: no such folder; run jobs/generate.py first, or give its output folder")
+        raise ValueError(f"{path}: no such folder; run jobs/generate.py first, or give its output folder")
     found = False
     infos = file_system.get_file_info(pafs.FileSelector(inner, recursive=True))
     for info in sorted(infos, key=lambda info: info.path):
@@ -23,14 +24,30 @@ def generation_datasets(path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
         relative = info.path[len(inner.rstrip("/")) + 1 :].rpartition("/")[0]
         folder = tables.join(path, relative) if relative else str(path)
         manifest = tables.read_manifest(folder)
-        if manifest is not None and manifest.get("table") == "generations" and tables.list_shards(folder):
+        if manifest is None or manifest.get("table") != "generations" or not tables.list_shards(folder):
+            continue
+        if bool(manifest["config"].get("static_search")) == static_search:
             found = True
             yield folder, manifest
     if not found:
-        raise ValueError(f"--inputs {path}: no generations in it; give the output folder of jobs/generate.py")
+        raise ValueError(
+            f"{path}: no generations in it (the grid of a static search does not count); give the output folder of jobs/generate.py"
+        )
 
 
-def read_generations(path: str) -> Iterator[tuple[str, Mapping[str, Any], list[dict[str, Any]]]]:
-    """(folder, manifest, rows) of every GENERATIONS data set at or below `path`."""
-    for folder, manifest in generation_datasets(path):
-        yield folder, manifest, tables.read_table(folder).to_pylist()
+def read_generations(path: str, static_search: bool = False) -> Iterator[tuple[str, Mapping[str, Any], list[dict[str, Any]]]]:
+    """(folder, manifest, rows) of every GENERATIONS data set at or below `path`: the grids of static searches only, or all others.
+
+    A conversation that failed as a whole is one row without a turn in the table; here it is one row for each of its turns. ValueError
+    where there is such a row and the conversations are not beside the answers.
+    """
+    for folder, manifest in generation_datasets(path, static_search):
+        yield folder, manifest, _by_turn(folder, tables.read_table(folder).to_pylist())
+
+
+def _by_turn(folder: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    if all(row["turn"] is not None for row in rows):
+        return rows
+    asked = tables.read_table(tables.join(tables.absolute(folder).rpartition("/")[0], "conversations"), ["conversation_id", "turns"])
+    turns = {row["conversation_id"]: range(1, len(row["turns"]) + 1) for row in asked.to_pylist()}
+    return [{**row, "turn": turn} for row in rows for turn in (turns[row["conversation_id"]] if row["turn"] is None else [row["turn"]])]

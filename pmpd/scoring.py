@@ -31,7 +31,7 @@ TurnKey = tuple[str, int, int]
 """(prompt_id, choice, turn)."""
 
 Row = Mapping[str, Any]
-"""A row of `tables.GENERATIONS`."""
+"""A row of `tables.GENERATIONS`; its turn is known (`results.read_generations` sees to that)."""
 
 
 @dataclass(frozen=True)
@@ -251,10 +251,6 @@ def _compare(rows: list[Row]) -> Comparison:
                 f"{rows[0]['benchmark']}: rows of {len(different)} {name} models (fingerprints {', '.join(different)}) under one "
                 f"--model-id {model_id}; give each model its own id and its own report"
             )
-    turns_of: dict[tuple[str, int], set[TurnKey]] = defaultdict(set)
-    for row in rows:
-        if row["turn"] is not None:
-            turns_of[row["prompt_id"], row["choice"]].add((row["prompt_id"], row["choice"], row["turn"]))
     runs: dict[str, Run] = {}
     for row in rows:
         run = runs.setdefault(row["run"], Run(row["run"], row["kind"], row["scheduler"]))
@@ -262,11 +258,6 @@ def _compare(rows: list[Row]) -> Comparison:
             raise ValueError(
                 f"run {row['run']} of {row['benchmark']} has two settings: {run.scheduler} and {row['scheduler']}; report them apart"
             )
-        if row["turn"] is None:  # the whole conversation failed, before its turns were told apart
-            run.errors.update(
-                {key: row["error"] for key in turns_of[row["prompt_id"], row["choice"]] or [(row["prompt_id"], row["choice"], 1)]}
-            )
-            continue
         key = (row["prompt_id"], row["choice"], row["turn"])
         if key in run.rows or key in run.errors:
             raise ValueError(f"run {row['run']} of {row['benchmark']}: turn {key} is there twice; was one folder given twice?")

@@ -304,6 +304,17 @@ def test_a_failed_turn_is_never_exported_as_an_answer(tmp_path: Path) -> None:
     assert tables.main(["export-fastchat", str(tmp_path / "absent"), str(tmp_path / "out2")]) == 1
 
 
+def test_an_export_is_of_one_split_and_has_no_turn_twice(tmp_path: Path) -> None:
+    rows = generation_rows(questions=2, two_turns=2)
+    write_answers(tmp_path / "in" / "a", rows)
+    write_answers(tmp_path / "in" / "b", [{**row, "split": "validation"} for row in rows])
+    with pytest.raises(ValueError, match=r"more than one split \(test, validation\)"):
+        export(str(tmp_path / "in"), str(tmp_path / "out"))
+    with pytest.raises(ValueError, match="question q0, turn 1 is there twice"):
+        answer_files([*rows, rows[0]], 0.0)
+    assert not (tmp_path / "out").exists()
+
+
 def write_answers(folder: Path, rows: list[dict]) -> Path:
     tables.write_shard(tables.to_table(rows, tables.GENERATIONS), folder / "data" / "part-0.parquet")
     tables.write_manifest(folder, tables.GENERATIONS, {"a": 1}, table="generations", complete=True, counts={"rows": len(rows)})

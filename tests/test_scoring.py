@@ -4,10 +4,13 @@ import json
 import random
 import sys
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from pmpd import tables
+from pmpd.results import read_generations
 from pmpd.scoring import (
     METRICS,
     ScoreConfig,
@@ -135,13 +138,35 @@ def test_an_error_row_is_excluded_from_every_run_and_counted(rows: list[dict]) -
     assert value(scored, "fp", "rouge_l")["unpaired_rows"] == 1
 
 
-def test_a_conversation_that_failed_as_a_whole_fails_in_all_its_turns(rows: list[dict]) -> None:
-    victim = next(row for row in rows if row["turn"] == 2 and row["kind"] == "fp")
-    kept = [row for row in rows if not (row["kind"] == "fp" and row["prompt_id"] == victim["prompt_id"])]
-    lost = {**victim, "turn": None, "error": "WorkerDied: gone", "model_fingerprint": None, "output_text": None, "precision_trace": None}
-    (comparison,) = compare([*kept, lost])
-    assert len(comparison.runs["fp"].errors) == 2
+def test_a_conversation_that_failed_as_a_whole_fails_in_all_its_turns(tmp_path: Path, rows: list[dict]) -> None:
+    two_turns = next(row["prompt_id"] for row in rows if row["turn"] == 2)
+    lost = [row for row in rows if row["prompt_id"] == two_turns and row["turn"] == 1]  # in every run: no other row knows of turn 2
+    failed = [{**row, "turn": None, "error": "WorkerDied: gone", "model_fingerprint": None, "output_text": None} for row in lost]
+    kept = [row for row in rows if row["prompt_id"] != two_turns]
+    asked = [{"conversation_id": row["conversation_id"], "turns": ["a", "b"]} for row in failed]
+    write_generations(tmp_path / "answers", [*kept, *failed])
+    with pytest.raises(ValueError, match="conversations: no Parquet"):
+        list(read_generations(str(tmp_path)))
+    tables.write_shard(tables.to_table(asked, tables.CONVERSATIONS), tmp_path / "conversations" / "data" / "part-0.parquet")
+    ((_, _, found),) = read_generations(str(tmp_path))
+    (comparison,) = compare(found)
+    assert {len(run.errors) for run in comparison.runs.values()} == {2}
     assert len(comparison.shared) == 14
+    assert {row["error_rows"] for row in score(comparison, QUICK) if row["turn"] is None} == {2}
+
+
+def test_the_grid_of_a_static_search_is_read_only_when_it_is_asked_for(tmp_path: Path, rows: list[dict]) -> None:
+    write_generations(tmp_path / "a" / "answers", rows[:3])
+    with pytest.raises(ValueError, match="no generations in it"):
+        list(read_generations(str(tmp_path), static_search=True))
+    write_generations(tmp_path / "search" / "answers", rows[:5], static_search=True)
+    assert [len(found) for _, _, found in read_generations(str(tmp_path))] == [3]
+    assert [len(found) for _, _, found in read_generations(str(tmp_path), static_search=True)] == [5]
+
+
+def write_generations(folder: Path, rows: list[dict], **config) -> None:
+    tables.write_shard(tables.to_table(rows, tables.GENERATIONS), folder / "data" / "part-0.parquet")
+    tables.write_manifest(folder, tables.GENERATIONS, config, table="generations", complete=True, counts={"rows": len(rows)})
 
 
 def test_missing_references_are_counted_with_three_examples(rows: list[dict]) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 def answer_files(rows: Iterable[Mapping[str, Any]], timestamp: float) -> dict[str, list[dict[str, Any]]]:
     """FastChat model id -> its answers (rows of GENERATIONS, in any order), sorted by question.
 
-    ValueError: a turn that failed. A failure is no answer, and FastChat would judge it as one.
+    ValueError: a turn that is there twice, or that failed. A failure is no answer, and FastChat would judge it as one.
     """
     turns: dict[tuple[str, str, int], dict[int, str]] = defaultdict(dict)
     ids: dict[tuple[str, str, int], str] = {}
@@ -29,6 +29,8 @@ def answer_files(rows: Iterable[Mapping[str, Any]], timestamp: float) -> dict[st
             failed.append(f"{row['run']} question {row['question_id']}")
             continue
         key = (model, row["question_id"], row["choice"])
+        if row["turn"] in turns[key]:
+            raise ValueError(f"{model}: question {row['question_id']}, turn {row['turn']} is there twice; give the folder of one run")
         turns[key][row["turn"]] = row["output_text"]
         ids.setdefault(key, row["conversation_id"])
     if failed:
@@ -68,9 +70,10 @@ def export(path: str, folder: str, runs: str | None = None) -> list[Path]:
     from pmpd.results import read_generations
 
     rows = [row for _, _, found in read_generations(path) for row in found]
-    benchmarks = sorted({row["benchmark"] for row in rows})
-    if len(benchmarks) > 1:
-        raise ValueError(f"{path}: answers to several benchmarks ({', '.join(benchmarks)}); give the folder of one")
+    for column in ("benchmark", "split"):
+        values = sorted({row[column] for row in rows})
+        if len(values) > 1:
+            raise ValueError(f"{path}: answers of more than one {column} ({', '.join(values)}); give the folder of one")
     if runs is not None:
         wanted = [name.strip() for name in runs.split(",")]
         known = sorted({row["run"] for row in rows})
