@@ -199,10 +199,14 @@ SCORES = table_schema(
         ("difference", pa.float64()),  # value minus that of the uniform highest precision, on the same questions
         ("difference_low", pa.float64()),
         ("difference_high", pa.float64()),
+        ("nearest_uniform", pa.string()),  # the uniform run of the nearest average bits; null for uniform and unquantized runs
+        ("nearest_difference", pa.float64()),  # value minus that run's, paired likewise
+        ("nearest_difference_low", pa.float64()),
+        ("nearest_difference_high", pa.float64()),
         ("rows", pa.int64()),  # turns scored
         ("error_rows", pa.int64()),  # turns of this run that failed; excluded from `value`
         ("unpaired_rows", pa.int64()),  # turns left out because another run has no answer to them
-        ("average_bits", pa.float64()),  # mean over decode forwards
+        ("average_bits", pa.float64()),  # mean over decode forwards of the turns scored
         ("average_bits_low", pa.float64()),
         ("average_bits_high", pa.float64()),
         ("decode_time_ratio", pa.float64()),  # to the uniform highest precision, by the speed model
