@@ -3,7 +3,8 @@
 Legend: Q questions, R bootstrap resamples, C components of a statistic.
 
 Rows of different runs are joined by (prompt_id, choice, turn), never by position. All runs of a benchmark are scored on the same turns:
-those that every run answered. A turn that failed in a run is left out everywhere and counted, in the open.
+those that every run answered, and bits and time are counted over the very turns that the score is of. A turn that failed in a run is
+left out everywhere and counted, in the open; a run without any answer is left out as a whole, and named.
 
 Confidence intervals: the bootstrap resamples *questions* (turns and choices of one question depend on each other), with the same
 resamples for all runs, so differences between runs are paired.
@@ -82,7 +83,10 @@ def _bleu() -> Any:
 
 
 def bert_scores(predictions: Sequence[str], references: Sequence[str], model: str) -> list[float]:
-    """BERTScore F1 of each pair (Zhang et al. 2020). ValueError where the package or its model is missing: never a silent skip."""
+    """BERTScore F1 of each pair (Zhang et al. 2020); 0 where a text is empty.
+
+    ValueError where the package or its model is missing or can't score: never a silent skip.
+    """
     try:
         import bert_score
     except ImportError:
@@ -97,7 +101,19 @@ def bert_scores(predictions: Sequence[str], references: Sequence[str], model: st
             f"--bert-score {model}: its model could not be loaded ({type(error).__name__}: {str(error).splitlines()[0]}); "
             "give a local folder with the model, or run once where the Hugging Face hub can be reached"
         ) from error
-    return scorer.score(list(predictions), list(references))[2].tolist()
+    positions = getattr(scorer._model.config, "max_position_embeddings", 512)
+    if scorer._tokenizer.model_max_length > positions:  # a tokenizer that does not say: texts would not be cut to what the model holds
+        scorer._tokenizer.model_max_length = positions - 2  # RoBERTa keeps two positions to itself
+    pairs = list(zip(predictions, references, strict=True))
+    full = [pair for pair in pairs if all(text.strip() for text in pair)]
+    try:
+        scores = iter(scorer.score(*map(list, zip(*full, strict=True)))[2].tolist() if full else ())
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}"
+        raise ValueError(
+            f"--bert-score {model}: its model can't score these texts ({reason}); give another model, or drop the flag"
+        ) from error
+    return [next(scores) if all(text.strip() for text in pair) else 0.0 for pair in pairs]
 
 
 def _hidden_layers(model: str) -> int:
@@ -213,6 +229,8 @@ class Comparison:
     speed: SpeedModel
     high_bits: int | None
     """The highest quantized precision."""
+    unanswered: dict[str, Run]
+    """Runs without a single answer: they are in no number."""
 
     def find(self, kind: str) -> Run | None:
         return next((run for run in self.runs.values() if run.kind == kind), None)
@@ -232,61 +250,101 @@ class Comparison:
 def compare(rows: Iterable[Row]) -> list[Comparison]:
     """Joins generation rows to comparisons, one per benchmark and split, and adds the oracle's rows where they can be known.
 
-    ValueError: rows of several models or benchmark versions, one turn twice, turns that the unquantized run lacks.
+    ValueError: rows of several models or benchmark versions, different questions under one id, one turn twice, turns that the
+    unquantized run lacks, no turn that all runs answered.
     """
     groups: dict[tuple[str, str], list[Row]] = defaultdict(list)
     for row in rows:
         groups[(row["benchmark"], row["split"])].append(row)
+    _check_models([row for group in groups.values() for row in group])
     return [_compare(group) for _, group in sorted(groups.items())]
 
 
-def _compare(rows: list[Row]) -> Comparison:
-    version, model_id = _only(rows, "benchmark_version"), _only(rows, "model_id")
-    # A row of a conversation that failed as a whole doesn't know its model.
-    fingerprints = {(row["kind"] == "fp", row["model_fingerprint"]) for row in rows if row["model_fingerprint"] is not None}
+def _check_models(rows: Sequence[Row]) -> None:
+    """ValueError where rows, of whatever benchmark, are of several models."""
+    model_ids = _examples(rows, "model_id")
+    if len(model_ids) > 1:
+        raise ValueError(f"rows of different model_id ({_told(model_ids)}) in one report; report them apart")
     for of_fp, name in ((True, "unquantized"), (False, "quantized")):
-        different = sorted(fingerprint for is_fp, fingerprint in fingerprints if is_fp == of_fp)
-        if len(different) > 1:
+        # A row of a conversation that failed as a whole doesn't know its model.
+        known = [row for row in rows if (row["kind"] == "fp") == of_fp and row["model_fingerprint"] is not None]
+        fingerprints = _examples(known, "model_fingerprint")
+        if len(fingerprints) > 1:
             raise ValueError(
-                f"{rows[0]['benchmark']}: rows of {len(different)} {name} models (fingerprints {', '.join(different)}) under one "
-                f"--model-id {model_id}; give each model its own id and its own report"
+                f"rows of {len(fingerprints)} {name} models (fingerprints {_told(fingerprints)}) under one --model-id "
+                f"{next(iter(model_ids))}; give each model its own id and its own report"
             )
+
+
+def _examples(rows: Iterable[Row], column: str) -> dict[str, str]:
+    """Value of the column -> a benchmark that has it."""
+    return {row[column]: row["benchmark"] for row in rows}
+
+
+def _told(examples: Mapping[str, str]) -> str:
+    return ", ".join(f"{value} in {benchmark}" for value, benchmark in sorted(examples.items()))
+
+
+def _compare(rows: list[Row]) -> Comparison:
+    benchmark, versions = rows[0]["benchmark"], _examples(rows, "benchmark_version")
+    if len(versions) > 1:
+        raise ValueError(
+            f"{benchmark}: rows of different benchmark_version ({', '.join(sorted(versions))}) in one report; report them apart"
+        )
     runs: dict[str, Run] = {}
     for row in rows:
         run = runs.setdefault(row["run"], Run(row["run"], row["kind"], row["scheduler"]))
         if run.scheduler != row["scheduler"]:
-            raise ValueError(
-                f"run {row['run']} of {row['benchmark']} has two settings: {run.scheduler} and {row['scheduler']}; report them apart"
-            )
+            raise ValueError(f"run {row['run']} of {benchmark} has two settings: {run.scheduler} and {row['scheduler']}; report them apart")
         key = (row["prompt_id"], row["choice"], row["turn"])
         if key in run.rows or key in run.errors:
-            raise ValueError(f"run {row['run']} of {row['benchmark']}: turn {key} is there twice; was one folder given twice?")
+            raise ValueError(f"run {row['run']} of {benchmark}: turn {key} is there twice; was one folder given twice?")
         if row["error"] is not None:
             run.errors[key] = row["error"]
         else:
             run.rows[key] = row
     unquantized = next((run for run in runs.values() if run.kind == "fp"), None)
     if unquantized is not None:
-        _check_references(unquantized, runs.values(), rows[0]["benchmark"])
+        _check_references(unquantized, runs.values(), benchmark)
+    _check_questions(runs.values(), benchmark)
+    unanswered = {name: run for name, run in runs.items() if not run.rows}
+    runs = {name: run for name, run in runs.items() if run.rows}
+    if not runs:
+        name, run = next(iter(unanswered.items()))
+        raise ValueError(
+            f"{benchmark}: no run has an answer; the first error of {name}: {next(iter(run.errors.values()))}; cure it and run "
+            "jobs/generate.py --retry-errors"
+        )
     _add_oracle(runs)
     shared = sorted(set.intersection(*(set(run.rows) for run in runs.values())))
     if not shared:
         counts = ", ".join(f"{run.name} {len(run.rows)} (+{len(run.errors)} failed)" for run in runs.values())
-        raise ValueError(f"{rows[0]['benchmark']}: no turn was answered by all runs; answered turns: {counts}")
+        raise ValueError(f"{benchmark}: no turn was answered by all runs; answered turns: {counts}")
     widths = [
         bits for run in runs.values() if run.kind != "fp" for row in run.rows.values() for bits in decode_forwards(row["precision_trace"])
     ]
     return Comparison(
-        rows[0]["benchmark"], version, rows[0]["split"], model_id, dict(sorted(runs.items(), key=_run_order)), shared, speed_model(rows),
-        max(widths, default=None),
+        benchmark, rows[0]["benchmark_version"], rows[0]["split"], rows[0]["model_id"], dict(sorted(runs.items(), key=_run_order)), shared,
+        speed_model(rows), max(widths, default=None), unanswered,
     )  # fmt: skip
 
 
-def _only(rows: list[Row], column: str) -> str:
-    values = sorted({row[column] for row in rows})
-    if len(values) > 1:
-        raise ValueError(f"{rows[0]['benchmark']}: rows of different {column} ({', '.join(values)}) in one report; report them apart")
-    return values[0]
+def _check_questions(runs: Iterable[Run], benchmark: str) -> None:
+    """ValueError where one id stands for different questions: ids do not know the text (of a second turn's prompt, the answer is part)."""
+    seen: dict[tuple[TurnKey, str], tuple[str, str | None]] = {}
+    for run in runs:
+        for key, row in run.rows.items():
+            for column in ("template", "reference_text", *(["prompt_text"] if key[2] == 1 else [])):
+                name, value = seen.setdefault((key, column), (run.name, row[column]))
+                if value != row[column]:
+                    raise ValueError(
+                        f"{benchmark}: {name} and {run.name} answered different questions under the id {row['question_id']} "
+                        f"(turn {key[2]}: {column} {_short(value)} and {_short(row[column])}); give both one question file and template"
+                    )
+
+
+def _short(text: str | None) -> str:
+    return repr(text if text is None or len(text) <= 60 else text[:60] + "…")
 
 
 def _check_references(unquantized: Run, runs: Iterable[Run], benchmark: str) -> None:
@@ -428,35 +486,63 @@ def score(comparison: Comparison, config: ScoreConfig) -> list[dict[str, Any]]:
 
 def _score_turns(comparison: Comparison, config: ScoreConfig, metrics: Sequence[Metric], turn: int | None) -> list[dict[str, Any]]:
     keys = [key for key in comparison.shared if turn in (None, key[2])]
-    questions = {prompt: index for index, prompt in enumerate(sorted({key[0] for key in keys}))}
-    weights = bootstrap_weights(len(questions), config.resamples, config.seed)
-    costs = {run.name: _costs(comparison, run, keys, questions, weights, turn) for run in comparison.runs.values()}
     result = []
-    for metric in metrics:
-        pairs = _reference_of(comparison, metric.against, keys)
+    for against in (DATASET, REFERENCE_OUTPUT):
+        pairs = _reference_of(comparison, against, keys)
         if not pairs:
             continue
-        sums = {run.name: _sums(run, pairs, metric, questions) for run in comparison.runs.values()}
-        values = {name: float(metric.statistic(total.sum(axis=0))) for name, total in sums.items()}
-        samples = {name: metric.statistic(weights @ total) for name, total in sums.items()}
-        base = comparison.uniform_high.name if comparison.uniform_high else None
-        for run in comparison.runs.values():
-            low, high = interval(samples[run.name])
-            row = {
-                "benchmark": comparison.benchmark, "benchmark_version": comparison.benchmark_version, "split": comparison.split,
-                "model_id": comparison.model_id, "run": run.name, "kind": run.kind, "scheduler": run.scheduler, "turn": turn,
-                "metric": metric.name, "against": metric.against, "value": values[run.name], "low": low, "high": high,
-                "rows": len(pairs), **costs[run.name],
-            }  # fmt: skip
-            if base is not None:
-                least, most = interval(samples[run.name] - samples[base])
-                row |= {"difference": values[run.name] - values[base], "difference_low": least, "difference_high": most}
-            result.append(row)
+        questions = {prompt: index for index, prompt in enumerate(sorted({key[0] for key in pairs}))}
+        weights = bootstrap_weights(len(questions), config.resamples, config.seed)
+        costs = {run.name: _costs(comparison, run, keys, pairs, questions, weights, turn) for run in comparison.runs.values()}
+        for metric in metrics:
+            if metric.against == against:
+                result += _score_metric(comparison, metric, pairs, questions, weights, costs, turn)
     return result
 
 
-def _reference_of(comparison: Comparison, against: str, keys: Sequence[TurnKey]) -> dict[TurnKey, tuple[str, Sequence[int]]]:
-    """(text, tokens) of the reference of each turn that has one."""
+def _score_metric(
+    comparison: Comparison, metric: Metric, pairs: Pairs, questions: Mapping[str, int], weights: np.ndarray, costs: Mapping[str, Any],
+    turn: int | None,
+) -> list[dict[str, Any]]:  # fmt: skip
+    sums = {run.name: _sums(run, pairs, metric, questions) for run in comparison.runs.values()}
+    values = {name: float(metric.statistic(total.sum(axis=0))) for name, total in sums.items()}
+    samples = {name: metric.statistic(weights @ total) for name, total in sums.items()}
+    base = comparison.uniform_high.name if comparison.uniform_high else None
+    nearest = _nearest_uniform(comparison, costs)
+    result = []
+    for run in comparison.runs.values():
+        low, high = interval(samples[run.name])
+        row = {
+            "benchmark": comparison.benchmark, "benchmark_version": comparison.benchmark_version, "split": comparison.split,
+            "model_id": comparison.model_id, "run": run.name, "kind": run.kind, "scheduler": run.scheduler, "turn": turn,
+            "metric": metric.name, "against": metric.against, "value": values[run.name], "low": low, "high": high,
+            "rows": len(pairs), "nearest_uniform": nearest.get(run.name), **costs[run.name],
+        }  # fmt: skip
+        for prefix, other in (("", base), ("nearest_", nearest.get(run.name))):
+            if other is not None:
+                least, most = interval(samples[run.name] - samples[other])
+                row |= {
+                    f"{prefix}difference": values[run.name] - values[other],
+                    f"{prefix}difference_low": least,
+                    f"{prefix}difference_high": most,
+                }
+        result.append(row)
+    return result
+
+
+def _nearest_uniform(comparison: Comparison, costs: Mapping[str, Any]) -> dict[str, str]:
+    """Run that mixes precisions -> the uniform run of the nearest average bits: what it must beat to be worth its mixing."""
+    bits = {name: cost["average_bits"] for name, cost in costs.items() if cost["average_bits"] is not None}
+    uniform = [run.name for run in comparison.runs.values() if run.kind == "uniform" and run.name in bits]
+    mixing = [run.name for run in comparison.runs.values() if run.kind not in ("fp", "uniform") and run.name in bits]
+    return {name: min(uniform, key=lambda other: abs(bits[other] - bits[name])) for name in mixing} if uniform else {}
+
+
+Pairs = Mapping[TurnKey, tuple[str, Sequence[int]]]
+"""(text, tokens) of the reference of each turn that has one."""
+
+
+def _reference_of(comparison: Comparison, against: str, keys: Sequence[TurnKey]) -> Pairs:
     if against == REFERENCE_OUTPUT:
         run = comparison.unquantized
         return {key: (run.rows[key]["output_text"], run.rows[key]["output_ids"]) for key in keys} if run else {}
@@ -464,7 +550,7 @@ def _reference_of(comparison: Comparison, against: str, keys: Sequence[TurnKey])
     return {key: (anyone.rows[key]["reference_text"], ()) for key in keys if anyone.rows[key]["reference_text"] is not None}
 
 
-def _sums(run: Run, pairs: Mapping[TurnKey, tuple[str, Sequence[int]]], metric: Metric, questions: Mapping[str, int]) -> np.ndarray:
+def _sums(run: Run, pairs: Pairs, metric: Metric, questions: Mapping[str, int]) -> np.ndarray:
     """Components summed per question: [Q, C]."""
     components = {key: np.asarray(metric.of_pair(run.rows[key], *reference), dtype=np.float64) for key, reference in pairs.items()}
     sums = np.zeros((len(questions), len(next(iter(components.values())))))
@@ -474,12 +560,14 @@ def _sums(run: Run, pairs: Mapping[TurnKey, tuple[str, Sequence[int]]], metric: 
 
 
 def _costs(
-    comparison: Comparison, run: Run, keys: Sequence[TurnKey], questions: Mapping[str, int], weights: np.ndarray, turn: int | None
-) -> dict[str, Any]:
-    """What the run cost on these turns: average bits with their interval, ratios of decode time, counts of what is left out."""
+    comparison: Comparison, run: Run, keys: Sequence[TurnKey], pairs: Pairs, questions: Mapping[str, int], weights: np.ndarray,
+    turn: int | None,
+) -> dict[str, Any]:  # fmt: skip
+    """What the run cost on the turns that are scored, `pairs`: average bits with their interval, ratios of decode time; and how many of
+    its turns are not among those that all runs answered, `keys`."""
     total: Counter[int] = Counter()
     sums = np.zeros((len(questions), 2))
-    for key in keys:
+    for key in pairs:
         forwards = decode_forwards(run.rows[key]["precision_trace"])
         total += forwards
         sums[questions[key[0]]] += (sum(bits * count for bits, count in forwards.items()), sum(forwards.values()))

@@ -1,8 +1,10 @@
 """Scores: equal to the published metrics, joined by id, failures in the open, intervals paired."""
 
+import importlib.util
 import json
 import random
 import sys
+import types
 from collections import Counter
 from pathlib import Path
 
@@ -192,6 +194,63 @@ def test_rows_of_different_models_or_versions_are_never_mixed(rows: list[dict], 
         compare(mixed)
 
 
+@pytest.mark.parametrize(("column", "other"), [("model_id", "another"), ("model_fingerprint", "x")])
+def test_models_are_not_mixed_across_benchmarks_either(column: str, other: str) -> None:
+    both = [row for name in ("demo", "cnn_dm") for row in generation_rows(questions=3, two_turns=0, benchmark=name)]
+    assert len(compare(both)) == 2
+    with pytest.raises(ValueError, match=rf"{other} in cnn_dm"):
+        compare([{**row, column: other} if row["benchmark"] == "cnn_dm" else row for row in both])
+
+
+@pytest.mark.parametrize(
+    ("column", "turn", "said"),
+    [("prompt_text", 1, "prompt_text 'other' and 'Question"), ("template", 2, "template 'other' and 'plain'"),
+     ("reference_text", 1, "reference_text 'other' and ")],
+)  # fmt: skip
+def test_one_id_for_different_questions_is_refused(rows: list[dict], column: str, turn: int, said: str) -> None:
+    victim = next(row for row in rows if row["run"] == "fp" and row["turn"] == turn)
+    with pytest.raises(ValueError, match=rf"answered different questions under the id q0 \(turn {turn}: {said}"):
+        compare([{**row, column: "other"} if row is victim else row for row in rows])
+    second = next(row for row in rows if row["run"] == "kv_cache" and row["turn"] == 2)
+    compare([{**row, "prompt_text": "with another first answer"} if row is second else row for row in rows])
+
+
+def test_a_run_without_any_answer_does_not_take_the_others_with_it(rows: list[dict], scored: list[dict]) -> None:
+    lost = {"error": "RuntimeError: boom", "output_text": None, "output_ids": None, "precision_trace": None}
+    (comparison,) = compare([{**row, **lost} if row["run"] == "kv_cache" else row for row in rows])
+    assert list(comparison.unanswered) == ["kv_cache"]
+    assert len(comparison.unanswered["kv_cache"].errors) == 16
+    assert score(comparison, QUICK) == [row for row in scored if row["run"] != "kv_cache"]
+    with pytest.raises(ValueError, match="no run has an answer; the first error of fp: RuntimeError: boom"):
+        compare([{**row, **lost} for row in rows])
+
+
+def test_bits_and_seconds_are_of_the_turns_that_are_scored(rows: list[dict], scored: list[dict]) -> None:
+    cited = {row["prompt_id"] for row in rows if row["reference_text"] is not None}
+    (comparison,) = compare([row for row in rows if row["prompt_id"] in cited])
+    alone = value(score(comparison, QUICK), "confidence-0.9x4", "rouge_l", "dataset")
+    among_others = value(scored, "confidence-0.9x4", "rouge_l", "dataset")
+    assert among_others == alone, "questions without a reference change neither the costs nor the interval"
+    assert among_others["average_bits"] != value(scored, "confidence-0.9x4", "rouge_l")["average_bits"]
+
+
+def test_a_mixing_run_is_compared_with_the_uniform_run_of_nearest_bits_pair_by_pair(rows: list[dict], scored: list[dict]) -> None:
+    everywhere = [row for row in scored if (row["metric"], row["against"], row["turn"]) == ("rouge_l", "reference_output", None)]
+    uniform = {row["run"]: row for row in everywhere if row["kind"] == "uniform"}
+    for row in everywhere:
+        if row["kind"] in ("fp", "uniform"):
+            assert row["nearest_uniform"] is None
+            continue
+        distances = {name: abs(other["average_bits"] - row["average_bits"]) for name, other in uniform.items()}
+        assert distances[row["nearest_uniform"]] == min(distances.values())
+        assert row["nearest_difference"] == row["value"] - uniform[row["nearest_uniform"]]["value"]
+        assert row["nearest_difference_low"] <= row["nearest_difference"] <= row["nearest_difference_high"]
+    twin = [{**row, "run": "static-twin", "kind": "static"} for row in rows if row["run"] == "uniform-3"]
+    (comparison,) = compare([*rows, *twin])
+    row = value(score(comparison, QUICK), "static-twin", "rouge_l")
+    assert (row["nearest_uniform"], row["nearest_difference_low"], row["nearest_difference_high"]) == ("uniform-3", 0, 0)
+
+
 def test_a_turn_given_twice_is_refused(rows: list[dict]) -> None:
     with pytest.raises(ValueError, match="is there twice"):
         compare([*rows, rows[0]])
@@ -268,6 +327,71 @@ def test_bert_score_without_its_package_or_model_says_so(monkeypatch: pytest.Mon
     (comparison,) = compare(rows)
     with pytest.raises(ValueError, match="bert-score"):
         score(comparison, ScoreConfig(resamples=200, bert_score="roberta-large"))
+
+
+class FakeScorer:
+    """What `bert_scores` takes of bert_score.BERTScorer. Like the real one it chokes on an empty text."""
+
+    def __init__(self, model_type: str, num_layers: int | None) -> None:
+        if model_type == "absent":
+            raise OSError("absent is not a local folder\nand more")
+        self._tokenizer = types.SimpleNamespace(model_max_length=int(1e30))
+        self._model = types.SimpleNamespace(config=types.SimpleNamespace(max_position_embeddings=514))
+
+    def score(self, predictions: list[str], references: list[str]):
+        if self._tokenizer.model_max_length > 514:
+            raise OverflowError("int too big to convert")
+        if not all(text.strip() for text in (*predictions, *references)):
+            raise AttributeError("no attribute build_inputs_with_special_tokens")
+        return None, None, np.asarray([len(a) / len(b) for a, b in zip(predictions, references, strict=True)])
+
+
+@pytest.fixture
+def bert_score_fake(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
+    module = types.ModuleType("bert_score")
+    module.BERTScorer, module.utils = FakeScorer, types.SimpleNamespace(model2layers={"known": 9, "absent": 9})
+    monkeypatch.setitem(sys.modules, "bert_score", module)
+    return module
+
+
+def test_bert_score_scores_an_empty_text_as_0_and_the_others_in_their_places(bert_score_fake, rows: list[dict]) -> None:
+    assert bert_scores(["", "a", " ", "abc", "x"], ["a", "ab", "b", "ab", "\n"], "known") == [0.0, 0.5, 0.0, 1.5, 0.0]
+    assert bert_scores([""], [""], "known") == [0.0]
+    changed = [{**row, "output_text": ""} if row["run"] == "uniform-2" else row for row in rows]
+    (comparison,) = compare(changed)
+    found = score(comparison, ScoreConfig(resamples=200, bert_score="known"))
+    assert value(found, "fp", "bert_score")["value"] == 1.0
+    assert value(found, "uniform-2", "bert_score")["value"] == 0.0
+    assert value(found, "fp", "bert_score", "dataset")["rows"] == 8
+
+
+def test_bert_score_says_which_model_is_absent_or_fails(bert_score_fake, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"--bert-score absent: its model could not be loaded \(OSError: absent is not a local folder\)"):
+        bert_scores(["a"], ["b"], "absent")
+    with pytest.raises(ValueError, match="no such model"):
+        bert_scores(["a"], ["b"], str(tmp_path))
+    monkeypatch.setattr(FakeScorer, "score", lambda *_: [][0])
+    with pytest.raises(ValueError, match=r"--bert-score known: its model can't score these texts \(IndexError"):
+        bert_scores(["a"], ["b"], "known")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("bert_score") is None, reason="bert-score is an extra")
+@pytest.mark.parametrize("longest", [None, 64])
+def test_the_real_bert_score_takes_long_and_empty_texts(tmp_path: Path, longest: int | None) -> None:
+    from transformers import BertConfig, BertModel, BertTokenizerFast
+
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *sorted(set(WORDS))]
+    (tmp_path / "vocab.txt").write_text("\n".join(words))
+    BertTokenizerFast(str(tmp_path / "vocab.txt"), **({"model_max_length": longest} if longest else {})).save_pretrained(tmp_path)
+    config = BertConfig(
+        vocab_size=len(words), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, max_position_embeddings=64
+    )
+    BertModel(config).save_pretrained(tmp_path)
+    long = " ".join(WORDS * 20)
+    same, different, empty = bert_scores([long, "the value", ""], [long, "error object", "the"], str(tmp_path))
+    assert same == pytest.approx(1.0, abs=1e-5)
+    assert 0 < different < 1
+    assert empty == 0.0
 
 
 def test_scores_fit_their_table(scored: list[dict]) -> None:
