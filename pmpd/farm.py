@@ -55,7 +55,7 @@ FAILURES_BEFORE_STOP = 3
 """Failures outside of any row (a worker that can't start, an input shard that can't be read) before the run stops."""
 
 START_RETRY_SECONDS = 30.0
-"""Between two tries to start one more worker where others work: a node that can start none costs the run nothing."""
+"""Between two tries to start one more worker where others are up or load: a node that can start none costs the run nothing."""
 
 POISONED = 17
 """Exit code of a worker whose GPU context is broken."""
@@ -585,7 +585,7 @@ def connect() -> None:
     if ray.is_initialized():
         return
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-    given = os.environ.get("RAY_ADDRESS", "auto")
+    given = os.environ.get("RAY_ADDRESS") or "auto"
     address = read_ray_address() if given == "auto" else given
     if address is None or address == "local" or (given == "auto" and not _answers(address)):
         ray.init(address="local", include_dashboard=False, **quiet)
@@ -773,7 +773,7 @@ class _Pool:
             )
 
     def _grow(self) -> None:
-        if time.monotonic() < self._grow_after and self._someone_works():
+        if time.monotonic() < self._grow_after and self.slots:
             return
         units = len(self.pending) + sum(len(slot.queue) for slot in self.slots)
         while len(self.slots) < min(self.wanted, units):
@@ -812,13 +812,13 @@ class _Pool:
         try:
             info: WorkerInfo = ray.get(slot.start)
         except RayError as error:
-            where, node_alive = self._node(slot)
+            node, address, alive = self._node(slot)
             self._remove(slot)
-            if not node_alive:
-                self.progress.say(f"node {where} went while a worker started there")
+            if not alive:
+                self.progress.say(f"node {address} went while a worker started there")
                 return
-            self.progress.say(f"a worker could not start on {where}: {_short(error)}")
-            if self._someone_works():
+            self.progress.say(f"a worker could not start on {address}: {_short(error)}")
+            if any(other.info is not None or self._node(other)[0] not in ("", node) for other in self.slots):
                 self._grow_after = time.monotonic() + START_RETRY_SECONDS
                 return
             self.start_failures += 1
@@ -859,7 +859,7 @@ class _Pool:
 
     def _died(self, slot: _Slot, error: RayError) -> None:
         """Replaces a dead worker: what it had finished counts, the unit it was at is blamed (unless its node went), the rest waits."""
-        _, node_alive = self._node(slot)
+        *_, node_alive = self._node(slot)
         self._remove(slot)
         place = slot.info.place.worker if slot.info else "?"
         self.progress.say(f"worker {place} is gone ({'its node too' if not node_alive else _death(error)}); its units are done again")
@@ -896,14 +896,14 @@ class _Pool:
             return False
         return set(shard.ids) == set(unit.ids)
 
-    def _someone_works(self) -> bool:
-        return any(slot.info is not None for slot in self.slots)
-
-    def _node(self, slot: _Slot) -> tuple[str, bool]:
-        """Address of the worker's node, and whether that is alive; Ray's table knows it from when the worker began to start."""
-        address = actors(slot.actor._actor_id.hex())["Address"]
+    def _node(self, slot: _Slot) -> tuple[str, str, bool]:
+        """Id and address of the worker's node ("" and "?" until it has one), and whether that is alive. Ray's table knows it from when
+        the worker begins to start, which is before the worker can say it."""
+        address = actors(slot.actor._actor_id.hex()).get("Address", {})
+        if not address.get("IPAddress"):  # not placed yet: the id is that of a node which was asked
+            return "", "?", True
         dead = any(node["NodeID"] == address["NodeID"] and not node["Alive"] for node in ray.nodes())
-        return address["IPAddress"] or "?", not dead
+        return address["NodeID"], address["IPAddress"], not dead
 
     def _remove(self, slot: _Slot) -> None:
         self.slots.remove(slot)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import ray
 
 from pmpd import farm, tables
 
@@ -42,17 +43,28 @@ class FakeTask(farm.FarmTask):
     poisons: tuple[str, ...] = ()
     once: str = ""
     """Folder in which rows of `kills` leave a mark, and then kill no more."""
+    too_large: tuple[str, ...] = ()
+    """Rows whose answer no column can hold."""
     start_error: str = ""
+    start_seconds: float = 0.0
+    start_marks: str = ""
+    """Folder in which a worker leaves its node's id when it begins to start."""
+    bad_nodes: tuple[str, ...] = ()
+    """Ids of nodes: on these workers hang, or raise `start_error`, which they then do only there."""
     fingerprint: str = "f"
     file_size_limit: int = 0
     """Bytes a worker may write per file: a disk that is full."""
     table = "fakes"
 
     def build(self, place: farm.Place) -> farm.BuiltTask:
-        if self.start_error == "crash":
+        bad = not self.bad_nodes or ray.get_runtime_context().get_node_id() in self.bad_nodes
+        if self.start_marks:
+            (Path(self.start_marks) / ray.get_runtime_context().get_node_id()).touch()
+        if self.start_error == "crash" and bad:
             os._exit(3)
-        if self.start_error:
+        if self.start_error and bad:
             raise ValueError(self.start_error)
+        time.sleep(3600 if self.bad_nodes and bad else self.start_seconds)
         if self.file_size_limit:
             import resource
 
@@ -71,7 +83,8 @@ class FakeTask(farm.FarmTask):
                     raise RuntimeError(f"row {key} is bad")
                 if key in self.poisons:
                     raise RuntimeError("CUDA error: device-side assert triggered")
-                yield {"prompt_id": key, "prompt_text": row["prompt_text"], "answer": sum(row["input_ids"]), "place": self_place}
+                answer = 2**70 if key in self.too_large else sum(row["input_ids"])
+                yield {"prompt_id": key, "prompt_text": row["prompt_text"], "answer": answer, "place": self_place}
 
         return farm.BuiltTask(run, SCHEMA, {"model": self.fingerprint}, "a fake", lambda row: 10)
 

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -84,11 +85,13 @@ def test_every_item_once_and_a_second_run_does_nothing(work, prompts, tmp_path):
     assert all(row["worker"] for row in rows.values())
     assert "60/60 rows" in printed
     before = shards(tmp_path / "out")
+    for leftover in ("._lease.json.0a.tmp", ".death.0a.tmp", ".manifest.json.0a.tmp"):
+        (tmp_path / "out" / leftover).touch()
     again, _, _ = work(FakeTask())
     assert again.new_items == 0
     assert shards(tmp_path / "out") == before
     assert tables.main([str(tmp_path / "out")]) == 0
-    assert not (tmp_path / "out" / "_lease.json").exists()
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["data", "manifest.json"], "no lease, nothing temporary"
 
 
 def test_rows_that_raise_are_error_rows_and_come_again_only_when_asked(work, prompts, ids):
@@ -142,6 +145,46 @@ def test_out_of_memory_does_not_end_the_process():
 
     assert not farm.poisons_process(OutOfMemoryError("CUDA out of memory"))
     assert farm.poisons_process(RuntimeError("CUDA error: an illegal memory access was encountered"))
+
+
+@pytest.mark.parametrize("error", [ray.exceptions.OutOfMemoryError, ray.exceptions.NodeDiedError])
+@pytest.mark.parametrize("answer", [farm.WorkerInfo, farm.UnitResult])
+def test_however_ray_takes_a_worker_nothing_is_lost(work, prompts, monkeypatch, error, answer):
+    """Ray's memory monitor and others end a worker with errors that are not the actor's own."""
+    get, taken = ray.get, []
+
+    def take_once(reference):
+        result = get(reference)
+        if isinstance(result, answer) and not taken:
+            taken.append(result)
+            raise error("taken")
+        return result
+
+    monkeypatch.setattr(ray, "get", take_once)
+    result, rows, printed = work(FakeTask(), unit_rows=30)
+    assert answers(rows) == expected(prompts)
+    assert result.errors == 0
+    assert ("could not start" if answer is farm.WorkerInfo else "is gone") in printed
+
+
+def test_a_value_that_its_column_can_not_hold_is_an_error_row(work, prompts, ids):
+    result, rows, _ = work(FakeTask(too_large=(ids[7],)))
+    assert [key for key, row in rows.items() if row["error"]] == [ids[7]]
+    assert "column answer" in rows[ids[7]]["error"]
+    assert {**answers(rows), ids[7]: 0} == {**expected(prompts), ids[7]: 0}
+    assert result.errors == 1
+
+
+def test_uris_are_output_folders_too(cluster, prompts, tmp_path):
+    uri, stream = f"file://{tmp_path}/out", io.StringIO()
+    for _ in range(2):
+        result = farm.run(FakeTask(), {"prompts": f"file://{prompts}"}, uri, {}, farm.FarmOptions(1, unit_rows=30), stream=stream)
+        assert answers(rows_of(tmp_path / "out")) == expected(prompts)
+        victim = sorted((tmp_path / "out" / "data").iterdir())[0]
+        os.truncate(victim, 40)
+    assert len(result.unreadable) == 1
+    assert result.unreadable[0].startswith(f"{uri}/unreadable/")
+    assert not (tmp_path / "out" / "_lease.json").exists()
 
 
 def damage(path: Path) -> None:
@@ -235,6 +278,11 @@ def test_threads_of_cpu_workers_share_the_cores(work):
     assert {json.loads(row["place"])["omp"] for row in rows.values()} == {"2"}
 
 
+def test_threads_are_shared_by_the_workers_of_a_node(work):
+    _, rows, _ = work(FakeTask(), num_workers=2)
+    assert {json.loads(row["place"])["threads"] for row in rows.values()} == {1}
+
+
 def test_numbers_of_a_run_are_metrics_of_the_node(work):
     import urllib.request
 
@@ -258,22 +306,95 @@ def test_numbers_of_a_run_are_metrics_of_the_node(work):
 
 
 @pytest.mark.parametrize(
-    ("nodes", "options", "workers", "cpus", "gpus"),
+    ("nodes", "options", "workers", "cpus", "gpus", "per_node"),
     [
-        ([{"CPU": 1}], {}, 1, 1, 0),
-        ([{"CPU": 2}], {}, 1, 1, 0),
-        ([{"CPU": 8}, {"CPU": 4}], {}, 6, 1, 0),
-        ([{"CPU": 1}], {"num_workers": 3}, 3, 0.33, 0),
-        ([{"CPU": 2}, {"CPU": 2}], {"num_workers": 6}, 6, 0.66, 0),
-        ([{"CPU": 0}, {"CPU": 4, "GPU": 4}], {}, 4, 0, 1),
-        ([{"CPU": 4, "GPU": 1}, {"CPU": 4, "GPU": 2}], {"gpus_per_worker": 0.5}, 6, 0, 0.5),
-        ([{"CPU": 4, "GPU": 1}], {"gpus_per_worker": 0}, 2, 1, 0),
-        ([{"CPU": 4}], {"gpus_per_worker": 1, "num_workers": 8}, 8, 0, 1),
+        ([{"CPU": 1}], {}, 1, 1, 0, 1),
+        ([{"CPU": 2}], {}, 1, 1, 0, 1),
+        ([{"CPU": 8}, {"CPU": 4}], {}, 6, 1, 0, 3),
+        ([{"CPU": 1}], {"num_workers": 3}, 3, 0.33, 0, 3),
+        ([{"CPU": 2}, {"CPU": 2}], {"num_workers": 6}, 6, 0.66, 0, 3),
+        ([{"CPU": 0}, {"CPU": 4, "GPU": 4}], {}, 4, 0, 1, 1),
+        ([{"CPU": 4, "GPU": 1}, {"CPU": 4, "GPU": 2}], {"gpus_per_worker": 0.5}, 6, 0, 0.5, 1),
+        ([{"CPU": 4, "GPU": 1}], {"gpus_per_worker": 0}, 2, 1, 0, 2),
+        ([{"CPU": 4}], {"gpus_per_worker": 1, "num_workers": 8}, 8, 0, 1, 1),
     ],
 )
-def test_plan_fits_workers_to_nodes(nodes, options, workers, cpus, gpus):
-    wanted, demand, _ = farm.plan(farm.FarmOptions(**options), nodes)
-    assert (wanted, demand.cpus, demand.gpus) == (workers, pytest.approx(cpus), gpus)
+def test_plan_fits_workers_to_nodes(nodes, options, workers, cpus, gpus, per_node):
+    wanted, demand, found_per_node = farm.plan(farm.FarmOptions(**options), nodes)
+    assert (wanted, demand.cpus, demand.gpus, found_per_node) == (workers, pytest.approx(cpus), gpus, per_node)
+
+
+def test_a_worker_that_only_an_autoscaler_can_place_is_waited_for(monkeypatch):
+    monkeypatch.setattr(farm, "live_nodes", lambda: [{"CPU": 2}])
+    monkeypatch.setattr(farm, "autoscaler_present", lambda: True)
+    said: list[str] = []
+    farm.check_capacity(farm.FarmOptions(gpus_per_worker=1), said.append)
+    assert said == ["no node can hold a worker (1 GPU) yet; waiting for the autoscaler to bring one"]
+
+
+def test_a_unit_is_blamed_for_its_fifth_lost_node_and_at_once_for_its_worker(tmp_path):
+    pool = object.__new__(farm._Pool)
+    pool.dataset = str(tmp_path)
+    unit, error = farm.Unit(("a", "b"), {"prompts": (("p", 0), ("p", 1))}), ray.exceptions.ActorDiedError()
+    for losses in range(1, farm.NODE_LOSSES_BEFORE_BLAME):
+        (unit,) = pool._after_death(unit, False, error)
+        assert (unit.node_losses, unit.kills) == (losses, 0)
+    (unit,) = pool._after_death(unit, False, error)
+    assert unit.kills == 1
+    assert [single.ids for single in pool._after_death(unit, True, error)] == [("a",), ("b",)]
+
+
+# ------------------------------------------------------------------------------------------------------------ which Ray is joined
+
+
+@pytest.fixture
+def joined(monkeypatch):
+    """joined(RAY_ADDRESS, address left by `ray start`, error of ray.init) -> addresses given to ray.init."""
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(farm, "maybe_enable_token_auth_if_token_available", lambda **_: None)
+
+    def connect(given: str | None, left: str | None, error: Exception | None = None) -> list[str]:
+        found: list[str] = []
+
+        def init(address: str, **_) -> None:
+            found.append(address)
+            if error is not None:
+                raise error
+
+        monkeypatch.setattr(ray, "init", init)
+        monkeypatch.setattr(farm, "read_ray_address", lambda: left)
+        if given is None:
+            monkeypatch.delenv("RAY_ADDRESS", raising=False)
+        else:
+            monkeypatch.setenv("RAY_ADDRESS", given)
+        begin = time.monotonic()
+        farm.connect()
+        assert time.monotonic() - begin < 5
+        return found
+
+    return connect
+
+
+@pytest.fixture
+def listening():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield f"127.0.0.1:{server.getsockname()[1]}"
+
+
+def test_only_a_ray_that_is_meant_for_others_is_joined(joined, listening):
+    """The Ray that another run started for itself leaves no address, and one that is gone answers no more."""
+    assert joined(None, None) == joined("", None) == joined("auto", None) == joined("local", listening) == ["local"]
+    assert joined(None, "127.0.0.1:1") == ["local"], "what a Ray left behind that is gone"
+    assert joined(None, listening) == joined(listening, None) == joined(listening, "127.0.0.1:1") == [listening]
+
+
+def test_a_ray_that_can_not_be_joined_is_told_with_its_cure(joined, listening):
+    with pytest.raises(ValueError, match=r"RAY_ADDRESS=127\.0\.0\.1:1: no Ray answers there; start it"):
+        joined("127.0.0.1:1", None)
+    with pytest.raises(ValueError, match=f"the Ray of this machine, {listening}: it refuses this process's token; put the cluster's token"):
+        joined(None, listening, ray.exceptions.AuthenticationError("token"))
+    with pytest.raises(ValueError, match=f"RAY_ADDRESS={listening}: it can't be joined .*give host:port"):
+        joined(listening, None, ConnectionError("no"))
 
 
 @pytest.mark.parametrize(

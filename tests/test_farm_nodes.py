@@ -93,6 +93,65 @@ def test_a_run_lives_through_a_lost_node_and_takes_in_a_new_one(nodes, prompts, 
     assert not tables.scan(out).unreadable
 
 
+@pytest.mark.slow
+def test_a_node_lost_while_its_worker_starts_is_no_failure_of_a_start(nodes, prompts, tmp_path):
+    (tmp_path / "marks").mkdir()
+    doomed = nodes.add_node(num_cpus=1, num_gpus=1)
+    nodes.wait_for_nodes()
+    task = FakeTask(seconds=0.3, bad_nodes=(doomed.node_id,), start_marks=str(tmp_path / "marks"))
+    result: dict = {}
+    thread = threading.Thread(target=lambda: result.update(zip(("rows", "printed"), run(task, prompts, tmp_path / "out"), strict=True)))
+    thread.start()
+    try:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and not (tmp_path / "marks" / doomed.node_id).exists():
+            time.sleep(0.1)
+    finally:
+        nodes.remove_node(doomed)
+        thread.join(timeout=120)
+    assert answers(result["rows"]) == expected(prompts)
+    assert "went while a worker started there" in result["printed"]
+    assert "could not start" not in result["printed"]
+
+
+def test_a_node_that_can_start_no_worker_does_not_stop_the_others(nodes, prompts, tmp_path):
+    """It fails at once, three times over, while the others still load their models."""
+    broken = nodes.add_node(num_cpus=1, num_gpus=3)
+    nodes.wait_for_nodes()
+    try:
+        task = FakeTask(start_error="no such checkpoint", start_seconds=3, bad_nodes=(broken.node_id,))
+        rows, printed = run(task, prompts, tmp_path / "out")
+    finally:
+        nodes.remove_node(broken)
+    assert answers(rows) == expected(prompts)
+    assert printed.count("a worker could not start on") == 3
+
+
+@pytest.mark.slow
+def test_a_run_without_a_node_for_its_workers_waits_and_then_says_so(nodes, prompts, tmp_path):
+    only = nodes.add_node(num_cpus=1, num_gpus=3)
+    nodes.wait_for_nodes()
+    told: list[str] = []
+
+    def work():
+        try:
+            run(FakeTask(seconds=0.3), prompts, tmp_path / "out", gpus_per_worker=3, node_wait_seconds=3)
+        except ValueError as error:
+            told.append(str(error))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and not _workers(tmp_path / "out"):
+            time.sleep(0.1)
+    finally:
+        nodes.remove_node(only)
+        thread.join(timeout=120)
+    assert told
+    assert told[0].startswith("for 3 s no node could hold a worker (3 GPU); finished rows are kept")
+
+
 def _workers(out):
     try:
         return set(tables.read_table(out, ["worker"])["worker"].to_pylist())
