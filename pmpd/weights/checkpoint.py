@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -159,9 +160,9 @@ class Checkpoint:
 
 
 def _load_pickle(path: Path) -> dict[str, Tensor]:
-    """The memory-mapped tensors of a `.bin`. ValueError where it holds anything else, code above all."""
+    """The tensors of a `.bin`, memory-mapped unless torch < 1.6 wrote it. ValueError where it holds anything else, code above all."""
     try:
-        content = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        content = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
     except pickle.UnpicklingError as error:  # torch's own advice is to trust the file
         raise ValueError("it holds more than tensors, and reading that would run its code; save the tensors as safetensors") from error
     if not isinstance(content, dict):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -37,7 +37,9 @@ class MultiCheckpoint(Checkpoint):
         try:
             entries = json.loads(self.file.read_text())
             base = entries.pop("model_path")
-            paths = {int(bits): str(path) for bits, path in entries.items()}
+            paths = {int(bits): path for bits, path in entries.items()}
+            if not all(isinstance(path, str) for path in (base, *paths.values())):
+                raise TypeError("a folder is a string")
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise ValueError(
                 f"{file}: {type(error).__name__}: {error}; without Any-Precision, the model path is a JSON file like "
@@ -178,7 +180,7 @@ def load(checkpoint: MultiCheckpoint, precisions: Sequence[int], dtype: torch.dt
         more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
         raise ValueError(f"checkpoints of {checkpoint.file} do not fit the base model: {'; '.join(problems[:8])}{more}")
     fill(model, checkpoint, dtype)
-    _check_shared(model, checkpoint)
+    _check_shared(model, checkpoint, set(checkpoint.members.values()) - set(members.values()))
     return model
 
 
@@ -205,8 +207,9 @@ def _layers_of(member: Checkpoint, precisions: list[int], state: PrecisionState,
     return layer
 
 
-def _check_shared(model: nn.Module, checkpoint: MultiCheckpoint) -> None:
-    """ValueError naming the tensors that exist once in `model` and differ between the checkpoints, under all names they have."""
+def _check_shared(model: nn.Module, checkpoint: MultiCheckpoint, unused: Collection[Checkpoint]) -> None:
+    """ValueError naming the tensors that exist once in `model`, under all names they have, and of which a checkpoint that is used holds
+    others than the one they are from."""
     names_of: dict[int, list[str]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         names_of.setdefault(id(tensor), []).append(name)
@@ -216,6 +219,7 @@ def _check_shared(model: nn.Module, checkpoint: MultiCheckpoint) -> None:
         if len(found) < 2:
             continue
         (first, first_name), *others = found
+        others = [(holder, name) for holder, name in others if holder not in unused]
         truth = first.tensor(first_name)
         problems += [f"{name} ({first.folder} and {holder.folder})" for holder, name in others if not _agree(truth, holder.tensor(name))]
     if problems:
