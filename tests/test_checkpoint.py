@@ -294,13 +294,18 @@ def test_the_reference_kernel_keeps_dequantized_matrices_within_its_budget():
     def matrix() -> ReferenceMatrix:
         return ReferenceMatrix(PackedWeights(planes=tensors["qweight"], tables=tables, bias=None), torch.float32, budget)
 
-    one, other = matrix(), matrix()
+    one, other, x = matrix(), matrix(), torch.rand(1, 32)
+    assert one.dequantize(4) is not one.dequantize(4), "only multiplications keep"
+    for each in (one, other):
+        each.multiply(x, 4)
     kept = one.dequantize(4), other.dequantize(4)
     assert one.dequantize(4) is kept[0]
     assert other.dequantize(4) is kept[1]
     assert budget.free_bytes == 0
+    one.multiply(x, 2)
     assert one.dequantize(2) is not one.dequantize(2), "past the budget nothing is kept"
     assert torch.equal(one.dequantize(2), one.dequantize(2))
-    del other
+    del other, each
     assert budget.free_bytes == size, "a layer that goes gives back what it kept"
+    one.multiply(x, 2)
     assert one.dequantize(2) is one.dequantize(2)

@@ -1,4 +1,4 @@
-"""Plain PyTorch: defines the right answer. Dequantizes once per precision and keeps the result while it fits a budget."""
+"""Plain PyTorch: defines the right answer. Multiplying dequantizes once per precision and keeps the result while it fits a budget."""
 
 from __future__ import annotations
 
@@ -47,16 +47,17 @@ class ReferenceMatrix(BitplaneMatrix):
         self._dense: dict[int, Tensor] = {}
 
     def multiply(self, x: Tensor, bits: int) -> Tensor:
-        return torch.nn.functional.linear(x, self.dequantize(bits), self._bias)
+        dense = self.dequantize(bits)
+        if bits not in self._dense and self._budget.take(self, dense.nbytes):
+            self._dense[bits] = dense
+        return torch.nn.functional.linear(x, dense, self._bias)
 
     def dequantize(self, bits: int) -> Tensor:
-        dense = self._dense.get(bits)
-        if dense is None:
-            codes = unpack(self._packed.planes, bits)
-            dense = torch.gather(self._packed.tables[bits].to(self._dtype), 1, codes.long())
-            if self._budget.take(self, dense.nbytes):
-                self._dense[bits] = dense
-        return dense
+        """Kept only where a multiplication did: whoever asks for the matrix has a use of its own for it."""
+        if bits in self._dense:
+            return self._dense[bits]
+        codes = unpack(self._packed.planes, bits)
+        return torch.gather(self._packed.tables[bits].to(self._dtype), 1, codes.long())
 
     def packed_bytes(self) -> int:
         return self._packed.planes.nbytes + sum(table.nbytes for table in self._packed.tables.values())
