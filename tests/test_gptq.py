@@ -135,14 +135,57 @@ ZEROS = [0, 5, 8, 1, 15, 2, 3, 4]
     ],
 )
 def test_zero_points_of_both_formats_and_of_writers_that_subtract_by_word(word, config):
+    assert zeros_read([word], 4, {"bits": 4, **config}) == ZEROS
+
+
+FOURS = [4] * 32  # 100b each; in v2: 0x24924924, 0x49249249, 0x92492492
+
+
+@pytest.mark.parametrize(
+    ("words", "config"),
+    [
+        ((0x24924924, 0x49249249, 0x92492492), {"checkpoint_format": "gptq_v2"}),
+        ((0xDB6DB6DB, 0xB6DB6DB6, 0x6DB6DB6D), {}),  # 3 = 011b each
+        ((0xDB6DB6DB, 0xB6DB6DB6, 0x6DB6DB6D), {"meta": {"quantizer": ["gptqmodel:7.0.0"]}}),
+        ((0x00000000, 0xB6DB6DB7, 0x49249249), {"meta": {"quantizer": ["gptqmodel:6.0.3+cu130"]}}),  # less three constants, whole words
+        ((0x00000000, 0xB6DB6DB7, 0x49249249), {"meta": {"quantizer": ["optimum:1.24.0", "gptqmodel:2.2.0"]}}),
+        ((0x00000000, 0xB6DB6DB7, 0x49249249), {"meta": {"quantizer": "autogptq:0.8.0.dev0"}}),
+    ],
+)
+def test_three_bit_zero_points_of_each_writer(words, config):
+    assert zeros_read(words, 3, {"bits": 3, **config}) == FOURS
+
+
+def test_three_bit_zero_points_of_0_that_borrowed_across_values():
+    # 1, 0, 0, ...: (1, 0, 0) less (0x24924924, 0x92492492, 0x49249249)
+    words, config = (0xDB6DB6DD, 0x6DB6DB6E, 0xB6DB6DB7), {"bits": 3, "meta": {"quantizer": ["gptqmodel:4.0.0"]}}
+    assert zeros_read(words, 3, config) == [1] + [0] * 31
+
+
+@pytest.mark.parametrize(
+    ("word", "version"),
+    [
+        (0xF2F1F0F0, "5.8.0"),  # 0x04030201 - 0x11111111: the 1s of 4 bits, which the checkpoint has, in a module of 8
+        (0xF2F1F0F0, "7.3.1"),
+        (0x03020100, "7.3.2"),
+    ],
+)
+def test_zero_points_of_a_module_with_bits_of_its_own(word, version):
+    config = {"bits": 4, "dynamic": {"m": {"bits": 8}}, "meta": {"quantizer": [f"gptqmodel:{version}"]}}
+    assert zeros_read([word], 8, config) == [1, 2, 3, 4]
+
+
+def zeros_read(words, bits: int, config: dict) -> list[float]:
+    """The zero points of one group, as seen in weights of code 0 and scale 1."""
+    rows = 32 * len(words) // bits
     tensors = {
-        "qweight": torch.zeros(4, 8, dtype=torch.int32),
-        "qzeros": torch.tensor([[word]], dtype=torch.int32),
-        "scales": torch.ones(1, 8).half(),
+        "qweight": torch.zeros(bits, rows, dtype=torch.int32),
+        "qzeros": torch.tensor([words]).to(torch.int32),
+        "scales": torch.ones(1, rows).half(),
     }
-    layer, problems = layer_of(tensors, (8, 32), bits=4, group_size=-1, **config)
+    layer, problems = layer_of(tensors, (rows, 32), group_size=-1, **config)
     assert problems == []
-    assert (-layer.dequantize(4)[:, 0]).tolist() == ZEROS
+    return (-layer.dequantize(bits)[:, 0]).tolist()
 
 
 def test_damaged_layers_are_named():
@@ -154,7 +197,8 @@ def test_damaged_layers_are_named():
     assert any("m.qweight" in problem for problem in layer_of(tensors, (32, 64), **good)[1])
     assert any("m.scales" in problem for problem in layer_of(tensors, (32, 96), bits=4, group_size=64)[1])
     assert any("m.qzeros" in problem for problem in layer_of(tensors, (32, 96), bits=2, group_size=32)[1])
-    assert "group 7" in layer_of({**tensors, "g_idx": torch.full((96,), 7).int()}, (32, 96), **good)[1][0]
+    for group, found in ((7, "groups 7 to 7, not 0 to 2"), (-1, "groups -1 to -1")):
+        assert found in layer_of({**tensors, "g_idx": torch.full((96,), group).int()}, (32, 96), **good)[1][0]
 
 
 def write_layer(bits: int):
@@ -204,6 +248,14 @@ def test_every_kind_of_folder_holds_the_weights_that_were_written(tmp_path, dens
     assert layers.keys() == values.keys()
     for name, value in values.items():
         assert torch.equal(layers[name].dequantize(bits), value), name
+
+
+def test_a_pickle_of_an_old_torch_is_read(tmp_path, dense_folder):
+    values = write_gptq(tmp_path / "q", dense_folder("llama"), 4, storage="bin")
+    file, name = tmp_path / "q" / "pytorch_model.bin", "model.layers.1.mlp.down_proj"
+    torch.save(torch.load(file), file, _use_new_zipfile_serialization=False)
+    model = PMPDForCausalLM(write_json(tmp_path, {"4": "q"}, dense_folder("llama")), use_anyprec=False, kernel="reference")
+    assert torch.equal(model.model.get_submodule(name).dequantize(4), values[name])
 
 
 def test_a_pickle_with_code_is_refused(tmp_path, dense_folder):
@@ -325,6 +377,17 @@ def test_memory_is_that_of_the_shared_tensors_and_the_packed_layers(chain, dense
     assert all(part.matrix._dense is None for layer in layers for part in layer._unique_parts())
 
 
+def test_the_lean_forward_keeps_the_only_dequantized_copy(chain):
+    model = PMPDForCausalLM(chain, use_anyprec=False, kernel="reference").eval()
+    run(model, [[1, 2, 3]], Scheduler.get_scheduler("static", precisions=[4, 3, 2], high_bit_steps=1), 5, lean=True)
+    parts = [part for layer in model.model.modules() if isinstance(layer, MixedLinear) for part in layer._unique_parts()]
+    assert any(part._matrix is not None for part in parts)
+    assert all(part._matrix is None or part._matrix._dense is None for part in parts)
+    part = next(part for part in parts if part._matrix is not None)
+    part.multiply(torch.rand(1, part.in_features), part.precisions[0])
+    assert part._matrix._dense is not None, "the generic path keeps what it multiplies with"
+
+
 def change(folder: Path, name: str) -> None:
     file = folder / "model.safetensors"
     tensors = load_file(file)
@@ -407,6 +470,15 @@ def test_the_fingerprint_is_of_the_members_not_of_their_paths(chain, model, tmp_
 # -- what users get wrong ------------------------------------------------------------------------------------------------------
 
 
+def test_checkpoints_of_precisions_that_are_not_used_do_not_matter(tmp_path, chain):
+    shutil.copytree(chain.parent, tmp_path / "chain")
+    file = tmp_path / "chain" / chain.name
+    change(tmp_path / "chain" / "gptq-2bit", "model.norm.weight")
+    assert PMPDForCausalLM(file, [4, 3], use_anyprec=False).precisions == (4, 3)
+    with pytest.raises(ValueError, match=r"disagree.*model\.norm\.weight"):
+        PMPDForCausalLM(file, [4, 2], use_anyprec=False)
+
+
 def test_errors_of_the_json_say_what_to_do(chain, tmp_path, dense_folder, anyprec_folder):
     base, file = str(dense_folder("llama")), tmp_path / "chain.json"
     with pytest.raises(ValueError, match="holds 4, 3, 2"):
@@ -418,6 +490,8 @@ def test_errors_of_the_json_say_what_to_do(chain, tmp_path, dense_folder, anypre
         ({"model_path": base}, "no precision"),
         ({"4": four}, "model_path"),
         ({"four": four, "model_path": base}, "one folder for each precision"),
+        ({"4": four, "model_path": None}, "one folder for each precision"),
+        ({"4": 4, "model_path": base}, "one folder for each precision"),
         ({"4": "no-such-folder", "model_path": base}, "no-such-folder: no such folder"),
         ({"3": four, "model_path": base}, "holds 4 bits, and stands for precision"),
         ({"3": base, "model_path": base}, "not quantized"),
@@ -429,11 +503,46 @@ def test_errors_of_the_json_say_what_to_do(chain, tmp_path, dense_folder, anypre
             PMPDForCausalLM(file, use_anyprec=False)
 
 
-@pytest.mark.parametrize("setting", [{"bits": 5}, {"checkpoint_format": "marlin"}, {"quant_method": "awq"}])
-def test_settings_that_cannot_be_read_are_refused(tmp_path, dense_folder, setting):
-    write_gptq(tmp_path / "q", dense_folder("llama"), 4, settings=setting)
-    with pytest.raises(ValueError, match="allowed"):
+@pytest.mark.parametrize(
+    ("setting", "words"),
+    [
+        ({"bits": 5}, "bits is 5; allowed"),
+        ({"checkpoint_format": "marlin"}, "checkpoint_format is 'marlin'; allowed"),
+        ({"quant_method": "awq"}, "quant_method is 'awq'; allowed"),
+        ({"group_size": 0}, "group_size is 0; allowed: -1"),
+        ({"group_size": "128"}, "group_size is '128'; allowed: -1"),
+        ({"dynamic": {"m": 4}}, "dynamic is {'m': 4}; it must map"),
+        ({"dynamic": {"model": {"group_size": -2}}}, "group_size is -2; allowed"),
+    ],
+    ids=str,
+)
+def test_settings_that_cannot_be_read_are_refused(tmp_path, dense_folder, four_bits, setting, words):
+    settings = json.loads((four_bits / "quantize_config.json").read_text())
+    shutil.copytree(four_bits, tmp_path / "q")
+    (tmp_path / "q" / "quantize_config.json").write_text(json.dumps({**settings, **setting}))
+    with pytest.raises(ValueError, match=words) as error:
         PMPDForCausalLM(write_json(tmp_path, {"4": "q"}, dense_folder("llama")), use_anyprec=False)
+    assert str(tmp_path / "q") in str(error.value)
+
+
+@pytest.mark.parametrize("config", ["quantize_config.json", "config.json"])
+def test_settings_that_are_no_object_are_refused(tmp_path, dense_folder, four_bits, config):
+    shutil.copytree(four_bits, tmp_path / "q")
+    if config == "config.json":
+        (tmp_path / "q" / "quantize_config.json").unlink()
+        whole = json.loads((tmp_path / "q" / config).read_text())
+        (tmp_path / "q" / config).write_text(json.dumps({**whole, "quantization_config": "gptq"}))
+    else:
+        (tmp_path / "q" / config).write_text('{"bits": 4,')
+    with pytest.raises(ValueError, match=config.removesuffix(".json") if config != "config.json" else "quantization_config"):
+        PMPDForCausalLM(write_json(tmp_path, {"4": "q"}, dense_folder("llama")), use_anyprec=False)
+
+
+@pytest.fixture(scope="module")
+def four_bits(tmp_path_factory, dense_folder) -> Path:
+    folder = tmp_path_factory.mktemp("four") / "q"
+    write_gptq(folder, dense_folder("llama"), 4)
+    return folder
 
 
 @pytest.mark.gpu

@@ -3,7 +3,8 @@
 Legend: K in_features, N out_features, G groups of inputs that share a scale and a zero, b bits of a code.
 
 Weight[k, n] = scales[g(k), n] · (code[k, n] − zero[g(k), n]). Codes are packed along K, zeros along N, little end first: 32 values fill
-b words, and for b = 3 two of them straddle a word boundary. Checkpoint format `gptq` stores zero − 1, `gptq_v2` the zero itself.
+b words, and for b = 3 two of them straddle a word boundary. Checkpoint format `gptq` stores zero − 1, as its writer subtracts (see
+`_minus_one`), `gptq_v2` the zero itself.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from pmpd.weights.checkpoint import Checkpoint
 BITS = (2, 3, 4, 8)
 FORMATS = ("gptq", "gptq_v2")
 _ROWS_AT_ONCE = 1024
+_WORDS_OF_THREE_BITS = (0x24924924, 0x92492492, 0x49249249)
+"""What some writers subtract from every three words of 3-bit zeros: not a 1 at the place of each value, but it can be added again."""
 
 
 class PackedGPTQ(NamedTuple):
@@ -45,6 +48,17 @@ def settings_of(checkpoint: Checkpoint) -> dict[str, Any] | None:
     settings = checkpoint.read_json(name) if separate else checkpoint.config_json.get("quantization_config")
     if settings is None:
         return None
+    if not isinstance(settings, dict):
+        raise ValueError(f"checkpoint {checkpoint.folder}: quantization_config is {settings!r}; it must be an object")
+    dynamic = settings.get("dynamic") or {}
+    if not isinstance(dynamic, dict) or not all(isinstance(values, dict) for values in dynamic.values()):
+        raise ValueError(f"checkpoint {checkpoint.folder}: dynamic is {dynamic!r}; it must map patterns of names to settings")
+    _check(checkpoint, settings)
+    return settings
+
+
+def _check(checkpoint: Checkpoint, settings: dict[str, Any]) -> None:
+    """ValueError naming a setting that can't be read, of the checkpoint or of one module."""
     for name, value, allowed in (
         ("quant_method", settings.get("quant_method") or settings.get("method") or "gptq", ("gptq",)),
         ("bits", settings.get("bits"), BITS),
@@ -52,7 +66,9 @@ def settings_of(checkpoint: Checkpoint) -> dict[str, Any] | None:
     ):
         if value not in allowed:
             raise ValueError(f"checkpoint {checkpoint.folder}: {name} is {value!r}; allowed: {', '.join(map(str, allowed))}")
-    return settings
+    size = settings.get("group_size", -1)
+    if size not in (-1, None) and not (type(size) is int and size > 0):
+        raise ValueError(f"checkpoint {checkpoint.folder}: group_size is {size!r}; allowed: -1 for whole rows, or a number of inputs")
 
 
 def layer(
@@ -65,7 +81,8 @@ def layer(
     kernel: str | None,
 ) -> tuple[GPTQLinear, list[str]]:
     """The layer in place of `linear`, without its bias, and what is wrong with its tensors. `settings` as of `settings_of`."""
-    settings = {**settings, **_override(settings, name)}
+    whole, settings = settings, {**settings, **_override(settings, name)}
+    _check(checkpoint, settings)
     bits, (columns, rows) = settings["bits"], (linear.in_features, linear.out_features)
     size = settings.get("group_size", -1)
     groups = 1 if size in (-1, None) else -(-columns // size)
@@ -77,7 +94,7 @@ def layer(
     def read() -> PackedGPTQ:
         qzeros = tensor("qzeros")
         if _format(settings) == "gptq":
-            qzeros = _add_one(qzeros, bits, rows, borrowed=bits != 3 and _borrows(settings))
+            qzeros = _add_one(qzeros, *_minus_one(whole, bits))
         in_order = torch.arange(columns, dtype=torch.int32) // (size if groups > 1 else columns)
         g_idx = tensor("g_idx").to(torch.int32) if has_index else in_order
         return PackedGPTQ(tensor("qweight"), qzeros, tensor("scales"), g_idx, bits)
@@ -95,7 +112,7 @@ def layer(
             if list(found.shape) != shape or found.is_floating_point() != (part == "scales"):
                 problems.append(f"{name}.{part} is {found.dtype} {list(found.shape)}, expected {shape} for {bits} bits, group size {size}")
             elif part == "g_idx" and not 0 <= int(found.min()) <= int(found.max()) < groups:
-                problems.append(f"{name}.g_idx has group {int(found.max())}, there are {groups}")
+                problems.append(f"{name}.g_idx has groups {int(found.min())} to {int(found.max())}, not 0 to {groups - 1}")
         elif part != "g_idx":
             problems.append(f"{name}.{part} is missing")
         elif settings.get("desc_act") and groups > 1:
@@ -130,11 +147,13 @@ def _pack(values: Tensor, bits: int) -> Tensor:
     return words.view(blocks * bits, -1)[: count * bits // 32]
 
 
-def _add_one(qzeros: Tensor, bits: int, rows: int, borrowed: bool) -> Tensor:
-    """`qzeros` of format `gptq` as `gptq_v2` has them: value by value (a stored 2**b − 1 is zero 0), or `borrowed` (see `_borrows`)."""
-    if borrowed:
-        return qzeros + sum(1 << shift for shift in range(0, 32, bits))
-    return _pack((unpack(qzeros.T, bits, rows) + 1) & (2**bits - 1), bits).T.contiguous()
+def _add_one(qzeros: Tensor, bits: int, by_word: bool) -> Tensor:
+    """`qzeros` of format `gptq` as `gptq_v2` has them: the inverse of what `_minus_one` says of their writer."""
+    if by_word:
+        ones = _WORDS_OF_THREE_BITS if bits == 3 else (sum(1 << shift for shift in range(0, 32, bits)),)
+        words = torch.tensor([ones[column % len(ones)] for column in range(qzeros.shape[1])])
+        return (qzeros + words).to(torch.int32)  # int64 sums, cut to their lowest 32 bits
+    return _pack((unpack(qzeros.T, bits, qzeros.shape[1] * 32 // bits) + 1) & (2**bits - 1), bits).T.contiguous()
 
 
 def dequantize(packed: PackedGPTQ, dtype: torch.dtype) -> Tensor:
@@ -151,22 +170,22 @@ def dequantize(packed: PackedGPTQ, dtype: torch.dtype) -> Tensor:
 
 
 class ReferenceGPTQ:
-    """Plain PyTorch, for any device: dequantizes once and keeps the result while all layers' fit the budget of the reference kernel."""
+    """Plain PyTorch, for any device: the first multiplication dequantizes and keeps the result, beside the codes, while all layers' fit the
+    budget of the reference kernel (CACHE_BYTES); past it every multiplication dequantizes anew."""
 
     def __init__(self, packed: PackedGPTQ, dtype: torch.dtype, budget: CacheBudget = _BUDGET) -> None:
         self._packed, self._dtype, self._budget = packed, dtype, budget
         self._dense: Tensor | None = None
 
     def multiply(self, x: Tensor) -> Tensor:
-        return nn.functional.linear(x, self.dequantize())
+        dense = self.dequantize()
+        if self._dense is None and self._budget.take(self, dense.nbytes):
+            self._dense = dense
+        return nn.functional.linear(x, dense)
 
     def dequantize(self) -> Tensor:
-        if self._dense is not None:
-            return self._dense
-        dense = dequantize(self._packed, self._dtype)
-        if self._budget.take(self, dense.nbytes):
-            self._dense = dense
-        return dense
+        """Not kept: whoever asks for the matrix has a use of its own for it."""
+        return dequantize(self._packed, self._dtype) if self._dense is None else self._dense
 
     def packed_bytes(self) -> int:
         return sum(tensor.nbytes for tensor in self._packed[:4])
@@ -235,9 +254,20 @@ def _override(settings: dict[str, Any], name: str) -> dict[str, Any]:
     return {}
 
 
-def _borrows(settings: dict[str, Any]) -> bool:
-    """Whether the writer took 1 from each zero by one subtraction a word, so that a zero of 0 borrowed from its neighbour: the writers
-    that say in `meta.quantizer` who they are do (GPTQModel, last versions of AutoGPTQ); the addition a word undoes it exactly."""
-    quantizer = (settings.get("meta") or {}).get("quantizer") or ()
-    names = [quantizer] if isinstance(quantizer, str) else quantizer
-    return any(str(name).startswith(("gptqmodel", "autogptq", "auto_gptq")) for name in names)
+def _minus_one(settings: dict[str, Any], bits: int) -> tuple[int, bool]:
+    """How the writer of a checkpoint took 1 from the zeros of a module of `bits`: as if they were zeros of how many bits, and whether by
+    one subtraction a word, in which a zero of 0 borrows from its neighbour.
+
+    Value by value, where no writer says in `meta.quantizer` who it is (AutoGPTQ up to 0.7). By word, those that say so: AutoGPTQ's last
+    versions and GPTQModel, for all modules with the bits of the whole checkpoint, whatever `dynamic` says (GPTQModel since 7.3.2: with
+    the module's). For 3 bits GPTQModel does it value by value since 7.0; before, it subtracted `_WORDS_OF_THREE_BITS`.
+    """
+    meta = settings.get("meta")
+    quantizer = (meta.get("quantizer") if isinstance(meta, dict) else None) or ()
+    for name in [quantizer] if isinstance(quantizer, str) else quantizer:
+        writer, _, version = str(name).partition(":")
+        if writer in ("gptqmodel", "autogptq", "auto_gptq"):
+            numbers = [int(number) for number in re.findall(r"\d+", version)[:3]] if writer == "gptqmodel" else []
+            bits = bits if numbers >= [7, 3, 2] else settings["bits"]
+            return bits, bits != 3 or numbers < [7]
+    return bits, False
