@@ -103,8 +103,8 @@ class HeldOut(Labels):
 
     held_out: frozenset[str] = frozenset()
 
-    def splits(self, seed: int) -> np.ndarray:
-        return np.where([key in self.held_out for key in self.ids], 2, super().splits(seed))
+    def splits(self, config: TrainConfig) -> np.ndarray:
+        return np.where([key in self.held_out for key in self.ids], 2, super().splits(config))
 
 
 @dataclass(frozen=True)
@@ -184,7 +184,7 @@ class Proof:
         return Features(labels.ids, torch.cat(keys), torch.cat(values), lengths), (table - table.mean(0)) / table.std(0).clamp_min(1e-6)
 
     def report(self, labels: Labels, variants: Sequence[Variant]) -> None:
-        splits = labels.splits(self.training.seed)
+        splits = labels.splits(self.training)
         for j, pair in enumerate(labels.pairs):
             column = labels.labels[:, j]
             train_rows, rows = (np.nonzero((splits == s) & (column != NO_LABEL))[0] for s in (0, 2))

@@ -38,6 +38,13 @@ class TrainJob:
     training: tyro.conf.OmitArgPrefixes[TrainConfig] = field(default_factory=TrainConfig)
 
 
+def chain_of(precisions: str) -> tuple[int, ...]:
+    try:
+        return check_chain([int(bits) for bits in precisions.split(",")])
+    except ValueError:
+        raise ValueError(f"--precisions {precisions}: bit widths with commas between them, descending, e.g. 4,3,2") from None
+
+
 def results_table(metrics: dict[str, Any], split: str = "test") -> Table:
     """One line per pair and policy on the held-out prompts, with 95 % bootstrap intervals."""
     table = Table(title=f"held-out prompts ({split} split), 95 % bootstrap intervals")
@@ -56,22 +63,29 @@ def results_table(metrics: dict[str, Any], split: str = "test") -> Table:
 
 def main(job: TrainJob) -> dict[str, Any]:
     """Trains, writes the artefact, prints the table; returns the metrics. ValueError for anything the user can cure."""
-    pairs = pairs_of(check_chain([int(bits) for bits in job.precisions.split(",")])) if job.precisions else None
-    source = LabelSource.open(job.data_path, job.num_heads)
-    labels = read_labels(source.path, pairs)
+    if job.tune < 0:
+        raise ValueError(f"--tune {job.tune}: a number of trials, 0 to train as given")
+    output = farm.output_folder(job.output_dir)
+    source = LabelSource.open(farm.output_folder(job.data_path), job.num_heads)
+    labels = read_labels(source.path, pairs_of(chain_of(job.precisions)) if job.precisions else None)
+    for pair in range(len(labels.pairs)):
+        labels.rows(pair, job.training)  # before Ray starts: whether there is something to train and to validate on
     farm.connect()
     fleet = Fleet(job.num_workers, gpus_per_worker=job.gpus_per_worker)
     fleet.check()
     config, console = job.training, Console()
-    folder = tables.join(job.output_dir, "scheduler")
+    found: dict[str, bytes] = {}
     if job.tune:
-        config, trials = search(source.path, labels, source.num_heads, config, job.tune, job.output_dir)
-        tables.write_bytes(tables.join(folder, "tune.json"), json.dumps(trials, indent=1).encode())
+        config, trials = search(source.path, labels, source.num_heads, config, job.tune, output)
+        found["tune.json"] = json.dumps(trials, indent=1).encode()
         console.print(f"best of {len(trials)} trials: {trials[0]}")
     console.print(f"{len(labels.ids)} labelled prompts, pairs {list(labels.pairs)}, {fleet.num_workers} worker(s)")
-    state = fit(source.path, labels, source.num_heads, config, fleet, job.output_dir)
+    state = fit(source.path, labels, source.num_heads, config, fleet, output)
     files, metrics = artefact(labels, state, source.num_heads, config, source.model_fingerprint)
-    for name, content in files.items():
+    folder = tables.join(output, "scheduler")
+    for name in ("config.json", "tune.json"):  # of an earlier training: its folder is unfinished until ours is written
+        tables.remove(tables.join(folder, name))
+    for name, content in {**found, **files}.items():
         tables.write_bytes(tables.join(folder, name), content)
     console.print(results_table(metrics))
     console.print(f"scheduler: {folder}")

@@ -30,7 +30,18 @@ from ray.tune.search.optuna import OptunaSearch
 
 from pmpd import tables
 from pmpd.farm import autoscaler_present
-from pmpd.training import Features, Labels, TrainConfig, TrainState, Workers, features_from_table, join_features, labels_from_table, train
+from pmpd.training import (
+    DivergedError,
+    Features,
+    Labels,
+    TrainConfig,
+    TrainState,
+    Workers,
+    features_from_table,
+    join_features,
+    labels_from_table,
+    train,
+)
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,6 +71,8 @@ class Fleet:
         """
         if self.num_workers < 1 or self.cpus_per_worker < 1:
             raise ValueError(f"--num-workers {self.num_workers}, {self.cpus_per_worker} CPUs each: at least one worker with one CPU")
+        if not self.gpus_per_worker >= 0 or (self.gpus_per_worker > 1 and self.gpus_per_worker % 1):
+            raise ValueError(f"--gpus-per-worker {self.gpus_per_worker}: 0, a fraction like 0.5, or a whole number")
         cpus, gpus = resources.get("CPU", 0), resources.get("GPU", 0)
         need_cpus, need_gpus = self.num_workers * self.cpus_per_worker + 1, self.num_workers * self.gpus_per_worker
         if cpus < need_cpus:
@@ -86,9 +99,16 @@ class LabelSource:
 
     @classmethod
     def open(cls, path: str, num_heads: int | None = None) -> LabelSource:
-        """`path`: the dataset, or a folder with `labels/` in it. `num_heads` overrides the manifest's."""
+        """`path`: the dataset, or a folder with `labels/` in it. `num_heads` overrides the manifest's.
+
+        ValueError, with the cure, where there are no labels or it is not known how many kv heads the labelled model has.
+        """
         nested = tables.join(path, "labels")
         path = path if tables.exists(tables.data_folder(path)) or not tables.exists(nested) else nested
+        if not tables.list_shards(path):
+            raise ValueError(
+                f"--data-path {path}: no labels there; make them with `python jobs/label.py`, or give the --output-dir it was given"
+            )
         models = (tables.read_manifest(path) or {}).get("models", {})
         heads = num_heads or models.get("num_key_value_heads")
         if heads is None:
@@ -143,7 +163,7 @@ def _worker(loop: dict[str, Any]) -> None:
     checkpoint = ray.train.get_checkpoint()
     if checkpoint is not None:
         with checkpoint.as_directory() as folder:
-            state = TrainState.from_plain(torch.load(Path(folder) / "state.pt", weights_only=True))
+            state = _state((Path(folder) / "state.pt").read_bytes())
 
     def report(state: TrainState, line: dict[str, Any]) -> None:
         if rank != 0:
@@ -155,8 +175,23 @@ def _worker(loop: dict[str, Any]) -> None:
             ray.train.report(line, checkpoint=ray.train.Checkpoint.from_directory(folder))
 
     workers = Workers(rank, count, _all_reduce(device)) if count > 1 else Workers()
-    state = train(labels, features, loop["num_heads"], loop["config"], state=state, on_epoch=report, workers=workers, device=device)
-    report(state, {"done": True})
+    state = state or TrainState()
+    try:
+        train(labels, features, loop["num_heads"], loop["config"], state=state, on_epoch=report, workers=workers, device=device)
+    except DivergedError as error:  # told as a result: an exception would be tried again, to the same end
+        report(state, {"diverged": str(error)})
+    else:
+        report(state, {"done": True})
+
+
+def _state(content: bytes) -> TrainState:
+    """What a checkpoint holds, on the CPU wherever it was written."""
+    return TrainState.from_plain(torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
+
+
+def _name(kind: str, *settings: Any) -> str:
+    """Name of the run with these settings: the same command finds what an earlier one left."""
+    return f"{kind}-" + hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def write_history(path: str, state: TrainState) -> None:
@@ -165,16 +200,16 @@ def write_history(path: str, state: TrainState) -> None:
 
 
 def fit(data_path: str, labels: Labels, num_heads: int, config: TrainConfig, fleet: Fleet, output_dir: str) -> TrainState:
-    """Train on the connected cluster; checkpoints go to `output_dir`/runs, the growing metrics.jsonl to `output_dir`/scheduler.
+    """Train on the connected cluster. Checkpoints and the growing history (`{run}.jsonl`) go to `output_dir`/runs.
 
     The same settings on the same labels go on where an earlier run stopped (worker or driver killed), or return its result.
+    DivergedError where a validation loss is not finite.
     """
-    settings = [dataclasses.asdict(config), labels.fingerprint(), num_heads]
-    name = "train-" + hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
+    name = _name("train", dataclasses.asdict(config), labels.fingerprint(), num_heads)
     finished = tables.join(output_dir, "runs", f"{name}.pt")
     content = tables.read_bytes(finished)
     if content is not None:
-        return TrainState.from_plain(torch.load(io.BytesIO(content), weights_only=True))
+        return _state(content)
     file_system, _ = tables.resolve(data_path)
     shards = [tables.resolve(path)[1] for path in tables.list_shards(data_path)]
     context = ray.data.DataContext.get_current()
@@ -188,7 +223,7 @@ def fit(data_path: str, labels: Labels, num_heads: int, config: TrainConfig, fle
             "labels": labels,
             "num_heads": num_heads,
             "config": config,
-            "history_path": tables.join(tables.absolute(output_dir), "scheduler", "metrics.jsonl"),
+            "history_path": tables.join(tables.absolute(output_dir), "runs", f"{name}.jsonl"),
         },
         scaling_config=ray.train.ScalingConfig(
             num_workers=fleet.num_workers,
@@ -207,10 +242,13 @@ def fit(data_path: str, labels: Labels, num_heads: int, config: TrainConfig, fle
     )
     result = trainer.fit()
     assert result.checkpoint is not None
+    assert result.metrics is not None
+    if "diverged" in result.metrics:
+        raise DivergedError(result.metrics["diverged"])
     with result.checkpoint.as_directory() as folder:
         content = (Path(folder) / "state.pt").read_bytes()
     tables.write_bytes(finished, content)
-    return TrainState.from_plain(torch.load(io.BytesIO(content), weights_only=True))
+    return _state(content)
 
 
 SPACE = {
@@ -236,21 +274,38 @@ def search(
     """The best of `trials` settings by validation loss (mean over the pairs), and all of them, best first.
 
     A plain function trainable: a Ray Train run inside each trial costs many times the training of so small a model.
+    The same search on the same labels goes on where an earlier one stopped, or returns its result, from `output_dir`/runs.
     """
+    name = _name("tune", dataclasses.asdict(config), labels.fingerprint(), num_heads, trials)
+    finished = tables.join(output_dir, "runs", f"{name}.json")
+    content = tables.read_bytes(finished)
+    lines = _run_trials(name, data_path, labels, num_heads, config, trials, output_dir) if content is None else json.loads(content)
+    if content is None:
+        tables.write_bytes(finished, json.dumps(lines, indent=1).encode())
+    return dataclasses.replace(config, **{setting: lines[0][setting] for setting in SPACE}), lines
+
+
+def _run_trials(
+    name: str, data_path: str, labels: Labels, num_heads: int, config: TrainConfig, trials: int, output_dir: str
+) -> list[dict[str, Any]]:
+    """Settings and validation loss of the trials of the run `name`, best first."""
     trainable = tune.with_parameters(_trial, data_path=tables.absolute(data_path), labels=labels, num_heads=num_heads, config=config)
     file_system, output = tables.resolve(output_dir)
-    tuner = tune.Tuner(
-        tune.with_resources(trainable, {"cpu": 1}),
-        param_space=SPACE,
-        tune_config=tune.TuneConfig(
-            metric="validation_loss", mode="min", num_samples=trials, search_alg=OptunaSearch(seed=config.seed), max_concurrent_trials=4
-        ),
-        run_config=tune.RunConfig(storage_path=tables.join(output, "runs"), storage_filesystem=file_system, verbose=0),
-    )
+    trainable = tune.with_resources(trainable, {"cpu": 1})
+    earlier = tables.join(output, "runs", name)
+    if tune.Tuner.can_restore(earlier, file_system):
+        tuner = tune.Tuner.restore(earlier, trainable, restart_errored=True, param_space=SPACE, storage_filesystem=file_system)
+    else:
+        tuner = tune.Tuner(
+            trainable,
+            param_space=SPACE,
+            tune_config=tune.TuneConfig(
+                metric="validation_loss", mode="min", num_samples=trials, search_alg=OptunaSearch(seed=config.seed), max_concurrent_trials=4
+            ),
+            run_config=tune.RunConfig(name=name, storage_path=tables.join(output, "runs"), storage_filesystem=file_system, verbose=0),
+        )
     results: Any = tuner.fit()  # a ResultGrid: iterable by __getitem__ only, its fields annotated optional
     lines = [{**result.config, "validation_loss": result.metrics["validation_loss"]} for result in results if result.error is None]
     if not lines:
         raise ValueError(f"--tune {trials}: every trial failed; the first says: {results.errors[0]}")
-    lines.sort(key=lambda line: line["validation_loss"])
-    best = {name: lines[0][name] for name in SPACE}
-    return dataclasses.replace(config, **best), lines
+    return sorted(lines, key=lambda line: line["validation_loss"])

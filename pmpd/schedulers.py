@@ -299,9 +299,8 @@ class KVCacheScheduler(ClassScheduler):
         """The four switch points that `precision_switch_points` stands for. ValueError, with what is allowed, if it stands for none."""
         own = self.artefact.config.switch_fractions
         try:
-            if given is not None and set(given) == set(self.pairs):
-                return own
-            points = np.asarray(own if given is None else list(given), dtype=float)
+            default = given is None or set(given) == set(self.pairs)
+            points = np.asarray(own if default else list(given), dtype=float)
         except (TypeError, ValueError):  # not a collection, or not of numbers
             points = np.empty(0)
         ascending = points.shape == (NUM_CLASSES,) and np.isfinite(points).all() and points[0] >= 0 and (np.diff(points) >= 0).all()

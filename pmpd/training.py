@@ -9,10 +9,10 @@ of a run without dropout does not depend on the number of workers beyond roundin
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import io
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
@@ -27,8 +27,11 @@ from torch import Tensor, nn
 from pmpd.classifier import FRACTIONS, NUM_CLASSES, ArtefactConfig, KVCacheClassifier, MeanPooledClassifier, artefact_files
 
 SPLITS = ("train", "validation", "test")
-SHARES = (0.8, 0.1, 0.1)
 NO_LABEL = -1
+
+
+class DivergedError(ValueError):
+    """The validation loss is not finite."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +54,8 @@ class TrainConfig:
     """How rare classes of the training split are made up for: drawn more often, weighted in the loss, or not at all."""
     patience: int = 6
     """Epochs without a lower validation loss after which a pair stops."""
+    split_shares: tuple[float, float, float] = (0.8, 0.1, 0.1)
+    """Shares of the prompts that are trained on, that validate and that test."""
     seed: int = 0
     """Of the split, the initial weights, the order and the dropout."""
 
@@ -58,13 +63,19 @@ class TrainConfig:
         for name in ("num_train_epochs", "gradient_accumulation_steps", "batch_size", "patience"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} {getattr(self, name)}: must be at least 1")
-        if self.learning_rate <= 0 or self.weight_decay < 0 or not 0 <= self.dropout < 1:
+        if not (0 < self.learning_rate < math.inf and 0 <= self.weight_decay < math.inf and 0 <= self.dropout < 1):
             raise ValueError(
                 f"learning_rate {self.learning_rate}, weight_decay {self.weight_decay}, dropout {self.dropout}: "
                 "learning rate > 0, weight decay >= 0, 0 <= dropout < 1"
             )
         if self.rebalance not in ("oversample", "weights", "none"):
             raise ValueError(f"rebalance {self.rebalance!r}: oversample, weights or none")
+        shares = self.split_shares
+        if len(shares) != len(SPLITS) or not (min(shares[:2]) > 0 and shares[2] >= 0 and math.isclose(sum(shares), 1)):
+            raise ValueError(
+                f"split_shares {' '.join(map(str, shares))}: three shares that add up to 1, those of train and validation above 0, "
+                "e.g. 0.8 0.1 0.1"
+            )
 
 
 # ---- Data ---------------------------------------------------------------------------------------------------------------
@@ -84,10 +95,24 @@ class Labels:
         lines = [f"{key} {' '.join(map(str, row))}" for key, row in zip(self.ids, self.labels.tolist(), strict=True)]
         return hashlib.sha256("\n".join([str(self.pairs), *lines]).encode()).hexdigest()[:16]
 
-    def splits(self, seed: int) -> np.ndarray:
-        """Index into SPLITS per row, int64 [N]: 80/10/10, by prompt, from (seed, prompt_id) alone."""
-        draws = [int.from_bytes(hashlib.sha256(f"split/{seed}/{key}".encode()).digest()[:8], "big") / 2**64 for key in self.ids]
-        return np.searchsorted(np.cumsum(SHARES)[:-1], np.asarray(draws), side="right")
+    def splits(self, config: TrainConfig) -> np.ndarray:
+        """Index into SPLITS per row, int64 [N]: by prompt, from (seed, prompt_id) and the shares alone."""
+        draws = [int.from_bytes(hashlib.sha256(f"split/{config.seed}/{key}".encode()).digest()[:8], "big") / 2**64 for key in self.ids]
+        return np.searchsorted(np.cumsum(config.split_shares)[:-1], np.asarray(draws), side="right")
+
+    def rows(self, pair: int, config: TrainConfig) -> dict[str, np.ndarray]:
+        """Split → rows that have a label for the pair at this position. ValueError where there is nothing to train or to validate on."""
+        splits = self.splits(config)
+        labelled = self.labels[:, pair] != NO_LABEL
+        rows = {name: np.nonzero((splits == i) & labelled)[0] for i, name in enumerate(SPLITS)}
+        for name in ("train", "validation"):
+            if len(rows[name]) == 0:
+                high, low = self.pairs[pair]
+                raise ValueError(
+                    f"pair {high}-{low}: its {labelled.sum()} labelled prompts leave the {name} split empty; "
+                    "label more prompts (some hundreds at least)"
+                )
+        return rows
 
 
 def usable(table: pa.Table) -> pa.Table:
@@ -101,7 +126,7 @@ def usable(table: pa.Table) -> pa.Table:
 def labels_from_table(table: pa.Table, pairs: Sequence[tuple[int, int]] | None = None) -> Labels:
     """Ids and labels from a labels table (columns prompt_id, pairs, error). `pairs`: those wanted, None = all that occur.
 
-    ValueError where no row is usable or a pair is not in the table.
+    ValueError where no row is usable, a pair is not in the table, or a label is no class.
     """
     table = usable(table).sort_by("prompt_id")
     ids = tuple(table["prompt_id"].to_pylist())
@@ -117,6 +142,9 @@ def labels_from_table(table: pa.Table, pairs: Sequence[tuple[int, int]] | None =
         raise ValueError(
             f"labels: {len(rows)} usable rows with the pairs {held}, wanted {wanted or 'any'}; label with --precisions of that chain"
         )
+    strange = sorted({label for row in rows for label in row.values() if label is not None and not 0 <= label < NUM_CLASSES})
+    if strange:
+        raise ValueError(f"labels: {strange} are no classes, those are 0 to {NUM_CLASSES - 1}; label these prompts again")
     values = [[NO_LABEL if row.get(pair) is None else row[pair] for pair in wanted] for row in rows]
     return Labels(ids, tuple(wanted), np.asarray(values, dtype=np.int64))
 
@@ -255,14 +283,7 @@ class PairTraining:
         self.pair = pair
         self.name = "{}-{}".format(*labels.pairs[pair])
         self.labels = labels.labels[:, pair]
-        splits = labels.splits(config.seed)
-        self.rows = {name: np.nonzero((splits == i) & (self.labels != NO_LABEL))[0] for i, name in enumerate(SPLITS)}
-        for name in ("train", "validation"):
-            if len(self.rows[name]) == 0:
-                raise ValueError(
-                    f"pair {self.name}: {len(labels.ids)} labelled prompts leave the {name} split empty; "
-                    "label more prompts (some hundreds at least)"
-                )
+        self.rows = labels.rows(pair, config)
         position = {key: i for i, key in enumerate(features.ids)}
         self.local = np.asarray([position.get(key, -1) for key in labels.ids])  # position in `features`, -1 = another worker's
         self.weights = class_weights(self.labels, self.rows["train"], config.rebalance).to(self.device)
@@ -276,7 +297,10 @@ class PairTraining:
         self.optimizer.load_state_dict(state.optimizer)
 
     def epoch(self) -> dict[str, Any]:
-        """One pass over the training split and an evaluation; returns the metrics line. `state` is complete afterwards."""
+        """One pass over the training split and an evaluation; returns the metrics line. `state` is complete afterwards.
+
+        DivergedError, on every worker and with the `state` of the epoch before, where the validation loss is not finite.
+        """
         number = self.state.epoch + 1
         seed = int.from_bytes(hashlib.sha256(f"{self.config.seed}/{self.name}/{number}".encode()).digest()[:4], "big")
         order = epoch_order(self.labels, self.rows["train"], self.config.rebalance, np.random.default_rng(seed))
@@ -297,13 +321,18 @@ class PairTraining:
             self._sum_gradients()
             self.optimizer.step()
         self.workers.sum(total)
-        line = {"pair": self.name, "epoch": number, "train_rows": len(order), "train_loss": float(total) / len(order)}
+        line: dict[str, Any] = {"pair": self.name, "epoch": number, "train_rows": len(order), "train_loss": float(total) / len(order)}
         logits_NK = self.logits()
         for split in ("train", "validation"):
             rows = self.rows[split]
             targets = torch.from_numpy(self.labels[rows])
             if split == "validation":
                 line["validation_loss"] = float(F.cross_entropy(logits_NK[rows], targets))
+                if not math.isfinite(line["validation_loss"]):
+                    raise DivergedError(
+                        f"pair {self.name}, epoch {number}: the validation loss is {line['validation_loss']}; "
+                        f"lower --learning-rate, it is {self.config.learning_rate:g}"
+                    )
             line[f"{split}_accuracy"] = float((logits_NK[rows].argmax(-1) == targets).float().mean())
         self._close_epoch(number, line)
         return line
@@ -342,7 +371,7 @@ class PairTraining:
         state = self.state
         state.epoch = number
         state.model = _copy(self.model.state_dict())
-        state.optimizer = copy.deepcopy(self.optimizer.state_dict())
+        state.optimizer = _copy(self.optimizer.state_dict())
         if line["validation_loss"] < state.best_loss:
             state.best_loss, state.best_model, state.stale = line["validation_loss"], state.model, 0
         else:
@@ -356,8 +385,13 @@ class PairTraining:
         return self.logits()
 
 
-def _copy(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().cpu().clone() for name, tensor in state.items()}
+def _copy(value: Any) -> Any:
+    """A copy with every tensor on the CPU, whatever dictionaries and lists it lies in: a process without a GPU reads it too."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, Mapping):
+        return {key: _copy(part) for key, part in value.items()}
+    return [_copy(part) for part in value] if isinstance(value, list) else value
 
 
 HEADS = ("kv_cache", "mean_pooled")
@@ -407,7 +441,10 @@ def train(
     device: torch.device | str = "cpu",
     heads: Sequence[str] = HEADS,
 ) -> TrainState:
-    """Fit every head of every pair. Goes on from `state`; `on_epoch(state, line)` is called after each epoch (a checkpoint's moment)."""
+    """Fit every head of every pair. Goes on from `state`; `on_epoch(state, line)` is called after each epoch (a checkpoint's moment).
+
+    DivergedError where a validation loss is not finite.
+    """
     state = state or TrainState()
     for pair, (high, low) in enumerate(labels.pairs):
         for head in heads:
@@ -416,7 +453,7 @@ def train(
                 continue
             model = make_head(head, features.dim, num_heads, config.dropout, config.seed, pair)
             training = PairTraining(model, labels, pair, features, config, workers, device)
-            if key in state.fits:
+            if key in state.fits and state.fits[key].epoch > 0:
                 training.restore(state.fits[key])
             state.fits[key] = training.state
             while not training.state.done:
@@ -569,7 +606,7 @@ def artefact(
         labels_fingerprint=labels.fingerprint(),
         training=asdict(config),
     )
-    metrics = evaluate(labels, labels.splits(config.seed), state.logits, config.seed)
+    metrics = evaluate(labels, labels.splits(config), state.logits, config.seed)
     files = artefact_files(described, states)
     finishing = files.pop("config.json")  # last: a folder without it is not finished
     files |= {

@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import ray
 import torch
+import tyro
 
 from jobs.train import TrainJob, main
-from pmpd import tables, training
+from pmpd import farm, ray_training, tables, training
 from pmpd.classifier import load_artefact
-from pmpd.ray_training import FEATURE_COLUMNS, Fleet, LabelSource, RaggedCollate, fit, read_labels
+from pmpd.ray_training import FEATURE_COLUMNS, Fleet, LabelSource, RaggedCollate, fit, read_labels, search
 from pmpd.schedulers import KVCacheScheduler
-from pmpd.training import TrainConfig
+from pmpd.training import DivergedError, TrainConfig, TrainState, features_from_table
 
 from .test_training import DIM, made_up
 
@@ -84,6 +88,9 @@ def test_collate_keeps_the_ragged_rows_exactly(dataset):
         (Fleet(4), {"CPU": 4}, "needs 5 CPUs.*has 4; use --num-workers 3"),
         (Fleet(2, gpus_per_worker=1), {"CPU": 8, "GPU": 1}, "needs 2 GPUs.*has 1; use --gpus-per-worker 0"),
         (Fleet(0), {"CPU": 8}, "at least one worker"),
+        (Fleet(1, gpus_per_worker=-1), {"CPU": 8}, "--gpus-per-worker -1: 0, a fraction"),
+        (Fleet(1, gpus_per_worker=1.5), {"CPU": 8, "GPU": 8}, "--gpus-per-worker 1.5: 0, a fraction"),
+        (Fleet(1, gpus_per_worker=float("nan")), {"CPU": 8}, "--gpus-per-worker nan"),
     ],
 )
 def test_a_cluster_too_small_is_refused_with_the_cure(fleet, resources, reason):
@@ -94,10 +101,102 @@ def test_a_cluster_too_small_is_refused_with_the_cure(fleet, resources, reason):
 
 def test_a_labels_folder_without_kv_heads_asks_for_them(dataset, tmp_path):
     assert LabelSource.open(dataset) == LabelSource(dataset, "m1", HEADS)
+    shutil.copytree(tables.data_folder(dataset), tmp_path / "data")
     with pytest.raises(ValueError, match="--num-heads"):
         LabelSource.open(str(tmp_path))
-    with pytest.raises(ValueError, match="no Parquet"):
-        read_labels(LabelSource.open(str(tmp_path), 2).path)
+    assert LabelSource.open(str(tmp_path), 3) == LabelSource(str(tmp_path), None, 3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"data_path": "nothing"}, r"--data-path .*nothing: no labels there; .*jobs/label\.py"),
+        ({"precisions": "4,x"}, r"--precisions 4,x: bit widths"),
+        ({"precisions": "3,4"}, r"--precisions 3,4: bit widths"),
+        ({"precisions": "4,2"}, r"wanted \[\(4, 2\)\]"),
+        ({"tune": -1}, "--tune -1"),
+        ({"training": TrainConfig(split_shares=(0.999, 0.001, 0.0))}, "pair 4-3: .*leave the validation split empty"),
+    ],
+    ids=str,
+)
+def test_what_the_user_can_cure_is_told_before_ray_starts(dataset, tmp_path, monkeypatch, changes, reason):
+    monkeypatch.setattr(farm, "connect", lambda: pytest.fail("Ray was started"))
+    with pytest.raises(ValueError, match=reason):
+        main(replace(TrainJob(dataset, str(tmp_path)), **changes))
+
+
+def test_the_flags_have_the_seed_s_names():
+    flags = "--num-train-epochs 7 --learning-rate 0.5 --weight-decay 0.25 --gradient-accumulation-steps 3 --precisions 4,3"
+    job = tyro.cli(TrainJob, args=f"{flags} --data-path here --output-dir there --split-shares 0.6 0.2 0.2".split())
+    assert job == TrainJob(
+        "here",
+        "there",
+        precisions="4,3",
+        training=TrainConfig(
+            num_train_epochs=7, learning_rate=0.5, weight_decay=0.25, gradient_accumulation_steps=3, split_shares=(0.6, 0.2, 0.2)
+        ),
+    )
+
+
+def test_a_submitted_job_reads_and_writes_below_home(dataset, tmp_path, monkeypatch):
+    """Ray deletes the copy of the working directory that a submitted job runs in."""
+    deleted, home = tmp_path / "runtime_resources" / "working_dir_files" / "package", tmp_path / "home"
+    deleted.mkdir(parents=True)
+    shutil.copytree(dataset, home / "in")
+    monkeypatch.chdir(deleted)
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setattr(farm, "connect", lambda: None)
+    monkeypatch.setattr(Fleet, "check", lambda fleet: None)
+    given = []
+
+    def fit_alone(data_path, labels, num_heads, config, fleet, output_dir):
+        given.append((data_path, output_dir))
+        return training.train(labels, features_from_table(tables.read_table(data_path)), num_heads, config)
+
+    monkeypatch.setattr("jobs.train.fit", fit_alone)
+    main(TrainJob("in", "out", training=replace(CONFIG, num_train_epochs=1)))
+    assert given == [(str(home / "in"), str(home / "out"))]
+    assert (home / "out" / "scheduler" / "config.json").exists()
+    assert not any(deleted.iterdir())
+
+
+def test_an_artefact_is_replaced_as_a_whole(dataset, tmp_path, monkeypatch):
+    """Interrupted while it writes over an earlier artefact, the folder is an unfinished one, not weights of two trainings."""
+    monkeypatch.setattr(farm, "connect", lambda: None)
+    monkeypatch.setattr(Fleet, "check", lambda fleet: None)
+    monkeypatch.setattr("jobs.train.fit", lambda data_path, labels, num_heads, config, fleet, output_dir: trained(config))
+    job = TrainJob(dataset, str(tmp_path), training=replace(CONFIG, num_train_epochs=1))
+    main(job)
+    (tmp_path / "scheduler" / "tune.json").write_text("[]")
+    write, written = tables.write_bytes, []
+
+    def stop_after_one(path, content):
+        if written:
+            raise OSError("disk full")
+        written.append(path)
+        write(path, content)
+
+    monkeypatch.setattr(tables, "write_bytes", stop_after_one)
+    with pytest.raises(OSError, match="disk full"):
+        main(replace(job, training=replace(job.training, seed=1)))
+    left = {path.name for path in (tmp_path / "scheduler").iterdir()}
+    assert "classifier_4_3.safetensors" in left
+    assert not left & {"config.json", "tune.json"}
+
+
+def trained(config: TrainConfig) -> TrainState:
+    labels, features = made_up(120)
+    return training.train(labels, features, HEADS, config)
+
+
+def test_a_checkpoint_of_a_worker_with_a_gpu_is_read_without_one(monkeypatch):
+    monkeypatch.setattr(torch.serialization, "_package_registry", list(torch.serialization._package_registry))
+    torch.serialization.register_package(1, lambda storage: "cuda:0", lambda storage, place: None)  # all that is saved says so
+    content = io.BytesIO()
+    torch.save(TrainState(logits={"kv_cache/4-3": torch.ones(2, 4)}).to_plain(), content)
+    with pytest.raises(RuntimeError, match="is_available"):
+        torch.load(io.BytesIO(content.getvalue()), weights_only=True)
+    assert ray_training._state(content.getvalue()).logits["kv_cache/4-3"].device.type == "cpu"
 
 
 def test_the_job_writes_an_artefact_that_schedules_and_a_second_run_returns_it(dataset, tmp_path, local_ray):
@@ -131,13 +230,25 @@ def test_the_job_writes_an_artefact_that_schedules_and_a_second_run_returns_it(d
     assert time.monotonic() - started < took / 3, "a finished training must be returned, not repeated"
 
 
-def kill_when(path: Path, lines: int, find_pid) -> threading.Thread:
-    """SIGKILL the process that `find_pid()` gives as soon as `path` has so many lines."""
+@pytest.mark.slow
+def test_a_training_that_diverges_ends_with_the_cure(dataset, tmp_path, local_ray):
+    with pytest.raises(DivergedError, match=r"pair 4-3, epoch 1: .*lower --learning-rate, it is 1e\+30"):
+        main(TrainJob(dataset, str(tmp_path), training=replace(CONFIG, learning_rate=1e30)))
+    assert not (tmp_path / "scheduler").exists()
+
+
+def history(output: Path) -> list[str]:
+    """Lines of the one run's growing history."""
+    return [line for path in (output / "runs").glob("*.jsonl") for line in path.read_text().splitlines()]
+
+
+def kill_when(output: Path, lines: int, find_pid) -> threading.Thread:
+    """SIGKILL the process that `find_pid()` gives as soon as the run's history has so many lines."""
 
     def wait() -> None:
         deadline = time.monotonic() + 400
         while time.monotonic() < deadline:
-            if path.exists() and len(path.read_text().splitlines()) >= lines:
+            if len(history(output)) >= lines:
                 os.kill(find_pid(), signal.SIGKILL)
                 return
             time.sleep(0.02)
@@ -167,12 +278,11 @@ def train_worker() -> int:
 def test_a_killed_worker_resumes_and_ends_as_an_undisturbed_run(dataset, tmp_path, local_ray):
     labels, features = made_up(120)
     config = TrainConfig(num_train_epochs=8, learning_rate=0.01, batch_size=16)
-    history = tmp_path / "scheduler" / "metrics.jsonl"
-    killer = kill_when(history, 3, train_worker)
+    killer = kill_when(tmp_path, 3, train_worker)
     state = fit(dataset, read_labels(dataset), HEADS, config, Fleet(1), str(tmp_path))
     killer.join()
     alone = training.train(labels, features, HEADS, config)
-    assert len(history.read_text().splitlines()) == len(alone.history())
+    assert len(history(tmp_path)) == len(alone.history())
     for name, logits in alone.logits.items():
         torch.testing.assert_close(state.logits[name], logits, rtol=1e-3, atol=1e-4)
 
@@ -192,23 +302,22 @@ fit(sys.argv[1], read_labels(sys.argv[1]), 2, config, Fleet(1), sys.argv[2])
 def test_a_killed_driver_goes_on_where_it_stopped(dataset, tmp_path):
     command = [sys.executable, "-c", textwrap.dedent(DRIVER), dataset, str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    history = tmp_path / "scheduler" / "metrics.jsonl"
     first = subprocess.Popen(command, cwd=ROOT, env=environment)
-    kill_when(history, 4, lambda: first.pid).join()
+    kill_when(tmp_path, 4, lambda: first.pid).join()
     assert first.wait(60) == -signal.SIGKILL
-    done = len(history.read_text().splitlines())
+    done = len(history(tmp_path))
     labels, features = made_up(120)
     total = len(training.train(labels, features, HEADS, TrainConfig(num_train_epochs=8, learning_rate=0.01, batch_size=16)).history())
     assert 4 <= done < total
-    first_written = history.read_text().splitlines()[:3]
+    first_written = history(tmp_path)[:3]
     subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=300)
-    lines = history.read_text().splitlines()
+    lines = history(tmp_path)
     assert len(lines) == total
     assert lines[:3] == first_written, "the epochs before the kill were trained again"
 
 
 @pytest.mark.slow
-def test_tune_searches_and_keeps_the_best_by_validation_loss(dataset, tmp_path, local_ray):
+def test_tune_searches_and_keeps_the_best_by_validation_loss(dataset, tmp_path, local_ray, monkeypatch):
     main(TrainJob(dataset, str(tmp_path), tune=3, training=CONFIG))
     trials = json.loads((tmp_path / "scheduler" / "tune.json").read_text())
     losses = [trial["validation_loss"] for trial in trials]
@@ -217,3 +326,21 @@ def test_tune_searches_and_keeps_the_best_by_validation_loss(dataset, tmp_path, 
     trained = json.loads((tmp_path / "scheduler" / "config.json").read_text())["training"]
     assert trained["learning_rate"] == trials[0]["learning_rate"]
     assert trained["dropout"] == trials[0]["dropout"]
+    labels = read_labels(dataset)
+    with monkeypatch.context() as patch:
+        patch.setattr(ray_training, "_run_trials", lambda *_: pytest.fail("the same search was done again"))
+        assert search(dataset, labels, HEADS, CONFIG, 3, str(tmp_path))[1] == trials
+    (found,) = (tmp_path / "runs").glob("tune-*.json")
+    found.unlink()  # as a driver leaves it that was killed in the search
+    monkeypatch.setattr(ray_training, "train", lambda *_, **options: pytest.fail("a finished trial was done again"))
+    assert search(dataset, labels, HEADS, CONFIG, 3, str(tmp_path))[1] == trials
+
+
+@pytest.mark.slow
+def test_two_workers_of_ray_fit_what_one_process_does(dataset, tmp_path, local_ray):
+    config = replace(CONFIG, dropout=0.0)
+    state = fit(dataset, read_labels(dataset), HEADS, config, Fleet(2, cpus_per_worker=0.5), str(tmp_path))
+    alone = trained(config)
+    assert [line["epoch"] for line in state.history()] == [line["epoch"] for line in alone.history()]
+    for name, logits in alone.logits.items():
+        torch.testing.assert_close(state.logits[name], logits, rtol=1e-3, atol=1e-3)

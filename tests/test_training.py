@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import io
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -102,12 +102,14 @@ def test_batches_are_zero_padded_and_hold_their_rows():
 
 def test_the_split_is_by_prompt_and_does_not_depend_on_the_other_rows():
     labels, _ = made_up(2000)
-    splits = dict(zip(labels.ids, labels.splits(0), strict=True))
+    splits = dict(zip(labels.ids, labels.splits(TrainConfig()), strict=True))
     shares = np.bincount(list(splits.values())) / 2000
     assert np.allclose(shares, [0.8, 0.1, 0.1], atol=0.03)
     part = Labels(labels.ids[::3], labels.pairs, labels.labels[::3])
-    assert dict(zip(part.ids, part.splits(0), strict=True)).items() <= splits.items()
-    assert (labels.splits(0) != labels.splits(1)).any()
+    assert dict(zip(part.ids, part.splits(TrainConfig()), strict=True)).items() <= splits.items()
+    assert (labels.splits(TrainConfig()) != labels.splits(TrainConfig(seed=1))).any()
+    halves = labels.splits(TrainConfig(split_shares=(0.5, 0.5, 0.0)))
+    assert np.allclose(np.bincount(halves, minlength=3) / 2000, [0.5, 0.5, 0], atol=0.03)
 
 
 def test_only_the_training_split_is_rebalanced():
@@ -122,8 +124,8 @@ def test_only_the_training_split_is_rebalanced():
     assert torch.allclose(weights[torch.from_numpy(column[rows])].mean(), torch.tensor(1.0))
     labels, features = made_up()
     state = training.train(labels, features, 2, CONFIG)
-    report = training.evaluate(labels, labels.splits(0), state.logits)
-    assert sum(report["4-3"]["test"]["label_counts"]) == (labels.splits(0) == 2).sum()
+    report = training.evaluate(labels, labels.splits(TrainConfig()), state.logits)
+    assert sum(report["4-3"]["test"]["label_counts"]) == (labels.splits(TrainConfig()) == 2).sum()
 
 
 @pytest.mark.parametrize("rebalance", ["oversample", "weights"])
@@ -131,11 +133,28 @@ def test_a_two_class_toy_problem_is_learned_by_both_pairs(rebalance):
     labels, features = made_up(240)
     config = TrainConfig(num_train_epochs=8, learning_rate=0.01, batch_size=16, rebalance=rebalance)
     state = training.train(labels, features, 2, config, heads=["kv_cache"])
-    report = training.evaluate(labels, labels.splits(0), state.logits)
+    report = training.evaluate(labels, labels.splits(TrainConfig()), state.logits)
     for pair in ("4-3", "3-2"):
         learned, majority = (report[pair]["test"]["policies"][name]["accuracy"] for name in ("learned", "majority"))
         assert learned >= 0.9, (pair, learned)
         assert majority < 0.75
+
+
+def fitted(**changes) -> training.TrainState:
+    labels, features = made_up()
+    return training.train(labels, features, 2, replace(CONFIG, **changes), heads=["mean_pooled"])
+
+
+def test_accumulated_micro_batches_step_as_one_large_batch():
+    """The loss is a mean over the rows of a step, so four times 16 rows are 64 rows; they are not four steps."""
+    large, accumulated, small = (fitted(batch_size=size, gradient_accumulation_steps=n) for size, n in ((64, 1), (16, 4), (16, 1)))
+    torch.testing.assert_close(accumulated.logits["mean_pooled/4-3"], large.logits["mean_pooled/4-3"], rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(accumulated.logits["mean_pooled/4-3"], small.logits["mean_pooled/4-3"], atol=1e-2)
+
+
+def test_weight_decay_pulls_the_weights_towards_zero():
+    free, decayed = (fitted(weight_decay=decay).fits["mean_pooled/4-3"].model["head.weight"].norm() for decay in (0.0, 5.0))
+    assert decayed < 0.8 * free
 
 
 def test_training_is_deterministic_on_cpu():
@@ -224,7 +243,7 @@ def test_early_stopping_keeps_the_weights_of_the_lowest_validation_loss():
     losses = [line["validation_loss"] for line in fit.history]
     assert len(losses) < 60, "nothing can be learned from noise, so it must stop early"
     assert len(losses) - 1 - int(np.argmin(losses)) == 3
-    rows = np.nonzero(labels.splits(0) == 1)[0]
+    rows = np.nonzero(labels.splits(TrainConfig()) == 1)[0]
     loss = torch.nn.functional.cross_entropy(state.logits["kv_cache/4-3"][rows], torch.from_numpy(labels.labels[rows, 0]))
     assert loss == pytest.approx(min(losses), abs=1e-6)
 
@@ -233,9 +252,26 @@ def test_rows_without_a_label_for_a_pair_are_left_out_of_that_pair():
     labels, features = made_up()
     labels.labels[:40, 1] = training.NO_LABEL
     state = training.train(labels, features, 2, TrainConfig(num_train_epochs=1), heads=["mean_pooled"])
-    report = training.evaluate(labels, labels.splits(0), state.logits)
+    report = training.evaluate(labels, labels.splits(TrainConfig()), state.logits)
     assert sum(split["rows"] for split in report["4-3"].values()) == 120
     assert sum(split["rows"] for split in report["3-2"].values()) == 80
+
+
+def test_a_training_that_diverges_says_so_and_its_state_goes_on():
+    labels, features = made_up()
+    state = training.TrainState()
+    with pytest.raises(training.DivergedError, match=r"pair 4-3, epoch 1: the validation loss is .*lower --learning-rate, it is 1e\+30"):
+        training.train(labels, features, 2, replace(CONFIG, learning_rate=1e30), state=state)
+    state = training.TrainState.from_plain(state.to_plain())
+    resumed = training.train(labels, features, 2, CONFIG, state=state, heads=["kv_cache"])
+    assert resumed.history() == training.train(labels, features, 2, CONFIG, heads=["kv_cache"]).history()
+
+
+def test_labels_that_are_no_class_are_refused():
+    labels, features = made_up(20)
+    labels.labels[3, 1] = 7
+    with pytest.raises(ValueError, match=r"\[7\] are no classes, those are 0 to 3"):
+        training.labels_from_table(table(labels, features))
 
 
 def test_measures_by_hand():
@@ -262,10 +298,46 @@ def test_every_baseline_is_reported_and_the_oracle_is_one():
     assert low < 0.6 < high
 
 
-def test_settings_out_of_range_are_refused():
-    for bad in ({"learning_rate": 0}, {"num_train_epochs": 0}, {"dropout": 1.0}, {"rebalance": "some"}):
-        with pytest.raises(ValueError, match=next(iter(bad))):
-            TrainConfig(**bad)
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"learning_rate": 0},
+        {"learning_rate": float("nan")},
+        {"learning_rate": float("inf")},
+        {"weight_decay": float("nan")},
+        {"num_train_epochs": 0},
+        {"dropout": 1.0},
+        {"rebalance": "some"},
+        {"split_shares": (0.8, 0.1)},
+        {"split_shares": (0.9, 0.0, 0.1)},
+        {"split_shares": (0.8, 0.1, 0.2)},
+        {"split_shares": (0.8, float("nan"), 0.2)},
+    ],
+    ids=str,
+)
+def test_settings_out_of_range_are_refused(bad):
+    with pytest.raises(ValueError, match=next(iter(bad))):
+        TrainConfig(**bad)
+
+
+def test_a_pair_with_too_few_labels_is_refused():
     labels, features = made_up(3)
     with pytest.raises(ValueError, match="label more prompts"):
-        training.train(labels, features, 2, copy.copy(CONFIG))
+        training.train(labels, features, 2, CONFIG)
+    labels, _ = made_up()
+    labels.labels[labels.splits(CONFIG) == 1, 1] = training.NO_LABEL
+    assert len(labels.rows(0, CONFIG)["validation"]) > 0
+    with pytest.raises(ValueError, match=r"pair 3-2: .*leave the validation split empty"):
+        labels.rows(1, CONFIG)
+
+
+def test_the_artefact_reports_both_heads_beside_the_baselines():
+    labels, features = made_up()
+    config = replace(CONFIG, num_train_epochs=1, split_shares=(0.6, 0.2, 0.2))
+    files, metrics = training.artefact(labels, training.train(labels, features, 2, config), 2, config, "m1")
+    assert list(files)[-1] == "config.json", "a folder without it is not finished"
+    for splits in metrics.values():
+        for name, report in splits.items():
+            heads = {"learned", "mean_pooled"}
+            assert set(report["policies"]) == heads | {"majority", "random", "oracle"} | {f"static_{k}" for k in range(4)}
+            assert report["rows"] == (labels.splits(config) == training.SPLITS.index(name)).sum()
