@@ -36,6 +36,10 @@ class ReportJob:
     seed: int = 0
     """Seed of the resamples."""
 
+    def __post_init__(self) -> None:
+        if "://" in self.output_dir:
+            raise ValueError(f"--output-dir {self.output_dir}: a report is written to a local folder; copy it from there")
+
 
 def main(job: ReportJob, console: Console | None = None) -> Path:
     """Writes the report; the path of its page. ValueError for anything the user can cure."""
@@ -68,6 +72,9 @@ def main(job: ReportJob, console: Console | None = None) -> Path:
     tables.write_manifest(dataset, tables.SCORES, settings, table="scores", complete=True, counts=counts, seconds=seconds)
     for folder in unfinished(sources):
         console.print(f"note: {folder} is not complete; run its jobs/generate.py again to finish it", soft_wrap=True)
+    for comparison in comparisons:
+        for name, run in comparison.unanswered.items():
+            console.print(f"note: {comparison.benchmark}: all {len(run.errors)} turns of {name} failed; it is in no number of the report")
     if counts["errors"]:
         console.print(f"note: {counts['errors']} of {len(rows)} turns failed and are left out of the scores; the page counts them by run")
     console.print(f"report:  {written['report.html']}\nscores:  {tables.data_folder(dataset)}", soft_wrap=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 CSS = """
 :root { color-scheme: light dark; --paper: #ffffff; --panel: #f5f7f9; --ink: #1c2733; --soft: #566472; --grid: #d5dbe1; --link: #005a9c;
-  --p16: #e3e6ea; --p8: #d9d2ee; --p4: #b9d9f3; --p3: #c4ecd9; --p2: #fde3b0; --good: #00664a; --bad: #a33b00; }
+  --p16: #e3e6ea; --p8: #d9d2ee; --p7: #f3d3ea; --p6: #cdd3fb; --p5: #bdeef2; --p4: #b9d9f3; --p3: #c4ecd9; --p2: #fde3b0; --good: #00664a; --bad: #a33b00; }
 @media (prefers-color-scheme: dark) { :root { --paper: #12171d; --panel: #1b222a; --ink: #e6ebf0; --soft: #a3b0bd; --grid: #38434f; --link: #7cc0ff;
-  --p16: #3b444e; --p8: #473a6e; --p4: #174a75; --p3: #0f5540; --p2: #6b4a0a; --good: #5fd3ac; --bad: #ffa36b; } }
+  --p16: #3b444e; --p8: #473a6e; --p7: #6b2f5a; --p6: #2f3a8c; --p5: #0b5660; --p4: #174a75; --p3: #0f5540; --p2: #6b4a0a; --good: #5fd3ac; --bad: #ffa36b; } }
 * { box-sizing: border-box; }
 html { -webkit-text-size-adjust: 100%; }
 body { margin: 0; background: var(--paper); color: var(--ink); font: 16px/1.55 system-ui, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; }
@@ -52,7 +52,9 @@ select:focus-visible, button:focus-visible, summary:focus-visible, a:focus-visib
 .answer { background: var(--paper); border-radius: .3rem; padding: .7rem .85rem; min-width: 0; }
 .answer h4 { margin: 0; font-size: .98rem; } .answer .text { white-space: pre-wrap; overflow-wrap: anywhere; margin-top: .5rem; line-height: 1.75; }
 .text span { padding: .1em 0; color: var(--ink); }
-.b16 { background: var(--p16); } .b8 { background: var(--p8); } .b4 { background: var(--p4); }
+.b16 { background: var(--p16); } .b8 { background: var(--p8); } .b7 { background: var(--p7); border-bottom: 2px double var(--soft); }
+.b6 { background: var(--p6); border-bottom: 2px dashed var(--soft); } .b5 { background: var(--p5); border-bottom: 1px solid var(--soft); }
+.b4 { background: var(--p4); }
 .b3 { background: var(--p3); border-bottom: 2px dotted var(--soft); } .b2 { background: var(--p2); border-bottom: 2px solid var(--soft); }
 .key { display: flex; flex-wrap: wrap; gap: .5rem; margin: .8rem 0 0; font-size: .85rem; } .key span { padding: .1rem .6rem; border-radius: .2rem; }
 .prompt { white-space: pre-wrap; overflow-wrap: anywhere; background: var(--paper); border-radius: .3rem; padding: .6rem .85rem; margin-top: .9rem;
@@ -60,8 +62,9 @@ select:focus-visible, button:focus-visible, summary:focus-visible, a:focus-visib
 footer { padding-top: 1.5rem; padding-bottom: 3rem; }
 @media (max-width: 40rem) { h1 { font-size: 1.4rem; } h2 { font-size: 1.2rem; } th, td { padding: .34rem .5rem; }
   tbody th:first-child { min-width: 6.6rem; max-width: 9rem; white-space: normal; overflow-wrap: break-word; } }
-@media print { :root { --paper: #fff; --panel: #fff; --ink: #000; --soft: #333; --grid: #bbb; } body { font-size: 10.5pt; }
-  .controls, nav { display: none; } .scroll { overflow: visible; border: 0; } th, td { padding: .2rem .35rem; font-size: 8pt; white-space: normal; }
+@page { margin: 10mm; }
+@media print { main, header, footer { padding: 0; } :root { --paper: #fff; --panel: #fff; --ink: #000; --soft: #333; --grid: #bbb; } body { font-size: 10.5pt; }
+  .controls, nav { display: none; } .scroll { overflow: visible; border: 0; } th, td { padding: .2rem .2rem; font-size: 7pt; white-space: normal; } .ci { font-size: 6.5pt; }
   h2 { break-after: avoid; } .answer, .prompt { border: 1px solid #bbb; max-height: none; } .text span { print-color-adjust: exact; -webkit-print-color-adjust: exact; } }
 """
 

@@ -170,10 +170,16 @@ def _counts(comparison: Comparison) -> str:
     failed = {run.name: len(run.errors) for run in comparison.runs.values() if run.errors and run.kind != "oracle"}
     left_out = len(set().union(*(set(run.rows) | set(run.errors) for run in comparison.runs.values())) - set(comparison.shared))
     text = f"{len(comparison.shared)} turns of {questions} questions, answered by all {len(comparison.runs)} runs"
+    lost = "".join(f" {_unanswered(run)}" for run in comparison.unanswered.values())
     if not left_out:
-        return text + "; none failed or was left out."
+        return text + "; none failed or was left out." + lost
     errors = f" ({', '.join(f'{count} failed in {name}' for name, count in failed.items())})" if failed else ""
-    return text + f"; {left_out} turns are left out of every number, because not all runs have an answer to them{errors}."
+    return text + f"; {left_out} turns are left out of every number, because not all runs have an answer to them{errors}." + lost
+
+
+def _unanswered(run: Run) -> str:
+    first = next(iter(run.errors.values())).splitlines()[0]
+    return f"{run.name} is in no number, since all its {len(run.errors)} turns failed, the first with: {first}."
 
 
 def _cards(comparison: Comparison, scores: Sequence[Mapping[str, Any]]) -> str:
@@ -203,13 +209,40 @@ def _signed(value: float) -> str:
     return f"{value:+.3f}".replace("-", "−")
 
 
+def _difference(row: Mapping[str, Any], which: str = "") -> tuple[str, str, str] | None:
+    """A paired difference, the ends of its interval, as text. `which`: "" to the highest width, "nearest_" to that of nearest bits."""
+    if row.get(f"{which}difference") is None:
+        return None
+    value, low, high = (_signed(row[f"{which}difference{end}"]) for end in ("", "_low", "_high"))
+    return value, low, high
+
+
+def _difference_cell(row: Mapping[str, Any], which: str = "") -> str:
+    """Coloured where the interval excludes zero."""
+    difference = _difference(row, which)
+    if difference is None:
+        return "–"
+    sure = "worse" if row[f"{which}difference_high"] < 0 else "better" if row[f"{which}difference_low"] > 0 else ""
+    return f"<span class='{sure}'>{difference[0]}</span><br><span class='ci'>{difference[1]} to {difference[2]}</span>"
+
+
+def _nearest(row: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
+    """Which uniform run is nearest in average bits, and how many more or fewer this one has."""
+    name = row.get("nearest_uniform")
+    if name is None:
+        return ""
+    bits = next(other["average_bits"] for other in rows if other["run"] == name)
+    return f"to {name} ({_signed(row['average_bits'] - bits)} bits)"
+
+
 def _table(comparison: Comparison, report: Report, scores: Sequence[Mapping[str, Any]]) -> str:
     metric, against = main_metric(comparison, scores)
     rows = [row for row in scores if (row["metric"], row["against"], row["turn"]) == (metric, against, None)]
     high = f"{comparison.high_bits} bit"
     titles = (
         "Run", "Average<br>bits", f"{METRIC_LABELS[metric]}<br>and 95 % interval", f"Difference to<br>uniform {high}",
-        f"Decode time<br>to {high}", "Decode time<br>to 16 bit", "Exact<br>answers", "Ended<br>by itself", "Turns", "Failed", "Source",
+        "Difference to uniform<br>of nearest bits", f"Decode time<br>to {high}", "Decode time<br>to 16 bit", "Exact<br>answers",
+        "Ended<br>by itself", "Turns", "Failed", "Source",
     )  # fmt: skip
     head = "".join(f"<th scope='col'>{title}</th>" for title in titles)
     exact = {row["run"]: row["value"] for row in scores if row["metric"] == "exact_match" and row["turn"] is None}
@@ -217,15 +250,12 @@ def _table(comparison: Comparison, report: Report, scores: Sequence[Mapping[str,
     for row in rows:
         run = comparison.runs[row["run"]]
         _, color, _ = KINDS.get(run.kind, ("", "#5f6b76", ""))
-        difference = row.get("difference")
-        sure = "" if difference is None else "worse" if row["difference_high"] < 0 else "better" if row["difference_low"] > 0 else ""
+        nearest = _nearest(row, rows)
         cells = [
             _number(row["average_bits"], 3),
             f"{row['value']:.4f}<br><span class='ci'>{row['low']:.3f} to {row['high']:.3f}</span>",
-            "–"
-            if difference is None
-            else f"<span class='{sure}'>{_signed(difference)}</span><br>"
-            f"<span class='ci'>{_signed(row['difference_low'])} to {_signed(row['difference_high'])}</span>",
+            _difference_cell(row),
+            _difference_cell(row, "nearest_") + (f"<br><span class='ci'>{html.escape(nearest)}</span>" if nearest else ""),
             _number(row["decode_time_ratio"], 2, "×"),
             _number(row["decode_time_ratio_16"], 2, "×"),
             _number(None if run.name not in exact else 100 * exact[run.name], 0, " %"),
@@ -238,7 +268,8 @@ def _table(comparison: Comparison, report: Report, scores: Sequence[Mapping[str,
         lines.append(f"<tr><th scope='row'>{name}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>")
     note = (
         f"Against the {AGAINST_LABELS[against]}. Average bits: mean over decode forwards. Decode time: speed model, forwards by precision "
-        "× measured seconds of one. Differences are paired by question; coloured where the 95 % interval excludes zero. The oracle chose, "
+        "× measured seconds of one. Differences are paired by question; coloured where the 95 % interval excludes zero. Whether mixing "
+        "precisions is worth it at equal cost is the difference to the uniform run of nearest average bits. The oracle chose, "
         "with hindsight, the cheapest of the static plans that is as good as never switching, per conversation."
     )
     return (
@@ -392,19 +423,20 @@ def _markdown(comparison: Comparison, report: Report, drawn: Mapping[str, tuple[
         "",
         f"{METRIC_LABELS[metric]} against the {AGAINST_LABELS[against]}; in brackets the 95 % interval.",
         "",
-        f"| run | average bits | {METRIC_LABELS[metric]} | difference to uniform {high} | decode time to {high} | to 16 bit | turns "
+        f"| run | average bits | {METRIC_LABELS[metric]} | difference to uniform {high} | difference to uniform of nearest bits "
+        f"| decode time to {high} | to 16 bit | turns "
         "| failed |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|",
     ]
     for row in rows:
-        difference = "–"
-        if row.get("difference") is not None:
-            difference = f"{_signed(row['difference'])} [{_signed(row['difference_low'])}, {_signed(row['difference_high'])}]"
+        differences = [_difference(row, which) for which in ("", "nearest_")]
+        high_difference, nearest_difference = ("–" if d is None else f"{d[0]} [{d[1]}, {d[2]}]" for d in differences)
         cells = (
             row["run"],
             _number(row["average_bits"], 3),
             f"{row['value']:.4f} [{row['low']:.3f}, {row['high']:.3f}]",
-            difference,
+            high_difference,
+            f"{nearest_difference} {_nearest(row, rows)}".rstrip(),
             _number(row["decode_time_ratio"], 2, "×"),
             _number(row["decode_time_ratio_16"], 2, "×"),
             str(row["rows"]),

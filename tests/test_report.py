@@ -85,6 +85,35 @@ def test_the_table_shows_the_scores_as_they_are(made, page: str) -> None:
         assert f"{row['low']:.3f} to {row['high']:.3f}" in line
 
 
+def test_mixing_is_compared_with_uniform_at_nearest_bits_on_page_and_in_markdown(made, page: str) -> None:
+    report, written = made
+    table = page[page.index('id="demo-runs"') : page.index("</table>", page.index('id="demo-runs"'))]
+    rows = {
+        row["run"]: row for row in report.scores if (row["metric"], row["against"], row["turn"]) == ("rouge_l", "reference_output", None)
+    }
+    for row in rows.values():
+        line = table[table.index(f"</span>{row['run']}</th>") :].partition("</tr>")[0]
+        (listed,) = [text for text in written["report.md"].read_text().splitlines() if text.startswith(f"| {row['run']} |")]
+        if row["kind"] in ("fp", "uniform"):
+            assert "bits)" not in line + listed
+            continue
+        bits, other = row["average_bits"], rows[row["nearest_uniform"]]
+        low, value, high = (f"{row[f'nearest_difference{end}']:+.3f}".replace("-", "−") for end in ("_low", "", "_high"))
+        to = f"to {other['run']} ({bits - other['average_bits']:+.3f} bits)".replace("-0", "−0")
+        assert f">{value}</span><br><span class='ci'>{low} to {high}</span><br><span class='ci'>{to}</span>" in line
+        assert f"| {value} [{low}, {high}] {to} |" in listed
+
+
+def test_every_precision_has_its_own_colour() -> None:
+    from pmpd.page import CSS
+
+    rules = {bits: re.search(rf"\.b{bits} {{ background: (var\(--p{bits}\));", CSS) for bits in (*range(2, 9), 16)}
+    assert all(rules.values()), rules
+    for scheme in CSS.split("@media (prefers-color-scheme: dark)")[:2]:
+        colours = dict(re.findall(r"--p(\d+): (#\w+);", scheme))
+        assert len(set(colours.values())) == len(rules)
+
+
 def test_every_number_has_its_source_and_the_manifest_is_there(page: str) -> None:
     assert page.count('<a href="#source-1">[1]</a>') == 11, "all runs but the oracle, which is derived"
     assert 'id="source-1"' in page
@@ -113,6 +142,16 @@ def test_excluded_turns_are_told_at_the_top(tmp_path: Path) -> None:
     sentence = "1 turns are left out of every number, because not all runs have an answer to them (1 failed in random-0)."
     assert sentence in written["report.html"].read_text()
     assert sentence in written["report.md"].read_text()
+
+
+def test_a_run_that_failed_as_a_whole_is_named_and_the_others_are_reported(tmp_path: Path) -> None:
+    lost = {"error": "RuntimeError: boom\nTraceback", "output_text": None, "output_ids": None, "precision_trace": None}
+    rows = [{**row, **lost} if row["run"] == "random-0" else row for row in generation_rows(questions=6, two_turns=2)]
+    report, written = make_report(tmp_path, rows)
+    sentence = "random-0 is in no number, since all its 8 turns failed, the first with: RuntimeError: boom."
+    assert sentence in written["report.html"].read_text()
+    assert sentence in written["report.md"].read_text()
+    assert {row["rows"] for row in report.scores if row["against"] == "reference_output" and row["turn"] is None} == {8}
 
 
 def test_a_benchmark_without_anything_to_compare_with_says_what_to_run(tmp_path: Path) -> None:
@@ -152,6 +191,8 @@ def test_the_job_reads_folders_writes_scores_and_refuses_a_mixture(tmp_path: Pat
     scores = tables.read_table(tmp_path / "out" / "scores").to_pylist()
     assert {row["run"] for row in scores} >= {"fp", "uniform-4", "oracle"}
     assert tables.main([str(tmp_path / "out" / "scores")]) == 0
+    with pytest.raises(ValueError, match="--output-dir s3://bucket/report: a report is written to a local folder"):
+        ReportJob((str(tmp_path / "in"),), "s3://bucket/report")
     with pytest.raises(ValueError, match="is there twice"):
         main(ReportJob((str(tmp_path / "in"), str(tmp_path / "in")), str(tmp_path / "out")))
     with pytest.raises(ValueError, match="no generations in it"):
@@ -225,6 +266,25 @@ def test_chromium_shows_figures_table_and_answers_and_requests_nothing_else(page
         server.shutdown()
     assert set(server.requests) <= {"/", "/favicon.ico"}, "the icon is the browser's own idea"
     assert (keep / "report-phone.png").stat().st_size > 20_000
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed (apt-get install chromium)")
+def test_chromium_prints_the_page_with_all_columns(page: str, tmp_path: Path) -> None:
+    (tmp_path / "report.html").write_text(page, encoding="utf-8")
+    printed = tmp_path / "report.pdf"
+    browse((tmp_path / "report.html").as_uri(), tmp_path / "profile", f"--print-to-pdf={printed}")
+    content = printed.read_bytes()
+    assert content.startswith(b"%PDF")
+    assert len(re.findall(rb"/Type\s*/Page\b", content)) >= 3, "figures, tables and provenance do not fit on fewer"
+    # As wide as A4 less its margins, and with the rules of print: what is wider would be cut off.
+    probe = """<script>
+    const widest = Math.max(...[...document.querySelectorAll("table")].map(e => e.getBoundingClientRect().right));
+    document.body.append(Object.assign(document.createElement("pre"), {id: "probe", textContent: widest}));
+    </script></body>"""
+    narrow = page.replace("@media print", "@media screen").replace("</body>", probe).replace("<body>", '<body style="width: 700px">')
+    (tmp_path / "narrow.html").write_text(narrow, encoding="utf-8")
+    dump = browse((tmp_path / "narrow.html").as_uri(), tmp_path / "profile2", "--window-size=1280,2400", "--dump-dom")
+    assert float(re.search(r'<pre id="probe">(.*?)</pre>', dump).group(1)) <= 700
 
 
 def browse(address: str, profile: Path, *options: str) -> str:
