@@ -1124,6 +1124,10 @@ class ModelSource:
     kernel: str | None = None
     trust_remote_code: bool = False
 
+    def __post_init__(self) -> None:
+        if os.path.exists(self.path):  # a worker's working directory may be another; a Hugging Face id stays as it is
+            object.__setattr__(self, "path", os.path.abspath(self.path))
+
     def load(self, place: Place) -> tuple[Any, str]:
         """The model on the worker's device, and that device's name. Where Ray gives out GPUs that torch does not see, the CPU."""
         import torch
