@@ -12,13 +12,15 @@ from typing import Any
 
 import torch
 
+from pmpd import cuda
+
 RESULTS = Path(__file__).parent / "results"
 
 
 def hardware(device: str = "cpu") -> str:
     """GPU name, or processor name with the number of threads torch uses."""
     if device == "cuda":
-        return torch.cuda.get_device_name()
+        return cuda.device_name(torch.device("cuda"))
     name = platform.processor() or platform.machine()
     for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
         if line.startswith("model name"):

@@ -42,8 +42,12 @@ class LinearBenchConfig:
     """Weights of each contender, at least, in bytes."""
     clock: Literal["wall", "cpu"] = "wall"
     """Seconds on the wall, or of processor time of the calling thread (with 1 thread: for a machine that others use)."""
-    name: str = "linear_cpu"
-    """Name of the result file."""
+    name: str | None = None
+    """Name of the result file; default by the number of threads."""
+
+    @property
+    def result_name(self) -> str:
+        return self.name or f"linear_cpu_{self.threads}_thread{'s' * (self.threads != 1)}"
 
 
 def main(config: LinearBenchConfig) -> None:
@@ -67,7 +71,7 @@ def main(config: LinearBenchConfig) -> None:
     for bar in bars:
         print(f"{'met   ' if bar['met'] else 'MISSED'} {bar['bar']}: {bar['measured']:.2f}")
     settings = {"threads": config.threads, "clock": config.clock, "rounds": config.rounds, "kernel": cpu.LEVELS[cpu.active_level()]}
-    print(_record.write(config.name, {**settings, "copy_gb_per_s": bandwidth / 1e9, "rows": rows, "bars": bars}))
+    print(_record.write(config.result_name, {**settings, "copy_gb_per_s": bandwidth / 1e9, "rows": rows, "bars": bars}))
 
 
 def copy_bandwidth(clock: Callable[[], float]) -> float:

@@ -25,6 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from pmpd import cuda
 from pmpd.kernels import bitplanes
 from pmpd.quantize.importance import calibration_samples, squared_gradients
 from pmpd.quantize.kmeans import check_precisions, quantize_rows, weighted_error
@@ -113,7 +114,7 @@ def quantize_checkpoint(
     output folder in use. OSError: the disk is full (what is finished is kept).
     """
     start = time.monotonic()
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or torch.device("cuda" if cuda.available() else "cpu")
     checkpoint, output = Checkpoint(model_path, trust_remote_code), Path(output_dir).absolute()
     dense.check(checkpoint)
     plan = _checked_plan(checkpoint)
