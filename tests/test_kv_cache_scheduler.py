@@ -90,6 +90,18 @@ def test_a_batch_decides_as_its_rows_alone_and_reads_the_features_once(random_fo
         np.testing.assert_allclose(scheduler.last_scores[0], scores[b], rtol=1e-4, atol=1e-6)
 
 
+def test_it_decides_on_the_features_as_the_labels_store_them(random_folder):
+    """Labels hold float16; a row on the edge of two classes must not get another one in generation."""
+    scheduler = KVCacheScheduler(CHAIN, save_dir=random_folder)
+    state, _ = prefilled([3, 40, 7])
+    scheduler.begin(state)
+    scores = scheduler.last_scores
+    keys, values, lengths = state.features()
+    stored = [keys.half().float(), values.half().float(), lengths]
+    scheduler.begin(PrefillState(state.keys, state.max_new_tokens, state.prompt_lengths, lambda: stored))
+    assert np.array_equal(scores, scheduler.last_scores)
+
+
 @pytest.mark.parametrize("max_new_tokens", [1, 2, 3, 64, 100, 256])
 def test_switch_steps_follow_the_classes_of_each_row(folder, max_new_tokens):
     scheduler = KVCacheScheduler([3, 2], save_dir=folder)
