@@ -219,9 +219,8 @@ def time_kernels(device: torch.device, bandwidth: float, shapes: dict[str, tuple
                     for route in ("fused", "dense") if tokens in (1, 32, 64) else ():
                         calls[route] = [lambda m=m, x=x, b=bits, r=route: m.multiply(x, b, r) for m in matrices]
                 if theirs is not None and tokens <= 8:
-                    calls["upstream"] = [
-                        lambda p=packed.planes.clone(), t=packed.tables[bits], x=x, b=bits: theirs(x[None], p, t, b) for _ in matrices
-                    ]
+                    planes = [packed.planes.clone() for _ in matrices]
+                    calls["upstream"] = [lambda p=p, t=packed.tables[bits], x=x, b=bits: theirs(x[None], p, t, b) for p in planes]
                 for impl, some in calls.items():
                     yield row(name, n, k, bits, tokens, impl, median_seconds(some), moved, bandwidth)
             del matrices

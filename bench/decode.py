@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -44,7 +44,7 @@ class RandomLlama:
     def __init__(self, name: str, dense: bool, rows: int, length: int) -> None:
         from bench._cuda import random_weights, twin
         from pmpd.kernels.triton import TritonMatrix
-        from pmpd.lean_cuda import CudaForward, Layer, LlamaWeights
+        from pmpd.lean_cuda import CudaForward, Dense, Layer, LlamaWeights, Weight
 
         hidden, layers, heads, kv_heads, intermediate, vocabulary = SHAPES[name]
         self.dim, self.layers, self.kv_heads, self.head_weights = hidden // heads, layers, kv_heads, vocabulary * hidden
@@ -53,10 +53,10 @@ class RandomLlama:
 
         made: dict[tuple[int, int], TritonMatrix] = {}
 
-        def matrix(n: int, k: int):
+        def matrix(n: int, k: int) -> Weight:
             self.matrix_weights += n * k
             if dense:
-                return (0.02 * torch.randn(n, k, device=device)).half()
+                return Dense((0.02 * torch.randn(n, k, device=device)).half())
             if (n, k) not in made:
                 made[n, k] = TritonMatrix(random_weights(n, k, (4, 3, 2), n, device), torch.float16)
             return twin(made[n, k])
@@ -96,16 +96,17 @@ def buffers_at(rows: int) -> dict[str, torch.Tensor]:
     }
 
 
-def measure_model(name: str, bandwidth: float) -> list[dict]:
-    rows = []
+def measure_model(name: str, bandwidth: float) -> Iterator[dict]:
     for dense in (True, False):
         model = RandomLlama(name, dense, 32, 1024)
-        rows += [measure_step(model, name, bits, batch, bandwidth) for batch in (1, 8, 32) for bits in ((16,) if dense else (4, 3, 2))]
+        for batch in (1, 8, 32):
+            for bits in (16,) if dense else (4, 3, 2):
+                yield measure_step(model, name, bits, batch, bandwidth)
         if not dense:
-            rows += measure_switch(model, name) + measure_prefill(model, name)
+            yield measure_switch(model, name)
+            yield from measure_prefill(model, name)
         del model
         torch.cuda.empty_cache()
-    return rows
 
 
 def measure_step(model: RandomLlama, name: str, bits: int, batch: int, bandwidth: float, steps: int = 32) -> dict:
@@ -136,7 +137,7 @@ def measure_step(model: RandomLlama, name: str, bits: int, batch: int, bandwidth
     }  # fmt: skip
 
 
-def measure_switch(model: RandomLlama, name: str, steps: int = 32) -> list[dict]:
+def measure_switch(model: RandomLlama, name: str, steps: int = 32) -> dict:
     """64 steps that switch from 4 to 3 bits half-way, against the mean of both uniform runs; and a mixed batch of 8."""
     from pmpd.graphs import StepGraphs
 
@@ -161,30 +162,51 @@ def measure_switch(model: RandomLlama, name: str, steps: int = 32) -> list[dict]
     }  # fmt: skip
     switches = f"switching once {100 * row['switch_once']:+.1f} %, every step {100 * row['switch_every_step']:+.1f} %"
     print(f"{name} {switches}; ms of a step of 8 rows: {row['batch8_step_ms']}", flush=True)
-    return [row]
+    return row
 
 
-def measure_prefill(model: RandomLlama, name: str, tokens: int = 2048) -> list[dict]:
+def measure_prefill(model: RandomLlama, name: str, tokens: int = 2048) -> Iterator[dict]:
     """The matrix products of a prefill of 2048 tokens (attention is PyTorch's own and not in it)."""
     layer = model.forward.weights.layers[0]
-    rows = []
     for bits in (4, 2):
         inputs = {m: torch.randn(tokens, m.shape[1], device="cuda").half() for m in (layer.qkv, layer.out, layer.gate_up, layer.down)}
         with torch.inference_mode():
             quantized = median(lambda bits=bits, inputs=inputs: [m.multiply(x, bits) for m, x in inputs.items()], 5)
             dense = {m: m.dequantize(bits) for m in inputs}
             plain = median(lambda inputs=inputs, dense=dense: [torch.nn.functional.linear(x, dense[m]) for m, x in inputs.items()], 5)
-        rows.append({"model": name, "prefill_bits": bits, "tokens": tokens, "layer_ms": quantized * 1e3, "float16_layer_ms": plain * 1e3})
         print(f"{name} prefill {tokens} tokens, b={bits}: {quantized * 1e3:.3f} ms a layer, float16 {plain * 1e3:.3f} ms", flush=True)
-    return rows
+        yield {"model": name, "prefill_bits": bits, "tokens": tokens, "layer_ms": quantized * 1e3, "float16_layer_ms": plain * 1e3}
 
 
-def measure_cuda(models: list[str]) -> dict:
+def check_bars(rows: list[dict]) -> list[dict]:
+    """What was promised of the largest model at batch 1, and what came out."""
+    steps = {(row["model"], row["bits"], row["batch"]): row for row in rows if "step_ms" in row}
+    bars = [
+        {"bar": f"{model} batch {batch}: {bits} bits, part of the floor, at least 0.8", "measured": row["of_floor"]}
+        for (model, bits, batch), row in steps.items() if bits < 16 and batch == 1
+    ]  # fmt: skip
+    if ("8B", 16, 1) in steps and ("8B", 3, 1) in steps:
+        ratio = steps["8B", 16, 1]["step_ms"] / steps["8B", 3, 1]["step_ms"]
+        bars.append({"bar": "8B batch 1: 3 bits, times the tokens/s of float16, at least 3", "measured": ratio})
+    for bar in bars:
+        bar["met"] = bar["measured"] >= (0.8 if "floor" in bar["bar"] else 3)
+        print(f"{'met   ' if bar['met'] else 'MISSED'} {bar['bar']}: {bar['measured']:.2f}", flush=True)
+    return bars
+
+
+def measure_cuda(models: list[str], out: Path) -> None:
+    """Measures and writes what is there after every row."""
     from bench._cuda import copy_bandwidth
 
     bandwidth = copy_bandwidth(torch.device("cuda"))
     print(f"copy {bandwidth / 1e9:.0f} GB/s", flush=True)
-    return {"copy_gb_s": bandwidth / 1e9, "context": CONTEXT, "rows": [row for name in models for row in measure_model(name, bandwidth)]}
+    result: dict = {"copy_gb_s": bandwidth / 1e9, "context": CONTEXT, "rows": []}
+    for name in models:
+        for row in measure_model(name, bandwidth):
+            result["rows"].append(row)
+            _record.write("decode_cuda", result, "cuda", out)
+    result["bars"] = check_bars(result["rows"])
+    print(_record.write("decode_cuda", result, "cuda", out))
 
 
 def main() -> None:
@@ -195,7 +217,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=_record.RESULTS, help="folder of the JSON")
     options = parser.parse_args()
     if options.device == "cuda":
-        _record.write("decode_cuda", measure_cuda(options.models), "cuda", options.out)
+        measure_cuda(options.models, options.out)
     else:
         from bench import _decode_cpu
 

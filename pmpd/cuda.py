@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import torch
 
