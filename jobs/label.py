@@ -103,7 +103,7 @@ def main(job: LabelJob, console: Console | None = None) -> farm.FarmResult | Non
     farm.connect()
     with farm.Lease(output) as lease:
         counts = write_prompts(source, tokenizer, positions - job.max_new_tokens, prompts, identity)
-        told = ", ".join(f"{counts[what]} {what}" for what in ("duplicates", "empty") if counts.get(what))
+        told = ", ".join(f"{counts[what]} {what}" for what in ("duplicates", "empty", "malformed") if counts.get(what))
         console.print(f"{counts['rows']} prompts" + (f" ({told})" if told else "") + f" in {tables.data_folder(prompts)}")
         if job.stage in ("all", "references"):
             model = farm.ModelSource(job.reference_model_path, None, None, job.trust_remote_code)
@@ -146,8 +146,11 @@ def tokenizer_of(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
 def label_table(dataset: str, max_new_tokens: int) -> Table:
     """Rows and share of each class, per pair."""
     counts: Counter[tuple[str, int]] = Counter()
-    for row in tables.read_table(dataset, ["pairs"]).to_pylist():
-        counts.update((f"{pair['high']},{pair['low']}", pair["label"]) for pair in row["pairs"] or ())
+    names = ("high", "low", "label")
+    for path in tables.list_shards(dataset):  # these leaves only: texts, ids and features of all rows would not fit
+        pairs = tables.read_shard(path, [f"pairs.list.element.{name}" for name in names])["pairs"].combine_chunks().flatten()
+        high, low, label = (pairs.field(name).to_pylist() for name in names)
+        counts.update((f"{h},{lo}", k) for h, lo, k in zip(high, low, label, strict=True))
     table = Table(title="labels: rows per switch class (high-precision steps)")
     for column in ("pair", *(f"{k} ({steps})" for k, steps in enumerate(class_steps(max_new_tokens)))):
         table.add_column(column, justify="right")

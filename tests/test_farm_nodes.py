@@ -10,6 +10,7 @@ from collections import defaultdict
 
 import pytest
 import ray
+from rich.console import Console
 
 from pmpd import farm, tables
 from tests import farm_fakes
@@ -91,6 +92,18 @@ def test_a_run_lives_through_a_lost_node_and_takes_in_a_new_one(nodes, prompts, 
     assert not any(row["error"] for row in result["rows"].values())
     assert "is gone (its node too)" in result["printed"]
     assert not tables.scan(out).unreadable
+
+
+@pytest.mark.slow
+def test_the_label_job_has_a_worker_per_logical_gpu(nodes, dense_folder, anyprec_folder, tmp_path):
+    from jobs.label import LabelJob, main
+
+    (tmp_path / "texts.txt").write_text("\n\n".join(f"{i}. " + "The quick brown fox jumps over the lazy dog. " * 8 for i in range(60)))
+    paths = {"model_path": str(anyprec_folder()), "reference_model_path": str(dense_folder()), "dataset": str(tmp_path / "texts.txt")}
+    main(LabelJob(**paths, max_new_tokens=64, batch_size=2, kernel="reference", output_dir=str(tmp_path / "out")), Console(quiet=True))
+    rows = tables.read_table(tmp_path / "out" / "labels").to_pylist()
+    assert len(rows) == 60
+    assert {row["worker"].rpartition("/")[2] for row in rows} == {"gpu0", "gpu1"}
 
 
 @pytest.mark.slow

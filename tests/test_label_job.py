@@ -6,10 +6,12 @@ import dataclasses
 import json
 import os
 import re
+import runpy
 import socket
 import subprocess
 import sys
 import time
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -17,14 +19,18 @@ import pytest
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from jobs.label import LabelJob, main, output_folder
-from pmpd import tables
+from jobs.label import LabelJob, label_table, main, output_folder
+from pmpd import demo, farm, tables
+from pmpd.demo.texts import documents_of
+from pmpd.demo.train import stream_loss, token_stream
 from pmpd.labeling import LabelConfig, label_prompts, reference_prompts
 from pmpd.model import PMPDForCausalLM
+from pmpd.weights.base import shared_state
 from tests.helpers import write_dense
 from tests.ray_sessions import ENVIRONMENT, ROOT, environment, local_ray
 
 NEW_TOKENS = 8
+LABELS = tables.labels_schema(16)
 
 
 @pytest.fixture(scope="module")
@@ -108,13 +114,104 @@ def test_rows_do_not_depend_on_batch_size_and_number_of_workers(cluster, job, tm
     rows = labels_of(job.output_dir)
     other = dataclasses.replace(job, batch_size=3, num_workers=1, output_dir=str(tmp_path / "other"))
     main(other, Console(quiet=True))
-    for key, row in labels_of(other.output_dir).items():
+    assert_same_labels(labels_of(other.output_dir), rows)
+
+
+def assert_same_labels(rows: dict[str, dict], others: dict[str, dict]) -> None:
+    assert set(rows) == set(others)
+    for key, row in rows.items():
         for features in ("keys", "values"):
-            first, second = row.pop(features), rows[key].pop(features)
+            first, second = row.pop(features), others[key].pop(features)
             assert (first is None) == (second is None)
             if first is not None:
                 np.testing.assert_allclose(np.asarray(first, np.float32), np.asarray(second, np.float32), atol=2e-3)
-        assert row == rows[key]
+        assert row == others[key]
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_and_its_rows_are_those_of_an_undisturbed_one(cluster, job, tmp_path):
+    job = dataclasses.replace(job, max_new_tokens=64, batch_size=1, num_workers=1)
+    flags = [
+        text
+        for name in ("model_path", "reference_model_path", "dataset", "size", "max_new_tokens", "batch_size", "num_workers", "output_dir")
+        for text in (f"--{name.replace('_', '-')}", str(getattr(job, name)))
+    ]
+    command = [sys.executable, "jobs/label.py", *flags, "--kernel", "reference"]
+    with environment() as env:
+        driver = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        labels = tables.join(job.output_dir, "labels")
+        deadline = time.monotonic() + 200
+        while time.monotonic() < deadline and len(tables.list_shards(labels)) < 3:
+            assert driver.poll() is None
+            time.sleep(0.01)
+        driver.kill()
+        driver.wait()
+    done = len(tables.scan(labels).where())
+    assert 3 <= done < 10
+    assert main(dataclasses.replace(job, batch_size=4, num_workers=2), Console(quiet=True)).new_items == 10 - done
+    undisturbed = dataclasses.replace(job, batch_size=3, output_dir=str(tmp_path / "undisturbed"))
+    main(undisturbed, Console(quiet=True))
+    assert_same_labels(labels_of(job.output_dir), labels_of(undisturbed.output_dir))
+
+
+@pytest.mark.slow
+def test_rows_with_an_error_are_kept_until_they_are_asked_for_again(cluster, job):
+    main(job, Console(quiet=True))
+    good = labels_of(job.output_dir)
+    path = tables.list_shards(tables.join(job.output_dir, "labels"))[0]
+    rows = tables.read_shard(path).to_pylist()
+    tables.write_shard(tables.to_table([{**row, "error": "RuntimeError: passing", "pairs": None} for row in rows], LABELS), path)
+    failed = {row["prompt_id"] for row in rows}
+    result = main(job, Console(quiet=True))
+    assert (result.new_items, result.errors) == (0, len({key for key, row in good.items() if row["error"]} | failed))
+    result = main(dataclasses.replace(job, retry_errors=True), Console(quiet=True))
+    assert len(failed) <= result.new_items <= len(failed) + 1
+    assert result.errors == 1, "the empty document stays one"
+    assert_same_labels(labels_of(job.output_dir), good)
+
+
+def run_as_script(monkeypatch, *arguments: str) -> object:
+    """What `python jobs/label.py` leaves with: a text is printed and makes the exit code 1."""
+    monkeypatch.setattr(sys, "argv", ["jobs/label.py", *arguments])
+    with pytest.raises(SystemExit) as left:
+        runpy.run_path(str(ROOT / "jobs/label.py"), run_name="__main__")
+    return left.value.code
+
+
+def test_a_run_with_nothing_but_errors_fails(cluster, job, monkeypatch):
+    def run(task, inputs, dataset, config, options, lease):
+        assert options.retry_errors
+        rows = [{"prompt_id": "a", "error": "RuntimeError: x"}, {"prompt_id": "b", "error": "RuntimeError: y"}]
+        tables.write_shard(tables.to_table(rows, LABELS), Path(dataset, "data", "part-0.parquet"))
+        return farm.FarmResult(dataset, 2, 2, 2, 1.0, 2.0)
+
+    monkeypatch.setattr(farm, "run", run)
+    paths = ["--model-path", job.model_path, "--reference-model-path", job.reference_model_path, "--dataset", job.dataset]
+    told = run_as_script(monkeypatch, *paths, "--output-dir", job.output_dir, "--retry-errors")
+    assert told == "error: every row has an error; the first one: RuntimeError: x"
+
+
+def test_an_output_that_is_not_complete_fails(cluster, job, monkeypatch):
+    def run(*_, **__):
+        raise farm.ReconcileError("1 missing")
+
+    monkeypatch.setattr(farm, "run", run)
+    paths = ["--model-path", job.model_path, "--reference-model-path", job.reference_model_path, "--dataset", job.dataset]
+    assert run_as_script(monkeypatch, *paths, "--output-dir", job.output_dir) == "error: 1 missing"
+
+
+def test_the_label_table_counts_pairs_over_all_shards(tmp_path):
+    def row(key: int, labels: dict[tuple[int, int], int] | None) -> dict:
+        pairs = None if labels is None else [{"high": h, "low": lo, "label": k, "high_text": "t"} for (h, lo), k in labels.items()]
+        return {"prompt_id": f"{key:016x}", "pairs": pairs, "error": None if labels else "bad"}
+
+    shards = [[row(0, {(4, 3): 0, (3, 2): 3}), row(1, {(4, 3): 1, (3, 2): 3})], [row(2, {(4, 3): 0, (3, 2): 1})], [row(3, None)]]
+    for index, rows in enumerate(shards):
+        tables.write_shard(tables.to_table(rows, LABELS), tmp_path / "data" / f"part-{index}.parquet")
+    console = Console(record=True, width=150)
+    console.print(label_table(str(tmp_path), 256))
+    table = [[cell.strip() for cell in line.split("│")[1:-1]] for line in console.export_text().splitlines() if "│" in line]
+    assert table == [["4,3", "2   67%", "1   33%", "0    0%", "0    0%"], ["3,2", "0    0%", "1   33%", "0    0%", "2   67%"]]
 
 
 @pytest.mark.parametrize(
@@ -169,7 +266,32 @@ def test_a_submitted_job_does_not_write_into_the_copy_that_ray_deletes(tmp_path,
     assert output_folder("results/label") == f"{tmp_path}/results/label"
 
 
-# ------------------------------------------------------------------------------------------------------ as commands, on the real demo
+# ----------------------------------------------------------------------------------------------------------------- on the real demo
+
+
+def test_quality_of_the_demo_falls_with_its_precision():
+    """On a part of the held-out text; the whole is in the README."""
+    perplexity = {}
+    for path in (demo.DENSE, demo.ANYPREC):
+        model = PMPDForCausalLM(path).eval()
+        stream = token_stream(model.tokenizer, documents_of("held_out")[:20])[:2048]
+        for bits in model.precisions:
+            shared_state(model.model).set_uniform(bits)
+            perplexity[bits] = stream_loss(model.model, stream, 512)
+    assert sorted(perplexity, key=perplexity.__getitem__) == [16, 4, 3, 2]
+
+
+@pytest.mark.slow
+def test_labels_of_the_demo_use_three_classes_at_least(cluster, tmp_path):
+    main(LabelJob(size=64, output_dir=str(tmp_path)), Console(quiet=True))
+    counts: dict[tuple[int, int], Counter[int]] = defaultdict(Counter)
+    for row in tables.read_table(tmp_path / "labels", ["pairs"]).to_pylist():
+        for pair in row["pairs"]:
+            counts[pair["high"], pair["low"]][pair["label"]] += 1
+    assert set(counts) == {(4, 3), (3, 2)}
+    for pair, classes in counts.items():
+        assert sum(count >= 0.05 * classes.total() for count in classes.values()) >= 3, (pair, classes)
+
 
 SMALL = ["--size", "4", "--max-new-tokens", "8", "--batch-size", "4"]
 
