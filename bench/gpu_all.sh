@@ -2,7 +2,7 @@
 # Everything that a GPU has to answer, in under 8 minutes: tests, kernels, decoding, labeling. Run from the repository root.
 # Needs torch >= 2.11, triton, transformers >= 5.17, numpy, safetensors (pytest for the tests). JSON and logs go to ${OUT:-bench/results}.
 set -uo pipefail
-export PYTHONPATH=. PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
+export PYTHONPATH=.:${PYTHONPATH:-} PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
 out=${OUT:-bench/results}
 mkdir -p "$out"
 started=$SECONDS
