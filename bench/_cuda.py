@@ -289,7 +289,7 @@ def best_settings(rows: list[dict]) -> dict[str, dict[str, dict]]:
     for r in rows:
         route, _, warps = r["impl"].partition(" w")
         key = f"{r['n']}x{r['k']}x{r['bits']}x{r['tokens']}"
-        if route in table and r["us"] < table[route].get(key, {"us": math.inf})["us"]:
+        if route in table and warps and r["us"] < table[route].get(key, {"us": math.inf})["us"]:
             table[route][key] = {"warps": int(warps), "us": round(r["us"], 2)}
     return table
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
 
 import torch
 
@@ -61,15 +60,19 @@ def capture(step: Callable[[], None], prepare: Callable[[], None] = lambda: None
     torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=_pool()):
+    with torch.cuda.graph(graph, pool=_pool().pool()):
         step()
     return graph.replay
 
 
 @lru_cache(maxsize=1)
-def _pool() -> Any:
-    """One memory pool for all graphs: they run one after the other, and what a step leaves behind is in buffers made outside."""
-    return torch.cuda.graph_pool_handle()
+def _pool() -> torch.cuda.CUDAGraph:
+    """A graph that holds the one memory pool of all graphs: they run one after the other, and what a step leaves behind is in buffers
+    made outside. PyTorch drops a pool with its last graph, so this one stays."""
+    keeper = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(keeper):
+        torch.zeros(1, device="cuda")
+    return keeper
 
 
 def plan_slots(free: int, bytes_per_token: int, max_length: int, reserve_bytes: int = 2 << 30, most: int = 256) -> int:

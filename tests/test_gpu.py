@@ -80,6 +80,18 @@ def test_a_graph_of_decode_steps_gives_the_tokens_of_eager_steps_and_of_transfor
     assert torch.equal(graph_tokens, eager_tokens)
 
 
+def test_graphs_can_be_captured_after_all_others_are_gone():
+    from pmpd import cuda
+
+    count = torch.zeros(1, device="cuda")
+    for _ in range(2):
+        replay = cuda.capture(lambda: count.add_(torch.ones(1, device="cuda")))
+        count.zero_()
+        replay()
+        assert count.item() == 1
+        del replay
+
+
 @pytest.fixture(scope="module")
 def demo_models():
     """The demo model in float32, whose products differ from the reference's by rounding only: on the device, and the reference."""
