@@ -26,6 +26,7 @@ from pmpd.demo.train import stream_loss, token_stream
 from pmpd.labeling import LabelConfig, label_prompts, reference_prompts
 from pmpd.model import PMPDForCausalLM
 from pmpd.weights.base import shared_state
+from tests.gptq_writer import write_chain
 from tests.helpers import write_dense
 from tests.ray_sessions import ENVIRONMENT, ROOT, environment, local_ray
 
@@ -97,6 +98,21 @@ def test_labels_equal_those_of_the_pure_functions_with_another_batch_size(cluste
 
     with pytest.raises(ValueError, match=r"seed: 0 -> 1"):
         main(dataclasses.replace(job, seed=1), Console(quiet=True))
+
+
+def test_labels_of_a_chain_of_gptq_checkpoints_equal_those_of_the_pure_functions(cluster, job, dense_folder, tmp_path):
+    chain = write_chain(tmp_path / "chain", dense_folder(), {4: {"desc_act": True}, 2: {"group_size": -1}})
+    job = dataclasses.replace(job, model_path=str(chain), use_multi_model=True, precisions="4,2", size=3, num_workers=1)
+    result = main(job, Console(quiet=True))
+    rows = labels_of(job.output_dir)
+    assert (result.rows, result.errors) == (3, 0)
+    prompts, references = (tables.read_table(tables.join(job.output_dir, name)).to_pylist() for name in ("prompts", "references"))
+    model = PMPDForCausalLM(chain, (4, 2), use_anyprec=False, kernel="reference").eval()
+    config = LabelConfig((4, 2), NEW_TOKENS, 3)
+    for expected in label_prompts(model, prompts, {row["prompt_id"]: row for row in references}, config):
+        row = rows[expected["prompt_id"]]
+        assert [(pair["label"], pair["high_ids"]) for pair in row["pairs"]] == [(p["label"], p["high_ids"]) for p in expected["pairs"]]
+    assert tables.read_manifest(tables.join(job.output_dir, "labels"))["config"]["model"] == model.fingerprint
 
 
 @pytest.mark.slow
