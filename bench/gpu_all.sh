@@ -16,14 +16,15 @@ part() {  # name, seconds at most, command...
   [ $status -eq 0 ] || tail -n 25 "$out/$name.log"
 }
 : >"$out/parts.txt"
-part kernels 240 python3 bench/_cuda.py --out "$out" --write-settings ${QUICK:+--quick}
+part decode 100 python3 bench/decode.py --device cuda --out "$out"
+part kernels 220 python3 bench/_cuda.py --out "$out" --write-settings ${QUICK:+--quick}
 cp -f pmpd/kernels/autotune/*.json "$out" 2>/dev/null
 export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1  # a plugin that fails to load, needed by nobody here, would end the run
 workers=$(python3 -c 'import xdist' 2>/dev/null && echo "-p xdist.plugin -n 8")
-part tests 90 python3 -m pytest -q -m gpu $workers tests/test_gpu.py
-part decode 90 python3 bench/decode.py --device cuda --out "$out"
+more=$(python3 -c 'import hypothesis' 2>/dev/null && echo "tests/test_gptq.py tests/test_quantize_kmeans.py")
+part tests 100 python3 -m pytest -q -m gpu $workers tests/test_gpu.py $more
 if python3 -c 'import rouge_score, tyro' 2>/dev/null; then
-  part label 60 python3 bench/label.py --device cuda --plain-prompts 1 --max-new-tokens 64 --slots 64 --output "$out"
+  part label 60 python3 bench/label.py --device cuda --plain-prompts 2 --max-new-tokens 64 --slots 64 128 --output "$out"
 else
   echo "label: skipped, it needs rouge_score and tyro" | tee -a "$out/parts.txt"
 fi
