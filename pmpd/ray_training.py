@@ -268,6 +268,31 @@ def _trial(space: dict[str, Any], data_path: str, labels: Labels, num_heads: int
     tune.report({"validation_loss": float(np.mean([fit.best_loss for fit in state.fits.values()]))})
 
 
+@dataclass
+class _Found(tune.Callback):
+    """The trials of a search that have ended, written down one by one: a killed driver loses only those that were running.
+
+    Ray's own state of a search does not do: killed while that is written, it goes on with a single trial.
+    """
+
+    path: str
+    trials: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    """Settings and validation loss of each."""
+    complete: bool = False
+
+    @classmethod
+    def read(cls, path: str) -> _Found:
+        content = tables.read_bytes(path)
+        return cls(path) if content is None else cls(path, **json.loads(content))
+
+    def write(self) -> None:
+        tables.write_bytes(self.path, json.dumps({"complete": self.complete, "trials": self.trials}, indent=1).encode())
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        self.trials.append({**trial.config, "validation_loss": trial.last_result["validation_loss"]})
+        self.write()
+
+
 def search(
     data_path: str, labels: Labels, num_heads: int, config: TrainConfig, trials: int, output_dir: str
 ) -> tuple[TrainConfig, list[dict[str, Any]]]:
@@ -277,35 +302,34 @@ def search(
     The same search on the same labels goes on where an earlier one stopped, or returns its result, from `output_dir`/runs.
     """
     name = _name("tune", dataclasses.asdict(config), labels.fingerprint(), num_heads, trials)
-    finished = tables.join(output_dir, "runs", f"{name}.json")
-    content = tables.read_bytes(finished)
-    lines = _run_trials(name, data_path, labels, num_heads, config, trials, output_dir) if content is None else json.loads(content)
-    if content is None:
-        tables.write_bytes(finished, json.dumps(lines, indent=1).encode())
-    return dataclasses.replace(config, **{setting: lines[0][setting] for setting in SPACE}), lines
-
-
-def _run_trials(
-    name: str, data_path: str, labels: Labels, num_heads: int, config: TrainConfig, trials: int, output_dir: str
-) -> list[dict[str, Any]]:
-    """Settings and validation loss of the trials of the run `name`, best first."""
-    trainable = tune.with_parameters(_trial, data_path=tables.absolute(data_path), labels=labels, num_heads=num_heads, config=config)
-    file_system, output = tables.resolve(output_dir)
-    trainable = tune.with_resources(trainable, {"cpu": 1})
-    earlier = tables.join(output, "runs", name)
-    if tune.Tuner.can_restore(earlier, file_system):
-        tuner = tune.Tuner.restore(earlier, trainable, restart_errored=True, param_space=SPACE, storage_filesystem=file_system)
-    else:
+    found = _Found.read(tables.join(output_dir, "runs", f"{name}.json"))
+    if not found.complete and len(found.trials) < trials:
+        known = [{setting: trial[setting] for setting in SPACE} for trial in found.trials]
+        algorithm = OptunaSearch(
+            points_to_evaluate=known or None,
+            evaluated_rewards=[trial["validation_loss"] for trial in found.trials] or None,
+            seed=config.seed + len(known),  # the same numbers again would try the same settings again
+        )
+        trainable = tune.with_parameters(_trial, data_path=tables.absolute(data_path), labels=labels, num_heads=num_heads, config=config)
+        file_system, output = tables.resolve(output_dir)
         tuner = tune.Tuner(
-            trainable,
+            tune.with_resources(trainable, {"cpu": 1}),
             param_space=SPACE,
             tune_config=tune.TuneConfig(
-                metric="validation_loss", mode="min", num_samples=trials, search_alg=OptunaSearch(seed=config.seed), max_concurrent_trials=4
+                metric="validation_loss",
+                mode="min",
+                num_samples=trials - len(known),
+                search_alg=algorithm,
+                max_concurrent_trials=4,
             ),
-            run_config=tune.RunConfig(name=name, storage_path=tables.join(output, "runs"), storage_filesystem=file_system, verbose=0),
+            run_config=tune.RunConfig(
+                name=name, storage_path=tables.join(output, "runs"), storage_filesystem=file_system, verbose=0, callbacks=[found]
+            ),
         )
-    results: Any = tuner.fit()  # a ResultGrid: iterable by __getitem__ only, its fields annotated optional
-    lines = [{**result.config, "validation_loss": result.metrics["validation_loss"]} for result in results if result.error is None]
-    if not lines:
-        raise ValueError(f"--tune {trials}: every trial failed; the first says: {results.errors[0]}")
-    return sorted(lines, key=lambda line: line["validation_loss"])
+        results = tuner.fit()
+        if not found.trials:
+            raise ValueError(f"--tune {trials}: every trial failed; the first says: {results.errors[0]}")
+    found.complete = True
+    found.write()
+    lines = sorted(found.trials, key=lambda trial: trial["validation_loss"])
+    return dataclasses.replace(config, **{setting: lines[0][setting] for setting in SPACE}), lines

@@ -21,6 +21,7 @@ import pytest
 import ray
 import torch
 import tyro
+from ray import tune
 
 from jobs.train import TrainJob, main
 from pmpd import farm, ray_training, tables, training
@@ -318,6 +319,7 @@ def test_a_killed_driver_goes_on_where_it_stopped(dataset, tmp_path):
 
 @pytest.mark.slow
 def test_tune_searches_and_keeps_the_best_by_validation_loss(dataset, tmp_path, local_ray, monkeypatch):
+    monkeypatch.setitem(ray_training.SPACE, "num_train_epochs", tune.randint(1, 4))
     main(TrainJob(dataset, str(tmp_path), tune=3, training=CONFIG))
     trials = json.loads((tmp_path / "scheduler" / "tune.json").read_text())
     losses = [trial["validation_loss"] for trial in trials]
@@ -328,12 +330,14 @@ def test_tune_searches_and_keeps_the_best_by_validation_loss(dataset, tmp_path, 
     assert trained["dropout"] == trials[0]["dropout"]
     labels = read_labels(dataset)
     with monkeypatch.context() as patch:
-        patch.setattr(ray_training, "_run_trials", lambda *_: pytest.fail("the same search was done again"))
+        patch.setattr(tune, "Tuner", lambda *_, **options: pytest.fail("the same search was done again"))
         assert search(dataset, labels, HEADS, CONFIG, 3, str(tmp_path))[1] == trials
-    (found,) = (tmp_path / "runs").glob("tune-*.json")
-    found.unlink()  # as a driver leaves it that was killed in the search
-    monkeypatch.setattr(ray_training, "train", lambda *_, **options: pytest.fail("a finished trial was done again"))
-    assert search(dataset, labels, HEADS, CONFIG, 3, str(tmp_path))[1] == trials
+    (written,) = (tmp_path / "runs").glob("tune-*.json")
+    written.write_text(json.dumps({"complete": False, "trials": trials[:2]}))  # as a driver leaves it that was killed in the search
+    resumed = search(dataset, labels, HEADS, CONFIG, 3, str(tmp_path))[1]
+    assert len(resumed) == 3
+    assert all(trial in resumed for trial in trials[:2])
+    assert len([path for path in written.with_suffix("").glob("_trial*") if path.is_dir()]) == 4, "one trial was left to do"
 
 
 @pytest.mark.slow
