@@ -4,14 +4,16 @@
     ray job submit --working-dir . -- python jobs/generate.py --model-path … --bench-name mt_bench --schedulers uniform,kv_cache
 
 The unquantized model and the quantized one are separate data sets in the output folder, one row per turn. A run that was stopped, in
-whatever way, goes on where it stopped when the same command is given again.
+whatever way, goes on where it stopped when the same command is given again. A static search and what `--high-bit-steps best` then answers
+have folders of their own beside the sweep's, so that one --output-dir serves all three.
 """
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Literal
 
 import tyro
@@ -32,7 +34,7 @@ from pmpd.static_search import best_path, choose, read_best, write_best
 from pmpd.weights import dense
 from pmpd.weights.checkpoint import Checkpoint
 from pmpd.weights.hub import local_folder
-from pmpd.weights.mixed import open_checkpoint
+from pmpd.weights.mixed import open_checkpoint, precisions_of
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,8 @@ class GenerateJob:
     precisions: str = "4,3,2"
     """Precision chain, descending."""
     high_bit_steps: str | None = None
-    """static: decode forwards at high precision, one number or one per pair ("42,84"), or "best" (the result of --static-search).
-    Default: all plans of the four switch classes."""
+    """static: decode forwards at high precision, one number or one per pair ("42,84"); "best": the result of --static-search
+    with this --output-dir; or the path of such a result (best-static-….json). Default: all plans of the four switch classes."""
     prefill_bit: int | None = None
     """Precision of the prefill; default the highest of the chain."""
     classifier_path: str | None = None
@@ -109,6 +111,29 @@ class GenerateJob:
     trust_remote_code: bool = False
     """Run model code that comes with a checkpoint."""
 
+    def __post_init__(self) -> None:
+        for name, least in (("num_choices", 1), ("max_new_tokens", 4), ("batch_size", 1)):
+            value = getattr(self, name)
+            if isinstance(value, int) and value < least:
+                raise ValueError(f"--{name.replace('_', '-')} {value}: at least {least}")
+        if not 0 <= self.quality_budget <= 1:
+            raise ValueError(f"--quality-budget {self.quality_budget}: a share, from 0 (nothing may be lost) to 1")
+        if self.static_search and self.high_bit_steps is not None:
+            raise ValueError(f"--high-bit-steps {self.high_bit_steps}: --static-search looks for them; give one of the two")
+        _ = self.chain
+
+    @property
+    def chain(self) -> tuple[int, ...]:
+        try:
+            return tuple(int(bits) for bits in self.precisions.split(","))
+        except ValueError:
+            raise ValueError(f"--precisions {self.precisions}: bit widths with commas between them, descending, e.g. 4,3,2") from None
+
+    @property
+    def searched(self) -> bool:
+        """Whether the static setting is a search's choice."""
+        return self.high_bit_steps is not None and (self.high_bit_steps == "best" or self.high_bit_steps.endswith(".json"))
+
 
 def main(job: GenerateJob, console: Console | None = None) -> str:
     """Generates, prints the table, returns the folder of the results. ValueError for anything the user can cure."""
@@ -116,7 +141,7 @@ def main(job: GenerateJob, console: Console | None = None) -> str:
     benchmark = get_benchmark(job.bench_name)
     split: Split = "validation" if job.validation or job.static_search else "test"
     length = job.max_new_tokens or benchmark.max_new_tokens
-    chain = tuple(int(bits) for bits in job.precisions.split(","))
+    chain = job.chain
     output = output_folder(job.output_dir)
     names = scheduler_names(job, benchmark.reference)
     paths = {"fp": job.reference_model_path, "quantized": job.model_path}
@@ -131,6 +156,8 @@ def main(job: GenerateJob, console: Console | None = None) -> str:
     }
     if "fp" in checkpoints:
         dense.check(checkpoints["fp"], flags["fp"])
+    if "quantized" in checkpoints:
+        check_precisions(job, precisions_of(checkpoints["quantized"]))
     tokenizers = [AutoTokenizer.from_pretrained(c.folder, trust_remote_code=job.trust_remote_code) for c in checkpoints.values()]
     if len(tokenizers) > 1 and tokenizers[0].get_vocab() != tokenizers[1].get_vocab():
         raise ValueError(f"{job.model_path} and {job.reference_model_path} have different tokenizers; give two checkpoints of one model")
@@ -139,14 +166,17 @@ def main(job: GenerateJob, console: Console | None = None) -> str:
         count_tokens=lambda text: len(tokenizers[0](text, add_special_tokens=False)["input_ids"]),
     )  # fmt: skip
     template = choose_template(job.model_id, tokenizers[0], job.conversation_template)
-    folder = tables.join(output, benchmark.name + ("-search" if job.static_search else "-validation" if job.validation else ""))
+    best_file = (
+        job.high_bit_steps if job.high_bit_steps and job.high_bit_steps.endswith(".json") else best_path(output, benchmark.name, chain)
+    )
+    folder = tables.join(output, folder_name(job, benchmark.name))
 
-    steps = static_steps(job, chain, length, best_path(output, benchmark.name, chain), checkpoints)
+    steps = static_steps(job, chain, length, best_file, checkpoints)
     sweeps = {}
     for group, checkpoint in checkpoints.items():
         config = SweepConfig(
             tuple(wanted[group]), chain, length, job.prefill_bit, steps, job.seed, job.random_prior, job.confidence_threshold,
-            job.confidence_patience, job.classifier_path,
+            job.confidence_patience, None if job.classifier_path is None else tables.absolute(job.classifier_path), job.searched,
         )  # fmt: skip
         runs = tuple(sweep_runs(config))
         fingerprint = checkpoint.fingerprint()
@@ -154,21 +184,27 @@ def main(job: GenerateJob, console: Console | None = None) -> str:
     slots, unit_rows = farm.batch_of(job.batch_size)
     farm.connect()
     for group, sweep in sweeps.items():
-        model = farm.ModelSource(paths[group], None if group == "fp" else chain, job.kernel, job.trust_remote_code)
+        widths = sorted({bits for run in sweep.runs for bits in (*run.precisions, run.prefill_bit)}, reverse=True)
+        model = farm.ModelSource(paths[group], None if group == "fp" else tuple(widths), job.kernel, job.trust_remote_code)
         options = farm.FarmOptions(job.num_workers, job.gpus_per_worker, sweep.unit_rows(unit_rows), job.retry_errors)
         generate(sweep, model, tables.join(folder, group), slots, job.reuse_cache, options)
     rows = [row for _, _, found in read_generations(folder, job.static_search) for row in found]
     console.print(result_table(rows))
     if job.static_search:
         best = choose(compare(rows)[0], benchmark.metric, benchmark.reference, job.quality_budget, length, ScoreConfig())
-        write_best(best_path(output, benchmark.name, chain), best)
+        write_best(best_file, best)
         chosen = best["best"]
         console.print(
             f"best: high_bit_steps {best['high_bit_steps']}: {chosen['average_bits']:.3f} average bits, "
             f"{best['metric']} {chosen['value']:.4f} "
-            f"({chosen['difference']:+.4f} to uniform {chain[0]} bit); use it with --high-bit-steps best"
+            f"({chosen['difference']:+.4f} to uniform {chain[0]} bit), in {best_file}",
+            soft_wrap=True,
         )
-    console.print(f"Parquet:     {folder}/*/answers/data\nreport next: python jobs/report.py --inputs {folder}", soft_wrap=True)
+    console.print(f"Parquet:     {folder}/*/answers/data", soft_wrap=True)
+    if job.static_search:
+        console.print(f"use it next: {best_command(job)}", soft_wrap=True)
+    else:  # what a search chose is worth a look beside the other runs only
+        console.print(f"report next: python jobs/report.py --inputs {output if job.searched else folder}", soft_wrap=True)
     if all(row["error"] for row in rows):
         raise ValueError(f"every turn has an error; the first one: {rows[0]['error']}")
     return folder
@@ -181,20 +217,55 @@ def scheduler_names(job: GenerateJob, reference: str) -> list[str]:
     return (["fp"] if job.use_fp and "fp" not in names else []) + names
 
 
+def folder_name(job: GenerateJob, benchmark: str) -> str:
+    chain = "-".join(map(str, job.chain))
+    if job.static_search:
+        return f"{benchmark}-search-{chain}"
+    return benchmark + "-validation" * job.validation + f"-best-{chain}" * job.searched
+
+
+def check_precisions(job: GenerateJob, held: tuple[int, ...]) -> None:
+    """ValueError for a precision that the checkpoint does not hold."""
+    for flag, widths in (("--precisions", job.chain), ("--prefill-bit", () if job.prefill_bit is None else (job.prefill_bit,))):
+        absent = [bits for bits in widths if bits not in held]
+        if absent:
+            given, there, lacking = (", ".join(map(str, some)) for some in (widths, held, absent))
+            raise ValueError(f"{flag} {given}: {job.model_path} holds {there}, not {lacking}")
+
+
+def best_command(job: GenerateJob) -> str:
+    """The command that answers the test split under what the search of `job` chose: all flags but those of search and questions."""
+    left_out = ("static_search", "search_points", "quality_budget", "scheduler", "schedulers", "use_fp", "high_bit_steps", "validation",
+                "question_file", "question_begin", "question_end")  # fmt: skip
+    words = ["python", "jobs/generate.py", "--scheduler", "static", "--high-bit-steps", "best"]
+    for field in fields(job):
+        value = getattr(job, field.name)
+        if field.name in left_out or value == field.default:
+            continue
+        flag = field.name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [f"--{flag}", *map(str, value if isinstance(value, tuple) else (value,))]
+    return shlex.join(words) + " --question-file TEST_QUESTIONS" * (job.question_file is not None)
+
+
 def static_steps(
     job: GenerateJob, chain: tuple[int, ...], length: int, best: str, checkpoints: dict[str, Checkpoint]
 ) -> tuple[tuple[int, ...], ...]:
     """The settings of `static`; () for the default."""
     if job.static_search:
         return tuple(grid_plans(len(chain) - 1, length, job.search_points))
-    if job.high_bit_steps == "best":
+    if job.searched:
         return (read_best(best, chain, checkpoints["quantized"].fingerprint() if "quantized" in checkpoints else "", length),)
     if job.high_bit_steps is None:
         return ()
     try:
         return (tuple(int(step) for step in job.high_bit_steps.split(",")),)
     except ValueError:
-        raise ValueError(f"--high-bit-steps {job.high_bit_steps}: one number, one per pair (42,84), or best") from None
+        raise ValueError(
+            f"--high-bit-steps {job.high_bit_steps}: one number, one per pair (42,84), best, or the .json of a search"
+        ) from None
 
 
 def result_table(rows: list[dict]) -> Table:

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from pmpd.benchmarks.base import Benchmark, Question
-from pmpd.benchmarks.conversation import has_special_tokens, render, stops
+from pmpd.benchmarks.conversation import Stops, has_special_tokens, render, stops
 from pmpd.engine import Completion, Prefix, Request
 from pmpd.model import PMPDForCausalLM
 from pmpd.schedulers import PrefillState, Scheduler, check_chain, class_steps
@@ -72,6 +72,8 @@ class SweepConfig:
     confidence_threshold: float = 0.7
     confidence_patience: int = 2
     classifier_path: str | None = None
+    searched: bool = False
+    """Whether `high_bit_steps` is a static search's choice. The run's name says so, since the plan may be one of the default's too."""
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 4:
@@ -105,7 +107,7 @@ def _runs_of(kind: str, chain: tuple[int, ...], prefill: int, length: int, confi
             option = steps[0] if len(steps) == 1 and len(chain) > 2 else steps
             scheduler = Scheduler.get_scheduler("static", precisions=chain, high_bit_steps=option)
             settled = scheduler.describe()["high_bit_steps"]
-            name = f"static-{'/'.join(map(str, settled))}"
+            name = f"static-{'best-' * config.searched}{'/'.join(map(str, settled))}"
             yield Run(name, kind, chain, prefill, length, {"high_bit_steps": settled})
     elif kind == "random":
         options: dict[str, Any] = {"seed": config.seed} | ({"prior": list(config.random_prior)} if config.random_prior else {})
@@ -288,12 +290,17 @@ class Generator:
         ordered = sorted(turns.items(), key=lambda item: -len(item[1][1].ids))
         requests = [Request(key, turn.ids, run.max_new_tokens, prefix=turn.prefix, want_prefix=keep) for key, (_, turn) in ordered]
         stop = {name: stops(name) for name in {turn.row["template"] for _, turn in turns.values()}}
-        ends = self.model.eos_token_ids.union(*(entry.token_ids for entry in stop.values()))
+        ends = self.model.eos_token_ids.union(*(self._end_tokens(entry) for entry in stop.values()))
         slots = None if self.slots is None else min(self.slots, len(requests))
         for completion in self.model.complete(requests, scheduler, run.prefill_bit, slots, ends):
             conversation, turn = turns[completion.key]
             conversation.prefix = completion.prefix.head(len(turn.ids)) if completion.prefix else None
             turn.row |= self._result(run, completion, stop[turn.row["template"]].cut, scheduler)
+
+    def _end_tokens(self, stop: Stops) -> set[int]:
+        """Tokens that end an answer. A stop string that is a special token is one: it has no text to be cut at."""
+        special = {entry.content: token for token, entry in self.model.tokenizer.added_tokens_decoder.items() if entry.special}
+        return {*stop.token_ids, *(special[string] for string in stop.strings if string in special)}
 
     def _result(self, run: Run, completion: Completion, cut: Any, scheduler: _Recorder | None) -> dict[str, Any]:
         if completion.error:

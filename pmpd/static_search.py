@@ -61,16 +61,21 @@ def write_best(path: str, best: Mapping[str, Any]) -> None:
 def read_best(path: str, chain: Sequence[int], model_fingerprint: str, max_new_tokens: int) -> tuple[int, ...]:
     """The chosen steps, as shares of the decode forwards carried over to `max_new_tokens`.
 
-    ValueError: no search was run, or it was of another model or chain.
+    ValueError: no search was run, or it was of another model or chain, or the file is no search's.
     """
     content = tables.read_bytes(path)
     if content is None:
-        raise ValueError(f"--high-bit-steps best: no search result at {path}; run the same command with --static-search first")
-    best = json.loads(content)
+        raise ValueError(
+            f"--high-bit-steps: no search result at {path}; run the same command with --static-search first, or give the path of its "
+            "best-static-….json"
+        )
+    try:
+        best = json.loads(content)
+        before, now, steps = best["max_new_tokens"] - 1, max_new_tokens - 1, best["high_bit_steps"]
+        carried = tuple(round(step * now / before) for step in steps)
+    except (ValueError, TypeError, LookupError, ArithmeticError):
+        raise ValueError(f"--high-bit-steps: {path} is not what a static search writes; search again") from None
     for name, wanted in (("precisions", list(chain)), ("model_fingerprint", model_fingerprint)):
         if best.get(name) != wanted:
-            raise ValueError(
-                f"--high-bit-steps best: {path} was searched with {name} {best.get(name)}, this run has {wanted}; search again"
-            )
-    before, now = best["max_new_tokens"] - 1, max_new_tokens - 1
-    return tuple(round(step * now / before) for step in best["high_bit_steps"])
+            raise ValueError(f"--high-bit-steps: {path} was searched with {name} {best.get(name)}, this run has {wanted}; search again")
+    return carried

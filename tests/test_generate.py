@@ -12,6 +12,7 @@ import pytest
 
 from pmpd import PMPDForCausalLM, tables
 from pmpd.benchmarks import BENCHMARKS, Question
+from pmpd.benchmarks.conversation import Stops
 from pmpd.benchmarks.fastchat_export import answer_files, export
 from pmpd.demo import ANYPREC
 from pmpd.generation import (
@@ -32,6 +33,7 @@ from pmpd.schedulers import DEMO_ARTEFACT, PrefillState, Scheduler, class_steps
 from pmpd.scoring import ScoreConfig, compare
 from pmpd.static_search import best_path, choose, read_best, write_best
 from tests.generation_rows import generation_rows
+from tests.helpers import byte_tokenizer
 from tests.ray_sessions import local_ray
 
 LENGTH = 12
@@ -143,6 +145,19 @@ def test_a_failure_is_a_column_of_its_own_rows_and_of_no_other(model, rows: list
     assert "turn 1 failed" in bad[1]["error"]
     assert all("output_text" not in row for row in bad), "a failure is never text"
     assert by_turn([row for row in found if not row["error"]]).items() <= by_turn(rows).items()
+
+
+def test_a_stop_string_that_is_a_special_token_ends_the_answer(model, rows: list[dict], monkeypatch: pytest.MonkeyPatch) -> None:
+    before = next(row for row in rows if row["run"] == "uniform-4" and row["question_id"] == "q1" and row["turn"] == 1)
+    stop = next(token for token in before["output_ids"][1:] if token not in before["input_ids"] and token not in before["output_ids"][:1])
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": [tokenizer.convert_ids_to_tokens(stop)]})
+    monkeypatch.setattr(model, "tokenizer", tokenizer)
+    monkeypatch.setattr("pmpd.generation.stops", lambda _: Stops((tokenizer.convert_ids_to_tokens(stop), "###")))
+    (row,) = answer(model, runs("uniform")[:1], [question(1, "What is a list?")])
+    assert row["output_ids"] == before["output_ids"][: before["output_ids"].index(stop) + 1]
+    assert row["finish_reason"] == "eos"
+    assert row["output_text"] == tokenizer.decode(row["output_ids"][:-1]).strip()
 
 
 def test_the_pieces_of_a_text_join_to_the_text(model) -> None:
@@ -335,7 +350,7 @@ def test_the_job_generates_resumes_and_refuses_another_configuration(tmp_path: P
     job = {
         "model_path": str(anyprec_folder()), "reference_model_path": str(dense_folder()), "question_file": str(questions),
         "max_new_tokens": 8, "schedulers": "fp,uniform,static", "output_dir": str(tmp_path / "out"), "kernel": "reference",
-        "num_workers": 1, "high_bit_steps": "2,4",
+        "num_workers": 2, "batch_size": 2, "high_bit_steps": "2,4",
     }  # fmt: skip
     with local_ray(2):
         folder = main(GenerateJob(**job))
@@ -344,7 +359,7 @@ def test_the_job_generates_resumes_and_refuses_another_configuration(tmp_path: P
         victim.write_bytes(victim.read_bytes()[:-40])
         main(GenerateJob(**job))  # the damaged shard is done again, the others are left alone
         after = {path: path.stat().st_mtime_ns for path in Path(folder).rglob("data/*.parquet")}
-        assert {path for path in before if after[path] != before[path]} == {victim}
+        assert {path for path in before if after.get(path) != before[path]} == {victim}
         with pytest.raises(ValueError, match=r"questions: 6 -> 3"):
             main(GenerateJob(**{**job, "question_end": 3}))
         search = {**job, "high_bit_steps": None, "static_search": True, "search_points": 2, "quality_budget": 1.0}
@@ -354,7 +369,8 @@ def test_the_job_generates_resumes_and_refuses_another_configuration(tmp_path: P
     assert (best["split"], len(best["candidates"])) == ("validation", 3)
     rows = [row for _, _, found in read_generations(folder) for row in found]
     assert len(rows) == 5 * 9, "fp, three widths, one static; 3 questions of one turn and 3 of two"
-    assert {row["worker"] is not None for row in rows} == {True}
+    workers = {(row["run"], row["conversation_id"], row["worker"]) for row in rows}
+    assert len(workers) == 5 * 6, "a conversation stays on its worker"
     page = report(ReportJob((folder,), str(tmp_path / "report"), resamples=200))
     assert page.exists()
     scores = tables.read_table(tmp_path / "report" / "scores").to_pylist()
