@@ -21,6 +21,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from pmpd import demo, farm, tables
 from pmpd.farm import output_folder
+from pmpd.label_task import LabelTask, ReferenceTask
 from pmpd.labeling import LabelConfig
 from pmpd.prompts import PromptConfig, write_prompts
 from pmpd.schedulers import NUM_CLASSES, class_steps
@@ -28,6 +29,7 @@ from pmpd.weights import dense
 from pmpd.weights.checkpoint import Checkpoint
 from pmpd.weights.hub import local_folder
 from pmpd.weights.mixed import open_checkpoint, precisions_of
+from pmpd.worker import FarmTask
 
 
 @dataclass(frozen=True)
@@ -107,11 +109,11 @@ def main(job: LabelJob, console: Console | None = None) -> farm.FarmResult | Non
         console.print(f"{counts['rows']} prompts" + (f" ({told})" if told else "") + f" in {tables.data_folder(prompts)}")
         if job.stage in ("all", "references"):
             model = farm.ModelSource(job.reference_model_path, None, None, job.trust_remote_code)
-            task: farm.FarmTask = farm.ReferenceTask(model, job.max_new_tokens, slots)
+            task: FarmTask = ReferenceTask(model, job.max_new_tokens, slots)
             result = farm.run(task, {"prompts": prompts}, references, identity, options, lease)
         if job.stage in ("all", "labels"):
             model = farm.ModelSource(job.model_path, chain, job.kernel, job.trust_remote_code)
-            task = farm.LabelTask(model, chain, job.max_new_tokens, slots)
+            task = LabelTask(model, chain, job.max_new_tokens, slots)
             result = farm.run(task, {"prompts": prompts, "references": references}, labels, label_identity, options, lease)
     if result is not None:
         if result.dataset == labels:

@@ -12,8 +12,9 @@ from typing import Any
 
 from pmpd import farm, tables
 from pmpd.benchmarks import Benchmark, Question
-from pmpd.farm import BuiltTask, FarmTask, Item, ModelSource, Place
+from pmpd.farm import ModelSource
 from pmpd.generation import Generator, Run, conversation_rows
+from pmpd.worker import BuiltTask, FarmTask, Item, Place
 
 CONVERSATIONS_PER_SHARD = 1024
 

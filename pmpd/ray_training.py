@@ -29,7 +29,7 @@ from ray.data.collate_fn import ArrowBatchCollateFn
 from ray.tune.search.optuna import OptunaSearch
 
 from pmpd import tables
-from pmpd.farm import autoscaler_present
+from pmpd.capacity import autoscaler_present
 from pmpd.training import (
     DivergedError,
     Features,

@@ -19,6 +19,7 @@ import pyarrow as pa
 import ray
 
 from pmpd import farm, tables
+from pmpd.worker import BuiltTask, FarmTask, Item, Place
 
 SCHEMA = tables.table_schema(
     "fakes",
@@ -34,7 +35,7 @@ SCHEMA = tables.table_schema(
 
 
 @dataclass(frozen=True)
-class FakeTask(farm.FarmTask):
+class FakeTask(FarmTask):
     """`answer` is a function of the row alone. Rows of `kills` end their process, rows of `raises` raise."""
 
     seconds: float = 0.0
@@ -56,7 +57,7 @@ class FakeTask(farm.FarmTask):
     """Bytes a worker may write per file: a disk that is full."""
     table = "fakes"
 
-    def build(self, place: farm.Place) -> farm.BuiltTask:
+    def build(self, place: Place) -> BuiltTask:
         bad = not self.bad_nodes or ray.get_runtime_context().get_node_id() in self.bad_nodes
         if self.start_marks:
             (Path(self.start_marks) / ray.get_runtime_context().get_node_id()).touch()
@@ -72,7 +73,7 @@ class FakeTask(farm.FarmTask):
             resource.setrlimit(resource.RLIMIT_FSIZE, (self.file_size_limit, self.file_size_limit))
         self_place = json.dumps({"gpus": place.gpu_ids, "threads": place.threads, "omp": os.environ.get("OMP_NUM_THREADS")})
 
-        def run(items: list[farm.Item]) -> Any:
+        def run(items: list[Item]) -> Any:
             for item in items:
                 row = item["prompts"]
                 key = row["prompt_id"]
@@ -86,7 +87,7 @@ class FakeTask(farm.FarmTask):
                 answer = 2**70 if key in self.too_large else sum(row["input_ids"])
                 yield {"prompt_id": key, "prompt_text": row["prompt_text"], "answer": answer, "place": self_place}
 
-        return farm.BuiltTask(run, SCHEMA, {"model": self.fingerprint}, "a fake", lambda row: 10)
+        return BuiltTask(run, SCHEMA, {"model": self.fingerprint}, "a fake", lambda row: 10)
 
     def _first_time(self, key: str) -> bool:
         if not self.once:

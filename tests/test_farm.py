@@ -17,7 +17,12 @@ from pathlib import Path
 import pytest
 import ray
 
-from pmpd import farm, tables
+from pmpd import capacity, farm, tables
+from pmpd.capacity import check_capacity, node_types_in, plan
+from pmpd.lease import Lease, LeaseLostError
+from pmpd.pool import NODE_LOSSES_BEFORE_BLAME, Pool
+from pmpd.progress import Progress
+from pmpd.worker import Place, Unit, UnitResult, Worker, WorkerInfo, poisons_process
 from tests import farm_fakes
 from tests.farm_fakes import FakeTask, write_prompts
 from tests.ray_sessions import environment, local_ray
@@ -143,12 +148,12 @@ def test_out_of_memory_does_not_end_the_process():
     class OutOfMemoryError(RuntimeError):
         pass
 
-    assert not farm.poisons_process(OutOfMemoryError("CUDA out of memory"))
-    assert farm.poisons_process(RuntimeError("CUDA error: an illegal memory access was encountered"))
+    assert not poisons_process(OutOfMemoryError("CUDA out of memory"))
+    assert poisons_process(RuntimeError("CUDA error: an illegal memory access was encountered"))
 
 
 @pytest.mark.parametrize("error", [ray.exceptions.OutOfMemoryError, ray.exceptions.NodeDiedError])
-@pytest.mark.parametrize("answer", [farm.WorkerInfo, farm.UnitResult])
+@pytest.mark.parametrize("answer", [WorkerInfo, UnitResult])
 def test_however_ray_takes_a_worker_nothing_is_lost(work, prompts, monkeypatch, error, answer):
     """Ray's memory monitor and others end a worker with errors that are not the actor's own."""
     get, taken = ray.get, []
@@ -164,7 +169,7 @@ def test_however_ray_takes_a_worker_nothing_is_lost(work, prompts, monkeypatch, 
     result, rows, printed = work(FakeTask(), unit_rows=30)
     assert answers(rows) == expected(prompts)
     assert result.errors == 0
-    assert ("could not start" if answer is farm.WorkerInfo else "is gone") in printed
+    assert ("could not start" if answer is WorkerInfo else "is gone") in printed
 
 
 def test_a_value_that_its_column_can_not_hold_is_an_error_row(work, prompts, ids):
@@ -320,23 +325,23 @@ def test_numbers_of_a_run_are_metrics_of_the_node(work):
     ],
 )
 def test_plan_fits_workers_to_nodes(nodes, options, workers, cpus, gpus, per_node):
-    wanted, demand, found_per_node = farm.plan(farm.FarmOptions(**options), nodes)
+    wanted, demand, found_per_node = plan(farm.FarmOptions(**options), nodes)
     assert (wanted, demand.cpus, demand.gpus, found_per_node) == (workers, pytest.approx(cpus), gpus, per_node)
 
 
 def test_a_worker_that_only_an_autoscaler_can_place_is_waited_for(monkeypatch):
-    monkeypatch.setattr(farm, "live_nodes", lambda: [{"CPU": 2}])
-    monkeypatch.setattr(farm, "autoscaler_present", lambda: True)
+    monkeypatch.setattr(capacity, "live_nodes", lambda: [{"CPU": 2}])
+    monkeypatch.setattr(capacity, "autoscaler_present", lambda: True)
     said: list[str] = []
-    farm.check_capacity(farm.FarmOptions(gpus_per_worker=1), said.append)
+    check_capacity(farm.FarmOptions(gpus_per_worker=1), said.append)
     assert said == ["no node can hold a worker (1 GPU) yet; waiting for the autoscaler to bring one"]
 
 
 def test_a_unit_is_blamed_for_its_fifth_lost_node_and_at_once_for_its_worker(tmp_path):
-    pool = object.__new__(farm._Pool)
+    pool = object.__new__(Pool)
     pool.dataset = str(tmp_path)
-    unit, error = farm.Unit(("a", "b"), {"prompts": (("p", 0), ("p", 1))}), ray.exceptions.ActorDiedError()
-    for losses in range(1, farm.NODE_LOSSES_BEFORE_BLAME):
+    unit, error = Unit(("a", "b"), {"prompts": (("p", 0), ("p", 1))}), ray.exceptions.ActorDiedError()
+    for losses in range(1, NODE_LOSSES_BEFORE_BLAME):
         (unit,) = pool._after_death(unit, False, error)
         assert (unit.node_losses, unit.kills) == (losses, 0)
     (unit,) = pool._after_death(unit, False, error)
@@ -407,7 +412,7 @@ def test_a_ray_that_can_not_be_joined_is_told_with_its_cure(joined, listening):
     ],
 )
 def test_an_autoscaler_is_known_by_its_node_types(report, types):
-    assert farm.node_types_in({"autoscaler_report": report}) == types
+    assert node_types_in({"autoscaler_report": report}) == types
 
 
 @pytest.mark.parametrize("options", [{"num_workers": 0}, {"gpus_per_worker": -1}, {"gpus_per_worker": 1.5}, {"unit_rows": 0}])
@@ -430,10 +435,10 @@ def test_long_prompts_go_first_and_no_worker_is_left_out(tmp_path, monkeypatch):
 
 def test_progress_is_one_line_with_all_numbers():
     stream = io.StringIO()
-    progress = farm.Progress("labels", total=100, done=10, errors=1, stream=stream, every=0)
+    progress = Progress("labels", total=100, done=10, errors=1, stream=stream, every=0)
     progress.ready()
     progress._first_ready -= 10
-    progress.add(farm.UnitResult(items=20, error_items=1, tokens=400, seconds=5))
+    progress.add(UnitResult(items=20, error_items=1, tokens=400, seconds=5))
     progress.up, progress.wanted = 2, 3
     progress.tick(force=True)
     line = stream.getvalue().splitlines()[-1]
@@ -444,65 +449,65 @@ def test_progress_is_one_line_with_all_numbers():
 def test_progress_is_a_bar_in_a_terminal():
     stream = io.StringIO()
     stream.isatty = lambda: True  # type: ignore[method-assign]
-    progress = farm.Progress("labels", total=4, done=2, errors=0, stream=stream)
+    progress = Progress("labels", total=4, done=2, errors=0, stream=stream)
     progress.tick(force=True)
     assert stream.getvalue().startswith("\rlabels " + "█" * 12 + "░" * 12 + " 2/4 rows")
 
 
 def test_a_folder_in_use_is_refused_at_once_and_says_by_whom(tmp_path):
-    with farm.Lease(tmp_path):
+    with Lease(tmp_path):
         begin = time.monotonic()
-        with pytest.raises(ValueError, match=rf"process {os.getpid()}.*--output-dir"), farm.Lease(tmp_path):
+        with pytest.raises(ValueError, match=rf"process {os.getpid()}.*--output-dir"), Lease(tmp_path):
             pass
         assert time.monotonic() - begin < 1
-    with farm.Lease(tmp_path):
+    with Lease(tmp_path):
         pass
 
 
 def test_the_lease_of_a_dead_process_is_taken_over_at_once(tmp_path):
-    lease = farm.Lease(tmp_path)
+    lease = Lease(tmp_path)
     dead = subprocess.Popen(["true"])
     dead.wait()
     lease._record |= {"pid": dead.pid, "started": "1"}
     lease._write()
     begin = time.monotonic()
-    with farm.Lease(tmp_path):
+    with Lease(tmp_path):
         assert time.monotonic() - begin < 2
 
 
 def test_the_lease_of_another_machine_is_judged_by_its_heartbeat(tmp_path):
-    other = farm.Lease(tmp_path, beat_seconds=0.1)
+    other = Lease(tmp_path, beat_seconds=0.1)
     other._record |= {"host": "elsewhere", "hostname": "elsewhere", "pid": 1}
-    with other, pytest.raises(ValueError, match="in use by a run on elsewhere"), farm.Lease(tmp_path, stale_seconds=1):
+    with other, pytest.raises(ValueError, match="in use by a run on elsewhere"), Lease(tmp_path, stale_seconds=1):
         pass
     other._write()  # and then no beat any more
-    with farm.Lease(tmp_path, stale_seconds=1) as mine:
+    with Lease(tmp_path, stale_seconds=1) as mine:
         mine.check()
 
 
 def test_a_run_that_lost_its_lease_stops(tmp_path):
-    with farm.Lease(tmp_path, beat_seconds=0.05) as lease:
+    with Lease(tmp_path, beat_seconds=0.05) as lease:
         tables.write_bytes(lease.path, b'{"token": "another"}')
         time.sleep(0.3)
-        with pytest.raises(farm.LeaseLostError, match="another run has taken it over"):
+        with pytest.raises(LeaseLostError, match="another run has taken it over"):
             lease.check()
     assert tables.read_bytes(lease.path) is not None, "the other run's lease is not ours to remove"
 
 
 def test_a_worker_publishes_nothing_for_a_run_that_lost_its_lease(tmp_path):
     ids = write_prompts(tmp_path / "prompts", 3)
-    worker = farm.Worker()
-    worker.task, worker.dataset, worker.place = FakeTask(), str(tmp_path / "out"), farm.Place("w", 1)
+    worker = Worker()
+    worker.task, worker.dataset, worker.place = FakeTask(), str(tmp_path / "out"), Place("w", 1)
     worker.built = worker.task.build(worker.place)
     worker.lease_path, worker.lease_token = str(tmp_path / "_lease.json"), "mine"
     path = tables.list_shards(tmp_path / "prompts")[0]
-    unit = farm.Unit((ids[0],), {"prompts": ((path, 0),)})
+    unit = Unit((ids[0],), {"prompts": ((path, 0),)})
     for content in (b'{"token": "another"}', None):
         if content is None:
             tables.remove(worker.lease_path)
         else:
             tables.write_bytes(worker.lease_path, content)
-        with pytest.raises(farm.LeaseLostError):
+        with pytest.raises(LeaseLostError):
             worker.run(unit)
         assert tables.list_shards(tmp_path / "out") == []
 
