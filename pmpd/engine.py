@@ -18,6 +18,7 @@ import time
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import cast
 
 import numpy as np
 import torch
@@ -147,6 +148,7 @@ class Engine:
         self.state = shared_state(model)
         self.cache_argument = cache_argument(model)
         self.device = next(model.parameters()).device
+        self.vocabulary = len(cast(Tensor, model.get_input_embeddings().weight))
         self.lean = recognise(model, self.state) if lean else None
         self.steps = GraphSteps.of(model) if lean and self.device.type == "cuda" else None
         spare = 1 if self.steps else 0  # a slot for the unused rows of a captured step
@@ -276,6 +278,8 @@ class _Run:
         length = len(request.input_ids)
         if length == 0:
             return "ValueError: the prompt has no tokens"
+        if min(request.input_ids) < 0 or max(request.input_ids) >= self.engine.vocabulary:
+            return f"ValueError: the prompt has tokens outside 0..{self.engine.vocabulary - 1}, which is all that the model knows"
         if request.max_new_tokens < 1:
             return f"ValueError: max_new_tokens {request.max_new_tokens}: one new token at least"
         if length + request.max_new_tokens - 1 > self.engine.max_length:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import operator
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -70,9 +71,12 @@ class PMPDForCausalLM(nn.Module):
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
-        wanted = None if precisions is None else sorted({int(bits) for bits in precisions}, reverse=True)
+        try:
+            wanted = None if precisions is None else sorted({operator.index(bits) for bits in precisions}, reverse=True)
+        except TypeError:  # not a list, or not of whole numbers
+            wanted = []
         if wanted == []:
-            raise ValueError("precisions []: give at least one, e.g. [4, 3, 2], or None for all that the checkpoint holds")
+            raise ValueError(f"precisions {precisions!r}: give a list like [4, 3, 2], or None for all that the checkpoint holds")
         dtype = dtype or compute_dtype(torch.device("cpu"))
         folder = local_folder(model_path, "model_path") if use_anyprec else model_path
         checkpoint = mixed.open_checkpoint(folder, trust_remote_code, multi=not use_anyprec)
@@ -131,6 +135,10 @@ class PMPDForCausalLM(nn.Module):
             # a GPU runs ahead of the host, so the host looks at the tokens now and then only
             engine = self._engine = Engine(self.model, slots, max_length, sync_every=8 if self.device.type == "cuda" else 1)
         return engine
+
+    def _apply(self, fn, recurse: bool = True):  # nn.Module's hook behind .to(), .cuda(), .half()
+        self._engine = None  # has a cache of the old dtype, and layers packed for it
+        return super()._apply(fn, recurse)
 
     @contextmanager
     def _borrowed(self, slots: int | None, max_length: int) -> Iterator[Engine]:
@@ -265,6 +273,8 @@ class PMPDForCausalLM(nn.Module):
             raise ValueError(f"attention_mask has shape {list(attention_mask.shape)}, input_ids {list(input_ids.shape)}; they must agree")
         if past_key_values is not None and len(past_key_values) != len(input_ids):
             raise ValueError(f"past_key_values has {len(past_key_values)} rows, input_ids {len(input_ids)}; they must agree")
+        if keys is not None and len(keys) != len(input_ids):
+            raise ValueError(f"keys names {len(keys)} rows, input_ids has {len(input_ids)}; they must agree")
         prompts = [
             row[mask.bool()].tolist()
             for row, mask in zip(input_ids, attention_mask if attention_mask is not None else torch.ones_like(input_ids), strict=True)
@@ -272,7 +282,7 @@ class PMPDForCausalLM(nn.Module):
         return [
             Request(
                 key=str(index),
-                draw_key=keys[index] if keys else hashlib.sha256(json.dumps(prompt).encode()).hexdigest()[:16],
+                draw_key=keys[index] if keys is not None else hashlib.sha256(json.dumps(prompt).encode()).hexdigest()[:16],
                 input_ids=prompt,
                 max_new_tokens=max_new_tokens,
                 prefix=past_key_values[index] if past_key_values is not None else None,

@@ -34,8 +34,8 @@ NEVER = 2**30
 def check_chain(precisions: Sequence[int]) -> tuple[int, ...]:
     """The precision chain as a tuple; it must be distinct and descending, with two members at least."""
     try:
-        chain = tuple(int(bits) for bits in precisions)
-    except (TypeError, ValueError):
+        chain = tuple(operator.index(bits) for bits in precisions)
+    except TypeError:
         raise ValueError(f"precisions {precisions!r}: a precision chain is a list of bit widths, e.g. [4, 3, 2]") from None
     if len(chain) < 2:
         raise ValueError(f"precisions {list(chain)}: a precision chain needs two members at least, e.g. 4,3 or 4,3,2")

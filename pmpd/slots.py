@@ -140,6 +140,8 @@ def attend(
     """transformers' attention interface over a `SlotCache`: `query` [1, Hq, n, D], `key`/`value` the layer [S, H, T, D]."""
     if softcap is not None or s_aux is not None:
         raise ValueError(f"{type(module).__name__} is not supported: attention with {'logit soft-capping' if softcap else 'sinks'}")
+    if not getattr(module, "is_causal", True):
+        raise ValueError(f"{type(module).__name__} is not supported: tokens attend to later ones, so no cache can be continued")
     _active.calls += 1
     return attend_slots(_active.plan, query[0].transpose(0, 1), key, value, scaling, sliding_window)[None], None
 

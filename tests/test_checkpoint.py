@@ -227,6 +227,8 @@ LONG_FACTORS = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "original_m
             "'llama4_text' are not supported with chunked attention",
         ),
         ("falcon", {}, "'falcon' are not supported with attention of their own"),
+        ("mamba", {}, "'mamba' are not supported"),
+        ("lfm2", {"layer_types": ["conv", "full_attention"]}, r"'lfm2' are not supported with layers .* \(conv\)"),
         ("llama", {"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "'llama' are not supported with rope type 'dynamic'"),
         ("llama", {"rope_parameters": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4}}, "with rope type 'dynamic'"),
         ("llama", {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, **LONG_FACTORS}}, "with rope type 'longrope'"),
@@ -251,6 +253,14 @@ def test_a_model_whose_rows_can_not_share_a_forward_is_refused_by_name(tmp_path,
     byte_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=told):
         PMPDForCausalLM(tmp_path)
+
+
+def test_an_encoder_is_refused_instead_of_being_masked(tmp_path):
+    common = {key: value for key, value in ARCHITECTURES["llama"].items() if key != "num_key_value_heads"}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("bert", **common)).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="BertSelfAttention is not supported: tokens attend to later ones"):
+        PMPDForCausalLM(tmp_path).eval().generate(PROMPT, 3)
 
 
 # ------------------------------------------------------------------------------------------------------------------- foreign code

@@ -75,7 +75,7 @@ def labels_by_the_rule(quantized: PMPDForCausalLM, reference: PMPDForCausalLM, i
 
 def test_labels_are_those_of_the_rule_over_plain_decoding(models):
     quantized, reference = models
-    rows = prompt_rows(40)
+    rows = prompt_rows(20)
     config = LabelConfig(CHAIN, NEW_TOKENS, slots=16)
     references = {row["prompt_id"]: row for row in reference_prompts(reference, rows, config)}
     labeled = {row["prompt_id"]: row for row in label_prompts(quantized, rows, references, config)}

@@ -125,7 +125,10 @@ def test_a_stream_yields_tokens_with_the_precision_of_the_forward_that_made_them
 
 
 def test_streams_and_calls_that_take_turns_do_not_touch_each_other(model):
-    one, other, third = random_prompts(3, 25, seed=9)
+    one, other, third = [[token % 256 for token in prompt] for prompt in (range(40, 60), range(150, 170), range(95, 115))]
+    for prompt in (one, other, third):
+        assert len(truth(model, prompt).tokens) == NEW_TOKENS, "a row that ends at once can't be disturbed"
+    model.engine(1, 64)  # long enough for all: a longer one would be a new one anyway
     taken: tuple[list, list] = ([], [])
     for items in zip_longest(model.stream(torch.tensor([one]), NEW_TOKENS), model.stream(torch.tensor([other]), NEW_TOKENS)):
         for place, item in zip(taken, items, strict=True):
@@ -144,6 +147,16 @@ def test_streams_and_calls_that_take_turns_do_not_touch_each_other(model):
     for completion in model.complete(requests, SCHEDULER, 4, slots=1):
         assert completion.tokens == truth(model, requests[int(completion.key)].input_ids).tokens
         list(model.stream(torch.tensor([other]), 3))
+
+
+def test_a_cast_between_two_calls_is_followed(tmp_path, anyprec_folder):
+    for folder, bits in ((write_dense(tmp_path), 16), (anyprec_folder(), 4)):
+        model, prompt = PMPDForCausalLM(folder).eval(), torch.tensor([[5, 66, 7, 201]])
+        model.generate(prompt, NEW_TOKENS, bits)
+        found = model.to(torch.bfloat16).generate(prompt, NEW_TOKENS, bits)
+        assert found.past_key_values[0].layers[0][0].dtype == torch.bfloat16
+        untouched = PMPDForCausalLM(folder).eval().to(torch.bfloat16)
+        assert torch.equal(found.input_ids, untouched.generate(prompt, NEW_TOKENS, bits).input_ids)
 
 
 def test_calls_one_after_the_other_share_an_engine(model):
@@ -180,7 +193,9 @@ def test_a_hugging_face_id_is_downloaded(anyprec_folder, anyprec_model, monkeypa
 @pytest.mark.parametrize(
     ("settings", "told"),
     [
-        ({"precisions": []}, r"^precisions \[\]: give at least one"),
+        ({"precisions": []}, r"^precisions \[\]: give a list like \[4, 3, 2\]"),
+        ({"precisions": 4}, r"^precisions 4: give a list"),
+        ({"precisions": [3.5]}, r"^precisions \[3\.5\]: give a list"),
         ({"model_path": "/no/such"}, r"^model_path /no/such: no such folder; give a checkpoint folder or a Hugging Face id"),
         ({"model_path": "/no.json", "use_anyprec": False}, r"^/no\.json: FileNotFoundError.*is a JSON file like"),
     ],
@@ -199,6 +214,9 @@ def test_what_can_not_be_loaded_is_refused(anyprec_folder, settings, told):
         (lambda m: m.generate(torch.tensor([1, 2])), r"^input_ids has shape \[2\]; allowed: \[batch, length\]"),
         (lambda m: m.generate(torch.tensor([[1, 2]]), 3, attention_mask=torch.ones(1, 3)), r"^attention_mask has shape \[1, 3\]"),
         (lambda m: m.generate(torch.tensor([[1, 2]]), 3, past_key_values=[]), r"^past_key_values has 0 rows, input_ids 1"),
+        (lambda m: m.generate(torch.tensor([[1], [2]]), 3, keys=["one"]), r"^keys names 1 rows, input_ids has 2"),
+        (lambda m: m.generate(torch.tensor([[1, 258]]), 3), r"^the prompt has tokens outside 0\.\.257"),
+        (lambda m: m.generate(torch.tensor([[-1, 2]]), 3), r"^the prompt has tokens outside 0\.\.257"),
         (lambda m: m.generate(torch.tensor([[1, 2]]), 3, prefill_bit=8), r"^precision 8 .* is not loaded; loaded are 4, 3, 2"),
         (lambda m: list(m.stream(torch.tensor([[1], [2]]), 3)), r"^stream takes one prompt, got 2; use generate"),
     ],

@@ -86,6 +86,8 @@ def test_one_dictionary_serves_all_schedulers():
         ("random", {"seed": 3}, r"scheduler 'random' needs the option precisions; it takes precisions, seed, prior"),
         ("kv_cache", {"precisions": None}, r"scheduler 'kv_cache' needs the option precisions"),
         ("random", {"precisions": "4,3"}, r"precisions '4,3': a precision chain is a list of bit widths"),
+        ("random", {"precisions": "43"}, r"precisions '43': a precision chain is a list of bit widths"),
+        ("random", {"precisions": [4.5, 3]}, r"precisions \[4\.5, 3\]: a precision chain is a list of bit widths"),
         ("random", {"precisions": 4}, r"precisions 4: a precision chain is a list of bit widths"),
         ("random", {"precisions": [3, 3]}, r"distinct and descending"),
         ("static", {"precisions": [4, 3], "high_bit_steps": 2.5}, r"high_bit_steps 2\.5: .* has 1 pair\(s\); give one whole number"),

@@ -220,6 +220,9 @@ def _unsupported(model: PreTrainedModel) -> str | None:
         kind = settings.get("rope_type", settings.get("type")) if isinstance(settings, dict) else None
         if kind in ("dynamic", "longrope"):
             return f"rope type {kind!r}: its frequencies follow the longest row of the batch"
+    others = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if others or model._is_stateful:
+        return f"layers other than full and sliding attention ({', '.join(sorted(others)) or 'recurrent ones'})"
     own = type(model).__module__.startswith("transformers.")  # code of a checkpoint is judged by what it does, in `slots`
     if own and not model._can_set_attn_implementation():
         return "attention of their own, past transformers' attention interface"
