@@ -71,6 +71,9 @@ def test_sweep_search_and_best_setting_share_one_output_folder(asked, flags: dic
     search = GenerateJob(**flags, static_search=True, search_points=2, quality_budget=1.0)
     main(search)
     told = capsys.readouterr().out
+    path = f"{flags['output_dir']}/best-static-demo-4-3-2.json"
+    found = json.loads(Path(path).read_text())
+    assert (found["high_bit_steps"], found["split"], len(found["candidates"])) == ([0, 0], "validation", 3)
     command = best_command(search).replace("TEST_QUESTIONS", flags["question_file"])
     assert best_command(search) in told.replace("\n", "")
     main(GenerateJob(**{**flags, "precisions": "4,3"}, static_search=True, search_points=2, quality_budget=1.0))
@@ -81,7 +84,6 @@ def test_sweep_search_and_best_setting_share_one_output_folder(asked, flags: dic
     page = report(ReportJob((flags["output_dir"],), str(tmp_path / "report"), resamples=100))
     scores = tables.read_table(page.parent / "scores").to_pylist()
     assert {row["run"] for row in scores} - {"oracle"} == {row["run"] for row in [*sweep, *best]}, "and the grids are in no report"
-    path = f"{flags['output_dir']}/best-static-demo-4-3-2.json"
     assert run(flags, scheduler="static", high_bit_steps=path, output_dir=str(tmp_path / "elsewhere"))[0]["run"] == "static-best-0/0"
 
 
