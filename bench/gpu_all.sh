@@ -16,8 +16,8 @@ part() {  # name, seconds at most, command...
   [ $status -eq 0 ] || tail -n 25 "$out/$name.log"
 }
 : >"$out/parts.txt"
-part decode 100 python3 bench/decode.py --device cuda --out "$out"
 part kernels 220 python3 bench/_cuda.py --out "$out" --write-settings ${QUICK:+--quick}
+part decode 130 python3 bench/decode.py --device cuda --out "$out"
 cp -f pmpd/kernels/autotune/*.json "$out" 2>/dev/null
 export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1  # a plugin that fails to load, needed by nobody here, would end the run
 workers=$(python3 -c 'import xdist' 2>/dev/null && echo "-p xdist.plugin -n 8")
