@@ -32,13 +32,15 @@ def hardware(device: str = "cpu") -> str:
 def commit() -> str | None:
     """What was measured: the short id of the commit, with `+changes` where the tree differs from it.
 
-    A tree copied without its repository is told by the environment variable PMPD_COMMIT; None without either.
+    The environment variable PMPD_COMMIT says it of a tree that was copied without its repository; None without either.
     """
 
     def git(*arguments: str) -> str:
         return subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=RESULTS.parents[1], check=False).stdout.strip()
 
-    name = git("rev-parse", "--short", "HEAD") or os.environ.get("PMPD_COMMIT")
+    if told := os.environ.get("PMPD_COMMIT"):
+        return told
+    name = git("rev-parse", "--short", "HEAD")
     changed = git("status", "--porcelain", "--untracked-files=no", "--", "pmpd", "bench/*.py")
     return f"{name}+changes" if name and changed else name or None
 

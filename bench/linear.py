@@ -1,12 +1,13 @@
 """One linear layer: native kernels against torch's dense matrix multiplication, and against what memory can deliver.
 
-`python -m bench.linear` measures on the CPU, `--device cuda` on a GPU (its own file, `_cuda.py`). The roof comes first: copy bandwidth
+`python -m bench.linear` measures on the CPU, `--device cuda` on a GPU (its own file, `_cuda.py`, and options). The roof comes first: copy bandwidth
 measured in the same run, and the bytes that each precision has to read. Then medians over rounds in which every contender is
 timed in turn, so that a disturbance hits all of them. Weights rotate over copies, so they come from memory, not from a cache.
 """
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import statistics
 import time
@@ -15,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-import tyro
 from torch import Tensor
 
 from bench import _record
@@ -27,9 +27,8 @@ BITS = (4, 3, 2)
 
 @dataclass(frozen=True)
 class LinearBenchConfig:
-    """What to measure."""
+    """What to measure on the CPU (`--device cuda --help` tells of a GPU)."""
 
-    device: Literal["cpu", "cuda"] = "cpu"
     shapes: tuple[str, ...] = ("4096x4096", "11008x4096")
     """out_features x in_features."""
     tokens: tuple[int, ...] = (1, 8)
@@ -51,11 +50,6 @@ class LinearBenchConfig:
 
 
 def main(config: LinearBenchConfig) -> None:
-    if config.device == "cuda":
-        from bench import _cuda
-
-        _cuda.main([])
-        return
     if config.clock == "cpu" and config.threads > 1:
         raise ValueError("--clock cpu counts the calling thread only: add --threads 1")
     torch.set_num_threads(config.threads)
@@ -177,5 +171,20 @@ def check_bars(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return bars
 
 
+def command_line() -> None:
+    """`--device` chooses, the rest is the business of the chosen one."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    options, rest = parser.parse_known_args()
+    if options.device == "cuda":
+        from bench import _cuda
+
+        _cuda.main(rest)
+    else:
+        import tyro  # a GPU machine may lack it
+
+        main(tyro.cli(LinearBenchConfig, args=rest))
+
+
 if __name__ == "__main__":
-    main(tyro.cli(LinearBenchConfig))
+    command_line()

@@ -20,7 +20,7 @@ from pmpd import cuda
 from pmpd.engine import Completion, Engine, Prefix, Request, TokenEvent
 from pmpd.schedulers import Scheduler
 from pmpd.weights import anyprec, dense, mixed
-from pmpd.weights.base import compute_dtype
+from pmpd.weights.base import PrecisionLinear, compute_dtype
 from pmpd.weights.checkpoint import Checkpoint
 from pmpd.weights.hub import local_folder
 from pmpd.weights.mixed import MultiCheckpoint
@@ -198,6 +198,9 @@ class PMPDForCausalLM(nn.Module):
     def _planned_slots(self, max_length: int) -> int:
         if self.device.type != "cuda":
             return 32
+        for module in self.model.modules():
+            if isinstance(module, PrecisionLinear):
+                module.packed_bytes()  # packs what is not packed yet, else that would take of what the plan counts as free
         element_bytes = next(self.model.parameters()).element_size()
         token_bytes = 2 * self.model.config.num_hidden_layers * self.kv_heads * self.head_dim * element_bytes
         return cuda.plan_slots(cuda.free_bytes(self.device), token_bytes, max_length)

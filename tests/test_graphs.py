@@ -9,8 +9,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pmpd import cuda
+from pmpd import PMPDForCausalLM, cuda
 from pmpd.graphs import StepGraphs
+from pmpd.weights.base import PrecisionLinear
 
 
 class _Watch(TorchDispatchMode):
@@ -168,3 +169,12 @@ def test_slots_follow_from_free_memory():
     assert cuda.plan_slots((2 << 30) + token_bytes * 2304, token_bytes, 2304) == 1
     with pytest.raises(ValueError, match=r"one row of 2304 tokens needs 0\.28 GiB"):
         cuda.plan_slots(2 << 30, token_bytes, 2304)
+
+
+def test_slots_are_planned_after_the_weights_are_packed(anyprec_folder, monkeypatch):
+    """Packing takes device memory, which the plan must find taken."""
+    model = PMPDForCausalLM(anyprec_folder("llama"), kernel="reference")
+    linears = [module for module in model.modules() if isinstance(module, PrecisionLinear)]
+    monkeypatch.setattr(PMPDForCausalLM, "device", torch.device("cuda"))
+    monkeypatch.setattr(cuda, "free_bytes", lambda device: 10 << 30 if all(linear._matrix for linear in linears) else 0)
+    assert model._planned_slots(128) == 256

@@ -325,11 +325,10 @@ class TritonMatrix(BitplaneMatrix):
 
     def route(self, tokens: int, bits: int) -> str:
         """Which of `ROUTES` a multiplication of `tokens` takes."""
-        limits = _settings(self._gpu_name).get("routes", {})
         tables = self._tables[bits]
-        if "words" in tables and tokens <= (limits.get("digits", SPLIT_TOKENS) if "halves" in tables else DIGITS_TOKENS):
+        if "words" in tables and tokens <= (SPLIT_TOKENS if "halves" in tables else DIGITS_TOKENS):
             return "digits"
-        if tokens <= limits.get("fused", FUSED_TOKENS):
+        if tokens <= FUSED_TOKENS:
             return "halves" if "halves" in tables else "fused"
         return "dense"
 
