@@ -1,7 +1,7 @@
 """One linear layer: native kernels against torch's dense matrix multiplication, and against what memory can deliver.
 
-`python -m bench.linear` measures on the CPU, `--device cuda` on a GPU (its own file, `_cuda.py`, and options). The roof comes first: copy bandwidth
-measured in the same run, and the bytes that each precision has to read. Then medians over rounds in which every contender is
+`python -m bench.linear` measures on the CPU, `--device cuda` on a GPU (its own file, `_cuda.py`, and options). The roof comes first: copy
+bandwidth measured in the same run, and the bytes that each precision has to read. Then medians over rounds in which every contender is
 timed in turn, so that a disturbance hits all of them. Weights rotate over copies, so they come from memory, not from a cache.
 """
 
