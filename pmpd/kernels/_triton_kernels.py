@@ -1,8 +1,8 @@
 """The Triton kernels behind `pmpd.kernels.triton` (which says what each must do, its layout, and its bytes and operations).
 
 Legend: M tokens, N out_features, K in_features, b bits; a *tile* is 16 rows x 256 columns of one matrix; lane = 4 g + t, as the
-tensor cores number the threads of a warp (g = 0..7, t = 0..3). The loops over tiles stay loops: unrolled, a kernel is 22 KB of
-instructions, which every launch of a decode step would fetch anew.
+tensor cores number the threads of a warp (g = 0..7, t = 0..3). The loops over tiles stay loops, since unrolled kernels of 22 KB were no
+faster; a tile is loaded while the one before it is worked on.
 
 `EMULATE` replaces the few PTX instructions by plain Triton that computes the same: Triton's interpreter knows no PTX.
 
@@ -88,20 +88,6 @@ def _pick(a, b, mask, EMULATE: tl.constexpr):
         return (a & mask) | (b & (mask ^ 0xFFFFFFFF))
     else:
         return tl.inline_asm_elementwise("lop3.b32 $0, $1, $2, $3, 0xE4;", "=r,r,r,r", [a, b, mask], dtype=tl.uint32, is_pure=True, pack=1)
-
-
-@triton.jit
-def _prefetch(pointer, elected, BYTES: tl.constexpr, EMULATE: tl.constexpr):
-    """Each thread for which `elected` is 1 asks for BYTES from `pointer` on to be brought to the second-level cache; nobody waits."""
-    if not EMULATE:
-        tl.inline_asm_elementwise(
-            "{ .reg .pred p; setp.ne.s32 p, $2, 0; @p cp.async.bulk.prefetch.L2.global [$1], $3; mov.b32 $0, 0; }",
-            "=r,l,r,r",
-            [pointer.to(tl.int64), elected, BYTES],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
 
 
 @triton.jit
@@ -281,7 +267,6 @@ def digits_matmul(
     g = lane // 4
     t = lane % 4
     row_base = planes + row_block.to(tl.int64) * (BLOCKS * 128)
-    _prefetch(row_base + thread.to(tl.int64) * plane_stride, (thread < BITS).to(tl.int32), BLOCKS * 512, EMULATE)
     WORDS: tl.constexpr = 2 if BITS == 2 else (4 if BITS == 3 else 8)
     top = _table(tables + (row_block * 16 + g) * WORDS, BITS, EMULATE)
     bottom = _table(tables + (row_block * 16 + 8 + g) * WORDS, BITS, EMULATE)
@@ -289,11 +274,12 @@ def digits_matmul(
     acc = ()
     for _ in tl.static_range(TOKEN_PAIRS * 8):
         acc = acc + (zero,)  # type: ignore[assignment]  # noqa: RUF005 - Triton's tuples grow, and it knows no unpacking
+    words = _planes(row_base + lane * 4 + tl.minimum(warp, BLOCKS - 1) * 128, plane_stride, BITS, EMULATE)
     _wait_for_last(PDL)
 
     for i in range(TILES):
         block = warp + i * WARPS
-        words = _planes(row_base + lane * 4 + tl.minimum(block, BLOCKS - 1) * 128, plane_stride, BITS, EMULATE)
+        after = _planes(row_base + lane * 4 + tl.minimum(block + WARPS, BLOCKS - 1) * 128, plane_stride, BITS, EMULATE)
         for h in tl.static_range(2):
             x_words = ()
             for n in tl.static_range(TOKEN_PAIRS):
@@ -333,6 +319,7 @@ def digits_matmul(
                         c_low = _accumulate(other_low, b0, b1, c_low, EMULATE, WARPS)
                     updated = updated + c_high + c_low
                 acc = updated
+        words = after
 
     # Columns 2t and 2t + 1 of the product are two digits of one token: t = 0, 2 hold d0, d1 and t = 1, 3 hold d2, 0.
     weight_even = tl.where(t % 2 == 0, 65536.0, 1.0)
@@ -485,7 +472,6 @@ def halves_matmul(
     g = lane // 4
     t = lane % 4
     row_base = planes + row_block.to(tl.int64) * (BLOCKS * 128)
-    _prefetch(row_base + thread.to(tl.int64) * plane_stride, (thread < BITS).to(tl.int32), BLOCKS * 512, EMULATE)
     WORDS: tl.constexpr = 2 if BITS == 2 else (4 if BITS == 3 else 8)
     table_row = g * 0
     if GROUP == 0:
@@ -498,11 +484,12 @@ def halves_matmul(
     acc = ()
     for _ in tl.static_range(OCTETS * 4):
         acc = acc + (zero,)  # type: ignore[assignment]  # noqa: RUF005 - Triton's tuples grow, and it knows no unpacking
+    words = _planes(row_base + lane * 4 + tl.minimum(warp, BLOCKS - 1) * 128, plane_stride, BITS, EMULATE)
     _wait_for_last(PDL)
 
     for i in range(TILES):
         block = warp + i * WARPS
-        words = _planes(row_base + lane * 4 + tl.minimum(block, BLOCKS - 1) * 128, plane_stride, BITS, EMULATE)
+        after = _planes(row_base + lane * 4 + tl.minimum(block + WARPS, BLOCKS - 1) * 128, plane_stride, BITS, EMULATE)
         for h in tl.static_range(2):
             n_top = _tile_nibbles(words, 2 * h, BITS, EMULATE)
             n_bottom = _tile_nibbles(words, 2 * h + 1, BITS, EMULATE)
@@ -532,6 +519,7 @@ def halves_matmul(
                         c = (acc[4 * n], acc[4 * n + 1], acc[4 * n + 2], acc[4 * n + 3])
                         updated = updated + _accumulate_halves((a0, a1, a2, a3), b0, b1, c, BFLOAT16, EMULATE, WARPS)
                     acc = updated
+        words = after
 
     slot = tl.arange(0, 32)
     row_top = row_block * 16 + slot // 4
