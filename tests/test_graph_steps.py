@@ -24,7 +24,8 @@ class Graphs(FakeGraphs):
     """Static is what is there before the capture: weights, caches, buffers."""
 
     def __call__(self, step, reset):
-        self.static = {t.untyped_storage().data_ptr() for t in gc.get_objects() if issubclass(type(t), torch.Tensor)}
+        tensors = [t for t in gc.get_objects() if issubclass(type(t), torch.Tensor) and t.layout == torch.strided]
+        self.static = {t.untyped_storage().data_ptr() for t in tensors if t.device.type == "cpu"}
         return super().__call__(step, reset)
 
 

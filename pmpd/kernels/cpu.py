@@ -10,7 +10,6 @@ multiplied by torch, in an order of its own.
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import importlib.metadata
@@ -301,8 +300,9 @@ def _functions() -> ctypes.CDLL:
 def _find() -> tuple[Path | None, str | None]:
     """The library of these very sources: beside this file, or, for a source tree, in the installed package."""
     candidates = [Path(__file__).with_name(_sources.LIBRARY)]
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        candidates.append(Path(str(importlib.metadata.distribution("pmpd").locate_file(f"pmpd/kernels/{_sources.LIBRARY}"))))
+    # several: `pip install .` leaves metadata of its own in the source tree
+    installed = importlib.metadata.distributions(name="pmpd")
+    candidates += [Path(str(distribution.locate_file(f"pmpd/kernels/{_sources.LIBRARY}"))) for distribution in installed]
     wanted, stale = _sources.fingerprint(), None
     for path in candidates:
         if not path.is_file():
