@@ -12,6 +12,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 from bench import _random_llama, _record
 from bench.linear import copy_bandwidth
 from pmpd import PMPDForCausalLM, Scheduler, demo
+from pmpd.classifier import ArtefactConfig, KVCacheClassifier, save_artefact
 from pmpd.demo.texts import MIN_PROMPT_CHARACTERS, documents_of
 from pmpd.engine import Request
 from pmpd.kernels import cpu
@@ -55,15 +57,24 @@ class Contender:
     scheduler: AnyScheduler | None = None
 
 
-def contenders(dense: PMPDForCausalLM, quantized: PMPDForCausalLM, new_tokens: int, learned: bool) -> list[Contender]:
+def contenders(dense: PMPDForCausalLM, quantized: PMPDForCausalLM, new_tokens: int, classifiers: Path | None = None) -> list[Contender]:
+    """`classifiers`: the artefact of the learned schedule; None = the demo's."""
     third, two_thirds = class_steps(new_tokens)[1:3]
     static = Scheduler.get_scheduler("naive", precisions=list(PRECISIONS), high_bit_steps=[third, two_thirds])
     found = [Contender("16", dense, 16), *(Contender(str(bits), quantized, bits) for bits in PRECISIONS)]
     found.append(Contender("static", quantized, PRECISIONS[0], static))
-    if learned:
-        scheduler = Scheduler.get_scheduler("kv_cache", precisions=list(PRECISIONS))
-        found.append(Contender("learned", quantized, PRECISIONS[0], quantized.decide(scheduler, None)[0]))
+    scheduler = Scheduler.get_scheduler("kv_cache", precisions=list(PRECISIONS), save_dir=classifiers)
+    found.append(Contender("learned", quantized, PRECISIONS[0], quantized.decide(scheduler, None)[0]))
     return found
+
+
+def write_untrained(folder: Path, model: PMPDForCausalLM) -> Path:
+    """Classifiers of random weights for `model`: their decisions mean nothing, their cost is that of trained ones."""
+    pairs = tuple(pairwise(PRECISIONS))
+    config = ArtefactConfig(model.head_dim, model.kv_heads, pairs)
+    draw = torch.Generator().manual_seed(0)
+    save_artefact(folder, config, {pair: KVCacheClassifier(config.dim, config.num_heads, generator=draw).state_dict() for pair in pairs})
+    return folder
 
 
 def run_once(contender: Contender, prompts: Sequence[Sequence[int]], new_tokens: int) -> tuple[float, float, float]:
@@ -125,7 +136,7 @@ def measure_demo(config: DecodeCpuConfig) -> list[dict[str, Any]]:
     encoded = (quantized.tokenizer(text).input_ids[: config.prompt_tokens] for text in texts)
     long_enough = (ids for ids in encoded if len(ids) == config.prompt_tokens)
     prompts = [next(long_enough) for _ in range(max(BATCHES))]
-    plans = contenders(dense, quantized, config.demo_tokens, learned=True)
+    plans = contenders(dense, quantized, config.demo_tokens)
     return measure_model("demo", plans, prompts, config.demo_tokens, config.rounds, {})
 
 
@@ -137,7 +148,7 @@ def measure_random(config: DecodeCpuConfig, folder: Path, shape: _random_llama.S
     generator = torch.Generator().manual_seed(0)
     prompts = torch.randint(3, shape.vocab_size, (max(BATCHES), config.prompt_tokens), generator=generator).tolist()
     floor_ms = {str(bits): shape.step_bytes(bits) / bandwidth * 1e3 for bits in (16, *PRECISIONS)}
-    plans = contenders(*models, config.tokens, learned=False)
+    plans = contenders(*models, config.tokens, write_untrained(folder / "classifiers", models[1]))
     return measure_model("1.1B", plans, prompts, config.tokens, config.rounds, floor_ms)
 
 
