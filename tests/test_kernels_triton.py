@@ -148,7 +148,7 @@ def test_table_digits_are_bytes_below_128(bits):
 
 
 @pytest.mark.parametrize(("tokens", "warps", "shape"), [(3, 2, (20, 544)), (11, 1, (16, 512)), (19, 2, (33, 512)), (37, 4, (9, 96))])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_halves_for_any_number_of_tokens_warps_and_columns(tokens, warps, shape, dtype):
     """Columns that do and do not fill the warps, more tokens than one program takes, rows of x that lie apart in memory."""
     packed = packed_weights(*shape, (2, 3, 4), bias=True)
@@ -206,7 +206,13 @@ def test_gptq_codes_scales_and_zeros(bits, act_order):
         assert error(v2.multiply(x), x @ weight.T.to(DEVICE)) < 1e-5
 
 
-@pytest.mark.parametrize(("bits", "group_size", "act_order"), [(4, 64, True), (4, 192, False), (3, 32, False), (2, 128, True)])
+@pytest.mark.parametrize(
+    ("bits", "group_size", "act_order"),
+    [
+        (4, 64, True), (3, 32, False),
+        pytest.param(4, 192, False, marks=pytest.mark.slow), pytest.param(2, 128, True, marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
 def test_gptq_halves_multiply_as_the_dequantized_matrix(bits, group_size, act_order):
     """Float16 groups of any size that is a multiple of 32, the last one possibly shorter; columns in any order of groups."""
     columns, rows = 192, 20 if bits != 3 else 32
