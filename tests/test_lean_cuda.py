@@ -72,7 +72,7 @@ def lean(model: LlamaForCausalLM, packed: list[dict[str, PackedWeights]], dtype:
     )  # fmt: skip
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 @torch.no_grad()
 def test_each_row_decodes_at_its_own_precision_position_and_slot_as_transformers_does(monkeypatch):
     """Two steps by the plain products (any precision), the third by digits: they share all but the products."""

@@ -299,7 +299,7 @@ fit(sys.argv[1], read_labels(sys.argv[1]), 2, config, Fleet(1), sys.argv[2])
 """
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_a_killed_driver_goes_on_where_it_stopped(dataset, tmp_path):
     command = [sys.executable, "-c", textwrap.dedent(DRIVER), dataset, str(tmp_path)]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
@@ -317,7 +317,7 @@ def test_a_killed_driver_goes_on_where_it_stopped(dataset, tmp_path):
     assert lines[:3] == first_written, "the epochs before the kill were trained again"
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_tune_searches_and_keeps_the_best_by_validation_loss(dataset, tmp_path, local_ray, monkeypatch):
     monkeypatch.setitem(ray_training.SPACE, "num_train_epochs", tune.randint(1, 4))
     main(TrainJob(dataset, str(tmp_path), tune=3, training=CONFIG))
@@ -340,7 +340,7 @@ def test_tune_searches_and_keeps_the_best_by_validation_loss(dataset, tmp_path, 
     assert len([path for path in written.with_suffix("").glob("_trial*") if path.is_dir()]) == 4, "one trial was left to do"
 
 
-@pytest.mark.slow
+@pytest.mark.soak
 def test_two_workers_of_ray_fit_what_one_process_does(dataset, tmp_path, local_ray):
     config = replace(CONFIG, dropout=0.0)
     state = fit(dataset, read_labels(dataset), HEADS, config, Fleet(2, cpus_per_worker=0.5), str(tmp_path))
