@@ -1,6 +1,6 @@
 """Kernels on a CUDA device: correctness, then microseconds and GB/s against the copy bandwidth of the same run.
 
-`python bench/linear.py --device cuda` runs it.
+`python -m bench.linear --device cuda` runs it.
 Weights rotate over several matrices so that they come from memory, not from the second-level cache; times are those of CUDA-graph
 replays, launch gaps between the kernels of one multiplication included.
 """

@@ -1,4 +1,4 @@
-"""The CPU part of `bench/decode.py`: the engine's tokens per second by precision and schedule, and of its prefill.
+"""The CPU part of `bench.decode`: the engine's tokens per second by precision and schedule, and of its prefill.
 
 Models compute in bfloat16: the demo model, and a Llama-shaped one of 1.1 B random weights that is written into a temporary folder. The
 roof comes first: copy bandwidth measured in the same run, and the bytes that a step has to read. Then every contender is timed in turn,

@@ -1,6 +1,6 @@
 """Tokens per second of decoding, by precision.
 
-`python bench/decode.py --device cuda` makes Llama-shaped random models of 1.1 B and 8 B on the device (no files), and measures a decode
+`python -m bench.decode --device cuda` makes Llama-shaped random models of 1.1 B and 8 B on the device (no files), and measures a decode
 step eagerly and as a CUDA graph at batch 1, 8 and 32, the prefill, and what switching precisions costs, beside the floor that the bytes
 of a step imply at the copy bandwidth of the same run. `--device cpu` decodes with the engine (its own file, `_decode_cpu.py`): the demo
 model and a random 1.1 B, in under 4 minutes.
