@@ -80,6 +80,7 @@ def main(job: TrainJob) -> dict[str, Any]:
         found["tune.json"] = json.dumps(trials, indent=1).encode()
         console.print(f"best of {len(trials)} trials: {trials[0]}")
     console.print(f"{len(labels.ids)} labelled prompts, pairs {list(labels.pairs)}, {fleet.num_workers} worker(s)")
+    console.print(f"training, at most {config.num_train_epochs} epochs a pair: {tables.join(output, 'runs')} has the losses as they come")
     state = fit(source.path, labels, source.num_heads, config, fleet, output)
     files, metrics = artefact(labels, state, source.num_heads, config, source.model_fingerprint)
     folder = tables.join(output, "scheduler")
@@ -88,7 +89,8 @@ def main(job: TrainJob) -> dict[str, Any]:
     for name, content in {**found, **files}.items():
         tables.write_bytes(tables.join(folder, name), content)
     console.print(results_table(metrics))
-    console.print(f"scheduler: {folder}")
+    console.print(f"scheduler: {folder}", soft_wrap=True)
+    console.print(f"next: python jobs/generate.py --model-path MODEL-OF-THE-LABELS --classifier-path {folder}", soft_wrap=True)
     return metrics
 
 

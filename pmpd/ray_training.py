@@ -10,6 +10,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -240,6 +241,8 @@ def fit(data_path: str, labels: Labels, num_heads: int, config: TrainConfig, fle
         datasets={"labels": dataset},
         dataset_config=ray.train.DataConfig(datasets_to_split=[]),
     )
+    # The controller passes on a checkpoint when it looks at the workers; at Ray's 2 s an epoch of a small dataset waits for that.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
     result = trainer.fit()
     assert result.checkpoint is not None
     assert result.metrics is not None
