@@ -36,4 +36,4 @@ def test_the_name_of_a_result_of_one_layer_follows_its_settings():
     assert linear.LinearBenchConfig().result_name == "linear_cpu_2_threads"
     assert linear.LinearBenchConfig(threads=1, clock="cpu").result_name == "linear_cpu_1_thread"
     assert linear.LinearBenchConfig(name="mine").result_name == "mine"
-    assert (_record.RESULTS / "linear_cpu_1_thread.json").is_file()
+    assert (_record.RESULTS / "linear_cpu_2_threads.json").is_file()
