@@ -353,8 +353,8 @@ class TritonMatrix(BitplaneMatrix):
             y_MN = torch.nn.functional.linear(x_MK, self._tiles.dequantize(bits, tables["values"], None, None, x.dtype), self._tiles.bias)
         return y_MN.view(*x.shape[:-1], rows)
 
-    def multiply_split(self, x: SplitActivations, bits: int, y: Tensor, warps: int | None = None, merge: bool | None = None) -> None:
-        """y [M, N] <- the product, any M; `warps` and `merge` as in the kernel (default: as measured for this GPU and shape)."""
+    def multiply_split(self, x: SplitActivations, bits: int, y: Tensor, warps: int | None = None) -> None:
+        """y [M, N] <- the product, any M; `warps` as in the kernel (default: as measured for this GPU and shape)."""
         from pmpd.kernels import _triton_kernels as kernels
 
         tiles, tables = self._tiles, self._tables[bits]
@@ -369,7 +369,7 @@ class TritonMatrix(BitplaneMatrix):
                 x.digits[4 * start :], x.scales[0, start:], x.scales[1, start:], part if tiles.bias is None else tiles.bias, part,
                 tokens, self.shape[0], tiles.planes.stride(0), 4 * x.digits.shape[1], y.stride(0),
                 BLOCKS=tiles.blocks, TILES=math.ceil(tiles.blocks / warps), BITS=bits, TOKEN_PAIRS=pairs, WARPS=warps,
-                HAS_BIAS=tiles.bias is not None, MERGE=pairs > 2 if merge is None else merge, EMULATE=_interpreted(),
+                HAS_BIAS=tiles.bias is not None, MERGE=pairs > 2, EMULATE=_interpreted(),
                 num_warps=warps, maxnreg=72 if bits == 4 and warps == 4 and pairs == 1 else None, **overlap(y.device),
             )  # fmt: skip
 
