@@ -1,6 +1,7 @@
 """Builds the CPU kernels as a plain shared library; everything else about the package is in pyproject.toml.
 
-A build that fails (no compiler, say) does not fail the install: the program then multiplies with plain PyTorch and says so.
+A build that fails (no compiler, say) does not fail the install: the program then multiplies with plain
+PyTorch and says so.
 """
 
 import os
@@ -16,7 +17,8 @@ NATIVE = runpy.run_path(str(ROOT / "pmpd" / "kernels" / "_sources.py"))
 
 
 class BuildNative(build_ext):
-    """Names the library without Python's suffix (it is not a Python module), and reports a failure instead of raising it."""
+    """Names the library without Python's suffix (it is not a Python module), and reports a failure instead of
+    raising it."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return os.path.join(*fullname.split(".")) + ".so"
@@ -28,7 +30,10 @@ class BuildNative(build_ext):
         try:
             super().run()
         except Exception as error:  # whatever goes wrong here must not stop the install
-            print(f"warning: the CPU kernels were not built ({error}); the slow path will be used", file=sys.stderr)
+            print(
+                f"warning: the CPU kernels were not built ({error}); the slow path will be used",
+                file=sys.stderr,
+            )
 
 
 setup(

@@ -1,8 +1,9 @@
-"""Kernels on a CUDA device: correctness, then microseconds and GB/s against the copy bandwidth of the same run.
+"""Kernels on a CUDA device: correctness, then microseconds and GB/s against the copy bandwidth of the same
+run.
 
-`python -m bench.linear --device cuda` runs it.
-Weights rotate over several matrices so that they come from memory, not from the second-level cache; times are those of CUDA-graph
-replays, launch gaps between the kernels of one multiplication included.
+`python -m bench.linear --device cuda` runs it. Weights rotate over several matrices so that they come from
+memory, not from the second-level cache; times are those of CUDA-graph replays, launch gaps between the
+kernels of one multiplication included.
 """
 
 from __future__ import annotations
@@ -39,21 +40,35 @@ from pmpd.kernels.triton import (
 )
 
 SHAPES = {  # name: (out_features, in_features)
-    "8b.qkv": (6144, 4096), "8b.o": (4096, 4096), "8b.gate_up": (28672, 4096), "14336x4096": (14336, 4096), "8b.down": (4096, 14336),
+    "8b.qkv": (6144, 4096), "8b.o": (4096, 4096), "8b.gate_up": (28672, 4096), "14336x4096": (14336, 4096),
+    "8b.down": (4096, 14336),
     "1.1b.qkv": (2560, 2048), "1.1b.gate_up": (11264, 2048), "1.1b.down": (2048, 5632),
 }  # fmt: skip
 ROTATE_BYTES = 400e6
 
 
-def random_weights(rows: int, columns: int, precisions: tuple[int, ...], seed: int, device: torch.device) -> PackedWeights:
+def random_weights(
+    rows: int, columns: int, precisions: tuple[int, ...], seed: int, device: torch.device
+) -> PackedWeights:
     draw = torch.Generator(device).manual_seed(seed)
-    planes = torch.randint(-(2**31), 2**31, (max(precisions), rows, columns // 32), generator=draw, device=device, dtype=torch.int32)
-    tables = {b: (0.02 * torch.randn(rows, 2**b, generator=draw, device=device)).sort(1).values.half() for b in precisions}
+    planes = torch.randint(
+        -(2**31),
+        2**31,
+        (max(precisions), rows, columns // 32),
+        generator=draw,
+        device=device,
+        dtype=torch.int32,
+    )
+    tables = {
+        b: (0.02 * torch.randn(rows, 2**b, generator=draw, device=device)).sort(1).values.half()
+        for b in precisions
+    }
     return PackedWeights(planes, tables, None)
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes/s, read plus written, of a 4 GB device-to-device copy by a kernel (a graph's copy node may take the slower copy engine)."""
+    """Bytes/s, read plus written, of a 4 GB device-to-device copy by a kernel (a graph's copy node may take
+    the slower copy engine)."""
     source = torch.empty(1 << 30, dtype=torch.int32, device=device).random_()
     target = torch.empty_like(source)
     seconds = []
@@ -68,7 +83,8 @@ def copy_bandwidth(device: torch.device) -> float:
 
 
 def median_seconds(calls: list[Callable[[], object]], repeats: int = 15, rounds: int = 1) -> float:
-    """Seconds of one call: all of `calls`, `rounds` times, captured in one CUDA graph; median over replays."""
+    """Seconds of one call: all of `calls`, `rounds` times, captured in one CUDA graph; median over
+    replays."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -110,7 +126,11 @@ def relative_error(y: torch.Tensor, expected: torch.Tensor) -> float:
 def variants(columns: int, tokens: int) -> list[tuple[str, int]]:
     """(route, warps) worth timing for so many tokens."""
     blocks = -(-columns // TILE_COLUMNS)
-    routes = [route for route in ("digits", "halves") if (tokens <= SPLIT_TOKENS or route == "halves") and tokens <= FUSED_TOKENS]
+    routes = [
+        route
+        for route in ("digits", "halves")
+        if (tokens <= SPLIT_TOKENS or route == "halves") and tokens <= FUSED_TOKENS
+    ]
     return [(route, warps) for route in routes for warps in (2, 4, 8, 16) if blocks / 16 <= warps <= blocks]
 
 
@@ -127,7 +147,8 @@ def product_call(matrix: TritonMatrix, x: torch.Tensor, bits: int, warps: int) -
 
 
 def upstream_kernel() -> Callable[..., torch.Tensor] | None:
-    """The CUDA kernel of the Any-Precision authors' package, `matmul_kbit(x [1, M, K], planes, table, b)`, where that is installed."""
+    """The CUDA kernel of the Any-Precision authors' package, `matmul_kbit(x [1, M, K], planes, table, b)`,
+    where that is installed."""
     try:
         return importlib.import_module("any_precision_ext").matmul_kbit
     except ImportError:
@@ -144,11 +165,15 @@ def compile_one(job: tuple[int, int, int, str, int]) -> None:
 
 
 def check_one(job: tuple[int, int, torch.dtype, float, int]) -> dict:
-    """Every route and M at one b against the definition in float64, on fresh random inputs with an outlier."""
+    """Every route and M at one b against the definition in float64, on fresh random inputs with an
+    outlier."""
     n, k, dtype, limit, bits = job
     device = torch.device("cuda")
     packed = random_weights(n, k, (2, 3, 4, 5, 8), 7 * bits, device)
-    matrix, weight = TritonMatrix(packed, dtype), ReferenceMatrix(packed, torch.float32, CacheBudget(0)).dequantize(bits)
+    matrix, weight = (
+        TritonMatrix(packed, dtype),
+        ReferenceMatrix(packed, torch.float32, CacheBudget(0)).dequantize(bits),
+    )
     same = torch.equal(matrix.dequantize(bits).float(), weight.to(dtype).float())
     worst: dict[str, float] = {}
     for tokens in (1, 2, 3, 8, 16, 33, 64):
@@ -165,7 +190,8 @@ def check_one(job: tuple[int, int, torch.dtype, float, int]) -> dict:
 
 
 def prepare(shapes: list[tuple[int, int]], tokens: list[int], workers: int) -> list[dict]:
-    """In many processes: compiles what will be timed (into Triton's cache on disk), and checks results. Returns the checks."""
+    """In many processes: compiles what will be timed (into Triton's cache on disk), and checks results.
+    Returns the checks."""
     started = time.perf_counter()
     jobs = {  # one kernel serves several numbers of tokens
         (k, b, 1 if route == "digits" else min(32, max(8, m)), route, w)
@@ -185,15 +211,31 @@ def prepare(shapes: list[tuple[int, int]], tokens: list[int], workers: int) -> l
             try:
                 rows.append(future.result())
             except Exception as error:
-                rows.append({"check": str(job), "passed": False, "error": f"{type(error).__name__}: {str(error)[:1500]}"})
+                rows.append(
+                    {
+                        "check": str(job),
+                        "passed": False,
+                        "error": f"{type(error).__name__}: {str(error)[:1500]}",
+                    }
+                )
             worst = {route: f"{error:.1e}" for route, error in rows[-1].get("worst", {}).items()}
-            print(f"{'ok  ' if rows[-1]['passed'] else 'FAIL'} {rows[-1]['check']}: {worst} {rows[-1].get('error', '')}", flush=True)
+            print(
+                f"{'ok  ' if rows[-1]['passed'] else 'FAIL'} {rows[-1]['check']}: {worst} "
+                f"{rows[-1].get('error', '')}",
+                flush=True,
+            )
         failures = [str(future.exception())[:1500] for future in compiling if future.exception() is not None]
-    print(f"{len(compiling)} variants compiled, {len(failures)} failed, {time.perf_counter() - started:.0f} s {failures[:1]}", flush=True)
+    print(
+        f"{len(compiling)} variants compiled, {len(failures)} failed, {time.perf_counter() - started:.0f} s "
+        f"{failures[:1]}",
+        flush=True,
+    )
     return rows
 
 
-def time_kernels(device: torch.device, bandwidth: float, shapes: dict[str, tuple[int, int]], tokens_of: Sequence[int]) -> Iterator[dict]:
+def time_kernels(
+    device: torch.device, bandwidth: float, shapes: dict[str, tuple[int, int]], tokens_of: Sequence[int]
+) -> Iterator[dict]:
     theirs = upstream_kernel()
     for name, (n, k) in shapes.items():
         packed = random_weights(n, k, DIGITS_BITS, 1, device)
@@ -212,28 +254,47 @@ def time_kernels(device: torch.device, bandwidth: float, shapes: dict[str, tuple
                 moved = weight_bytes + n * (8 + {2: 8, 3: 16, 4: 32}[bits]) + 2 * tokens * (n + k)
                 calls: dict[str, list[Callable[[], object]]] = {}
                 for route, warps in variants(k, tokens):
-                    calls[f"{route} w{warps}"] = [lambda m=m, x=x, b=bits, r=route, w=warps: m.multiply(x, b, r, w) for m in matrices]
+                    calls[f"{route} w{warps}"] = [
+                        lambda m=m, x=x, b=bits, r=route, w=warps: m.multiply(x, b, r, w) for m in matrices
+                    ]
                     if route == "digits":
                         calls[f"product w{warps}"] = [product_call(m, x, bits, warps) for m in matrices]
                 if name == "14336x4096":
                     for route in ("fused", "dense") if tokens in (1, 32, 64) else ():
-                        calls[route] = [lambda m=m, x=x, b=bits, r=route: m.multiply(x, b, r) for m in matrices]
+                        calls[route] = [
+                            lambda m=m, x=x, b=bits, r=route: m.multiply(x, b, r) for m in matrices
+                        ]
                 if theirs is not None and tokens <= 8:
                     planes = [packed.planes.clone() for _ in matrices]
-                    calls["upstream"] = [lambda p=p, t=packed.tables[bits], x=x, b=bits: theirs(x[None], p, t, b) for p in planes]
+                    calls["upstream"] = [
+                        lambda p=p, t=packed.tables[bits], x=x, b=bits: theirs(x[None], p, t, b)
+                        for p in planes
+                    ]
                 for impl, some in calls.items():
                     yield row(name, n, k, bits, tokens, impl, median_seconds(some), moved, bandwidth)
             del matrices
         torch.cuda.empty_cache()
 
 
-def row(name: str, n: int, k: int, bits: int, tokens: int, impl: str, seconds: float, moved: float, bandwidth: float) -> dict:
+def row(
+    name: str,
+    n: int,
+    k: int,
+    bits: int,
+    tokens: int,
+    impl: str,
+    seconds: float,
+    moved: float,
+    bandwidth: float,
+) -> dict:
     result = {
-        "shape": name, "n": n, "k": k, "bits": bits, "tokens": tokens, "impl": impl, "us": seconds * 1e6, "bytes": moved,
+        "shape": name, "n": n, "k": k, "bits": bits, "tokens": tokens, "impl": impl, "us": seconds * 1e6,
+        "bytes": moved,
         "gb_s": moved / seconds / 1e9, "of_copy": moved / seconds / bandwidth,
     }  # fmt: skip
     print(
-        f"{name:12} b={bits:<2} M={tokens:<4} {impl:14} {result['us']:8.2f} us {result['gb_s']:7.0f} GB/s {100 * result['of_copy']:5.1f} %",
+        f"{name:12} b={bits:<2} M={tokens:<4} {impl:14} {result['us']:8.2f} us {result['gb_s']:7.0f} GB/s "
+        f"{100 * result['of_copy']:5.1f} %",
         flush=True,
     )
     return result
@@ -251,10 +312,16 @@ def time_attention(device: torch.device, bandwidth: float) -> Iterator[dict]:
         lengths = torch.full((batch,), length, device=device)
         mask = (torch.arange(2048, device=device) < length)[None, None, None].expand(batch, 1, 1, -1)
         moved = 2 * 2 * batch * 8 * length * 128
-        expected = torch.nn.functional.scaled_dot_product_attention(q[:, :, None], *caches[0], attn_mask=mask, enable_gqa=True)[:, :, 0]
+        expected = torch.nn.functional.scaled_dot_product_attention(
+            q[:, :, None], *caches[0], attn_mask=mask, enable_gqa=True
+        )[:, :, 0]
         error = relative_error(decode_attention(q, *caches[0], slots, lengths, 128**-0.5), expected)
-        seconds = median_seconds([lambda c=c, q=q, s=slots, n=lengths: decode_attention(q, *c, s, n, 128**-0.5) for c in caches])
-        yield row(f"attn B={batch}", 32, length, 16, batch, "triton", seconds, moved, bandwidth) | {"error": error}
+        seconds = median_seconds(
+            [lambda c=c, q=q, s=slots, n=lengths: decode_attention(q, *c, s, n, 128**-0.5) for c in caches]
+        )
+        yield row(f"attn B={batch}", 32, length, 16, batch, "triton", seconds, moved, bandwidth) | {
+            "error": error
+        }
         peer = median_seconds(
             [
                 lambda c=c, q=q, mask=mask: torch.nn.functional.scaled_dot_product_attention(
@@ -273,14 +340,21 @@ def time_gptq(device: torch.device, bandwidth: float) -> Iterator[dict]:
         words = torch.randint(-(2**31), 2**31, (k * bits // 32, n), device=device, dtype=torch.int32)
         zeros = torch.randint(-(2**31), 2**31, (k // group, n * bits // 32), device=device, dtype=torch.int32)
         scales = (0.001 + 0.01 * torch.rand(k // group, n, device=device)).half()
-        matrices = [GPTQMatrix(words, zeros, scales, None, bits, 1, torch.float16) for _ in range(max(3, int(2e8 / (n * k * bits / 8))))]
+        matrices = [
+            GPTQMatrix(words, zeros, scales, None, bits, 1, torch.float16)
+            for _ in range(max(3, int(2e8 / (n * k * bits / 8))))
+        ]
         for tokens in (1, 8, 32):
             x = torch.randn(tokens, k, device=device).half()
             exact = x.double() @ matrices[0].dequantize().double().T
             for route in ("halves", "fused") if bits in DIGITS_BITS else ("fused",):
                 error = relative_error(matrices[0].multiply(x, route), exact)
-                seconds = median_seconds([lambda m=m, x=x, route=route: m.multiply(x, route) for m in matrices])
-                yield row("gptq", n, k, bits, tokens, route, seconds, n * k * bits / 8, bandwidth) | {"error": error}
+                seconds = median_seconds(
+                    [lambda m=m, x=x, route=route: m.multiply(x, route) for m in matrices]
+                )
+                yield row("gptq", n, k, bits, tokens, route, seconds, n * k * bits / 8, bandwidth) | {
+                    "error": error
+                }
 
 
 def best_settings(rows: list[dict]) -> dict[str, dict[str, dict]]:
@@ -299,18 +373,28 @@ def write_settings(gpu: str, best: dict[str, dict[str, dict]]) -> None:
     path = settings_file(gpu)
     path.parent.mkdir(exist_ok=True)
     known = json.loads(path.read_text()) if path.is_file() else {}
-    path.write_text(json.dumps({"gpu": gpu, **{route: {**known.get(route, {}), **best[route]} for route in best}}, indent=1) + "\n")
+    path.write_text(
+        json.dumps(
+            {"gpu": gpu, **{route: {**known.get(route, {}), **best[route]} for route in best}}, indent=1
+        )
+        + "\n"
+    )
 
 
 def print_table(rows: list[dict], shapes: dict[str, tuple[int, int]], tokens_of: Sequence[int]) -> None:
-    print(f"\n{'shape':12} {'b':>2} {'M':>3} {'best':14} {'us':>8} {'% copy':>7} {'fp16 us':>8} {'speed-up':>8}")
-    for name, bits, tokens in ((name, bits, tokens) for name in shapes for bits in (4, 3, 2) for tokens in tokens_of):
+    print(
+        f"\n{'shape':12} {'b':>2} {'M':>3} {'best':14} {'us':>8} {'% copy':>7} {'fp16 us':>8} {'speed-up':>8}"
+    )
+    for name, bits, tokens in (
+        (name, bits, tokens) for name in shapes for bits in (4, 3, 2) for tokens in tokens_of
+    ):
         at = [r for r in rows if (r["shape"], r["tokens"]) == (name, tokens) and r["bits"] in (bits, 16)]
         mine = [r for r in at if r["impl"].startswith(("digits", "halves"))]
         for peer in (r for r in at if r["impl"] == "torch" and mine):
             best = min(mine, key=lambda r: r["us"])
             print(
-                f"{name:12} {bits:>2} {tokens:>3} {best['impl']:14} {best['us']:8.2f} {100 * best['of_copy']:7.1f} {peer['us']:8.2f} "
+                f"{name:12} {bits:>2} {tokens:>3} {best['impl']:14} {best['us']:8.2f} "
+                f"{100 * best['of_copy']:7.1f} {peer['us']:8.2f} "
                 f"{peer['us'] / best['us']:8.2f}"
             )
 
@@ -325,7 +409,10 @@ def main(arguments: list[str] | None = None) -> None:
     device = torch.device("cuda")
     shapes = {name: SHAPES[name] for name in ("8b.o", "14336x4096")} if options.quick else SHAPES
     tokens = (1, 8, 32) if options.quick else (1, 2, 4, 8, 16, 32, 64)
-    result: dict[str, Any] = {"upstream_kernel": "installed" if upstream_kernel() else "any_precision_ext is not installed", "rows": []}
+    result: dict[str, Any] = {
+        "upstream_kernel": "installed" if upstream_kernel() else "any_precision_ext is not installed",
+        "rows": [],
+    }
 
     def save() -> None:
         _record.write("kernels_cuda", result, "cuda", options.out)
@@ -334,7 +421,11 @@ def main(arguments: list[str] | None = None) -> None:
     bandwidth = copy_bandwidth(device)
     result["copy_gb_s"] = bandwidth / 1e9
     print(f"{_record.hardware('cuda')}: copy {bandwidth / 1e9:.0f} GB/s", flush=True)
-    for part in (time_attention(device, bandwidth), time_gptq(device, bandwidth), time_kernels(device, bandwidth, shapes, tokens)):
+    for part in (
+        time_attention(device, bandwidth),
+        time_gptq(device, bandwidth),
+        time_kernels(device, bandwidth, shapes, tokens),
+    ):
         try:
             for found in part:
                 result["rows"].append(found)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from pmpd import cuda
+from pmpd import gpu
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -20,7 +20,7 @@ RESULTS = Path(__file__).parent / "results"
 def hardware(device: str = "cpu") -> str:
     """GPU name, or processor name with the number of threads torch uses."""
     if device == "cuda":
-        return cuda.device_name(torch.device("cuda"))
+        return gpu.device_name(torch.device("cuda"))
     name = platform.processor() or platform.machine()
     for line in Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else ():
         if line.startswith("model name"):
@@ -32,11 +32,14 @@ def hardware(device: str = "cpu") -> str:
 def commit() -> str | None:
     """What was measured: the short id of the commit, with `+changes` where the tree differs from it.
 
-    The environment variable PMPD_COMMIT says it of a tree that was copied without its repository; None without either.
+    The environment variable PMPD_COMMIT says it of a tree that was copied without its repository; None
+    without either.
     """
 
     def git(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=RESULTS.parents[1], check=False).stdout.strip()
+        return subprocess.run(
+            ["git", *arguments], capture_output=True, text=True, cwd=RESULTS.parents[1], check=False
+        ).stdout.strip()
 
     if told := os.environ.get("PMPD_COMMIT"):
         return told
@@ -54,7 +57,11 @@ def write(name: str, results: Any, device: str = "cpu", folder: Path = RESULTS) 
         "hardware": hardware(device),
         "date": datetime.now(UTC).date().isoformat(),
         "commit": commit(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": {
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
         "results": results,
     }
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,10 @@
 """Tokens per second of decoding, by precision.
 
-`python -m bench.decode --device cuda` makes Llama-shaped random models of 1.1 B and 8 B on the device (no files), and measures a decode
-step eagerly and as a CUDA graph at batch 1, 8 and 32, the prefill, and what switching precisions costs, beside the floor that the bytes
-of a step imply at the copy bandwidth of the same run. `--device cpu` decodes with the engine (its own file, `_decode_cpu.py`): the demo
-model and a random 1.1 B, in under 4 minutes.
+`python -m bench.decode --device cuda` makes Llama-shaped random models of 1.1 B and 8 B on the device (no
+files), and measures a decode step eagerly and as a CUDA graph at batch 1, 8 and 32, the prefill, and what
+switching precisions costs, beside the floor that the bytes of a step imply at the copy bandwidth of the same
+run. `--device cpu` decodes with the engine (its own file, `_decode_cpu.py`): the demo model and a random 1.1
+B, in under 4 minutes.
 """
 
 from __future__ import annotations
@@ -43,11 +44,16 @@ class RandomLlama:
 
     def __init__(self, name: str, dense: bool, rows: int, length: int) -> None:
         from bench._cuda import random_weights, twin
+        from pmpd.decode.llama_cuda import CudaForward, Dense, Layer, LlamaWeights, Weight
         from pmpd.kernels.triton import TritonMatrix
-        from pmpd.lean_cuda import CudaForward, Dense, Layer, LlamaWeights, Weight
 
         hidden, layers, heads, kv_heads, intermediate, vocabulary = SHAPES[name]
-        self.dim, self.layers, self.kv_heads, self.head_weights = hidden // heads, layers, kv_heads, vocabulary * hidden
+        self.dim, self.layers, self.kv_heads, self.head_weights = (
+            hidden // heads,
+            layers,
+            kv_heads,
+            vocabulary * hidden,
+        )
         device = torch.device("cuda")
         self.matrix_weights = 0
 
@@ -64,14 +70,25 @@ class RandomLlama:
         ones = torch.ones(hidden, device=device, dtype=torch.float16)
         qkv = (heads + 2 * kv_heads) * self.dim
         stack = [
-            Layer(ones, matrix(qkv, hidden), matrix(hidden, hidden), ones, matrix(2 * intermediate, hidden), matrix(hidden, intermediate))
+            Layer(
+                ones,
+                matrix(qkv, hidden),
+                matrix(hidden, hidden),
+                ones,
+                matrix(2 * intermediate, hidden),
+                matrix(hidden, intermediate),
+            )
             for _ in range(layers)
         ]
         table = (0.02 * torch.randn(vocabulary, hidden, device=device)).half()
         frequencies = 1.0 / 10000 ** (torch.arange(0, self.dim, 2, device=device).float() / self.dim)
-        self.forward = CudaForward(LlamaWeights(table, stack, ones, table, frequencies, heads, kv_heads, self.dim, 1e-5))
+        self.forward = CudaForward(
+            LlamaWeights(table, stack, ones, table, frequencies, heads, kv_heads, self.dim, 1e-5)
+        )
         shape = (rows, kv_heads, length, self.dim)
-        self.keys, self.values = ([torch.randn(shape, device=device, dtype=torch.float16) for _ in range(layers)] for _ in range(2))
+        self.keys, self.values = (
+            [torch.randn(shape, device=device, dtype=torch.float16) for _ in range(layers)] for _ in range(2)
+        )
 
     def step_bytes(self, bits: int, rows: int) -> float:
         """What a decode step must read: matrices, head, and each row's cache at CONTEXT tokens."""
@@ -81,7 +98,9 @@ class RandomLlama:
     def step(self, buffers, layout) -> None:
         """Greedy: reads and moves on the buffers only."""
         segments, longest = layout
-        logits = self.forward(buffers["ids"], buffers["slots"], buffers["positions"], segments, self.keys, self.values, longest)
+        logits = self.forward(
+            buffers["ids"], buffers["slots"], buffers["positions"], segments, self.keys, self.values, longest
+        )
         buffers["ids"].copy_(logits.argmax(-1))
         buffers["positions"].add_(1)
         buffers["positions"].clamp_(max=longest - 1)
@@ -109,9 +128,11 @@ def measure_model(name: str, bandwidth: float) -> Iterator[dict]:
         torch.cuda.empty_cache()
 
 
-def measure_step(model: RandomLlama, name: str, bits: int, batch: int, bandwidth: float, steps: int = 32) -> dict:
+def measure_step(
+    model: RandomLlama, name: str, bits: int, batch: int, bandwidth: float, steps: int = 32
+) -> dict:
     """One decode step of `batch` rows, as a graph and eagerly, against its floor."""
-    from pmpd.graphs import StepGraphs
+    from pmpd.decode.graphs import StepGraphs
 
     layout = ((Segment(0, None, bits),), 1024)
     graphs = StepGraphs(model.step, buffers_at, buckets=(batch,))
@@ -127,19 +148,24 @@ def measure_step(model: RandomLlama, name: str, bits: int, batch: int, bandwidth
         eager_seconds = median(lambda: run(eager, 8), 3) / 8
     floor = model.step_bytes(bits, batch) / bandwidth
     print(
-        f"{name} b={bits:<2} batch={batch:<3} graph {graph_seconds * 1e3:7.3f} ms  eager {eager_seconds * 1e3:7.3f} ms  "
-        f"{batch / graph_seconds:8.0f} tokens/s  floor {floor * 1e3:6.3f} ms ({100 * floor / graph_seconds:.0f} %)",
+        f"{name} b={bits:<2} batch={batch:<3} graph {graph_seconds * 1e3:7.3f} ms  eager "
+        f"{eager_seconds * 1e3:7.3f} ms  "
+        f"{batch / graph_seconds:8.0f} tokens/s  floor {floor * 1e3:6.3f} ms "
+        f"({100 * floor / graph_seconds:.0f} %)",
         flush=True,
     )
     return {
-        "model": name, "bits": bits, "batch": batch, "step_ms": graph_seconds * 1e3, "eager_ms": eager_seconds * 1e3,
-        "tokens_s": batch / graph_seconds, "floor_ms": floor * 1e3, "of_floor": floor / graph_seconds, "why_eager": graphs.why_eager,
+        "model": name, "bits": bits, "batch": batch, "step_ms": graph_seconds * 1e3,
+        "eager_ms": eager_seconds * 1e3,
+        "tokens_s": batch / graph_seconds, "floor_ms": floor * 1e3, "of_floor": floor / graph_seconds,
+        "why_eager": graphs.why_eager,
     }  # fmt: skip
 
 
 def measure_switch(model: RandomLlama, name: str, steps: int = 32) -> dict:
-    """64 steps that switch from 4 to 3 bits half-way, against the mean of both uniform runs; and a mixed batch of 8."""
-    from pmpd.graphs import StepGraphs
+    """64 steps that switch from 4 to 3 bits half-way, against the mean of both uniform runs; and a mixed
+    batch of 8."""
+    from pmpd.decode.graphs import StepGraphs
 
     graphs = StepGraphs(model.step, buffers_at, buckets=(1, 8))
     four, three = ((Segment(0, None, 4),), 1024), ((Segment(0, None, 3),), 1024)
@@ -154,13 +180,19 @@ def measure_switch(model: RandomLlama, name: str, steps: int = 32) -> dict:
         uniform = [median(lambda b=b: run(1, *[b] * (2 * steps)), 7) for b in (four, three)]
         switched = median(lambda: run(1, *[four] * steps, *[three] * steps), 7)
         alternating = median(lambda: run(1, *[four, three] * steps), 7)
-        batches = {label: median(lambda b=b: run(8, *[b] * steps), 5) / steps for label, b in (("4", four), ("3", three), ("4+3", mixed))}
+        batches = {
+            label: median(lambda b=b: run(8, *[b] * steps), 5) / steps
+            for label, b in (("4", four), ("3", three), ("4+3", mixed))
+        }
     mean = sum(uniform) / 2
     row = {
         "model": name, "switch_once": switched / mean - 1, "switch_every_step": alternating / mean - 1,
         "batch8_step_ms": {label: seconds * 1e3 for label, seconds in batches.items()},
     }  # fmt: skip
-    switches = f"switching once {100 * row['switch_once']:+.1f} %, every step {100 * row['switch_every_step']:+.1f} %"
+    switches = (
+        f"switching once {100 * row['switch_once']:+.1f} %, every step "
+        f"{100 * row['switch_every_step']:+.1f} %"
+    )
     print(f"{name} {switches}; ms of a step of 8 rows: {row['batch8_step_ms']}", flush=True)
     return row
 
@@ -169,25 +201,48 @@ def measure_prefill(model: RandomLlama, name: str, tokens: int = 2048) -> Iterat
     """The matrix products of a prefill of 2048 tokens (attention is PyTorch's own and not in it)."""
     layer = model.forward.weights.layers[0]
     for bits in (4, 2):
-        inputs = {m: torch.randn(tokens, m.shape[1], device="cuda").half() for m in (layer.qkv, layer.out, layer.gate_up, layer.down)}
+        inputs = {
+            m: torch.randn(tokens, m.shape[1], device="cuda").half()
+            for m in (layer.qkv, layer.out, layer.gate_up, layer.down)
+        }
         with torch.inference_mode():
-            quantized = median(lambda bits=bits, inputs=inputs: [m.multiply(x, bits) for m, x in inputs.items()], 5)
+            quantized = median(
+                lambda bits=bits, inputs=inputs: [m.multiply(x, bits) for m, x in inputs.items()], 5
+            )
             dense = {m: m.dequantize(bits) for m in inputs}
-            plain = median(lambda inputs=inputs, dense=dense: [torch.nn.functional.linear(x, dense[m]) for m, x in inputs.items()], 5)
-        print(f"{name} prefill {tokens} tokens, b={bits}: {quantized * 1e3:.3f} ms a layer, float16 {plain * 1e3:.3f} ms", flush=True)
-        yield {"model": name, "prefill_bits": bits, "tokens": tokens, "layer_ms": quantized * 1e3, "float16_layer_ms": plain * 1e3}
+            plain = median(
+                lambda inputs=inputs, dense=dense: [
+                    torch.nn.functional.linear(x, dense[m]) for m, x in inputs.items()
+                ],
+                5,
+            )
+        print(
+            f"{name} prefill {tokens} tokens, b={bits}: {quantized * 1e3:.3f} ms a layer, float16 "
+            f"{plain * 1e3:.3f} ms",
+            flush=True,
+        )
+        yield {
+            "model": name,
+            "prefill_bits": bits,
+            "tokens": tokens,
+            "layer_ms": quantized * 1e3,
+            "float16_layer_ms": plain * 1e3,
+        }
 
 
 def check_bars(rows: list[dict]) -> list[dict]:
     """What was promised of the largest model at batch 1, and what came out."""
     steps = {(row["model"], row["bits"], row["batch"]): row for row in rows if "step_ms" in row}
     bars = [
-        {"bar": f"{model} batch {batch}: {bits} bits, part of the floor, at least 0.8", "measured": row["of_floor"]}
+        {"bar": f"{model} batch {batch}: {bits} bits, part of the floor, at least 0.8",
+        "measured": row["of_floor"]}
         for (model, bits, batch), row in steps.items() if bits < 16 and batch == 1
     ]  # fmt: skip
     if ("8B", 16, 1) in steps and ("8B", 3, 1) in steps:
         ratio = steps["8B", 16, 1]["step_ms"] / steps["8B", 3, 1]["step_ms"]
-        bars.append({"bar": "8B batch 1: 3 bits, times the tokens/s of float16, at least 3", "measured": ratio})
+        bars.append(
+            {"bar": "8B batch 1: 3 bits, times the tokens/s of float16, at least 3", "measured": ratio}
+        )
     for bar in bars:
         bar["met"] = bar["measured"] >= (0.8 if "floor" in bar["bar"] else 3)
         print(f"{'met   ' if bar['met'] else 'MISSED'} {bar['bar']}: {bar['measured']:.2f}", flush=True)

@@ -1,9 +1,11 @@
-"""Prompts labeled per second by one worker, against a straightforward batch-1 implementation of the same rule, in one run.
+"""Prompts labeled per second by one worker, against a straightforward batch-1 implementation of the same
+rule, in one run.
 
     PYTHONPATH=. python bench/label.py
 
-The batch-1 side decodes every trajectory of a prompt from the prompt on, one token at a time, with transformers' modules and its own cache
-(`pmpd.oracle`), dequantized weights cached, and scores with `rouge_score`. Both sides label the same prompts and must agree.
+The batch-1 side decodes every trajectory of a prompt from the prompt on, one token at a time, with
+transformers' modules and its own cache (`pmpd.oracle`), dequantized weights cached, and scores with
+`rouge_score`. Both sides label the same prompts and must agree.
 """
 
 from __future__ import annotations
@@ -18,10 +20,13 @@ import tyro
 from rouge_score import rouge_scorer
 
 from bench import _record
-from pmpd import PMPDForCausalLM, demo, oracle
+from pmpd import PMPDForCausalLM, demo
+from pmpd.decode import oracle
 from pmpd.demo.texts import MIN_PROMPT_CHARACTERS, documents_of
-from pmpd.labeling import LabelConfig, decode_text, label_of, label_prompts, reference_prompts
-from pmpd.schedulers import NUM_CLASSES, StaticScheduler, class_steps
+from pmpd.labeling.label import LabelConfig, decode_text, label_prompts, reference_prompts
+from pmpd.labeling.rule import label_of
+from pmpd.schedulers.chain import NUM_CLASSES, class_steps
+from pmpd.schedulers.static import StaticScheduler
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,9 @@ class Config:
     output: Path = _record.RESULTS
 
 
-def plain_labels(model: PMPDForCausalLM, row: dict[str, Any], reference_text: str, config: LabelConfig) -> list[int]:
+def plain_labels(
+    model: PMPDForCausalLM, row: dict[str, Any], reference_text: str, config: LabelConfig
+) -> list[int]:
     """The label of each pair by the rule, written down without any sharing."""
     scorer = rouge_scorer.RougeScorer(["rougeL"], use_stemmer=False)
     m, labels = config.max_new_tokens - 1, []
@@ -49,9 +56,16 @@ def plain_labels(model: PMPDForCausalLM, row: dict[str, Any], reference_text: st
             plan = [0] * pair + [steps] + [m] * (len(config.precisions) - pair - 2)
             scheduler = StaticScheduler(config.precisions, plan)
             trajectory = oracle.decode(
-                model.model, row["input_ids"], config.max_new_tokens, config.precisions[0], model.eos_token_ids, scheduler
+                model.model,
+                row["input_ids"],
+                config.max_new_tokens,
+                config.precisions[0],
+                model.eos_token_ids,
+                scheduler,
             )
-            scores.append(scorer.score(reference_text, decode_text(model, trajectory.tokens))["rougeL"].fmeasure)
+            scores.append(
+                scorer.score(reference_text, decode_text(model, trajectory.tokens))["rougeL"].fmeasure
+            )
         labels.append(label_of(scores, scores[NUM_CLASSES - 1]))
     return labels
 
@@ -60,36 +74,62 @@ def main(config: Config) -> None:
     labeling = LabelConfig(max_new_tokens=config.max_new_tokens)
     dtype = torch.float32 if config.device == "cpu" else torch.float16
     model = PMPDForCausalLM(config.model_path, labeling.precisions, dtype=dtype).eval().to(config.device)
-    plain_model = PMPDForCausalLM(config.model_path, labeling.precisions, dtype=dtype, kernel="reference").eval().to(config.device)
+    plain_model = (
+        PMPDForCausalLM(config.model_path, labeling.precisions, dtype=dtype, kernel="reference")
+        .eval()
+        .to(config.device)
+    )
     reference_model = PMPDForCausalLM(config.reference_model_path, dtype=dtype).eval().to(config.device)
-    texts = [document.text for document in documents_of("held_out") if len(document.text) >= MIN_PROMPT_CHARACTERS][: config.prompts]
+    texts = [
+        document.text for document in documents_of("held_out") if len(document.text) >= MIN_PROMPT_CHARACTERS
+    ][: config.prompts]
     limit = model.max_positions - config.max_new_tokens
     rows = [
-        {"prompt_id": f"{index:016x}", "prompt_text": text, "input_ids": model.tokenizer(text).input_ids[:limit]}
+        {
+            "prompt_id": f"{index:016x}",
+            "prompt_text": text,
+            "input_ids": model.tokenizer(text).input_ids[:limit],
+        }
         for index, text in enumerate(texts)
     ]
     references = {row["prompt_id"]: row for row in reference_prompts(reference_model, rows, labeling)}
 
     started = time.perf_counter()
     expected = [
-        plain_labels(plain_model, row, references[row["prompt_id"]]["reference_text"], labeling) for row in rows[: config.plain_prompts]
+        plain_labels(plain_model, row, references[row["prompt_id"]]["reference_text"], labeling)
+        for row in rows[: config.plain_prompts]
     ]
     plain_rate = config.plain_prompts / (time.perf_counter() - started)
     print(f"batch-1 rule: {plain_rate:.3f} prompts/s ({config.plain_prompts} prompts)")
 
-    settings = {"prompts": len(rows), "plain_prompts": config.plain_prompts, "max_new_tokens": config.max_new_tokens}
+    settings = {
+        "prompts": len(rows),
+        "plain_prompts": config.plain_prompts,
+        "max_new_tokens": config.max_new_tokens,
+    }
     results: dict[str, Any] = {**settings, "plain_prompts_per_second": plain_rate, "engine": []}
     for slots in config.slots:
         batched = LabelConfig(labeling.precisions, config.max_new_tokens, slots)
         list(label_prompts(model, rows[:2], references, batched))  # weights are packed at first use
         started = time.perf_counter()
-        labels = {row["prompt_id"]: [pair["label"] for pair in row["pairs"]] for row in label_prompts(model, rows, references, batched)}
+        labels = {
+            row["prompt_id"]: [pair["label"] for pair in row["pairs"]]
+            for row in label_prompts(model, rows, references, batched)
+        }
         rate = len(rows) / (time.perf_counter() - started)
         same = sum(labels[row["prompt_id"]] == wanted for row, wanted in zip(rows, expected, strict=False))
         results["engine"].append(
-            {"slots": slots, "prompts_per_second": rate, "ratio": rate / plain_rate, "equal_labels": f"{same}/{len(expected)}"}
+            {
+                "slots": slots,
+                "prompts_per_second": rate,
+                "ratio": rate / plain_rate,
+                "equal_labels": f"{same}/{len(expected)}",
+            }
         )
-        print(f"engine, {slots} slots: {rate:.2f} prompts/s, {rate / plain_rate:.1f}x; labels equal for {same} of {len(expected)}")
+        print(
+            f"engine, {slots} slots: {rate:.2f} prompts/s, {rate / plain_rate:.1f}x; labels equal for {same} "
+            f"of {len(expected)}"
+        )
     best = max(engine["ratio"] for engine in results["engine"])
     results["bars"] = [{"bar": "times the batch-1 rule, at least 15", "measured": best, "met": best >= 15}]
     print(f"{'met   ' if best >= 15 else 'MISSED'} {results['bars'][0]['bar']}: {best:.1f}")

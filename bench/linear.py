@@ -1,8 +1,10 @@
-"""One linear layer: native kernels against torch's dense matrix multiplication, and against what memory can deliver.
+"""One linear layer: native kernels against torch's dense matrix multiplication, and against what memory can
+deliver.
 
-`python -m bench.linear` measures on the CPU, `--device cuda` on a GPU (its own file, `_cuda.py`, and options). The roof comes first: copy
-bandwidth measured in the same run, and the bytes that each precision has to read. Then medians over rounds in which every contender is
-timed in turn, so that a disturbance hits all of them. Weights rotate over copies, so they come from memory, not from a cache.
+`python -m bench.linear` measures on the CPU, `--device cuda` on a GPU (its own file, `_cuda.py`, and
+options). The roof comes first: copy bandwidth measured in the same run, and the bytes that each precision has
+to read. Then medians over rounds in which every contender is timed in turn, so that a disturbance hits all of
+them. Weights rotate over copies, so they come from memory, not from a cache.
 """
 
 from __future__ import annotations
@@ -40,7 +42,8 @@ class LinearBenchConfig:
     rotate_bytes: int = 256 << 20
     """Weights of each contender, at least, in bytes."""
     clock: Literal["wall", "cpu"] = "wall"
-    """Seconds on the wall, or of processor time of the calling thread (with 1 thread: for a machine that others use)."""
+    """Seconds on the wall, or of processor time of the calling thread (with 1 thread: for a machine that
+    others use)."""
     name: str | None = None
     """Name of the result file; default by the number of threads."""
 
@@ -55,7 +58,10 @@ def main(config: LinearBenchConfig) -> None:
     torch.set_num_threads(config.threads)
     clock = time.thread_time if config.clock == "cpu" else time.perf_counter
     bandwidth = copy_bandwidth(clock)
-    print(f"{_record.hardware()}; {cpu.describe()}\nroof: a copy moves {bandwidth / 1e9:.1f} GB/s (read + written)")
+    print(
+        f"{_record.hardware()}; {cpu.describe()}\nroof: a copy moves {bandwidth / 1e9:.1f} GB/s (read + "
+        f"written)"
+    )
     rows = []
     for shape in config.shapes:
         out_features, in_features = map(int, shape.split("x"))
@@ -64,8 +70,17 @@ def main(config: LinearBenchConfig) -> None:
     bars = check_bars(rows)
     for bar in bars:
         print(f"{'met   ' if bar['met'] else 'MISSED'} {bar['bar']}: {bar['measured']:.2f}")
-    settings = {"threads": config.threads, "clock": config.clock, "rounds": config.rounds, "kernel": cpu.LEVELS[cpu.active_level()]}
-    print(_record.write(config.result_name, {**settings, "copy_gb_per_s": bandwidth / 1e9, "rows": rows, "bars": bars}))
+    settings = {
+        "threads": config.threads,
+        "clock": config.clock,
+        "rounds": config.rounds,
+        "kernel": cpu.LEVELS[cpu.active_level()],
+    }
+    print(
+        _record.write(
+            config.result_name, {**settings, "copy_gb_per_s": bandwidth / 1e9, "rows": rows, "bars": bars}
+        )
+    )
 
 
 def copy_bandwidth(clock: Callable[[], float]) -> float:
@@ -80,15 +95,32 @@ def copy_bandwidth(clock: Callable[[], float]) -> float:
 
 
 def measure(
-    config: LinearBenchConfig, out_features: int, in_features: int, dtype: torch.dtype, bandwidth: float, clock: Callable[[], float]
+    config: LinearBenchConfig,
+    out_features: int,
+    in_features: int,
+    dtype: torch.dtype,
+    bandwidth: float,
+    clock: Callable[[], float],
 ) -> list[dict[str, Any]]:
-    """One row per number of tokens and contender: median and best milliseconds, ratios to dense, error against float64."""
+    """One row per number of tokens and contender: median and best milliseconds, ratios to dense, error
+    against float64."""
     generator = torch.Generator().manual_seed(0)
-    planes = torch.randint(-(2**31), 2**31 - 1, (max(BITS), out_features, in_features // 32), dtype=torch.int32, generator=generator)
-    tables = {b: (0.02 * torch.randn(out_features, 2**b, generator=generator)).sort(1).values.half() for b in BITS}
+    planes = torch.randint(
+        -(2**31),
+        2**31 - 1,
+        (max(BITS), out_features, in_features // 32),
+        dtype=torch.int32,
+        generator=generator,
+    )
+    tables = {
+        b: (0.02 * torch.randn(out_features, 2**b, generator=generator)).sort(1).values.half() for b in BITS
+    }
     native = cpu.NativeMatrix(PackedWeights(planes, tables), dtype)
     exact = {b: cpu.NativeMatrix(PackedWeights(planes, tables), torch.float32).dequantize(b) for b in BITS}
-    copies = [native, *(twin(native) for _ in range(config.rotate_bytes // (out_features * in_features * 2 // 8)))]
+    copies = [
+        native,
+        *(twin(native) for _ in range(config.rotate_bytes // (out_features * in_features * 2 // 8))),
+    ]
     dense = [native.dequantize(4)]
     dense += [dense[0].clone() for _ in range(config.rotate_bytes // dense[0].nbytes)]
     rows = []
@@ -128,8 +160,10 @@ def measure(
                 row["relative_error"] = float((y - expected).norm() / expected.norm())
             rows.append(row)
             print(
-                f"{row['shape']:>11} {row['dtype']:8} M={tokens:<2} {name:>5}: {row['median_ms']:8.3f} ms (best {row['best_ms']:.3f}), "
-                f"{row['times_dense']:5.2f} x dense (best {row['times_dense_best']:.2f}), {row['mib_read']:6.1f} MiB"
+                f"{row['shape']:>11} {row['dtype']:8} M={tokens:<2} {name:>5}: {row['median_ms']:8.3f} ms "
+                f"(best {row['best_ms']:.3f}), "
+                f"{row['times_dense']:5.2f} x dense (best {row['times_dense_best']:.2f}), "
+                f"{row['mib_read']:6.1f} MiB"
                 + (f", error {row['relative_error']:.1e}" if "relative_error" in row else "")
             )
     return rows
@@ -166,8 +200,13 @@ def check_bars(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             for bits in ("4", "3", "2"):
                 add(f"{name}: {bits} bits, times faster than dense,", at[bits]["times_dense"], 1)
     for dtype, most in (("float32", 1e-5), ("bfloat16", 1e-2)):
-        worst = max((row["relative_error"] for row in rows if row["dtype"] == dtype and "relative_error" in row), default=0.0)
-        bars.append({"bar": f"{dtype}: relative error below {most:g}", "measured": worst, "met": worst < most})
+        worst = max(
+            (row["relative_error"] for row in rows if row["dtype"] == dtype and "relative_error" in row),
+            default=0.0,
+        )
+        bars.append(
+            {"bar": f"{dtype}: relative error below {most:g}", "measured": worst, "met": worst < most}
+        )
     return bars
 
 

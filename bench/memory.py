@@ -2,8 +2,9 @@
 
     PYTHONPATH=. python -m bench.memory
 
-Writes a checkpoint of random codes into a temporary folder (about 4 GB, deleted afterwards), loads it in a process of its own and reports
-the most memory that process ever had resident (VmHWM), mapped pages of the checkpoint included.
+Writes a checkpoint of random codes into a temporary folder (about 4 GB, deleted afterwards), loads it in a
+process of its own and reports the most memory that process ever had resident (VmHWM), mapped pages of the
+checkpoint included.
 """
 
 from __future__ import annotations
@@ -59,7 +60,9 @@ def load_and_decode(config: MemoryBenchConfig, folder: Path) -> dict[str, Any]:
     seconds = {"load": time.perf_counter() - start}
     stages["loaded"] = resident()
     prompt = torch.arange(config.prompt_tokens)[None] + 5
-    model.scheduler = Scheduler.get_scheduler("naive", precisions=list(PRECISIONS), high_bit_steps=config.new_tokens // 3)
+    model.scheduler = Scheduler.get_scheduler(
+        "naive", precisions=list(PRECISIONS), high_bit_steps=config.new_tokens // 3
+    )
     model.eos_token_ids = frozenset()
     start = time.perf_counter()
     model.generate(prompt, config.new_tokens)
@@ -88,17 +91,42 @@ def main(config: MemoryBenchConfig) -> None:
     with tempfile.TemporaryDirectory(prefix="pmpd-memory-", dir=config.folder) as folder:
         start = time.perf_counter()
         size = _random_llama.write(Path(folder), shape, PRECISIONS)
-        print(f"checkpoint of {size / 2**30:.2f} GiB written in {time.perf_counter() - start:.0f} s", flush=True)
-        arguments = ["--load", folder, "--prompt-tokens", str(config.prompt_tokens), "--new-tokens", str(config.new_tokens)]
+        print(
+            f"checkpoint of {size / 2**30:.2f} GiB written in {time.perf_counter() - start:.0f} s", flush=True
+        )
+        arguments = [
+            "--load",
+            folder,
+            "--prompt-tokens",
+            str(config.prompt_tokens),
+            "--new-tokens",
+            str(config.new_tokens),
+        ]
         command = [sys.executable, "-m", "bench.memory", *arguments, "--threads", str(config.threads)]
         done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     measured = json.loads(done.stdout.splitlines()[-1])
     for stage, now in measured["stages"].items():
-        print(f"{stage:9} " + ", ".join(f"{name.removesuffix('_gib')} {gib:.2f}" for name, gib in now.items()) + " GiB")
+        print(
+            f"{stage:9} "
+            + ", ".join(f"{name.removesuffix('_gib')} {gib:.2f}" for name, gib in now.items())
+            + " GiB"
+        )
     met = measured["peak_gib"] <= LIMIT_GIB
-    print(f"{'met   ' if met else 'MISSED'} peak of {measured['peak_gib']:.2f} GiB resident, {LIMIT_GIB:g} allowed")
-    bar = {"bar": f"7B, 2-4 bits, resident GiB at most {LIMIT_GIB:g}", "measured": measured["peak_gib"], "met": met}
-    shaped = {"layers": config.layers, "checkpoint_gib": size / 2**30, "new_tokens": config.new_tokens, "threads": config.threads}
+    print(
+        f"{'met   ' if met else 'MISSED'} peak of {measured['peak_gib']:.2f} GiB resident, {LIMIT_GIB:g} "
+        f"allowed"
+    )
+    bar = {
+        "bar": f"7B, 2-4 bits, resident GiB at most {LIMIT_GIB:g}",
+        "measured": measured["peak_gib"],
+        "met": met,
+    }
+    shaped = {
+        "layers": config.layers,
+        "checkpoint_gib": size / 2**30,
+        "new_tokens": config.new_tokens,
+        "threads": config.threads,
+    }
     print(_record.write("memory_cpu", {**shaped, **measured, "bars": [bar]}, folder=config.output))
 
 

@@ -1,8 +1,10 @@
-"""Our k-means against the package `flash1dkmeans` (numba; what Any-Precision's own tool uses): seconds and weighted error.
+"""Our k-means against the package `flash1dkmeans` (numba; what Any-Precision's own tool uses): seconds and
+weighted error.
 
-Both cluster the same matrix, in the same run, by the same scheme (seed clusters, then every cluster split in two per added bit), each
-doing everything from the unsorted matrix to codes and float16 tables. The weights are Gaussian with 0.1 % outliers, the importance a
-squared Gaussian with a log-normal factor per column. The roof is the time to copy the matrix once, and to sort its rows.
+Both cluster the same matrix, in the same run, by the same scheme (seed clusters, then every cluster split in
+two per added bit), each doing everything from the unsorted matrix to codes and float16 tables. The weights
+are Gaussian with 0.1 % outliers, the importance a squared Gaussian with a log-normal factor per column. The
+roof is the time to copy the matrix once, and to sort its rows.
 """
 
 from __future__ import annotations
@@ -42,12 +44,16 @@ class Config:
 
 
 @numba.njit(parallel=True, cache=True)
-def _flash_rows(values, weights, order, seed_bits, parent_bits, codes, tables):  # tables [N, Σ 2**b] of all precisions, lowest first
+def _flash_rows(
+    values, weights, order, seed_bits, parent_bits, codes, tables
+):  # tables [N, Σ 2**b] of all precisions, lowest first
     for row in numba.prange(values.shape[0]):
         x, w = values[row][order[row]], weights[row][order[row]].astype(np.float64)
         weight_sums, sums, squares = np.cumsum(w), np.cumsum(w * x), np.cumsum(w * x * x)
         clusters = 2**seed_bits
-        centroids, borders = numba_kmeans_1d_k_cluster(x, clusters, 50, weight_sums, sums, squares, 0, x.size, row)
+        centroids, borders = numba_kmeans_1d_k_cluster(
+            x, clusters, 50, weight_sums, sums, squares, 0, x.size, row
+        )
         tables[row, :clusters] = centroids
         first = clusters
         for _ in range(seed_bits, parent_bits):
@@ -76,7 +82,9 @@ def flash_quantize(weight: Tensor, importance: Tensor, seed_bits: int, parent_bi
     tables = np.empty((values.shape[0], sum(widths)), dtype=np.float32)
     _flash_rows(values, importance.numpy(), np.argsort(values, axis=1), seed_bits, parent_bits, codes, tables)
     parts = torch.from_numpy(tables).half().split(widths, 1)
-    return QuantizedRows(torch.from_numpy(codes), dict(zip(range(seed_bits, parent_bits + 1), parts, strict=True)))
+    return QuantizedRows(
+        torch.from_numpy(codes), dict(zip(range(seed_bits, parent_bits + 1), parts, strict=True))
+    )
 
 
 def example(config: Config) -> tuple[Tensor, Tensor]:
@@ -108,7 +116,10 @@ def main(config: Config) -> dict:
     flash_quantize(weight[:8], importance[:8], seed_bits, parent_bits)  # compiles
     copy_seconds = min(timed(weight.clone)[0] for _ in range(3))
     sort_seconds = timed(lambda: np.argsort(weight.numpy(), axis=1))[0]
-    print(f"roof: copy {copy_seconds:.3f} s, sort {sort_seconds:.2f} s ({config.rows} x {config.columns}, {config.threads} threads)")
+    print(
+        f"roof: copy {copy_seconds:.3f} s, sort {sort_seconds:.2f} s ({config.rows} x {config.columns}, "
+        f"{config.threads} threads)"
+    )
     seconds: dict[str, list[float]] = {name: [] for name in contestants}
     errors: dict[str, dict[int, float]] = {}
     for _ in range(config.repeats):
@@ -116,7 +127,10 @@ def main(config: Config) -> dict:
             taken, result = timed(function)
             seconds[name].append(taken)
             if name not in errors:
-                pairs = {bits: weighted_error(weight, importance, result, bits) for bits in range(seed_bits, parent_bits + 1)}
+                pairs = {
+                    bits: weighted_error(weight, importance, result, bits)
+                    for bits in range(seed_bits, parent_bits + 1)
+                }
                 errors[name] = {bits: error / total for bits, (error, total) in pairs.items()}
             del result
     median = {name: sorted(values)[len(values) // 2] for name, values in seconds.items()}
@@ -124,8 +138,13 @@ def main(config: Config) -> dict:
     for bits in range(seed_bits, parent_bits + 1):
         ours, theirs = errors["pmpd"][bits], errors["flash1dkmeans"][bits]
         print(f"{bits:>4}  {ours:>12.6f}  {theirs:>13.6f}  {ours / theirs:.3f}")
-    print(f"seconds: pmpd {median['pmpd']:.2f}, flash1dkmeans {median['flash1dkmeans']:.2f} (medians of {config.repeats})")
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    print(
+        f"seconds: pmpd {median['pmpd']:.2f}, flash1dkmeans {median['flash1dkmeans']:.2f} (medians of "
+        f"{config.repeats})"
+    )
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
     record = {
         "benchmark": "quantize",
         "date": time.strftime("%Y-%m-%d"),

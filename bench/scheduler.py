@@ -1,11 +1,12 @@
 """The learned scheduler: what a decision costs, and what it learned on held-out prompts.
 
-    python bench/scheduler.py cost                                        # decision against the decode of 256 tokens
-    python bench/scheduler.py proof --data-path TRAIN --held-out-path A B # learned against every baseline, and variants of its input
+    python bench/scheduler.py cost  # decision against the decode of 256 tokens
+    python bench/scheduler.py proof --data-path TRAIN --held-out-path A B  # learned against baselines
 
-`proof` fits on the training split of one labels dataset, stops early by its validation split, and compares on prompts that were never
-trained on: its test split and all prompts of the other datasets (of the demo: documents that the language model has not seen either).
-Some variants see more than the classifier of the scheduler does; their input is computed here by a prefill of each prompt.
+`proof` fits on the training split of one labels dataset, stops early by its validation split, and compares on
+prompts that were never trained on: its test split and all prompts of the other datasets (of the demo:
+documents that the language model has not seen either). Some variants see more than the classifier of the
+scheduler does; their input is computed here by a prefill of each prompt.
 """
 
 from __future__ import annotations
@@ -25,24 +26,34 @@ import tyro
 from torch import Tensor
 from transformers import DynamicCache
 
-from pmpd import PMPDForCausalLM, demo, tables, training
-from pmpd.engine import Request
-from pmpd.farm import cpu_name
-from pmpd.ray_training import FEATURE_COLUMNS
-from pmpd.schedulers import DEMO_ARTEFACT, KVCacheScheduler, StaticScheduler
-from pmpd.training import NO_LABEL, Features, Labels, TrainConfig
+from pmpd import PMPDForCausalLM, demo, storage, training
+from pmpd.decode.requests import Request
+from pmpd.farm.model_source import cpu_name
+from pmpd.farm.train import FEATURE_COLUMNS
+from pmpd.schedulers.kv_cache import DEMO_ARTEFACT, KVCacheScheduler
+from pmpd.schedulers.static import StaticScheduler
+from pmpd.training.config import TrainConfig
+from pmpd.training.data import NO_LABEL, Features, Labels
 from pmpd.weights.base import cache_argument, shared_state
 
 Head = Literal["kv_cache", "mean_pooled"]
 
 
 def header(threads: int) -> str:
-    versions = ", ".join(f"{name} {version}" for name, version in tables.package_versions().items() if name in ("torch", "numpy"))
+    versions = ", ".join(
+        f"{name} {version}"
+        for name, version in storage.package_versions().items()
+        if name in ("torch", "numpy")
+    )
     python, date = platform.python_version(), time.strftime("%Y-%m-%d")
-    return f"{cpu_name()}, {threads} thread(s); {versions}; Python {python}; {date}; commit {tables.git_commit()}"
+    return (
+        f"{cpu_name()}, {threads} thread(s); {versions}; Python {python}; {date}; commit "
+        f"{storage.git_commit()}"
+    )
 
 
-# ---- cost ---------------------------------------------------------------------------------------------------------------
+# ---- cost
+# ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -62,21 +73,32 @@ class Cost:
         model = PMPDForCausalLM(self.model_path, self.precisions).eval()
         config = model.model.config
         dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        print(f"# decision of the learned scheduler, chain {self.precisions}, {self.prompt_tokens} prompt tokens\n{header(self.threads)}\n")
+        print(
+            f"# decision of the learned scheduler, chain {self.precisions}, {self.prompt_tokens} prompt "
+            f"tokens\n{header(self.threads)}\n"
+        )
         print("| rows | decision, ms | decode of 256 tokens, ms | share |\n|---|---|---|---|")
         generator = torch.Generator().manual_seed(0)
         for rows in self.batches:
-            prompts = torch.randint(0, config.vocab_size, (rows, self.prompt_tokens), generator=generator).tolist()
+            prompts = torch.randint(
+                0, config.vocab_size, (rows, self.prompt_tokens), generator=generator
+            ).tolist()
             engine = model.engine(rows, self.prompt_tokens + 256)
-            scheduler = _Timed(self.precisions, save_dir=self.save_dir, dim=dim, num_heads=config.num_key_value_heads)
+            scheduler = _Timed(
+                self.precisions, save_dir=self.save_dir, dim=dim, num_heads=config.num_key_value_heads
+            )
             decisions, decodes = [], []
             for _ in range(self.repeats):
                 requests = [Request(f"{row:016x}", prompt, 256) for row, prompt in enumerate(prompts)]
                 scheduler.seconds = 0.0
                 list(engine.run(requests, scheduler, self.precisions[0], ()))
                 decisions.append(scheduler.seconds)
-                lowest = StaticScheduler(self.precisions, [0] * (len(self.precisions) - 1))  # the fastest decode there is
-                decodes.append(sum(done.decode_seconds for done in engine.run(requests, lowest, self.precisions[0], ())))
+                lowest = StaticScheduler(
+                    self.precisions, [0] * (len(self.precisions) - 1)
+                )  # the fastest decode there is
+                decodes.append(
+                    sum(done.decode_seconds for done in engine.run(requests, lowest, self.precisions[0], ()))
+                )
             decision, decode = float(np.median(decisions)), float(np.median(decodes))
             print(f"| {rows} | {1e3 * decision:.2f} | {1e3 * decode:.0f} | {decision / decode:.2%} |")
             print(json.dumps({"rows": rows, "decision_seconds": decision, "decode_seconds": decode}))
@@ -94,7 +116,8 @@ class _Timed(KVCacheScheduler):
         return steps
 
 
-# ---- proof --------------------------------------------------------------------------------------------------------------
+# ---- proof
+# ------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -134,13 +157,21 @@ class Proof:
     def run(self) -> None:
         torch.set_num_threads(self.threads)
         columns = [*FEATURE_COLUMNS, "input_ids"]
-        unseen = [tables.read_table(path, columns) for path in self.held_out_path]
-        table = training.usable(pa.concat_tables([tables.read_table(self.data_path, columns), *unseen])).sort_by("prompt_id")
+        unseen = [storage.read_table(path, columns) for path in self.held_out_path]
+        table = training.usable(
+            pa.concat_tables([storage.read_table(self.data_path, columns), *unseen])
+        ).sort_by("prompt_id")
         held_out = frozenset(key for part in unseen for key in part["prompt_id"].to_pylist())
         labels = HeldOut(**vars(training.labels_from_table(table)), held_out=held_out)
         kv = training.features_from_table(table)
-        shares = {f"{pair[0]}-{pair[1]}": np.bincount(labels.labels[:, j], minlength=4).tolist() for j, pair in enumerate(labels.pairs)}
-        print(f"# {len(labels.ids)} prompts, labels per class {shares}, labels fingerprint {labels.fingerprint()}")
+        shares = {
+            f"{pair[0]}-{pair[1]}": np.bincount(labels.labels[:, j], minlength=4).tolist()
+            for j, pair in enumerate(labels.pairs)
+        }
+        print(
+            f"# {len(labels.ids)} prompts, labels per class {shares}, labels fingerprint "
+            f"{labels.fingerprint()}"
+        )
         print(f"{header(self.threads)}\n{self.training}\n")
         every, scalars = self.prefill(table["input_ids"].to_pylist(), labels)
         wide, plus, only = (
@@ -152,7 +183,9 @@ class Proof:
             Variant("kv_cache, not rebalanced", "kv_cache", kv, "none"),
             Variant("mean-pooled linear, not rebalanced", "mean_pooled", kv, "none"),
             Variant("kv_cache, all layers", "kv_cache", wide, "none"),
-            Variant("kv_cache + length, confidence, prompt loss, low-bit divergence", "kv_cache", plus, "none"),
+            Variant(
+                "kv_cache + length, confidence, prompt loss, low-bit divergence", "kv_cache", plus, "none"
+            ),
             Variant("linear on these scalars alone", "mean_pooled", only, "none"),
         ]
         self.report(labels, variants)
@@ -168,20 +201,36 @@ class Proof:
             ids = torch.tensor([prompt])
             cache = DynamicCache(config=model.config)
             state.set_uniform(bits[0])
-            logits = model(ids, use_cache=True, **{cache_argument(model): cache}).logits[0].float().log_softmax(-1)
+            logits = (
+                model(ids, use_cache=True, **{cache_argument(model): cache}).logits[0].float().log_softmax(-1)
+            )
             keys.append(torch.cat([layer.keys[0].mean(0) for layer in cache.layers], dim=-1).half())
             values.append(torch.cat([layer.values[0].mean(0) for layer in cache.layers], dim=-1).half())
-            last, loss = logits[-1], -logits[:-1].gather(1, ids[0, 1:, None]).mean() if len(prompt) > 1 else torch.tensor(0.0)
-            row = [np.log(len(prompt)), float(last.max().exp()), float(-(last.exp() * last).sum()), float(loss)]
+            last, loss = (
+                logits[-1],
+                -logits[:-1].gather(1, ids[0, 1:, None]).mean() if len(prompt) > 1 else torch.tensor(0.0),
+            )
+            row = [
+                np.log(len(prompt)),
+                float(last.max().exp()),
+                float(-(last.exp() * last).sum()),
+                float(loss),
+            ]
             for low in bits[1:]:
                 state.set_uniform(low)
                 other = model(ids).logits[0].float().log_softmax(-1)
                 divergence = (logits.exp() * (logits - other)).sum(-1)
-                row += [float(divergence.mean()), float(divergence[-1]), float((logits.argmax(-1) == other.argmax(-1)).float().mean())]
+                row += [
+                    float(divergence.mean()),
+                    float(divergence[-1]),
+                    float((logits.argmax(-1) == other.argmax(-1)).float().mean()),
+                ]
             scalars.append(row)
         table = torch.tensor(np.asarray(scalars), dtype=torch.float32)
         lengths = torch.tensor([len(prompt) for prompt in prompts])
-        return Features(labels.ids, torch.cat(keys), torch.cat(values), lengths), (table - table.mean(0)) / table.std(0).clamp_min(1e-6)
+        return Features(labels.ids, torch.cat(keys), torch.cat(values), lengths), (
+            table - table.mean(0)
+        ) / table.std(0).clamp_min(1e-6)
 
     def report(self, labels: Labels, variants: Sequence[Variant]) -> None:
         splits = labels.splits(self.training)
@@ -192,24 +241,44 @@ class Proof:
             for variant in variants:
                 started = time.perf_counter()
                 config = dataclasses.replace(self.training, rebalance=variant.rebalance)
-                model = training.make_head(variant.head, variant.features.dim, self.num_heads, config.dropout, config.seed, j)
+                model = training.make_head(
+                    variant.head, variant.features.dim, self.num_heads, config.dropout, config.seed, j
+                )
                 fit = training.PairTraining(model, labels, j, variant.features, config)
                 while not fit.state.done:
                     fit.epoch()
                 chosen[variant.name] = fit.best_logits()[rows].argmax(-1).numpy()
-                fits[variant.name] = {"epochs": fit.state.epoch, "loss": fit.state.best_loss, "seconds": time.perf_counter() - started}
-            report = training.compare(column[rows], training.policies(column[train_rows], column[rows], chosen), pair)
-            print(f"## pair {pair[0]} → {pair[1]}: {len(train_rows)} training, {len(rows)} held-out prompts {report['label_counts']}\n")
-            print("| policy | accuracy | − majority | macro-F1 | average bits | quality loss |\n|---|---|---|---|---|---|")
+                fits[variant.name] = {
+                    "epochs": fit.state.epoch,
+                    "loss": fit.state.best_loss,
+                    "seconds": time.perf_counter() - started,
+                }
+            report = training.compare(
+                column[rows], training.policies(column[train_rows], column[rows], chosen), pair
+            )
+            print(
+                f"## pair {pair[0]} → {pair[1]}: {len(train_rows)} training, {len(rows)} held-out prompts "
+                f"{report['label_counts']}\n"
+            )
+            print(
+                "| policy | accuracy | − majority | macro-F1 | average bits | quality loss "
+                "|\n|---|---|---|---|---|---|"
+            )
             for name, policy in report["policies"].items():
-                cells = [_cell(policy[m], policy["interval"][m]) for m in ("accuracy", "macro_f1", "average_bits", "quality_loss")]
-                cells.insert(1, _cell(policy["accuracy_minus_majority"], policy["accuracy_minus_majority_interval"]))
+                cells = [
+                    _cell(policy[m], policy["interval"][m])
+                    for m in ("accuracy", "macro_f1", "average_bits", "quality_loss")
+                ]
+                cells.insert(
+                    1, _cell(policy["accuracy_minus_majority"], policy["accuracy_minus_majority_interval"])
+                )
                 print(f"| {name} | {' | '.join(cells)} |")
             print(f"\n{json.dumps({'pair': pair, 'fits': fits})}\n", flush=True)
 
 
 def append(ids: tuple[str, ...], lengths: Tensor, parts: Sequence[Tensor | None]) -> Features:
-    """Keys and values, either of them absent, with the row's scalars (if any) as further channels of every token."""
+    """Keys and values, either of them absent, with the row's scalars (if any) as further channels of every
+    token."""
     keys, values, *scalars = parts
     extra = [torch.repeat_interleave(part, lengths, dim=0).half() for part in scalars if part is not None]
     return Features(
@@ -226,6 +295,7 @@ def _cell(value: float, interval: Sequence[float]) -> str:
 
 if __name__ == "__main__":
     tyro.cli(
-        Annotated[Cost, tyro.conf.subcommand("cost")] | Annotated[Proof, tyro.conf.subcommand("proof")],  # type: ignore[arg-type]
+        Annotated[Cost, tyro.conf.subcommand("cost")] | Annotated[Proof, tyro.conf.subcommand("proof")],
+        # type: ignore[arg-type]
         description=__doc__,
     ).run()

@@ -1,4 +1,5 @@
-"""Progressive mixed-precision decoding (PMPD, ICLR 2025): model, schedulers, and the farm that labels and evaluates them.
+"""Progressive mixed-precision decoding (PMPD, ICLR 2025): model, schedulers, and the farm that labels and
+evaluates them.
 
 from pmpd import PMPDForCausalLM, Scheduler
 """
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from pmpd.model import PMPDForCausalLM
-    from pmpd.schedulers import Scheduler
+    from pmpd.schedulers.base import Scheduler
 
 __all__ = ["PMPDForCausalLM", "Scheduler"]
 __version__ = "0.1.0"
@@ -19,7 +20,7 @@ _HOMES = {"PMPDForCausalLM": "pmpd.model", "Scheduler": "pmpd.schedulers"}
 
 
 def __getattr__(name: str) -> Any:
-    # on demand, so that `pmpd.tables` and `pmpd.report` run without torch
+    # on demand, so that `pmpd.storage` and `pmpd.report` run without torch
     if name in _HOMES:
         return getattr(import_module(_HOMES[name]), name)
     raise AttributeError(f"module 'pmpd' has no attribute {name!r}")

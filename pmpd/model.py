@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from pmpd import cuda
-from pmpd.engine import Completion, Engine, Prefix, Request, TokenEvent
-from pmpd.schedulers import Scheduler
+from pmpd import gpu
+from pmpd.decode.engine import Engine
+from pmpd.decode.requests import Completion, Prefix, Request, TokenEvent
+from pmpd.errors import UserError
+from pmpd.schedulers.base import Scheduler
 from pmpd.weights import anyprec, dense, mixed
 from pmpd.weights.base import PrecisionLinear, compute_dtype
 from pmpd.weights.checkpoint import Checkpoint
@@ -33,7 +35,8 @@ class GenerateOutput:
     """What `generate` returns. B rows."""
 
     input_ids: Tensor
-    """int64 [B, L]: each prompt with its new tokens, right-padded with the pad (else end-of-sequence) token."""
+    """int64 [B, L]: each prompt with its new tokens, right-padded with the pad (else end-of-sequence)
+    token."""
     new_token: Tensor
     """int64 [B]: number of new tokens of each row, the end-of-sequence token included."""
     precision_log: list[list[int]]
@@ -49,13 +52,13 @@ class GenerateOutput:
 class PMPDForCausalLM(nn.Module):
     """A causal language model whose linear layers hold several weight precisions.
 
-    `model_path`: an Any-Precision checkpoint folder, or an unquantized one (then precisions is (16,)), or the Hugging Face id of one, or a
-    JSON file that names a checkpoint folder (GPTQ, for one) for each precision. `use_anyprec=False`: it must be the JSON. Then
-    `.model.models[str(bits)].config` is the config; the modules exist once.
-    `precisions`: those to load (default: all the checkpoint holds). `prefill_bit` defaults to the highest of them.
-    `dtype`: what activations and unquantized weights are (default: float32; `.cuda()` keeps it, so pass float16 there).
-    `kernel`: forces an implementation of the multiplication (`reference`, `cpu`, `triton`).
-    `trust_remote_code`: allows model code from the checkpoint folder to run.
+    `model_path`: an Any-Precision checkpoint folder, or an unquantized one (then precisions is (16,)), or the
+    Hugging Face id of one, or a JSON file that names a checkpoint folder (GPTQ, for one) for each precision.
+    `use_anyprec=False`: it must be the JSON. Then `.model.models[str(bits)].config` is the config; the
+    modules exist once. `precisions`: those to load (default: all the checkpoint holds). `prefill_bit`
+    defaults to the highest of them. `dtype`: what activations and unquantized weights are (default: float32;
+    `.cuda()` keeps it, so pass float16 there). `kernel`: forces an implementation of the multiplication
+    (`reference`, `cpu`, `triton`). `trust_remote_code`: allows model code from the checkpoint folder to run.
 
     ValueError: no such checkpoint, precisions it does not hold, tensors missing or misshapen.
     """
@@ -72,11 +75,18 @@ class PMPDForCausalLM(nn.Module):
     ) -> None:
         super().__init__()
         try:
-            wanted = None if precisions is None else sorted({operator.index(bits) for bits in precisions}, reverse=True)
+            wanted = (
+                None
+                if precisions is None
+                else sorted({operator.index(bits) for bits in precisions}, reverse=True)
+            )
         except TypeError:  # not a list, or not of whole numbers
             wanted = []
         if wanted == []:
-            raise ValueError(f"precisions {precisions!r}: give a list like [4, 3, 2], or None for all that the checkpoint holds")
+            raise UserError(
+                f"precisions {precisions!r}: give a list like [4, 3, 2], or None for all that the checkpoint "
+                f"holds"
+            )
         dtype = dtype or compute_dtype(torch.device("cpu"))
         folder = local_folder(model_path, "model_path") if use_anyprec else model_path
         checkpoint = mixed.open_checkpoint(folder, trust_remote_code, multi=not use_anyprec)
@@ -105,7 +115,9 @@ class PMPDForCausalLM(nn.Module):
         self._most_slots = 2**31  # more ran out of memory
 
     @classmethod
-    def from_pretrained(cls, model_path: str | Path, precisions: Sequence[int] | None = None, **options) -> PMPDForCausalLM:
+    def from_pretrained(
+        cls, model_path: str | Path, precisions: Sequence[int] | None = None, **options
+    ) -> PMPDForCausalLM:
         """The same as the constructor, under the name that transformers users look for."""
         return cls(model_path, precisions, **options)
 
@@ -121,7 +133,8 @@ class PMPDForCausalLM(nn.Module):
     def engine(self, slots: int | None = None, max_length: int | None = None) -> Engine:
         """An engine of at least that size, kept and reused while it is large enough.
 
-        `slots` None: on a GPU what its free memory holds, on a CPU 32. Never more than the memory has been seen to hold (`complete`).
+        `slots` None: on a GPU what its free memory holds, on a CPU 32. Never more than the memory has been
+        seen to hold (`complete`).
         """
         max_length = min(max_length or self.max_positions, self.max_positions)
         engine = self._engine
@@ -133,7 +146,9 @@ class PMPDForCausalLM(nn.Module):
         if engine is None or engine.slots < slots:
             engine = self._engine = None
             # a GPU runs ahead of the host, so the host looks at the tokens now and then only
-            engine = self._engine = Engine(self.model, slots, max_length, sync_every=8 if self.device.type == "cuda" else 1)
+            engine = self._engine = Engine(
+                self.model, slots, max_length, sync_every=8 if self.device.type == "cuda" else 1
+            )
         return engine
 
     def _apply(self, fn, recurse: bool = True):  # nn.Module's hook behind .to(), .cuda(), .half()
@@ -142,7 +157,8 @@ class PMPDForCausalLM(nn.Module):
 
     @contextmanager
     def _borrowed(self, slots: int | None, max_length: int) -> Iterator[Engine]:
-        """The kept engine, for one decode: whoever wants to decode before that has ended gets another one, since its cache is in use."""
+        """The kept engine, for one decode: whoever wants to decode before that has ended gets another one,
+        since its cache is in use."""
         engine = self.engine(slots, max_length)
         self._engine = None
         try:
@@ -158,9 +174,11 @@ class PMPDForCausalLM(nn.Module):
         slots: int | None = None,
         eos_token_ids: Collection[int] | None = None,
     ) -> Iterator[Completion]:
-        """`Engine.run` that survives an out-of-memory: the slots are halved, for good, and what is unfinished is done again.
+        """`Engine.run` that survives an out-of-memory: the slots are halved, for good, and what is unfinished
+        is done again.
 
-        `slots`: requests that decode together (None: as many as memory holds). `eos_token_ids`: default the model's.
+        `slots`: requests that decode together (None: as many as memory holds). `eos_token_ids`: default the
+        model's.
         """
         longest = max((len(request.input_ids) + request.max_new_tokens for request in requests), default=1)
         ends = self.eos_token_ids if eos_token_ids is None else eos_token_ids
@@ -178,11 +196,11 @@ class PMPDForCausalLM(nn.Module):
                             yield completion
                 return
             except RuntimeError as error:
-                if not cuda.is_out_of_memory(error) or used is None or used == 1:
+                if not gpu.is_out_of_memory(error) or used is None or used == 1:
                     raise
             engine = self._engine = None
             self._most_slots = used // 2
-            cuda.release_memory()
+            gpu.release_memory()
             _log.warning("out of memory with %d rows at a time; going on with %d", used, self._most_slots)
 
     @property
@@ -200,20 +218,22 @@ class PMPDForCausalLM(nn.Module):
             return 32
         for module in self.model.modules():
             if isinstance(module, PrecisionLinear):
-                module.packed_bytes()  # packs what is not packed yet, else that would take of what the plan counts as free
+                # packs what is not packed yet, else that would take of what the plan counts as free
+                module.packed_bytes()
         element_bytes = next(self.model.parameters()).element_size()
         token_bytes = 2 * self.model.config.num_hidden_layers * self.kv_heads * self.head_dim * element_bytes
-        return cuda.plan_slots(cuda.free_bytes(self.device), token_bytes, max_length)
+        return gpu.plan_slots(gpu.free_bytes(self.device), token_bytes, max_length)
 
     def decide(self, scheduler: Scheduler | None, prefill_bit: int | None) -> tuple[Scheduler | None, int]:
-        """Checks scheduler and prefill precision against the model and what is loaded; the precision defaults to the highest."""
+        """Checks scheduler and prefill precision against the model and what is loaded; the precision defaults
+        to the highest."""
         if scheduler is not None:
             scheduler.check_model(self.fingerprint, self.head_dim, self.kv_heads)
         bits = prefill_bit if prefill_bit is not None else self.precisions[0]
         wanted = {bits, *(scheduler.precisions if scheduler else ())}
         absent = sorted(wanted - set(self.precisions))
         if absent:
-            raise ValueError(
+            raise UserError(
                 f"precision {', '.join(map(str, absent))} of the scheduler or of prefill_bit is not loaded; "
                 f"loaded are {', '.join(map(str, self.precisions))}: pass precisions= to PMPDForCausalLM"
             )
@@ -230,13 +250,17 @@ class PMPDForCausalLM(nn.Module):
     ) -> GenerateOutput:
         """Greedy continuation of a batch of prompts under `self.scheduler` (None: all at `prefill_bit`).
 
-        `input_ids` int64 [B, L] and `attention_mask` [B, L] (1 = token; padding on either side; default: no padding).
-        `past_key_values`: as returned by an earlier call, for prompts that begin with that call's tokens; the rest is prefilled.
-        `keys`: names of the rows, from which random schedulers draw (default: a hash of the prompt).
+        `input_ids` int64 [B, L] and `attention_mask` [B, L] (1 = token; padding on either side; default: no
+        padding). `past_key_values`: as returned by an earlier call, for prompts that begin with that call's
+        tokens; the rest is prefilled. `keys`: names of the rows, from which random schedulers draw (default:
+        a hash of the prompt).
         """
         requests = self._requests(input_ids, max_new_tokens, past_key_values, attention_mask, keys)
         scheduler, bits = self.decide(self.scheduler, prefill_bit)
-        by_key = {completion.key: completion for completion in self.complete(requests, scheduler, bits, len(requests))}
+        by_key = {
+            completion.key: completion
+            for completion in self.complete(requests, scheduler, bits, len(requests))
+        }
         completions = [by_key[request.key] for request in requests]
         for completion in completions:
             _raise_error(completion)
@@ -249,11 +273,11 @@ class PMPDForCausalLM(nn.Module):
         prefill_bit: int | None = None,
         past_key_values: Sequence[Prefix] | None = None,
     ) -> Iterator[tuple[int, int]]:
-        """As `generate` for one prompt int64 [1, L], yielding (token, precision) as soon as each token is known. Streams and calls may
-        take turns: each decodes with a cache of its own."""
+        """As `generate` for one prompt int64 [1, L], yielding (token, precision) as soon as each token is
+        known. Streams and calls may take turns: each decodes with a cache of its own."""
         requests = self._requests(input_ids, max_new_tokens, past_key_values, None, None)
         if len(requests) != 1:
-            raise ValueError(f"stream takes one prompt, got {len(requests)}; use generate for a batch")
+            raise UserError(f"stream takes one prompt, got {len(requests)}; use generate for a batch")
         scheduler, bits = self.decide(self.scheduler, prefill_bit)
         with self._borrowed(1, len(requests[0].input_ids) + max_new_tokens) as engine:
             for event in engine.stream(requests, scheduler, bits, self.eos_token_ids):
@@ -271,21 +295,35 @@ class PMPDForCausalLM(nn.Module):
         keys: Sequence[str] | None,
     ) -> list[Request]:
         if input_ids.dim() != 2 or len(input_ids) == 0:
-            raise ValueError(f"input_ids has shape {list(input_ids.shape)}; allowed: [batch, length] with at least one row")
+            raise UserError(
+                f"input_ids has shape {list(input_ids.shape)}; allowed: [batch, length] with at least one row"
+            )
         if attention_mask is not None and attention_mask.shape != input_ids.shape:
-            raise ValueError(f"attention_mask has shape {list(attention_mask.shape)}, input_ids {list(input_ids.shape)}; they must agree")
+            raise UserError(
+                f"attention_mask has shape {list(attention_mask.shape)}, input_ids {list(input_ids.shape)}; "
+                f"they must agree"
+            )
         if past_key_values is not None and len(past_key_values) != len(input_ids):
-            raise ValueError(f"past_key_values has {len(past_key_values)} rows, input_ids {len(input_ids)}; they must agree")
+            raise UserError(
+                f"past_key_values has {len(past_key_values)} rows, input_ids {len(input_ids)}; they must "
+                f"agree"
+            )
         if keys is not None and len(keys) != len(input_ids):
-            raise ValueError(f"keys names {len(keys)} rows, input_ids has {len(input_ids)}; they must agree")
+            raise UserError(f"keys names {len(keys)} rows, input_ids has {len(input_ids)}; they must agree")
         prompts = [
             row[mask.bool()].tolist()
-            for row, mask in zip(input_ids, attention_mask if attention_mask is not None else torch.ones_like(input_ids), strict=True)
+            for row, mask in zip(
+                input_ids,
+                attention_mask if attention_mask is not None else torch.ones_like(input_ids),
+                strict=True,
+            )
         ]
         return [
             Request(
                 key=str(index),
-                draw_key=keys[index] if keys is not None else hashlib.sha256(json.dumps(prompt).encode()).hexdigest()[:16],
+                draw_key=keys[index]
+                if keys is not None
+                else hashlib.sha256(json.dumps(prompt).encode()).hexdigest()[:16],
                 input_ids=prompt,
                 max_new_tokens=max_new_tokens,
                 prefix=past_key_values[index] if past_key_values is not None else None,
@@ -295,14 +333,26 @@ class PMPDForCausalLM(nn.Module):
         ]
 
     def _output(self, requests: list[Request], completions: list[Completion]) -> GenerateOutput:
-        pad = self.tokenizer.pad_token_id if self.tokenizer.pad_token_id is not None else min(self.eos_token_ids, default=0)
-        sequences = [torch.tensor([*r.input_ids, *c.tokens]) for r, c in zip(requests, completions, strict=True)]
+        pad = (
+            self.tokenizer.pad_token_id
+            if self.tokenizer.pad_token_id is not None
+            else min(self.eos_token_ids, default=0)
+        )
+        sequences = [
+            torch.tensor([*r.input_ids, *c.tokens]) for r, c in zip(requests, completions, strict=True)
+        ]
         return GenerateOutput(
-            input_ids=torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=pad).to(self.device),
+            input_ids=torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=pad).to(
+                self.device
+            ),
             new_token=torch.tensor([len(completion.tokens) for completion in completions]),
-            precision_log=[[bits for bits, count in c.precision_trace for _ in range(count)] for c in completions],
+            precision_log=[
+                [bits for bits, count in c.precision_trace for _ in range(count)] for c in completions
+            ],
             precision_trace=[completion.precision_trace for completion in completions],
-            past_key_values=[completion.prefix for completion in completions if completion.prefix is not None],
+            past_key_values=[
+                completion.prefix for completion in completions if completion.prefix is not None
+            ],
             completions=completions,
         )
 
@@ -310,20 +360,24 @@ class PMPDForCausalLM(nn.Module):
 def _raise_error(completion: Completion) -> None:
     """ValueError where the row failed; its text names that class already."""
     if completion.error:
-        raise ValueError(completion.error.removeprefix("ValueError: "))
+        raise UserError(completion.error.removeprefix("ValueError: "))
 
 
 def _load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
     try:
-        return AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=checkpoint.trust_remote_code, local_files_only=True)
+        return AutoTokenizer.from_pretrained(
+            checkpoint.folder, trust_remote_code=checkpoint.trust_remote_code, local_files_only=True
+        )
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"checkpoint {checkpoint.folder}: no usable tokenizer in it ({error}); copy the base model's tokenizer files there"
+        raise UserError(
+            f"checkpoint {checkpoint.folder}: no usable tokenizer in it ({error}); copy the base model's "
+            f"tokenizer files there"
         ) from error
 
 
 def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """End-of-sequence tokens: of the generation config (may be several), else of the config, else of the tokenizer; may be empty."""
+    """End-of-sequence tokens: of the generation config (may be several), else of the config, else of the
+    tokenizer; may be empty."""
     for value in (
         getattr(getattr(model, "generation_config", None), "eos_token_id", None),
         getattr(model.config, "eos_token_id", None),

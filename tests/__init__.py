@@ -1,4 +1,5 @@
-"""Without a GPU, Triton's kernels run in its interpreter; triton reads this once, when it is first imported."""
+"""Without a GPU, Triton's kernels run in its interpreter; triton reads this once, when it is first
+imported."""
 
 import os
 

@@ -16,7 +16,11 @@ torch.set_num_threads(min(2, torch.get_num_threads()))
 @pytest.fixture(scope="session")
 def dense_folder(tmp_path_factory):
     """architecture -> folder of a random unquantized checkpoint (made once)."""
-    return cache(lambda architecture="llama": write_dense(tmp_path_factory.mktemp(f"dense-{architecture}"), architecture))
+    return cache(
+        lambda architecture="llama": write_dense(
+            tmp_path_factory.mktemp(f"dense-{architecture}"), architecture
+        )
+    )
 
 
 @pytest.fixture(scope="session")
@@ -33,4 +37,6 @@ def anyprec_folder(tmp_path_factory, dense_folder):
 @pytest.fixture(scope="session")
 def anyprec_model(anyprec_folder):
     """architecture -> the loaded model, reference kernel (so that engine and oracle multiply alike)."""
-    return cache(lambda architecture="llama": PMPDForCausalLM(anyprec_folder(architecture), kernel="reference").eval())
+    return cache(
+        lambda architecture="llama": PMPDForCausalLM(anyprec_folder(architecture), kernel="reference").eval()
+    )

@@ -1,4 +1,5 @@
-"""A farm task without a model, quick to start and able to misbehave; and a driver around it that tests can kill.
+"""A farm task without a model, quick to start and able to misbehave; and a driver around it that tests can
+kill.
 
 python tests/farm_fakes.py OUTPUT PROMPTS '{"seconds": 0.05, …}'
 """
@@ -18,10 +19,10 @@ from typing import Any
 import pyarrow as pa
 import ray
 
-from pmpd import farm, tables
-from pmpd.worker import BuiltTask, FarmTask, Item, Place
+from pmpd import farm, storage
+from pmpd.farm.worker import BuiltTask, FarmTask, Item, Place
 
-SCHEMA = tables.table_schema(
+SCHEMA = storage.table_schema(
     "fakes",
     [
         ("prompt_id", pa.string()),
@@ -71,7 +72,9 @@ class FakeTask(FarmTask):
 
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (self.file_size_limit, self.file_size_limit))
-        self_place = json.dumps({"gpus": place.gpu_ids, "threads": place.threads, "omp": os.environ.get("OMP_NUM_THREADS")})
+        self_place = json.dumps(
+            {"gpus": place.gpu_ids, "threads": place.threads, "omp": os.environ.get("OMP_NUM_THREADS")}
+        )
 
         def run(items: list[Item]) -> Any:
             for item in items:
@@ -85,7 +88,12 @@ class FakeTask(FarmTask):
                 if key in self.poisons:
                     raise RuntimeError("CUDA error: device-side assert triggered")
                 answer = 2**70 if key in self.too_large else sum(row["input_ids"])
-                yield {"prompt_id": key, "prompt_text": row["prompt_text"], "answer": answer, "place": self_place}
+                yield {
+                    "prompt_id": key,
+                    "prompt_text": row["prompt_text"],
+                    "answer": answer,
+                    "place": self_place,
+                }
 
         return BuiltTask(run, SCHEMA, {"model": self.fingerprint}, "a fake", lambda row: 10)
 
@@ -114,7 +122,9 @@ def write_prompts(dataset: Path, count: int, errors: tuple[int, ...] = ()) -> li
             }
             for i in range(start, min(start + 50, count))
         ]
-        tables.write_shard(tables.to_table(rows, tables.PROMPTS), dataset / "data" / f"part-{start:05}.parquet", 16)
+        storage.write_shard(
+            storage.to_table(rows, storage.PROMPTS), dataset / "data" / f"part-{start:05}.parquet", 16
+        )
     return ids
 
 
@@ -122,7 +132,13 @@ def main() -> None:
     output, prompts, settings = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
     options = settings.pop("options", {})
     fields = {field.name for field in dataclasses.fields(FakeTask)}
-    task = FakeTask(**{key: tuple(value) if isinstance(value, list) else value for key, value in settings.items() if key in fields})
+    task = FakeTask(
+        **{
+            key: tuple(value) if isinstance(value, list) else value
+            for key, value in settings.items()
+            if key in fields
+        }
+    )
     farm.connect()
     result = farm.run(task, {"prompts": prompts}, output, {"task": "fake"}, farm.FarmOptions(**options))
     print(json.dumps(dataclasses.asdict(result)))

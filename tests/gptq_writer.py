@@ -1,4 +1,5 @@
-"""A tiny round-to-nearest GPTQ writer for tests: whole checkpoints as AutoGPTQ and GPTQModel lay them out. Slow on purpose, no tricks."""
+"""A tiny round-to-nearest GPTQ writer for tests: whole checkpoints as AutoGPTQ and GPTQModel lay them out.
+Slow on purpose, no tricks."""
 
 from __future__ import annotations
 
@@ -13,7 +14,8 @@ from transformers import AutoModelForCausalLM
 
 
 def pack_rows(rows: list[list[int]], bits: int) -> torch.Tensor:
-    """Each row of values as one long number, little end first, cut into words: int32 [len(rows), len(row) * bits / 32]."""
+    """Each row of values as one long number, little end first, cut into words: int32 [len(rows), len(row) *
+    bits / 32]."""
     packed = []
     for row in rows:
         number = sum(value << (i * bits) for i, value in enumerate(row))
@@ -23,13 +25,24 @@ def pack_rows(rows: list[list[int]], bits: int) -> torch.Tensor:
 
 
 def quantize(
-    weight: torch.Tensor, bits: int, group_size: int = 32, desc_act: bool = False, sym: bool = True, format: str = "gptq", seed: int = 0
+    weight: torch.Tensor,
+    bits: int,
+    group_size: int = 32,
+    desc_act: bool = False,
+    sym: bool = True,
+    format: str = "gptq",
+    seed: int = 0,
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """`weight` [N, K] -> (qweight, qzeros, scales, g_idx), and the weight [N, K] that they stand for, float32."""
+    """`weight` [N, K] -> (qweight, qzeros, scales, g_idx), and the weight [N, K] that they stand for,
+    float32."""
     rows, columns = weight.shape
     size = columns if group_size == -1 else group_size
     groups = -(-columns // size)
-    order = torch.randperm(columns, generator=torch.Generator().manual_seed(seed)) if desc_act else torch.arange(columns)
+    order = (
+        torch.randperm(columns, generator=torch.Generator().manual_seed(seed))
+        if desc_act
+        else torch.arange(columns)
+    )
     g_idx = torch.empty(columns, dtype=torch.int32)
     for position, column in enumerate(order.tolist()):
         g_idx[column] = position // size
@@ -71,14 +84,17 @@ def write_gptq(
     settings: dict | None = None,
     **options,
 ) -> dict[str, torch.Tensor]:
-    """Writes the GPTQ checkpoint of `dense`, whose own weights change with it: returns name -> the weight that was quantized.
+    """Writes the GPTQ checkpoint of `dense`, whose own weights change with it: returns name -> the weight
+    that was quantized.
 
-    `skip`: linears to leave alone, by the end of their name. `storage`: safetensors, sharded, bin, or a file name. `in_config`: settings
-    in config.json. `options` of `quantize`.
+    `skip`: linears to leave alone, by the end of their name. `storage`: safetensors, sharded, bin, or a file
+    name. `in_config`: settings in config.json. `options` of `quantize`.
     """
     model = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
     state = {
-        name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight" or not model.config.tie_word_embeddings
+        name: tensor
+        for name, tensor in model.state_dict().items()
+        if name != "lm_head.weight" or not model.config.tie_word_embeddings
     }
     tensors, values = {}, {}
     for name, module in model.named_modules():
@@ -97,8 +113,14 @@ def write_gptq(
         names = sorted(tensors)
         weight_map = {name: f"model-{1 + i % 2:05}-of-00002.safetensors" for i, name in enumerate(names)}
         for shard in sorted(set(weight_map.values())):
-            save_file({name: tensors[name] for name in names if weight_map[name] == shard}, folder / shard, metadata={"format": "pt"})
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+            save_file(
+                {name: tensors[name] for name in names if weight_map[name] == shard},
+                folder / shard,
+                metadata={"format": "pt"},
+            )
+        (folder / "model.safetensors.index.json").write_text(
+            json.dumps({"metadata": {}, "weight_map": weight_map})
+        )
     elif storage.endswith(".bin"):
         torch.save(tensors, folder / storage)
     else:
@@ -122,7 +144,8 @@ def write_gptq(
 
 
 def write_chain(folder: Path, dense: Path, members: dict[int, dict]) -> Path:
-    """A GPTQ folder for each precision and the JSON that names them: members maps precision -> options of `write_gptq`."""
+    """A GPTQ folder for each precision and the JSON that names them: members maps precision -> options of
+    `write_gptq`."""
     for bits, options in members.items():
         write_gptq(folder / f"gptq-{bits}bit", dense, bits, **options)
     return write_json(folder, {str(bits): f"gptq-{bits}bit" for bits in members}, dense)

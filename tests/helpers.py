@@ -1,4 +1,5 @@
-"""Tiny models for tests: random weights, real architectures, written as the checkpoints that the library reads."""
+"""Tiny models for tests: random weights, real architectures, written as the checkpoints that the library
+reads."""
 
 from __future__ import annotations
 
@@ -14,7 +15,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFa
 
 from pmpd.kernels.bitplanes import pack
 
-_COMMON = {"vocab_size": 258, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 768}
+_COMMON = {
+    "vocab_size": 258,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 768,
+}
 
 ARCHITECTURES: dict[str, dict] = {
     "llama": {**_COMMON, "intermediate_size": 96, "num_key_value_heads": 2},
@@ -32,16 +39,23 @@ LAYERS = {"opt": ("model.decoder", "layers"), "gpt_neox": ("gpt_neox", "layers")
 def byte_tokenizer(eos: bool = True) -> PreTrainedTokenizerFast:
     """One token a byte (ids 0..255 in the order of the byte-level alphabet), 256 = end of text, 257 = pad."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE(vocab={**{c: i for i, c in enumerate(alphabet)}, "<eos>": 256, "<pad>": 257}, merges=[]))
+    tokenizer = Tokenizer(
+        models.BPE(vocab={**{c: i for i, c in enumerate(alphabet)}, "<eos>": 256, "<pad>": 257}, merges=[])
+    )
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>" if eos else None, pad_token="<pad>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<eos>" if eos else None, pad_token="<pad>"
+    )
 
 
-def write_dense(folder: Path, architecture: str = "llama", seed: int = 0, eos_token_id: int | None = 256, **overrides) -> Path:
+def write_dense(
+    folder: Path, architecture: str = "llama", seed: int = 0, eos_token_id: int | None = 256, **overrides
+) -> Path:
     """A random unquantized checkpoint. Weights are large enough that greedy tokens vary and do not tie."""
     torch.manual_seed(seed)
-    config = AutoConfig.for_model(architecture, **{**ARCHITECTURES[architecture], "eos_token_id": eos_token_id, "bos_token_id": None,
+    config = AutoConfig.for_model(architecture,
+    **{**ARCHITECTURES[architecture], "eos_token_id": eos_token_id, "bos_token_id": None,
                                                    "pad_token_id": 257, **overrides})  # fmt: skip
     model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
@@ -54,7 +68,9 @@ def write_dense(folder: Path, architecture: str = "llama", seed: int = 0, eos_to
     return folder
 
 
-def write_anyprec(folder: Path, dense: Path, seed_precision: int = 2, parent_precision: int = 4, architecture: str = "llama") -> Path:
+def write_anyprec(
+    folder: Path, dense: Path, seed_precision: int = 2, parent_precision: int = 4, architecture: str = "llama"
+) -> Path:
     """An Any-Precision checkpoint of `dense`: evenly spaced tables, so that precisions differ visibly."""
     model = AutoModelForCausalLM.from_pretrained(dense)
     model_name, layers_name = LAYERS.get(architecture, ("model", "layers"))
@@ -65,7 +81,10 @@ def write_anyprec(folder: Path, dense: Path, seed_precision: int = 2, parent_pre
         if isinstance(module, nn.Linear) and name.startswith(prefix):
             modules.add(name.removeprefix(prefix).partition(".")[2])
             weight = state.pop(f"{name}.weight")
-            tensors |= {f"{name}.{key}": value for key, value in quantize_evenly(weight, seed_precision, parent_precision).items()}
+            tensors |= {
+                f"{name}.{key}": value
+                for key, value in quantize_evenly(weight, seed_precision, parent_precision).items()
+            }
     tensors |= {name: tensor.contiguous() for name, tensor in state.items()}
     shutil.copytree(dense, folder, ignore=shutil.ignore_patterns("*.safetensors"), dirs_exist_ok=True)
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -74,13 +93,19 @@ def write_anyprec(folder: Path, dense: Path, seed_precision: int = 2, parent_pre
         "seed_precision": seed_precision,
         "parent_precision": parent_precision,
         "group_count": 1,
-        "arch_config": {"model_name": model_name, "layers_name": layers_name, "module_names": sorted(modules)},
+        "arch_config": {
+            "model_name": model_name,
+            "layers_name": layers_name,
+            "module_names": sorted(modules),
+        },
     }
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
-def quantize_evenly(weight: torch.Tensor, seed_precision: int, parent_precision: int) -> dict[str, torch.Tensor]:
+def quantize_evenly(
+    weight: torch.Tensor, seed_precision: int, parent_precision: int
+) -> dict[str, torch.Tensor]:
     levels = 2**parent_precision
     low, high = weight.min(1, keepdim=True).values, weight.max(1, keepdim=True).values
     table = low + (high - low) * torch.linspace(0, 1, levels)

@@ -1,7 +1,8 @@
 """Ray for tests: sessions of their own, quiet, with their own token, never the Ray of the machine.
 
-Ray keeps the authentication mode of the moment it is imported, and the first token it sees, for the life of the process. So both are set
-here, once, when the tests are collected: a token file in the user's home then decides nothing.
+Ray keeps the authentication mode of the moment it is imported, and the first token it sees, for the life of
+the process. So both are set here, once, when the tests are collected: a token file in the user's home then
+decides nothing.
 """
 
 from __future__ import annotations

@@ -17,7 +17,12 @@ DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 RECORDS = {
     "mt_bench": {"question_id": 81, "category": "writing", "turns": ["Write a poem.", "Now make it rhyme."]},
     "cnn_dm": {"article": "A man walked.\nHe ran.", "highlights": "A man moved.", "id": "abc"},
-    "dialogsum": {"id": "test_0", "dialogue": "#A#: Hi.\n#B#: Hello.", "summary": "Two people greet.", "topic": "greeting"},
+    "dialogsum": {
+        "id": "test_0",
+        "dialogue": "#A#: Hi.\n#B#: Hello.",
+        "summary": "Two people greet.",
+        "topic": "greeting",
+    },
     "iwslt": {"translation": {"fr": "mot " * 80, "en": "word " * 80}},
     "demo": {"id": "x", "category": "statements", "turns": ["a?", "b?"], "reference": None},
 }
@@ -30,12 +35,17 @@ def write_lines(path: Path, *records: object) -> Path:
 
 @pytest.mark.parametrize("name", BENCHMARKS)
 def test_every_benchmark_reads_its_published_schema_from_a_local_file(name: str, tmp_path: Path) -> None:
-    (question,) = load_questions(get_benchmark(name), question_file=write_lines(tmp_path / "q.jsonl", RECORDS[name]))
+    (question,) = load_questions(
+        get_benchmark(name), question_file=write_lines(tmp_path / "q.jsonl", RECORDS[name])
+    )
     assert len(question.prompt_id) == 16
     assert len(question.references) == len(question.turns)
     expected = {"cnn_dm": "A man moved.", "dialogsum": "Two people greet.", "iwslt": ("word " * 80).strip()}
     assert question.references[0] == expected.get(name)
-    for suffix, text in ((".json", json.dumps([RECORDS[name]], indent=1)), (".json", json.dumps(RECORDS[name]))):
+    for suffix, text in (
+        (".json", json.dumps([RECORDS[name]], indent=1)),
+        (".json", json.dumps(RECORDS[name])),
+    ):
         path = tmp_path / f"again{suffix}"
         path.write_text(text)
         assert load_questions(get_benchmark(name), question_file=path)[0] == question
@@ -47,9 +57,12 @@ def test_every_benchmark_reads_its_published_schema_from_a_local_file(name: str,
 def test_both_published_schemas_of_mt_bench_give_the_same_question(tmp_path: Path) -> None:
     fastchat = write_lines(tmp_path / "question.jsonl", RECORDS["mt_bench"])
     hub = write_lines(
-        tmp_path / "hub.jsonl", {"prompt_id": 81, "category": "writing", "prompt": RECORDS["mt_bench"]["turns"], "reference": []}
+        tmp_path / "hub.jsonl",
+        {"prompt_id": 81, "category": "writing", "prompt": RECORDS["mt_bench"]["turns"], "reference": []},
     )
-    assert load_questions(get_benchmark("mt_bench"), question_file=fastchat) == load_questions(get_benchmark("mt_bench"), question_file=hub)
+    assert load_questions(get_benchmark("mt_bench"), question_file=fastchat) == load_questions(
+        get_benchmark("mt_bench"), question_file=hub
+    )
 
 
 def test_dialogsum_reads_the_csv_that_is_published(tmp_path: Path) -> None:
@@ -73,7 +86,9 @@ def test_the_real_mt_bench_has_80_questions_of_two_turns() -> None:
 def test_ids_do_not_depend_on_order_or_range_and_differ_between_splits_and_benchmarks(tmp_path: Path) -> None:
     records = [{"id": str(n), "category": "c", "turns": [f"question {n}"]} for n in range(6)]
     forward = load_questions(BENCHMARKS["demo"], question_file=write_lines(tmp_path / "a.jsonl", *records))
-    backward = load_questions(BENCHMARKS["demo"], question_file=write_lines(tmp_path / "b.jsonl", *records[::-1]))
+    backward = load_questions(
+        BENCHMARKS["demo"], question_file=write_lines(tmp_path / "b.jsonl", *records[::-1])
+    )
     part = load_questions(BENCHMARKS["demo"], question_file=tmp_path / "a.jsonl", begin=2, end=4)
     assert forward == backward[::-1]
     assert part == forward[2:4]
@@ -99,7 +114,14 @@ def test_iwslt_keeps_only_long_sources(tmp_path: Path) -> None:
     short = {"translation": {"fr": "mot " * 60, "en": "word"}}
     path = write_lines(tmp_path / "q.jsonl", short, RECORDS["iwslt"])
     assert len(load_questions(BENCHMARKS["iwslt"], question_file=path)) == 1
-    assert len(load_questions(BENCHMARKS["iwslt"], question_file=path, count_tokens=lambda text: 2 * len(text.split()))) == 2
+    assert (
+        len(
+            load_questions(
+                BENCHMARKS["iwslt"], question_file=path, count_tokens=lambda text: 2 * len(text.split())
+            )
+        )
+        == 2
+    )
 
 
 @pytest.mark.parametrize(
@@ -143,9 +165,15 @@ def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damage", ["not gzip", "cut off", "flipped bits", "not Parquet"])
 def test_a_damaged_file_is_named_and_no_traceback(tmp_path: Path, damage: str) -> None:
-    content = gzip.compress(b"".join(json.dumps({**RECORDS["mt_bench"], "question_id": n}).encode() + b"\n" for n in range(500)))
+    content = gzip.compress(
+        b"".join(json.dumps({**RECORDS["mt_bench"], "question_id": n}).encode() + b"\n" for n in range(500))
+    )
     path = tmp_path / ("q.parquet" if damage == "not Parquet" else "q.jsonl.gz")
-    path.write_bytes({"cut off": content[:-20], "flipped bits": content[:40] + bytes(40) + content[80:]}.get(damage, b"plain text"))
+    path.write_bytes(
+        {"cut off": content[:-20], "flipped bits": content[:40] + bytes(40) + content[80:]}.get(
+            damage, b"plain text"
+        )
+    )
     with pytest.raises(ValueError, match=rf"--question-file .*{path.name}: can't be read"):
         load_questions(BENCHMARKS["mt_bench"], question_file=path)
 
@@ -154,12 +182,19 @@ HUB = {
     "mt_bench": {"path": "HuggingFaceH4/mt_bench_prompts", "split": "train"},
     "cnn_dm": {"path": "abisee/cnn_dailymail", "name": "3.0.0", "split": "test"},
     "dialogsum": {"path": "knkarthick/dialogsum", "split": "test"},
-    "iwslt": {"path": "IWSLT/iwslt2017", "data_dir": "iwslt2017-fr-en", "revision": "refs/convert/parquet", "split": "test"},
+    "iwslt": {
+        "path": "IWSLT/iwslt2017",
+        "data_dir": "iwslt2017-fr-en",
+        "revision": "refs/convert/parquet",
+        "split": "test",
+    },
 }
 
 
 @pytest.mark.parametrize("name", HUB)
-def test_a_benchmark_asks_the_hub_for_its_data_set_and_split(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_benchmark_asks_the_hub_for_its_data_set_and_split(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked = []
     monkeypatch.setattr("datasets.load_dataset", lambda **options: asked.append(options) or [RECORDS[name]])
     assert load_questions(BENCHMARKS[name])[0].category
@@ -174,11 +209,17 @@ def test_a_hub_that_cannot_be_reached_names_the_way_around(monkeypatch: pytest.M
         raise ConnectionError("no route\nto host")
 
     monkeypatch.setattr("datasets.load_dataset", offline)
-    with pytest.raises(ValueError, match=r"abisee/cnn_dailymail .* \(ConnectionError: no route\); give a local copy with --question-file"):
+    with pytest.raises(
+        ValueError,
+        match=r"abisee/cnn_dailymail .* \(ConnectionError: no route\); give a local copy with "
+        r"--question-file",
+    ):
         load_questions(BENCHMARKS["cnn_dm"])
 
 
-def test_iwslt_is_read_from_the_folders_that_the_hub_keeps_parquet_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_iwslt_is_read_from_the_folders_that_the_hub_keeps_parquet_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -187,7 +228,10 @@ def test_iwslt_is_read_from_the_folders_that_the_hub_keeps_parquet_in(tmp_path: 
         for split in ("train", "validation", "test"):
             folder = tmp_path / "hub" / f"iwslt2017-{language}-en" / split
             folder.mkdir(parents=True)
-            pq.write_table(pa.table({"translation": [{language: "mot " * 80, "en": f"{split} " * 80}]}), folder / "0000.parquet")
+            pq.write_table(
+                pa.table({"translation": [{language: "mot " * 80, "en": f"{split} " * 80}]}),
+                folder / "0000.parquet",
+            )
     iwslt = BENCHMARKS["iwslt"]
     local = dataclasses.replace(iwslt, hub={**iwslt.hub, "path": str(tmp_path / "hub")})
     for split in ("validation", "test"):
@@ -201,7 +245,11 @@ def test_an_unknown_benchmark_an_absent_file_and_an_empty_range_say_what_to_do(t
     with pytest.raises(ValueError, match="no such file"):
         load_questions(BENCHMARKS["mt_bench"], question_file=tmp_path / "absent.jsonl")
     with pytest.raises(ValueError, match="no question left"):
-        load_questions(BENCHMARKS["mt_bench"], question_file=write_lines(tmp_path / "q.jsonl", RECORDS["mt_bench"]), begin=5)
+        load_questions(
+            BENCHMARKS["mt_bench"],
+            question_file=write_lines(tmp_path / "q.jsonl", RECORDS["mt_bench"]),
+            begin=5,
+        )
     with pytest.raises(ValueError, match="mt_bench has no validation split"):
         load_questions(BENCHMARKS["mt_bench"], split="validation")
 
@@ -212,7 +260,9 @@ def test_the_second_prompt_contains_the_first_answer_in_the_models_own_template(
         first = render(template, turns[:1], [])
         second = render(template, turns, answers)
         assert "MY ANSWER" not in first
-        assert second.index("First question?") < second.index("MY ANSWER") < second.index("Second question?"), template
+        assert (
+            second.index("First question?") < second.index("MY ANSWER") < second.index("Second question?")
+        ), template
     assert render("vicuna_v1.1", turns, answers).endswith("USER: Second question? ASSISTANT:")
     assert render(PLAIN, turns, answers) == "First question?\n\nMY ANSWER\n\nSecond question?\n\n"
     assert render("raw", turns[:1], []) == "First question?"
@@ -251,7 +301,9 @@ FASTCHAT = {
 @pytest.mark.parametrize("model_id", FASTCHAT)
 def test_the_template_is_the_one_fastchat_would_choose(model_id: str) -> None:
     assert choose_template(model_id) == FASTCHAT[model_id]
-    assert choose_template(f"results/anyprec-{model_id.rsplit('/', 1)[-1]}-4-2") == FASTCHAT[model_id], "a quantized copy's name"
+    assert choose_template(f"results/anyprec-{model_id.rsplit('/', 1)[-1]}-4-2") == FASTCHAT[model_id], (
+        "a quantized copy's name"
+    )
     stops(FASTCHAT[model_id])
 
 
@@ -284,7 +336,10 @@ def test_rendering_loads_only_fastchats_templates() -> None:
         "import sys; import pmpd; before = set(sys.modules)\n"
         "from pmpd.benchmarks.conversation import render; render('vicuna_v1.1', ['a'], [])\n"
         "new = set(sys.modules) - before\n"
-        "print(sorted(name for name in new if name.split('.')[0] in ('fastchat', 'openai', 'torch', 'ray', 'datasets')))"
+        "print(sorted(name for name in new if name.split('.')[0] in ('fastchat', 'openai', 'torch', 'ray', "
+        "'datasets')))"
     )
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip()
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.strip()
     assert loaded == "['fastchat', 'fastchat.conversation']"

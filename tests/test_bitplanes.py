@@ -1,4 +1,5 @@
-"""The packed layout is other people's: it is checked against a packer written as loops from the format's description."""
+"""The packed layout is other people's: it is checked against a packer written as loops from the format's
+description."""
 
 from __future__ import annotations
 
@@ -50,8 +51,16 @@ def test_pack_writes_the_described_layout(rows: int, words: int, bits: int, seed
 
 
 @settings(max_examples=40, deadline=None)
-@given(rows=st.integers(1, 5), words=st.integers(1, 70), parent=st.integers(1, 8), seed=st.integers(0, 2**31), data=st.data())
-def test_a_lower_precision_is_the_top_bits_of_the_parent_code(rows: int, words: int, parent: int, seed: int, data: st.DataObject) -> None:
+@given(
+    rows=st.integers(1, 5),
+    words=st.integers(1, 70),
+    parent=st.integers(1, 8),
+    seed=st.integers(0, 2**31),
+    data=st.data(),
+)
+def test_a_lower_precision_is_the_top_bits_of_the_parent_code(
+    rows: int, words: int, parent: int, seed: int, data: st.DataObject
+) -> None:
     bits = data.draw(st.integers(1, parent))
     codes = random_codes(rows, 32 * words, parent, seed)
     assert torch.equal(bitplanes.unpack(bitplanes.pack(codes, parent), bits), codes >> (parent - bits))

@@ -11,21 +11,21 @@ import pytest
 import torch
 from torch import nn
 
-from pmpd.classifier import (
+from pmpd.schedulers.artefact import (
     ArtefactConfig,
-    KVCacheClassifier,
-    MeanPooledClassifier,
     classifier_file,
     load_artefact,
     published_state,
     save_artefact,
 )
+from pmpd.schedulers.classifier import KVCacheClassifier, MeanPooledClassifier
 
 DIM, HEADS = 8, 3
 
 
 def rows(*lengths: int, dim: int = DIM, pad: int = 0):
-    """Random keys, values [B, T, D] with `pad` extra tokens of garbage behind the longest row, and lengths [B]."""
+    """Random keys, values [B, T, D] with `pad` extra tokens of garbage behind the longest row, and lengths
+    [B]."""
     generator = torch.Generator().manual_seed(0)
     tokens = max(lengths) + pad
     keys, values = torch.randn(2, len(lengths), tokens, dim, generator=generator)
@@ -49,7 +49,9 @@ def test_gradients_reach_the_queries_and_every_other_parameter():
 def test_it_returns_logits_not_probabilities():
     logits = classifier()(*rows(5, 9, 2))
     assert logits.shape == (3, 4)
-    assert not torch.allclose(logits.sum(-1), torch.ones(3)), "a softmax before the cross-entropy flattens its gradient"
+    assert not torch.allclose(logits.sum(-1), torch.ones(3)), (
+        "a softmax before the cross-entropy flattens its gradient"
+    )
 
 
 @pytest.mark.parametrize("model", [classifier(), MeanPooledClassifier(DIM)])
@@ -127,14 +129,16 @@ def test_misshapen_tensors_are_named(tmp_path):
 
 
 class Published(nn.Module):
-    """The published computation, stated on its own: groups of queries attend, and the group means are flattened with the head running
-    fastest (entry d * H + h of the flat vector is channel d of group h)."""
+    """The published computation, stated on its own: groups of queries attend, and the group means are
+    flattened with the head running fastest (entry d * H + h of the flat vector is channel d of group h)."""
 
     def __init__(self) -> None:
         super().__init__()
         self.q = nn.Parameter(torch.randn(HEADS, HEADS, DIM))
         width = HEADS * DIM
-        layers = OrderedDict(ln=nn.LayerNorm(width), fc1=nn.Linear(width, width), act=nn.ReLU(), fc2=nn.Linear(width, 4))
+        layers = OrderedDict(
+            ln=nn.LayerNorm(width), fc1=nn.Linear(width, width), act=nn.ReLU(), fc2=nn.Linear(width, 4)
+        )
         self.classifier = nn.Sequential(layers)
         nn.init.normal_(self.classifier.ln.weight)
         nn.init.normal_(self.classifier.ln.bias)
@@ -143,7 +147,9 @@ class Published(nn.Module):
         """Logits [4] of one row: keys and values [T, D]."""
         flat = torch.empty(DIM * HEADS)
         for h in range(HEADS):
-            mean = torch.stack([torch.softmax(keys @ query / DIM**0.5, 0) @ values for query in self.q[h]]).mean(0)
+            mean = torch.stack(
+                [torch.softmax(keys @ query / DIM**0.5, 0) @ values for query in self.q[h]]
+            ).mean(0)
             for d in range(DIM):
                 flat[d * HEADS + h] = mean[d]
         return self.classifier(flat)
@@ -158,11 +164,16 @@ def published(**extra: torch.Tensor) -> dict[str, torch.Tensor]:
 def test_a_published_state_dict_decides_as_published_whatever_its_tensors_are_called(tmp_path, prefix):
     torch.manual_seed(3)
     model = Published()
-    torch.save({prefix + name: tensor for name, tensor in model.state_dict().items()}, tmp_path / classifier_file((4, 3), "pt"))
+    torch.save(
+        {prefix + name: tensor for name, tensor in model.state_dict().items()},
+        tmp_path / classifier_file((4, 3), "pt"),
+    )
     loaded = load_artefact(tmp_path, [(4, 3)], dim=DIM, num_heads=HEADS)
     keys, values, lengths = rows(5, 9, 2)
     with torch.no_grad():
-        expected = torch.stack([model(keys[b, :length], values[b, :length]) for b, length in enumerate(lengths)])
+        expected = torch.stack(
+            [model(keys[b, :length], values[b, :length]) for b, length in enumerate(lengths)]
+        )
     torch.testing.assert_close(loaded.classifiers[0](keys, values, lengths), expected, rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match="num_heads 5"):
         load_artefact(tmp_path, [(4, 3)], num_heads=5)
@@ -170,7 +181,9 @@ def test_a_published_state_dict_decides_as_published_whatever_its_tensors_are_ca
 
 def test_tensors_that_the_classifier_does_not_have_are_ignored():
     plain = published_state(published())
-    more = published_state(published(**{"other.weight": torch.zeros(7), "steps": torch.tensor(3), "kept": torch.zeros(2, 3, 4)}))
+    more = published_state(
+        published(**{"other.weight": torch.zeros(7), "steps": torch.tensor(3), "kept": torch.zeros(2, 3, 4)})
+    )
     assert set(more) == set(classifier().state_dict())
     assert all(torch.equal(more[name], plain[name]) for name in plain)
 
@@ -205,7 +218,9 @@ def damage(folder, change: str) -> None:
         described["version"] = 99
     elif change == "a word for a number":
         described["dim"] = "wide"
-    config.write_text("[1]" if change == "a list" else json.dumps(described)[: -9 if change == "half a config" else None])
+    config.write_text(
+        "[1]" if change == "a list" else json.dumps(described)[: -9 if change == "half a config" else None]
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,5 @@
-"""cluster/gpu.yaml, checked as far as it can be without an account: by Ray's own validation, and for what must not be in it."""
+"""cluster/gpu.yaml, checked as far as it can be without an account: by Ray's own validation, and for what
+must not be in it."""
 
 from __future__ import annotations
 
@@ -49,7 +50,12 @@ def test_nothing_is_open_to_the_world(config):
 
 def test_every_node_asks_for_the_token(config):
     assert "/home/ubuntu/.ray/auth_token" in config["file_mounts"]
-    starts = [line for name in ("head", "worker") for line in config[f"{name}_start_ray_commands"] if "ray start" in line]
+    starts = [
+        line
+        for name in ("head", "worker")
+        for line in config[f"{name}_start_ray_commands"]
+        if "ray start" in line
+    ]
     assert len(starts) == 2
     assert all("RAY_AUTH_MODE=token" in line for line in starts)
     assert "disabled" not in re.sub(r"#.*", "", TEXT)
@@ -62,15 +68,18 @@ def test_all_nodes_install_one_pinned_project(config):
 
 
 def test_every_line_a_user_must_change_is_marked():
-    placeholders = re.compile(r"0{8,}|OWNER|us-west-2|InstanceType: g|ray-head|ray-worker|CidrIp|max_workers: [1-9]")
+    placeholders = re.compile(
+        r"0{8,}|OWNER|us-west-2|InstanceType: g|ray-head|ray-worker|CidrIp|max_workers: [1-9]"
+    )
     unmarked = [line for line in TEXT.splitlines() if placeholders.search(line) and "CHANGE" not in line]
     assert unmarked == []
 
 
 def test_the_readme_leads_from_nothing_to_the_parquet():
     text = (CLUSTER / "README.md").read_text()
-    steps = ["ray get-auth-token --generate", "ray up", "ray dashboard", "export RAY_AUTH_MODE=token", "ray job submit", "--working-dir .",
-             "python jobs/label.py", "python -m pmpd.tables", "read_parquet", "ray down"]  # fmt: skip
+    steps = ["ray get-auth-token --generate", "ray up", "ray dashboard", "export RAY_AUTH_MODE=token",
+    "ray job submit", "--working-dir .",
+             "pmpd label", "pmpd inspect", "read_parquet", "ray down"]  # fmt: skip
     places = [text.find(step, text.find("## 1.")) for step in steps]
     assert -1 not in places, dict(zip(steps, places, strict=True))
     assert places == sorted(places), "the steps come in the order in which they are done"

@@ -7,9 +7,11 @@ import random
 import pytest
 import torch
 
-from pmpd import PMPDForCausalLM, Scheduler, oracle
-from pmpd.engine import Completion, Engine, Fork, Request, TokenEvent
-from pmpd.schedulers import class_steps
+from pmpd import PMPDForCausalLM, Scheduler
+from pmpd.decode import oracle
+from pmpd.decode.engine import Engine
+from pmpd.decode.requests import Completion, Fork, Request, TokenEvent
+from pmpd.schedulers.chain import class_steps
 from tests.helpers import ARCHITECTURES, write_dense
 
 CHAINS = [(4, 3), (4, 3, 2), (4, 2)]
@@ -23,7 +25,11 @@ def random_prompts(count: int, longest: int, seed: int = 0) -> list[list[int]]:
 
 
 def scheduler_named(name: str, chain) -> Scheduler:
-    options = {"static": {"high_bit_steps": 5}, "random": {"seed": 3}, "confidence": {"threshold": 0.02, "patience": 2}}[name]
+    options = {
+        "static": {"high_bit_steps": 5},
+        "random": {"seed": 3},
+        "confidence": {"threshold": 0.02, "patience": 2},
+    }[name]
     return Scheduler.get_scheduler(name, precisions=list(chain), **options)
 
 
@@ -42,8 +48,12 @@ def expanded(completion: Completion) -> list[int]:
 def assert_equals_oracle(model, prompts, scheduler, new_tokens, completions):
     for i, (prompt, completion) in enumerate(zip(prompts, completions, strict=True)):
         assert completion.error is None
-        truth = oracle.decode(model.model, prompt, new_tokens, model.precisions[0], model.eos_token_ids, scheduler, key=str(i))
-        assert completion.tokens == truth.tokens, f"row {i} ({len(prompt)} prompt tokens): the engine's tokens leave the oracle's"
+        truth = oracle.decode(
+            model.model, prompt, new_tokens, model.precisions[0], model.eos_token_ids, scheduler, key=str(i)
+        )
+        assert completion.tokens == truth.tokens, (
+            f"row {i} ({len(prompt)} prompt tokens): the engine's tokens leave the oracle's"
+        )
         assert expanded(completion) == truth.bits, f"row {i}: the precision trace differs"
 
 
@@ -52,11 +62,15 @@ def assert_equals_oracle(model, prompts, scheduler, new_tokens, completions):
 @pytest.mark.parametrize("batch", [1, 3, 16])
 def test_engine_equals_oracle(anyprec_model, name, chain, batch):
     model = anyprec_model("llama")
-    prompts = random_prompts(20, 500, seed=batch)  # more than there are slots: a row begins where another one has been
+    prompts = random_prompts(
+        20, 500, seed=batch
+    )  # more than there are slots: a row begins where another one has been
     scheduler = scheduler_named(name, chain)
     completions = run(model, prompts, scheduler, 24, slots=batch)
     assert_equals_oracle(model, prompts, scheduler, 24, completions)
-    assert len({bits for c in completions for bits in expanded(c)}) > 1, "no precision was ever lowered: the test shows nothing"
+    assert len({bits for c in completions for bits in expanded(c)}) > 1, (
+        "no precision was ever lowered: the test shows nothing"
+    )
 
 
 @pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
@@ -73,7 +87,9 @@ def test_engine_equals_transformers_generate_at_one_precision(anyprec_model):
     prompts = [[token for token in prompt if token != 256] or [1] for prompt in prompts]
     for completion, prompt in zip(run(model, prompts, None, 20), prompts, strict=True):
         model.model.get_submodule("model.layers.0.self_attn.q_proj").state.set_uniform(4)
-        generated = model.model.generate(torch.tensor([prompt]), max_new_tokens=20, do_sample=False, pad_token_id=257)
+        generated = model.model.generate(
+            torch.tensor([prompt]), max_new_tokens=20, do_sample=False, pad_token_id=257
+        )
         assert completion.tokens == generated[0, len(prompt) :].tolist()
 
 
@@ -97,8 +113,12 @@ def test_end_of_sequence_counts_as_one_and_ends_its_own_row_only(tmp_path):
     prompts = random_prompts(8, 30, seed=2)
     eos = frozenset(range(0, 258, 7))
     engine = Engine(model.model, slots=8, max_length=100)
-    completions = {c.key: c for c in engine.run([Request(str(i), p, 40) for i, p in enumerate(prompts)], None, 16, eos)}
-    assert {c.finish_reason for c in completions.values()} == {"eos"} or any(c.finish_reason == "eos" for c in completions.values())
+    completions = {
+        c.key: c for c in engine.run([Request(str(i), p, 40) for i, p in enumerate(prompts)], None, 16, eos)
+    }
+    assert {c.finish_reason for c in completions.values()} == {"eos"} or any(
+        c.finish_reason == "eos" for c in completions.values()
+    )
     for i, prompt in enumerate(prompts):
         truth = oracle.decode(model.model, prompt, 40, 16, eos)
         assert completions[str(i)].tokens == truth.tokens
@@ -110,14 +130,21 @@ def test_end_of_sequence_counts_as_one_and_ends_its_own_row_only(tmp_path):
 @pytest.mark.parametrize("new_tokens", [1, 2, 17])
 def test_max_new_tokens_is_exact(anyprec_model, new_tokens):
     model = anyprec_model("llama")
-    for completion in run(model, random_prompts(3, 20), scheduler_named("static", (4, 3)), new_tokens, slots=2, sync_every=4):
+    for completion in run(
+        model, random_prompts(3, 20), scheduler_named("static", (4, 3)), new_tokens, slots=2, sync_every=4
+    ):
         assert len(completion.tokens) == new_tokens or completion.finish_reason == "eos"
         assert len(expanded(completion)) == len(completion.tokens)
 
 
 def test_precision_never_rises_and_each_pair_switches_by_itself(anyprec_model):
     model = anyprec_model("llama")
-    completions = run(model, random_prompts(6, 20), Scheduler.get_scheduler("static", precisions=[4, 3, 2], high_bit_steps=[3, 8]), 20)
+    completions = run(
+        model,
+        random_prompts(6, 20),
+        Scheduler.get_scheduler("static", precisions=[4, 3, 2], high_bit_steps=[3, 8]),
+        20,
+    )
     long = [c for c in completions if len(c.tokens) == 20]
     assert long
     for completion in long:
@@ -138,13 +165,17 @@ def test_forks_equal_the_trajectories_decoded_alone(anyprec_model, slots):
         nested = tuple(Fork(f"{i}/1/{k}", h[k], (0, h[k])) for k in range(3))
         return tuple(Fork(f"{i}/0/{k}", h[k], (h[k], never), nested if k == 0 else ()) for k in range(3))
 
-    requests = [Request(f"{i}/high", p, new_tokens, switch_steps=(never, never), forks=forks(i)) for i, p in enumerate(prompts)]
+    requests = [
+        Request(f"{i}/high", p, new_tokens, switch_steps=(never, never), forks=forks(i))
+        for i, p in enumerate(prompts)
+    ]
     eos = frozenset(range(0, 258, 40))  # some rows end early, before some of their forks begin
     completions = {c.key: c for c in Engine(model.model, slots, 80).run(requests, scheduler, 4, eos)}
     assert len(completions) == 7 * len(prompts)
     assert any(c.finish_reason == "eos" for c in completions.values())
     for i, prompt in enumerate(prompts):
-        for name, steps in {"high": (never, never), **{f.key.partition("/")[2]: f.switch_steps for f in forks(i)},
+        for name, steps in {"high": (never, never),
+        **{f.key.partition("/")[2]: f.switch_steps for f in forks(i)},
                             **{f"1/{k}": (0, h[k]) for k in range(3)}}.items():  # fmt: skip
             truth = oracle.decode(model.model, prompt, new_tokens, 4, eos, scheduler, switch_steps=steps)
             completion = completions[f"{i}/{name}"]
@@ -153,12 +184,19 @@ def test_forks_equal_the_trajectories_decoded_alone(anyprec_model, slots):
 
 
 def test_an_out_of_memory_halves_the_slots_and_loses_nothing(anyprec_folder, monkeypatch, caplog):
-    """The memory holds 3 rows; some rows have ended, and forks have started, when a fourth and fifth want in."""
+    """The memory holds 3 rows; some rows have ended, and forks have started, when a fourth and fifth want
+    in."""
     model = PMPDForCausalLM(anyprec_folder("llama"), kernel="reference").eval()
     h, never = class_steps(13), 12
     scheduler = Scheduler.get_scheduler("static", precisions=[4, 3, 2], high_bit_steps=[never, never])
     requests = [
-        Request(f"{i}/high", p, 13, (never, never), forks=tuple(Fork(f"{i}/{k}", h[k], (h[k], never)) for k in range(3)))
+        Request(
+            f"{i}/high",
+            p,
+            13,
+            (never, never),
+            forks=tuple(Fork(f"{i}/{k}", h[k], (h[k], never)) for k in range(3)),
+        )
         for i, p in enumerate(random_prompts(6, 20, seed=2))
     ]
     expected = {c.key: c.tokens for c in model.complete(requests, scheduler, 4, 3)}
@@ -188,7 +226,11 @@ def test_streaming_yields_what_generate_returns(anyprec_model):
     prompts = random_prompts(3, 20, seed=4)
     scheduler = scheduler_named("confidence", (4, 3, 2))
     engine = Engine(model.model, 2, 60)
-    events = list(engine.stream([Request(str(i), p, 15) for i, p in enumerate(prompts)], scheduler, 4, model.eos_token_ids))
+    events = list(
+        engine.stream(
+            [Request(str(i), p, 15) for i, p in enumerate(prompts)], scheduler, 4, model.eos_token_ids
+        )
+    )
     for completion in (event for event in events if isinstance(event, Completion)):
         own = [event for event in events if isinstance(event, TokenEvent) and event.key == completion.key]
         assert [event.token for event in own] == completion.tokens
@@ -199,7 +241,10 @@ def test_a_prompt_that_does_not_fit_is_an_error_row_and_the_others_decode(anypre
     model = anyprec_model("llama")
     engine = Engine(model.model, 2, 30)
     completions = {
-        c.key: c for c in engine.run([Request("long", [1] * 40, 5), Request("empty", [], 5), Request("fine", [1, 2], 5)], None, 4, ())
+        c.key: c
+        for c in engine.run(
+            [Request("long", [1] * 40, 5), Request("empty", [], 5), Request("fine", [1, 2], 5)], None, 4, ()
+        )
     }
     assert "30" in completions["long"].error
     assert "no tokens" in completions["empty"].error
@@ -218,8 +263,11 @@ def test_logits_that_are_not_finite_make_an_error_row(tmp_path):
 
 @pytest.mark.parametrize("kernel", ["cpu", "reference"])
 @pytest.mark.parametrize("lean", [True, False])
-def test_a_row_that_is_not_finite_leaves_nothing_to_the_next_one_in_its_slot(tmp_path, monkeypatch, kernel, lean):
-    """A short row after it, beside a long one: masked keys that are NaN would still reach the short row's sums."""
+def test_a_row_that_is_not_finite_leaves_nothing_to_the_next_one_in_its_slot(
+    tmp_path, monkeypatch, kernel, lean
+):
+    """A short row after it, beside a long one: masked keys that are NaN would still reach the short row's
+    sums."""
     monkeypatch.setenv("PMPD_KERNEL", kernel)
     model = PMPDForCausalLM(write_dense(tmp_path)).eval()
     with torch.no_grad():
@@ -229,7 +277,10 @@ def test_a_row_that_is_not_finite_leaves_nothing_to_the_next_one_in_its_slot(tmp
     assert "finite" in completions[1].error
     for row in (0, 2):
         assert completions[row].error is None, f"row {row}: poisoned by the row before it in its slot"
-        assert completions[row].tokens == oracle.decode(model.model, prompts[row], 12, 16, model.eos_token_ids).tokens
+        assert (
+            completions[row].tokens
+            == oracle.decode(model.model, prompts[row], 12, 16, model.eos_token_ids).tokens
+        )
 
 
 def test_kv_features_are_the_mean_over_heads_of_the_last_layer(anyprec_model):
@@ -240,4 +291,6 @@ def test_kv_features_are_the_mean_over_heads_of_the_last_layer(anyprec_model):
         cache = model.model(torch.tensor([prompt]), use_cache=True).past_key_values
     expected = cache.layers[-1].keys[0].mean(0)
     assert completion.features[0].shape == (9, 16)
-    torch.testing.assert_close(torch.from_numpy(completion.features[0]).float(), expected, atol=2e-3, rtol=2e-3)
+    torch.testing.assert_close(
+        torch.from_numpy(completion.features[0]).float(), expected, atol=2e-3, rtol=2e-3
+    )

@@ -17,12 +17,13 @@ from pathlib import Path
 import pytest
 import ray
 
-from pmpd import capacity, farm, tables
-from pmpd.capacity import check_capacity, node_types_in, plan
-from pmpd.lease import Lease, LeaseLostError
-from pmpd.pool import NODE_LOSSES_BEFORE_BLAME, Pool
-from pmpd.progress import Progress
-from pmpd.worker import Place, Unit, UnitResult, Worker, WorkerInfo, poisons_process
+from pmpd import farm, storage
+from pmpd.farm import capacity, driver, ledger, ray_private
+from pmpd.farm.capacity import check_capacity, node_types_in, plan
+from pmpd.farm.pool import NODE_LOSSES_BEFORE_BLAME, Pool
+from pmpd.farm.progress import Progress
+from pmpd.farm.worker import Place, Unit, UnitResult, Worker, WorkerInfo, poisons_process
+from pmpd.storage.lease import Lease, LeaseLostError
 from tests import farm_fakes
 from tests.farm_fakes import FakeTask, write_prompts
 from tests.ray_sessions import environment, local_ray
@@ -55,7 +56,12 @@ def work(cluster, prompts, ids, tmp_path):
         options = {"num_workers": 1, "unit_rows": 10, **options}
         try:
             result = farm.run(
-                task, {"prompts": str(prompts)}, tmp_path / "out", config or {"a": 1}, farm.FarmOptions(**options), stream=printed
+                task,
+                {"prompts": str(prompts)},
+                tmp_path / "out",
+                config or {"a": 1},
+                farm.FarmOptions(**options),
+                stream=printed,
             )
         except Exception as error:
             error.add_note(printed.getvalue())
@@ -66,13 +72,13 @@ def work(cluster, prompts, ids, tmp_path):
 
 
 def rows_of(folder: Path) -> dict[str, dict]:
-    rows = tables.read_table(folder).to_pylist()
+    rows = storage.read_table(folder).to_pylist()
     assert len({row["prompt_id"] for row in rows}) == len(rows), "an id is there twice"
     return {row["prompt_id"]: row for row in rows}
 
 
 def expected(prompts: Path) -> dict[str, int]:
-    return {row["prompt_id"]: sum(row["input_ids"]) for row in tables.read_table(prompts).to_pylist()}
+    return {row["prompt_id"]: sum(row["input_ids"]) for row in storage.read_table(prompts).to_pylist()}
 
 
 def answers(rows: dict[str, dict]) -> dict[str, int]:
@@ -95,8 +101,10 @@ def test_every_item_once_and_a_second_run_does_nothing(work, prompts, tmp_path):
     again, _, _ = work(FakeTask())
     assert again.new_items == 0
     assert shards(tmp_path / "out") == before
-    assert tables.main([str(tmp_path / "out")]) == 0
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["data", "manifest.json"], "no lease, nothing temporary"
+    assert storage.main([str(tmp_path / "out")]) == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["data", "manifest.json"], (
+        "no lease, nothing temporary"
+    )
 
 
 def test_rows_that_raise_are_error_rows_and_come_again_only_when_asked(work, prompts, ids):
@@ -117,7 +125,12 @@ def test_rows_that_raise_are_error_rows_and_come_again_only_when_asked(work, pro
 def test_a_prompt_with_an_error_is_an_error_row_and_never_reaches_the_task(cluster, tmp_path):
     ids = write_prompts(tmp_path / "prompts", 12, errors=(3,))
     farm.run(
-        FakeTask(), {"prompts": str(tmp_path / "prompts")}, tmp_path / "out", {}, farm.FarmOptions(1, unit_rows=5), stream=io.StringIO()
+        FakeTask(),
+        {"prompts": str(tmp_path / "prompts")},
+        tmp_path / "out",
+        {},
+        farm.FarmOptions(1, unit_rows=5),
+        stream=io.StringIO(),
     )
     assert {key: row["error"] for key, row in rows_of(tmp_path / "out").items() if row["error"]} == {
         ids[3]: "prompts: the document tokenizes to nothing"
@@ -183,7 +196,14 @@ def test_a_value_that_its_column_can_not_hold_is_an_error_row(work, prompts, ids
 def test_uris_are_output_folders_too(cluster, prompts, tmp_path):
     uri, stream = f"file://{tmp_path}/out", io.StringIO()
     for _ in range(2):
-        result = farm.run(FakeTask(), {"prompts": f"file://{prompts}"}, uri, {}, farm.FarmOptions(1, unit_rows=30), stream=stream)
+        result = farm.run(
+            FakeTask(),
+            {"prompts": f"file://{prompts}"},
+            uri,
+            {},
+            farm.FarmOptions(1, unit_rows=30),
+            stream=stream,
+        )
         assert answers(rows_of(tmp_path / "out")) == expected(prompts)
         victim = sorted((tmp_path / "out" / "data").iterdir())[0]
         os.truncate(victim, 40)
@@ -214,8 +234,10 @@ def test_rows_that_a_zombie_wrote_twice_stay_once(work, prompts, tmp_path):
     work(FakeTask())
     data = tmp_path / "out" / "data"
     first, second = sorted(data.iterdir())[:2]
-    mixed = tables.read_shard(first).slice(0, 3).to_pylist() + tables.read_shard(second).slice(0, 2).to_pylist()
-    tables.write_shard(tables.to_table(mixed, farm_fakes.SCHEMA), data / "part-zombie.parquet")
+    mixed = (
+        storage.read_shard(first).slice(0, 3).to_pylist() + storage.read_shard(second).slice(0, 2).to_pylist()
+    )
+    storage.write_shard(storage.to_table(mixed, farm_fakes.SCHEMA), data / "part-zombie.parquet")
     _, rows, _ = work(FakeTask())
     assert answers(rows) == expected(prompts)
 
@@ -236,7 +258,9 @@ def test_another_model_is_refused(work, tmp_path):
 def test_output_of_another_input_is_refused(work, tmp_path):
     work(FakeTask())
     row = {"prompt_id": "f" * 16, "answer": 1}
-    tables.write_shard(tables.to_table([row], farm_fakes.SCHEMA), tmp_path / "out" / "data" / "part-x.parquet")
+    storage.write_shard(
+        storage.to_table([row], farm_fakes.SCHEMA), tmp_path / "out" / "data" / "part-x.parquet"
+    )
     with pytest.raises(ValueError, match=r"1 ids that are not in the input, e\.g\. ffffffffffffffff"):
         work(FakeTask())
 
@@ -244,7 +268,9 @@ def test_output_of_another_input_is_refused(work, tmp_path):
 def test_a_worker_that_can_not_start_stops_the_run_with_its_own_words(work):
     with pytest.raises(ValueError, match="no such checkpoint: x") as raised:
         work(FakeTask(start_error="no such checkpoint: x"))
-    assert (type(raised.value), str(raised.value)) == (ValueError, "no such checkpoint: x"), "not a page of remote traceback"
+    assert (type(raised.value), str(raised.value)) == (ValueError, "no such checkpoint: x"), (
+        "not a page of remote traceback"
+    )
     with pytest.raises(ValueError, match="3 workers could not start"):
         work(FakeTask(start_error="crash"))
 
@@ -259,7 +285,9 @@ def test_a_full_disk_stops_the_run_and_loses_nothing(work, prompts, tmp_path):
 
 def test_what_no_node_can_hold_is_refused_within_ten_seconds(work):
     begin = time.monotonic()
-    with pytest.raises(ValueError, match=r"a worker asks for 1 GPU on one node, the cluster has: 2 CPU, 0 GPU"):
+    with pytest.raises(
+        ValueError, match=r"a worker asks for 1 GPU on one node, the cluster has: 2 CPU, 0 GPU"
+    ):
         work(FakeTask(), gpus_per_worker=1)
     assert time.monotonic() - begin < 10
 
@@ -270,8 +298,8 @@ def test_an_empty_input_is_refused(cluster, tmp_path):
 
 
 def test_a_second_input_must_hold_every_id(cluster, prompts, tmp_path):
-    some = tables.read_table(prompts).slice(0, COUNT - 2)
-    tables.write_shard(some, tmp_path / "references" / "data" / "part-0.parquet")
+    some = storage.read_table(prompts).slice(0, COUNT - 2)
+    storage.write_shard(some, tmp_path / "references" / "data" / "part-0.parquet")
     inputs = {"prompts": str(prompts), "references": str(tmp_path / "references")}
     with pytest.raises(ValueError, match="references lacks 2 of 60 ids"):
         farm.run(FakeTask(), inputs, tmp_path / "out", {}, farm.FarmOptions())
@@ -307,7 +335,7 @@ def test_numbers_of_a_run_are_metrics_of_the_node(work):
     assert float(lines[-1].rsplit(" ", 1)[1]) == COUNT
 
 
-# ------------------------------------------------------------------------------------------------ without a Ray: plan, lines, lease
+# ------------------------------------------------------------------------------------------------ without a R
 
 
 @pytest.mark.parametrize(
@@ -326,7 +354,12 @@ def test_numbers_of_a_run_are_metrics_of_the_node(work):
 )
 def test_plan_fits_workers_to_nodes(nodes, options, workers, cpus, gpus, per_node):
     wanted, demand, found_per_node = plan(farm.FarmOptions(**options), nodes)
-    assert (wanted, demand.cpus, demand.gpus, found_per_node) == (workers, pytest.approx(cpus), gpus, per_node)
+    assert (wanted, demand.cpus, demand.gpus, found_per_node) == (
+        workers,
+        pytest.approx(cpus),
+        gpus,
+        per_node,
+    )
 
 
 def test_a_worker_that_only_an_autoscaler_can_place_is_waited_for(monkeypatch):
@@ -349,14 +382,14 @@ def test_a_unit_is_blamed_for_its_fifth_lost_node_and_at_once_for_its_worker(tmp
     assert [single.ids for single in pool._after_death(unit, True, error)] == [("a",), ("b",)]
 
 
-# ------------------------------------------------------------------------------------------------------------ which Ray is joined
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def joined(monkeypatch):
     """joined(RAY_ADDRESS, address left by `ray start`, error of ray.init) -> addresses given to ray.init."""
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
-    monkeypatch.setattr(farm, "maybe_enable_token_auth_if_token_available", lambda **_: None)
+    monkeypatch.setattr(ray_private, "use_token_file", lambda: None)
 
     def connect(given: str | None, left: str | None, error: Exception | None = None) -> list[str]:
         found: list[str] = []
@@ -367,7 +400,7 @@ def joined(monkeypatch):
                 raise error
 
         monkeypatch.setattr(ray, "init", init)
-        monkeypatch.setattr(farm, "read_ray_address", lambda: left)
+        monkeypatch.setattr(ray_private, "local_address", lambda: left)
         if given is None:
             monkeypatch.delenv("RAY_ADDRESS", raising=False)
         else:
@@ -388,15 +421,27 @@ def listening():
 
 def test_only_a_ray_that_is_meant_for_others_is_joined(joined, listening):
     """The Ray that another run started for itself leaves no address, and one that is gone answers no more."""
-    assert joined(None, None) == joined("", None) == joined("auto", None) == joined("local", listening) == ["local"]
+    assert (
+        joined(None, None)
+        == joined("", None)
+        == joined("auto", None)
+        == joined("local", listening)
+        == ["local"]
+    )
     assert joined(None, "127.0.0.1:1") == ["local"], "what a Ray left behind that is gone"
-    assert joined(None, listening) == joined(listening, None) == joined(listening, "127.0.0.1:1") == [listening]
+    assert (
+        joined(None, listening) == joined(listening, None) == joined(listening, "127.0.0.1:1") == [listening]
+    )
 
 
 def test_a_ray_that_can_not_be_joined_is_told_with_its_cure(joined, listening):
     with pytest.raises(ValueError, match=r"RAY_ADDRESS=127\.0\.0\.1:1: no Ray answers there; start it"):
         joined("127.0.0.1:1", None)
-    with pytest.raises(ValueError, match=f"the Ray of this machine, {listening}: it refuses this process's token; put the cluster's token"):
+    with pytest.raises(
+        ValueError,
+        match=f"the Ray of this machine, {listening}: it refuses this process's token; put the cluster's "
+        f"token",
+    ):
         joined(None, listening, ray.exceptions.AuthenticationError("token"))
     with pytest.raises(ValueError, match=f"RAY_ADDRESS={listening}: it can't be joined .*give host:port"):
         joined(listening, None, ConnectionError("no"))
@@ -406,8 +451,18 @@ def test_a_ray_that_can_not_be_joined_is_told_with_its_cure(joined, listening):
     ("report", "types"),
     [
         (None, []),
-        ({"active_nodes": {"node_0a1b": 1}, "idle_nodes": None, "node_type_mapping": {"0a1b": "node_0a1b"}}, []),
-        ({"active_nodes": {}, "idle_nodes": None, "node_type_mapping": {"ffff": "ray.head.default"}}, ["ray.head.default"]),
+        (
+            {
+                "active_nodes": {"node_0a1b": 1},
+                "idle_nodes": None,
+                "node_type_mapping": {"0a1b": "node_0a1b"},
+            },
+            [],
+        ),
+        (
+            {"active_nodes": {}, "idle_nodes": None, "node_type_mapping": {"ffff": "ray.head.default"}},
+            ["ray.head.default"],
+        ),
         ({"active_nodes": {"head": 1}, "pending_launches": {"gpu": 2}}, ["gpu", "head"]),
     ],
 )
@@ -415,18 +470,24 @@ def test_an_autoscaler_is_known_by_its_node_types(report, types):
     assert node_types_in({"autoscaler_report": report}) == types
 
 
-@pytest.mark.parametrize("options", [{"num_workers": 0}, {"gpus_per_worker": -1}, {"gpus_per_worker": 1.5}, {"unit_rows": 0}])
+@pytest.mark.parametrize(
+    "options", [{"num_workers": 0}, {"gpus_per_worker": -1}, {"gpus_per_worker": 1.5}, {"unit_rows": 0}]
+)
 def test_bad_options_are_refused(options):
     with pytest.raises(ValueError, match="--"):
         farm.FarmOptions(**options)
 
 
 def test_long_prompts_go_first_and_no_worker_is_left_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(farm, "live_nodes", lambda: [{"CPU": 4}])
+    monkeypatch.setattr(driver, "live_nodes", lambda: [{"CPU": 4}])
     write_prompts(tmp_path, 20)
-    found = {"prompts": tables.scan(tmp_path)}
+    found = {"prompts": storage.scan(tmp_path)}
     where = {"prompts": found["prompts"].where()}
-    units = list(farm._units([f"{7919 * (i + 1):016x}" for i in range(20)], where, found, farm.FarmOptions(3, unit_rows=50)))
+    units = list(
+        driver._units(
+            [f"{7919 * (i + 1):016x}" for i in range(20)], where, found, farm.FarmOptions(3, unit_rows=50)
+        )
+    )
     assert [len(unit.ids) for unit in units] == [7, 7, 6]
     assert len({unit.name for unit in units}) == 3
     same = dataclasses.replace(units[0], kills=1)
@@ -478,7 +539,11 @@ def test_the_lease_of_a_dead_process_is_taken_over_at_once(tmp_path):
 def test_the_lease_of_another_machine_is_judged_by_its_heartbeat(tmp_path):
     other = Lease(tmp_path, beat_seconds=0.1)
     other._record |= {"host": "elsewhere", "hostname": "elsewhere", "pid": 1}
-    with other, pytest.raises(ValueError, match="in use by a run on elsewhere"), Lease(tmp_path, stale_seconds=1):
+    with (
+        other,
+        pytest.raises(ValueError, match="in use by a run on elsewhere"),
+        Lease(tmp_path, stale_seconds=1),
+    ):
         pass
     other._write()  # and then no beat any more
     with Lease(tmp_path, stale_seconds=1) as mine:
@@ -487,11 +552,11 @@ def test_the_lease_of_another_machine_is_judged_by_its_heartbeat(tmp_path):
 
 def test_a_run_that_lost_its_lease_stops(tmp_path):
     with Lease(tmp_path, beat_seconds=0.05) as lease:
-        tables.write_bytes(lease.path, b'{"token": "another"}')
+        storage.write_bytes(lease.path, b'{"token": "another"}')
         time.sleep(0.3)
         with pytest.raises(LeaseLostError, match="another run has taken it over"):
             lease.check()
-    assert tables.read_bytes(lease.path) is not None, "the other run's lease is not ours to remove"
+    assert storage.read_bytes(lease.path) is not None, "the other run's lease is not ours to remove"
 
 
 def test_a_worker_publishes_nothing_for_a_run_that_lost_its_lease(tmp_path):
@@ -500,52 +565,61 @@ def test_a_worker_publishes_nothing_for_a_run_that_lost_its_lease(tmp_path):
     worker.task, worker.dataset, worker.place = FakeTask(), str(tmp_path / "out"), Place("w", 1)
     worker.built = worker.task.build(worker.place)
     worker.lease_path, worker.lease_token = str(tmp_path / "_lease.json"), "mine"
-    path = tables.list_shards(tmp_path / "prompts")[0]
+    path = storage.list_shards(tmp_path / "prompts")[0]
     unit = Unit((ids[0],), {"prompts": ((path, 0),)})
     for content in (b'{"token": "another"}', None):
         if content is None:
-            tables.remove(worker.lease_path)
+            storage.remove(worker.lease_path)
         else:
-            tables.write_bytes(worker.lease_path, content)
+            storage.write_bytes(worker.lease_path, content)
         with pytest.raises(LeaseLostError):
             worker.run(unit)
-        assert tables.list_shards(tmp_path / "out") == []
+        assert storage.list_shards(tmp_path / "out") == []
 
 
 def test_reconcile_names_what_is_wrong():
     schema = farm_fakes.SCHEMA
-    output = tables.Scan(
-        [tables.Shard("a", ("1", "2"), (False,) * 2, (0,) * 2, schema), tables.Shard("b", ("2", "9"), (False,) * 2, (0,) * 2, schema)]
+    output = storage.Scan(
+        [
+            storage.Shard("a", ("1", "2"), (False,) * 2, (0,) * 2, schema),
+            storage.Shard("b", ("2", "9"), (False,) * 2, (0,) * 2, schema),
+        ]
     )
-    with pytest.raises(farm.ReconcileError, match=r"1 missing \(3\); 1 more than once \(2\); 1 unknown \(9\)"):
-        farm._reconcile({"1": 0, "2": 0, "3": 0}, output, "out", True)
+    with pytest.raises(
+        farm.ReconcileError, match=r"1 missing \(3\); 1 more than once \(2\); 1 unknown \(9\)"
+    ):
+        ledger.reconcile({"1": 0, "2": 0, "3": 0}, output, "out", True)
 
 
-# ------------------------------------------------------------------------------------------------------------ killing the driver
+# ------------------------------------------------------------------------------------------------------------
 
 
 def start_driver(output: Path, prompts: Path, environment: dict, **settings) -> subprocess.Popen:
     command = [sys.executable, farm_fakes.__file__, str(output), str(prompts), json.dumps(settings)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
-def test_a_driver_killed_in_mid_run_and_run_again_with_other_settings_gives_the_same_rows(prompts, ids, tmp_path):
+def test_a_driver_killed_in_mid_run_and_run_again_with_other_settings_gives_the_same_rows(
+    prompts, ids, tmp_path
+):
     with environment() as env:
         out = tmp_path / "out"
         driver = start_driver(out, prompts, env, seconds=0.1, options={"num_workers": 2, "unit_rows": 4})
         deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and len(tables.list_shards(out)) < 3:
+        while time.monotonic() < deadline and len(storage.list_shards(out)) < 3:
             assert driver.poll() is None, driver.communicate()
             time.sleep(0.05)
         driver.send_signal(signal.SIGKILL)
         driver.wait()
-        done = len(tables.scan(out).where())
+        done = len(storage.scan(out).where())
         assert 0 < done < COUNT
-        assert not tables.scan(out).unreadable
+        assert not storage.scan(out).unreadable
         assert (out / "_lease.json").exists(), "a killed run can't clean up"
         again = start_driver(out, prompts, env, options={"num_workers": 1, "unit_rows": 7})
         printed, complaints = again.communicate(timeout=180)
         assert again.returncode == 0, complaints
     assert json.loads(printed.splitlines()[-1])["new_items"] <= COUNT - done
     assert answers(rows_of(out)) == expected(prompts)
-    assert tables.main([str(out)]) == 0
+    assert storage.main([str(out)]) == 0

@@ -1,4 +1,5 @@
-"""The farm on several nodes with logical GPUs: who gets which GPU, and what happens when nodes go and come."""
+"""The farm on several nodes with logical GPUs: who gets which GPU, and what happens when nodes go and
+come."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ import pytest
 import ray
 from rich.console import Console
 
-from pmpd import farm, tables
+from pmpd import farm, storage
 from tests import farm_fakes
 from tests.farm_fakes import FakeTask, write_prompts
 from tests.ray_sessions import QUIET, environment
@@ -73,7 +74,11 @@ def test_a_run_lives_through_a_lost_node_and_takes_in_a_new_one(nodes, prompts, 
     nodes.wait_for_nodes()
     result: dict = {}
     out = tmp_path / "out"
-    thread = threading.Thread(target=lambda: result.update(zip(("rows", "printed"), run(FakeTask(seconds=0.4), prompts, out), strict=True)))
+    thread = threading.Thread(
+        target=lambda: result.update(
+            zip(("rows", "printed"), run(FakeTask(seconds=0.4), prompts, out), strict=True)
+        )
+    )
     thread.start()
     new = None
     try:
@@ -91,17 +96,28 @@ def test_a_run_lives_through_a_lost_node_and_takes_in_a_new_one(nodes, prompts, 
     assert answers(result["rows"]) == answers(undisturbed) == expected(prompts)
     assert not any(row["error"] for row in result["rows"].values())
     assert "is gone (its node too)" in result["printed"]
-    assert not tables.scan(out).unreadable
+    assert not storage.scan(out).unreadable
 
 
 @pytest.mark.slow
 def test_the_label_job_has_a_worker_per_logical_gpu(nodes, dense_folder, anyprec_folder, tmp_path):
-    from jobs.label import LabelJob, main
+    from pmpd.cli.label import LabelJob, main
 
-    (tmp_path / "texts.txt").write_text("\n\n".join(f"{i}. " + "The quick brown fox jumps over the lazy dog. " * 8 for i in range(60)))
-    paths = {"model_path": str(anyprec_folder()), "reference_model_path": str(dense_folder()), "dataset": str(tmp_path / "texts.txt")}
-    main(LabelJob(**paths, max_new_tokens=64, batch_size=2, kernel="reference", output_dir=str(tmp_path / "out")), Console(quiet=True))
-    rows = tables.read_table(tmp_path / "out" / "labels").to_pylist()
+    (tmp_path / "texts.txt").write_text(
+        "\n\n".join(f"{i}. " + "The quick brown fox jumps over the lazy dog. " * 8 for i in range(60))
+    )
+    paths = {
+        "model_path": str(anyprec_folder()),
+        "reference_model_path": str(dense_folder()),
+        "dataset": str(tmp_path / "texts.txt"),
+    }
+    main(
+        LabelJob(
+            **paths, max_new_tokens=64, batch_size=2, kernel="reference", output_dir=str(tmp_path / "out")
+        ),
+        Console(quiet=True),
+    )
+    rows = storage.read_table(tmp_path / "out" / "labels").to_pylist()
     assert len(rows) == 60
     assert {row["worker"].rpartition("/")[2] for row in rows} == {"gpu0", "gpu1"}
 
@@ -113,7 +129,11 @@ def test_a_node_lost_while_its_worker_starts_is_no_failure_of_a_start(nodes, pro
     nodes.wait_for_nodes()
     task = FakeTask(seconds=0.3, bad_nodes=(doomed.node_id,), start_marks=str(tmp_path / "marks"))
     result: dict = {}
-    thread = threading.Thread(target=lambda: result.update(zip(("rows", "printed"), run(task, prompts, tmp_path / "out"), strict=True)))
+    thread = threading.Thread(
+        target=lambda: result.update(
+            zip(("rows", "printed"), run(task, prompts, tmp_path / "out"), strict=True)
+        )
+    )
     thread.start()
     try:
         deadline = time.monotonic() + 60
@@ -167,6 +187,6 @@ def test_a_run_without_a_node_for_its_workers_waits_and_then_says_so(nodes, prom
 
 def _workers(out):
     try:
-        return set(tables.read_table(out, ["worker"])["worker"].to_pylist())
+        return set(storage.read_table(out, ["worker"])["worker"].to_pylist())
     except ValueError:
         return set()

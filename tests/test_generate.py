@@ -1,4 +1,5 @@
-"""Generation: turns, caches, prompts that are too long, failures, sweeps; and the same through the farm, twice."""
+"""Generation: turns, caches, prompts that are too long, failures, sweeps; and the same through the farm,
+twice."""
 
 from __future__ import annotations
 
@@ -10,28 +11,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pmpd import PMPDForCausalLM, tables
+from pmpd import PMPDForCausalLM, storage
 from pmpd.benchmarks import BENCHMARKS, Question
 from pmpd.benchmarks.conversation import Stops
-from pmpd.benchmarks.fastchat_export import answer_files, export
+from pmpd.decode.oracle import decode
 from pmpd.demo import ANYPREC
-from pmpd.generation import (
-    Generator,
-    Run,
-    SweepConfig,
-    _Recorder,
-    class_plans,
-    conversation_rows,
-    cut_left,
-    grid_plans,
-    sweep_runs,
-    token_pieces,
-)
-from pmpd.oracle import decode
-from pmpd.results import read_generations
-from pmpd.schedulers import DEMO_ARTEFACT, PrefillState, Scheduler, class_steps
-from pmpd.scoring import ScoreConfig, compare
-from pmpd.static_search import best_path, choose, read_best, write_best
+from pmpd.evaluation.answer import Generator, _Recorder, conversation_rows, cut_left, token_pieces
+from pmpd.evaluation.compare import compare
+from pmpd.evaluation.fastchat_export import answer_files, export
+from pmpd.evaluation.results import read_generations
+from pmpd.evaluation.score import ScoreConfig
+from pmpd.evaluation.static_search import best_path, choose, read_best, write_best
+from pmpd.evaluation.sweep import Run, SweepConfig, class_plans, grid_plans, sweep_runs
+from pmpd.schedulers.base import PrefillState, Scheduler
+from pmpd.schedulers.chain import class_steps
+from pmpd.schedulers.kv_cache import DEMO_ARTEFACT
 from tests.generation_rows import generation_rows
 from tests.helpers import byte_tokenizer
 from tests.ray_sessions import local_ray
@@ -56,9 +50,13 @@ def runs(*names: str, **options) -> list[Run]:
     return sweep_runs(SweepConfig(schedulers=names, max_new_tokens=LENGTH, **options))
 
 
-def answer(model, chosen: list[Run], questions=QUESTIONS, slots: int = 8, reuse_cache: bool = True) -> list[dict]:
+def answer(
+    model, chosen: list[Run], questions=QUESTIONS, slots: int = 8, reuse_cache: bool = True
+) -> list[dict]:
     generator = Generator(model, chosen, slots, reuse_cache, "test")
-    return list(generator.answer(conversation_rows(BENCHMARKS["demo"], "test", questions, chosen, "demo", "plain")))
+    return list(
+        generator.answer(conversation_rows(BENCHMARKS["demo"], "test", questions, chosen, "demo", "plain"))
+    )
 
 
 def by_turn(rows: list[dict]) -> dict[tuple, list[int]]:
@@ -80,14 +78,25 @@ def test_every_turn_of_every_run_is_there_once_and_fits_its_table(rows: list[dic
     assert len(rows) == len(names) * 9
     assert len({row["row_id"] for row in rows}) == len(rows)
     assert not [row["error"] for row in rows if row["error"]]
-    assert len(tables.to_table(rows, tables.GENERATIONS)) == len(rows)
+    assert len(storage.to_table(rows, storage.GENERATIONS)) == len(rows)
     for row in rows:
-        assert sum(part["count"] for part in row["precision_trace"]) == row["output_tokens"] == len(row["output_ids"])
+        assert (
+            sum(part["count"] for part in row["precision_trace"])
+            == row["output_tokens"]
+            == len(row["output_ids"])
+        )
 
 
 def test_the_second_turn_sees_the_first_answer(rows: list[dict]) -> None:
-    first, second = (next(r for r in rows if r["run"] == "uniform-4" and r["question_id"] == "q1" and r["turn"] == n) for n in (1, 2))
-    assert second["prompt_text"] == f"What is a list?\n\n{first['output_text']}\n\nAnd a tuple?\n\n" if first["output_text"] else True
+    first, second = (
+        next(r for r in rows if r["run"] == "uniform-4" and r["question_id"] == "q1" and r["turn"] == n)
+        for n in (1, 2)
+    )
+    assert (
+        second["prompt_text"] == f"What is a list?\n\n{first['output_text']}\n\nAnd a tuple?\n\n"
+        if first["output_text"]
+        else True
+    )
     assert first["output_text"] in second["prompt_text"]
     other = next(r for r in rows if r["run"] == "uniform-2" and r["question_id"] == "q1" and r["turn"] == 2)
     assert other["prompt_text"] != second["prompt_text"], "each run sees its own answer"
@@ -114,7 +123,9 @@ def test_tokens_and_precisions_are_the_oracles(model, rows: list[dict]) -> None:
         if row["run"] not in ("uniform-3", "static-3/7", "random-0"):
             continue
         steps = row["switch_steps"] or None
-        chain = Scheduler.get_scheduler("static", precisions=(4, 3, 2), high_bit_steps=[0, 0]) if steps else None
+        chain = (
+            Scheduler.get_scheduler("static", precisions=(4, 3, 2), high_bit_steps=[0, 0]) if steps else None
+        )
         bits = 3 if row["run"] == "uniform-3" else 4
         truth = decode(model.model, row["input_ids"], LENGTH, bits, model.eos_token_ids, chain, steps)
         assert row["output_ids"] == truth.tokens
@@ -147,13 +158,23 @@ def test_a_failure_is_a_column_of_its_own_rows_and_of_no_other(model, rows: list
     assert by_turn([row for row in found if not row["error"]]).items() <= by_turn(rows).items()
 
 
-def test_a_stop_string_that_is_a_special_token_ends_the_answer(model, rows: list[dict], monkeypatch: pytest.MonkeyPatch) -> None:
-    before = next(row for row in rows if row["run"] == "uniform-4" and row["question_id"] == "q1" and row["turn"] == 1)
-    stop = next(token for token in before["output_ids"][1:] if token not in before["input_ids"] and token not in before["output_ids"][:1])
+def test_a_stop_string_that_is_a_special_token_ends_the_answer(
+    model, rows: list[dict], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = next(
+        row for row in rows if row["run"] == "uniform-4" and row["question_id"] == "q1" and row["turn"] == 1
+    )
+    stop = next(
+        token
+        for token in before["output_ids"][1:]
+        if token not in before["input_ids"] and token not in before["output_ids"][:1]
+    )
     tokenizer = byte_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": [tokenizer.convert_ids_to_tokens(stop)]})
     monkeypatch.setattr(model, "tokenizer", tokenizer)
-    monkeypatch.setattr("pmpd.generation.stops", lambda _: Stops((tokenizer.convert_ids_to_tokens(stop), "###")))
+    monkeypatch.setattr(
+        "pmpd.evaluation.answer.stops", lambda _: Stops((tokenizer.convert_ids_to_tokens(stop), "###"))
+    )
     (row,) = answer(model, runs("uniform")[:1], [question(1, "What is a list?")])
     assert row["output_ids"] == before["output_ids"][: before["output_ids"].index(stop) + 1]
     assert row["finish_reason"] == "eos"
@@ -206,10 +227,15 @@ def test_decision_scores_are_kept_by_row(model) -> None:
 
 def test_a_sweep_names_its_runs_and_has_no_doubles() -> None:
     names = [
-        run.name for run in sweep_runs(SweepConfig(schedulers=("fp", "uniform", "static", "naive", "random"), precisions=(4, 3), seed=7))
+        run.name
+        for run in sweep_runs(
+            SweepConfig(schedulers=("fp", "uniform", "static", "naive", "random"), precisions=(4, 3), seed=7)
+        )
     ]
     assert names == ["fp", "uniform-4", "uniform-3", "static-0", "static-85", "static-170", "random-7"]
-    assert [run.name for run in sweep_runs(SweepConfig(schedulers=("naive",), high_bit_steps=((10,),)))] == ["static-10/20"]
+    assert [run.name for run in sweep_runs(SweepConfig(schedulers=("naive",), high_bit_steps=((10,),)))] == [
+        "static-10/20"
+    ]
     assert len(class_plans(2, 256)) == 9
     assert (255, 255) not in class_plans(2, 256), "never switching is the uniform run"
     assert grid_plans(1, 101, 5) == [(0,), (25,), (50,), (75,), (100,)]
@@ -237,11 +263,21 @@ def test_bad_options_of_a_scheduler_are_an_error_before_any_worker_starts() -> N
         sweep_runs(SweepConfig(schedulers=("confidence",), confidence_threshold=1.5))
 
 
-def test_the_best_setting_is_carried_over_to_other_lengths_and_refused_for_other_models(tmp_path: Path) -> None:
+def test_the_best_setting_is_carried_over_to_other_lengths_and_refused_for_other_models(
+    tmp_path: Path,
+) -> None:
     path = best_path(str(tmp_path), "demo", (4, 3, 2))
     with pytest.raises(ValueError, match="--static-search first"):
         read_best(path, (4, 3, 2), "abc", 128)
-    write_best(path, {"precisions": [4, 3, 2], "model_fingerprint": "abc", "max_new_tokens": 101, "high_bit_steps": [25, 100]})
+    write_best(
+        path,
+        {
+            "precisions": [4, 3, 2],
+            "model_fingerprint": "abc",
+            "max_new_tokens": 101,
+            "high_bit_steps": [25, 100],
+        },
+    )
     assert read_best(path, (4, 3, 2), "abc", 101) == (25, 100)
     assert read_best(path, (4, 3, 2), "abc", 201) == (50, 200)
     with pytest.raises(ValueError, match="searched with model_fingerprint abc"):
@@ -256,18 +292,21 @@ def test_the_static_search_keeps_its_choice_and_what_it_chose_from(tmp_path: Pat
     assert {candidate["run"] for candidate in best["candidates"]} == static
     assert best["best"]["value"] >= 0.5 * (best["best"]["value"] - best["best"]["difference"])
     cheaper = [c for c in best["candidates"] if c["average_bits"] < best["best"]["average_bits"]]
-    assert all(c["value"] < 0.5 * (c["value"] - c["difference"]) for c in cheaper), "every cheaper one is over the budget"
+    assert all(c["value"] < 0.5 * (c["value"] - c["difference"]) for c in cheaper), (
+        "every cheaper one is over the budget"
+    )
     path = best_path(str(tmp_path), "demo", (4, 3, 2))
     write_best(path, best)
     assert list(read_best(path, (4, 3, 2), "quant0", 40)) == best["high_bit_steps"]
 
 
-# ------------------------------------------------------------------------------------------------------------------- FastChat
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def fastchat(monkeypatch: pytest.MonkeyPatch):
-    """FastChat's own loaders. What they only need for calling a judge over the network is replaced by nothing."""
+    """FastChat's own loaders. What they only need for calling a judge over the network is replaced by
+    nothing."""
     for name in ("openai", "anthropic"):
         monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
     adapter = types.ModuleType("fastchat.model.model_adapter")
@@ -289,20 +328,27 @@ def fastchat(monkeypatch: pytest.MonkeyPatch):
 @pytest.mark.filterwarnings("ignore")
 def test_fastchats_own_loaders_and_match_maker_read_the_export(tmp_path: Path, fastchat) -> None:
     common, judgment = fastchat
-    rows = [{**row, "question_id": str(81 + int(row["question_id"][1:]))} for row in generation_rows(questions=4, two_turns=4)]
+    rows = [
+        {**row, "question_id": str(81 + int(row["question_id"][1:]))}
+        for row in generation_rows(questions=4, two_turns=4)
+    ]
     folder = write_answers(tmp_path / "in", rows)
     written = export(str(folder), str(tmp_path / "model_answer"))
     answers = common.load_model_answers(str(tmp_path / "model_answer"))
     models = common.get_model_list(str(tmp_path / "model_answer"))
     assert {path.stem for path in written} == set(models) == set(answers)
     assert "demo-static-13_26" in models
-    questions = [{"question_id": number, "category": "writing", "turns": ["a", "b"]} for number in (81, 82, 83, 84)]
+    questions = [
+        {"question_id": number, "category": "writing", "turns": ["a", "b"]} for number in (81, 82, 83, 84)
+    ]
     judge = common.Judge("gpt-4", {}, multi_turn=True)
     common.check_data(questions, answers, {}, models, {"default": judge})
     matches = judgment.make_match_single(questions, models, answers, judge, multi_turn=True)
     assert len(matches) == 4 * len(models)
     (fp,) = [match for match in matches if match.model == "demo-fp" and match.question["question_id"] == 81]
-    expected = {row["turn"]: row["output_text"] for row in rows if row["run"] == "fp" and row["question_id"] == "81"}
+    expected = {
+        row["turn"]: row["output_text"] for row in rows if row["run"] == "fp" and row["question_id"] == "81"
+    }
     assert fp.answer["choices"][0]["turns"] == [expected[1], expected[2]]
 
 
@@ -315,8 +361,8 @@ def test_a_failed_turn_is_never_exported_as_an_answer(tmp_path: Path) -> None:
     assert [path.name for path in export(str(folder), str(tmp_path / "out"), runs="fp")] == ["demo-fp.jsonl"]
     with pytest.raises(ValueError, match="--runs nothing"):
         export(str(folder), str(tmp_path / "out"), runs="nothing")
-    assert tables.main(["export-fastchat", str(folder), str(tmp_path / "out2"), "--runs", "fp"]) == 0
-    assert tables.main(["export-fastchat", str(tmp_path / "absent"), str(tmp_path / "out2")]) == 1
+    assert storage.main(["export-fastchat", str(folder), str(tmp_path / "out2"), "--runs", "fp"]) == 0
+    assert storage.main(["export-fastchat", str(tmp_path / "absent"), str(tmp_path / "out2")]) == 1
 
 
 def test_an_export_is_of_one_split_and_has_no_turn_twice(tmp_path: Path) -> None:
@@ -331,25 +377,34 @@ def test_an_export_is_of_one_split_and_has_no_turn_twice(tmp_path: Path) -> None
 
 
 def write_answers(folder: Path, rows: list[dict]) -> Path:
-    tables.write_shard(tables.to_table(rows, tables.GENERATIONS), folder / "data" / "part-0.parquet")
-    tables.write_manifest(folder, tables.GENERATIONS, {"a": 1}, table="generations", complete=True, counts={"rows": len(rows)})
+    storage.write_shard(storage.to_table(rows, storage.GENERATIONS), folder / "data" / "part-0.parquet")
+    storage.write_manifest(
+        folder, storage.GENERATIONS, {"a": 1}, table="generations", complete=True, counts={"rows": len(rows)}
+    )
     return folder
 
 
-# ----------------------------------------------------------------------------------------------------------------- on the farm
+# ------------------------------------------------------------------------------------------------------------
 
 
-def test_the_job_generates_resumes_and_refuses_another_configuration(tmp_path: Path, anyprec_folder, dense_folder, capsys) -> None:
-    from jobs.generate import GenerateJob, main
-    from jobs.report import ReportJob
-    from jobs.report import main as report
+def test_the_job_generates_resumes_and_refuses_another_configuration(
+    tmp_path: Path, anyprec_folder, dense_folder, capsys
+) -> None:
+    from pmpd.cli.generate import GenerateJob, main
+    from pmpd.cli.report import ReportJob
+    from pmpd.cli.report import main as report
 
     questions = tmp_path / "q.jsonl"
-    records = [{"id": f"q{n}", "category": "statements", "turns": [f"Question {n}?", "More?"][: 1 + n % 2]} for n in range(6)]
+    records = [
+        {"id": f"q{n}", "category": "statements", "turns": [f"Question {n}?", "More?"][: 1 + n % 2]}
+        for n in range(6)
+    ]
     questions.write_text("".join(json.dumps(record) + "\n" for record in records))
     job = {
-        "model_path": str(anyprec_folder()), "reference_model_path": str(dense_folder()), "question_file": str(questions),
-        "max_new_tokens": 8, "schedulers": "fp,uniform,static", "output_dir": str(tmp_path / "out"), "kernel": "reference",
+        "model_path": str(anyprec_folder()), "reference_model_path": str(dense_folder()),
+        "question_file": str(questions),
+        "max_new_tokens": 8, "schedulers": "fp,uniform,static", "output_dir": str(tmp_path / "out"),
+        "kernel": "reference",
         "num_workers": 2, "batch_size": 2, "high_bit_steps": "2,4",
     }  # fmt: skip
     with local_ray(2):
@@ -368,7 +423,7 @@ def test_the_job_generates_resumes_and_refuses_another_configuration(tmp_path: P
     assert len(workers) == 5 * 6, "a conversation stays on its worker"
     page = report(ReportJob((folder,), str(tmp_path / "report"), resamples=200))
     assert page.exists()
-    scores = tables.read_table(tmp_path / "report" / "scores").to_pylist()
+    scores = storage.read_table(tmp_path / "report" / "scores").to_pylist()
     assert {row["run"] for row in scores} == {"fp", "uniform-4", "uniform-3", "uniform-2", "static-2/4"}
 
 
@@ -384,12 +439,15 @@ def test_the_job_generates_resumes_and_refuses_another_configuration(tmp_path: P
         ({"model_path": "/nowhere"}, "no such folder"),
     ],
 )
-def test_bad_input_is_refused_before_a_worker_starts(tmp_path: Path, anyprec_folder, dense_folder, options: dict, said: str) -> None:
-    from jobs.generate import GenerateJob, main
+def test_bad_input_is_refused_before_a_worker_starts(
+    tmp_path: Path, anyprec_folder, dense_folder, options: dict, said: str
+) -> None:
+    from pmpd.cli.generate import GenerateJob, main
 
     questions = tmp_path / "q.jsonl"
     questions.write_text('{"id": "1", "category": "c", "turns": ["a"]}\n')
-    job = {"model_path": str(anyprec_folder()), "reference_model_path": str(dense_folder()), "output_dir": str(tmp_path / "out"),
+    job = {"model_path": str(anyprec_folder()), "reference_model_path": str(dense_folder()),
+    "output_dir": str(tmp_path / "out"),
            "question_file": str(questions), "schedulers": "uniform,static"}  # fmt: skip
     with pytest.raises(ValueError, match=said):
         main(GenerateJob(**{**job, **options}))

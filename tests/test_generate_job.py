@@ -1,4 +1,5 @@
-"""The flags of jobs/generate.py, down to the rows, in this process: what the farm would do is done here, without Ray."""
+"""The flags of jobs/generate.py, down to the rows, in this process: what the farm would do is done here,
+without Ray."""
 
 from __future__ import annotations
 
@@ -10,15 +11,15 @@ import pytest
 import tyro
 from rich.console import Console
 
-import jobs.generate
-import pmpd.generation
-from jobs.generate import GenerateJob, best_command, main
-from jobs.report import ReportJob
-from jobs.report import main as report
-from pmpd import PMPDForCausalLM, farm, tables
-from pmpd.generate_task import Sweep, write_conversations
-from pmpd.generation import Generator
-from pmpd.results import read_generations
+import pmpd.cli.generate
+import pmpd.evaluation.answer
+from pmpd import PMPDForCausalLM, farm, storage
+from pmpd.cli.generate import GenerateJob, best_command, main
+from pmpd.cli.report import ReportJob
+from pmpd.cli.report import main as report
+from pmpd.evaluation.answer import Generator
+from pmpd.evaluation.results import read_generations
+from pmpd.farm.generate_task import Sweep, write_conversations
 from tests.gptq_writer import write_chain
 
 
@@ -27,34 +28,55 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Sweep, farm.ModelSource
     """What the job hands to the farm, in order."""
     calls: list[tuple[Sweep, farm.ModelSource]] = []
 
-    def generate(sweep: Sweep, source: farm.ModelSource, folder: str, slots: int, reuse_cache: bool, options: farm.FarmOptions) -> None:
+    def generate(
+        sweep: Sweep,
+        source: farm.ModelSource,
+        folder: str,
+        slots: int,
+        reuse_cache: bool,
+        options: farm.FarmOptions,
+    ) -> None:
         calls.append((sweep, source))
-        answers = tables.join(folder, "answers")
-        if tables.check_config(answers, sweep.identity()) is not None:
+        answers = storage.join(folder, "answers")
+        if storage.check_config(answers, sweep.identity()) is not None:
             return
-        write_conversations(sweep, tables.join(folder, "conversations"))
+        write_conversations(sweep, storage.join(folder, "conversations"))
         model = PMPDForCausalLM(source.path, source.precisions, kernel=source.kernel).eval()
-        asked = tables.read_table(tables.join(folder, "conversations")).to_pylist()
+        asked = storage.read_table(storage.join(folder, "conversations")).to_pylist()
         rows = list(Generator(model, sweep.runs, slots, reuse_cache, "test").answer(asked))
-        tables.write_shard(tables.to_table(rows, tables.GENERATIONS), tables.join(answers, "data", "part-0.parquet"))
-        tables.write_manifest(
-            answers, tables.GENERATIONS, sweep.identity(), table="generations", complete=True, counts={"rows": len(rows), "errors": 0}
+        storage.write_shard(
+            storage.to_table(rows, storage.GENERATIONS), storage.join(answers, "data", "part-0.parquet")
+        )
+        storage.write_manifest(
+            answers,
+            storage.GENERATIONS,
+            sweep.identity(),
+            table="generations",
+            complete=True,
+            counts={"rows": len(rows), "errors": 0},
         )
 
-    monkeypatch.setattr(jobs.generate, "generate", generate)
+    monkeypatch.setattr(pmpd.cli.generate, "generate", generate)
     monkeypatch.setattr(farm, "connect", lambda: None)
-    monkeypatch.setattr(pmpd.generation, "measure_forwards", lambda model, widths: dict.fromkeys(widths, 0.001))
+    monkeypatch.setattr(
+        pmpd.evaluation.answer, "measure_forwards", lambda model, widths: dict.fromkeys(widths, 0.001)
+    )
     return calls
 
 
 @pytest.fixture
 def flags(tmp_path: Path, anyprec_folder, dense_folder) -> dict:
     questions = tmp_path / "q.jsonl"
-    records = [{"id": f"q{n}", "category": "statements", "turns": [f"Question {n}?", "More?"][: 1 + n % 2]} for n in range(3)]
+    records = [
+        {"id": f"q{n}", "category": "statements", "turns": [f"Question {n}?", "More?"][: 1 + n % 2]}
+        for n in range(3)
+    ]
     questions.write_text("".join(json.dumps(record) + "\n" for record in records))
     return {
-        "model_path": str(anyprec_folder()), "reference_model_path": str(dense_folder()), "question_file": str(questions),
-        "max_new_tokens": 7, "schedulers": "fp,uniform", "output_dir": str(tmp_path / "out"), "kernel": "reference",
+        "model_path": str(anyprec_folder()), "reference_model_path": str(dense_folder()),
+        "question_file": str(questions),
+        "max_new_tokens": 7, "schedulers": "fp,uniform", "output_dir": str(tmp_path / "out"),
+        "kernel": "reference",
     }  # fmt: skip
 
 
@@ -66,7 +88,9 @@ def run(flags: dict, **more) -> list[dict]:
     return rows_of(main(GenerateJob(**{**flags, **more}), Console(quiet=True)))
 
 
-def test_sweep_search_and_best_setting_share_one_output_folder(asked, flags: dict, tmp_path: Path, capsys) -> None:
+def test_sweep_search_and_best_setting_share_one_output_folder(
+    asked, flags: dict, tmp_path: Path, capsys
+) -> None:
     sweep = run(flags, schedulers="fp,uniform,static")
     search = GenerateJob(**flags, static_search=True, search_points=2, quality_budget=1.0)
     main(search)
@@ -76,24 +100,37 @@ def test_sweep_search_and_best_setting_share_one_output_folder(asked, flags: dic
     assert (found["high_bit_steps"], found["split"], len(found["candidates"])) == ([0, 0], "validation", 3)
     command = best_command(search).replace("TEST_QUESTIONS", flags["question_file"])
     assert best_command(search) in told.replace("\n", "")
-    main(GenerateJob(**{**flags, "precisions": "4,3"}, static_search=True, search_points=2, quality_budget=1.0))
+    main(
+        GenerateJob(**{**flags, "precisions": "4,3"}, static_search=True, search_points=2, quality_budget=1.0)
+    )
     folder = main(tyro.cli(GenerateJob, args=shlex.split(command)[2:]))
     best = rows_of(folder)
     assert {row["run"] for row in best} == {"static-best-0/0"}, "a budget of everything takes the cheapest"
-    assert f"report next: python jobs/report.py --inputs {flags['output_dir']}\n" in capsys.readouterr().out.replace("\n", "") + "\n"
+    assert (
+        f"report next: pmpd report --inputs {flags['output_dir']}\n"
+        in capsys.readouterr().out.replace("\n", "") + "\n"
+    )
     page = report(ReportJob((flags["output_dir"],), str(tmp_path / "report"), resamples=100))
-    scores = tables.read_table(page.parent / "scores").to_pylist()
-    assert {row["run"] for row in scores} - {"oracle"} == {row["run"] for row in [*sweep, *best]}, "and the grids are in no report"
-    assert run(flags, scheduler="static", high_bit_steps=path, output_dir=str(tmp_path / "elsewhere"))[0]["run"] == "static-best-0/0"
+    scores = storage.read_table(page.parent / "scores").to_pylist()
+    assert {row["run"] for row in scores} - {"oracle"} == {row["run"] for row in [*sweep, *best]}, (
+        "and the grids are in no report"
+    )
+    assert (
+        run(flags, scheduler="static", high_bit_steps=path, output_dir=str(tmp_path / "elsewhere"))[0]["run"]
+        == "static-best-0/0"
+    )
 
 
 def test_the_command_after_a_search_keeps_the_flags_that_are_no_searchs() -> None:
     job = GenerateJob(
-        model_path="a b", static_search=True, validation=True, random_prior=(1.0, 2.0, 3.0, 4.0), reuse_cache=False, search_points=3,
-        quality_budget=0.5, question_begin=2, schedulers="random", max_new_tokens=64, trust_remote_code=True, batch_size="auto",
+        model_path="a b", static_search=True, validation=True, random_prior=(1.0, 2.0, 3.0, 4.0),
+        reuse_cache=False, search_points=3,
+        quality_budget=0.5, question_begin=2, schedulers="random", max_new_tokens=64, trust_remote_code=True,
+        batch_size="auto",
     )  # fmt: skip
     assert tyro.cli(GenerateJob, args=shlex.split(best_command(job))[2:]) == GenerateJob(
-        model_path="a b", scheduler="static", high_bit_steps="best", random_prior=(1.0, 2.0, 3.0, 4.0), reuse_cache=False,
+        model_path="a b", scheduler="static", high_bit_steps="best", random_prior=(1.0, 2.0, 3.0, 4.0),
+        reuse_cache=False,
         max_new_tokens=64, trust_remote_code=True, batch_size="auto",
     )  # fmt: skip
 
@@ -137,13 +174,24 @@ def test_a_range_of_questions_and_the_validation_split(asked, flags: dict) -> No
 def test_the_prefill_may_have_a_precision_outside_the_chain(asked, flags: dict) -> None:
     rows = run(flags, scheduler="static", precisions="3,2", high_bit_steps="2", prefill_bit=4)
     assert {part["bits"] for row in rows for part in row["precision_trace"][:1]} == {4}
-    assert {tuple(part["bits"] for part in row["precision_trace"]) for row in rows if row["output_tokens"] == 7} == {(4, 3, 2)}
+    assert {
+        tuple(part["bits"] for part in row["precision_trace"]) for row in rows if row["output_tokens"] == 7
+    } == {(4, 3, 2)}
     assert asked[0][1].precisions == (4, 3, 2)
 
 
-def test_a_set_of_checkpoints_is_answered_as_one_model(asked, flags: dict, tmp_path: Path, dense_folder) -> None:
+def test_a_set_of_checkpoints_is_answered_as_one_model(
+    asked, flags: dict, tmp_path: Path, dense_folder
+) -> None:
     file = write_chain(tmp_path / "gptq", dense_folder(), {4: {}, 3: {}})
-    rows = run(flags, model_path=str(file), use_multi_model=True, precisions="4,3", scheduler="static", high_bit_steps="3")
+    rows = run(
+        flags,
+        model_path=str(file),
+        use_multi_model=True,
+        precisions="4,3",
+        scheduler="static",
+        high_bit_steps="3",
+    )
     assert not [row["error"] for row in rows if row["error"]]
     assert {part["bits"] for row in rows for part in row["precision_trace"]} == {4, 3}
 
@@ -170,8 +218,14 @@ def test_workers_get_absolute_paths_and_the_rows_identity_does_not_know_them(
         ({"precisions": "8,4"}, r"--precisions 8, 4: .* holds 4, 3, 2, not 8"),
         ({"prefill_bit": 8}, r"--prefill-bit 8: .* holds 4, 3, 2, not 8"),
         ({"static_search": True, "high_bit_steps": "3"}, "give one of the two"),
-        ({"scheduler": "static", "high_bit_steps": "/nowhere/best.json"}, "no search result at /nowhere/best.json"),
-        ({"scheduler": "static", "high_bit_steps": "config.json"}, "config.json is not what a static search writes"),
+        (
+            {"scheduler": "static", "high_bit_steps": "/nowhere/best.json"},
+            "no search result at /nowhere/best.json",
+        ),
+        (
+            {"scheduler": "static", "high_bit_steps": "config.json"},
+            "config.json is not what a static search writes",
+        ),
     ],
 )
 def test_flags_that_cannot_be_are_refused_before_the_farm(

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from pmpd import PMPDForCausalLM, Scheduler
-from pmpd.labeling import LabelConfig, label_prompts
+from pmpd.labeling.label import LabelConfig, label_prompts
 from pmpd.weights import gptq
 from pmpd.weights.base import PrecisionLinear, PrecisionState
 from pmpd.weights.mixed import MixedLinear, MultiCheckpoint
@@ -31,7 +31,8 @@ CHAIN = {
 }
 
 
-# -- one layer -----------------------------------------------------------------------------------------------------------------
+# -- one layer
+# ------------------------------------------------------------------------------------------------------------
 
 
 class Tensors:
@@ -104,7 +105,9 @@ def test_weights_are_what_a_slow_unpacker_reads(bits, group_size, columns, rows,
     }
     if index != "missing":
         tensors["g_idx"] = g_idx.int()
-    layer, problems = layer_of(tensors, (rows, columns), bits=bits, group_size=group_size, checkpoint_format=format)
+    layer, problems = layer_of(
+        tensors, (rows, columns), bits=bits, group_size=group_size, checkpoint_format=format
+    )
     assert problems == []
     expected = torch.tensor(slow_weight(tensors, bits, format, g_idx.tolist()))
     assert torch.equal(layer.dequantize(bits), expected)
@@ -113,7 +116,8 @@ def test_weights_are_what_a_slow_unpacker_reads(bits, group_size, columns, rows,
 
 
 def test_three_bit_values_that_straddle_words():
-    # value 10 = 101b lies in bits 30..32, value 21 = 110b in bits 63..65; also value 0 = 7, value 20 = 1 and value 31 = 4
+    # value 10 = 101b lies in bits 30..32, value 21 = 110b in bits 63..65; also value 0 = 7, value 20 = 1 and
+    # value 31 = 4
     words = torch.tensor([0x40000007, 0x10000001, 0x80000003 - 2**32], dtype=torch.int32)
     expected = [0] * 32
     for index, value in {0: 7, 10: 5, 20: 1, 21: 6, 31: 4}.items():
@@ -131,7 +135,10 @@ ZEROS = [0, 5, 8, 1, 15, 2, 3, 4]
         (0x432F1850, {"checkpoint_format": "gptq_v2"}),  # the zeros themselves, first in the lowest four bits
         (0x321E074F, {"checkpoint_format": "gptq"}),  # each minus 1; 0 becomes 15
         (0x321E074F, {}),
-        (0x321E073F, {"meta": {"quantizer": ["gptqmodel:2.2.0"]}}),  # 0x432F1850 - 0x11111111: the 0 borrowed from its neighbour
+        (
+            0x321E073F,
+            {"meta": {"quantizer": ["gptqmodel:2.2.0"]}},
+        ),  # 0x432F1850 - 0x11111111: the 0 borrowed from its neighbour
     ],
 )
 def test_zero_points_of_both_formats_and_of_writers_that_subtract_by_word(word, config):
@@ -147,8 +154,14 @@ FOURS = [4] * 32  # 100b each; in v2: 0x24924924, 0x49249249, 0x92492492
         ((0x24924924, 0x49249249, 0x92492492), {"checkpoint_format": "gptq_v2"}),
         ((0xDB6DB6DB, 0xB6DB6DB6, 0x6DB6DB6D), {}),  # 3 = 011b each
         ((0xDB6DB6DB, 0xB6DB6DB6, 0x6DB6DB6D), {"meta": {"quantizer": ["gptqmodel:7.0.0"]}}),
-        ((0x00000000, 0xB6DB6DB7, 0x49249249), {"meta": {"quantizer": ["gptqmodel:6.0.3+cu130"]}}),  # less three constants, whole words
-        ((0x00000000, 0xB6DB6DB7, 0x49249249), {"meta": {"quantizer": ["optimum:1.24.0", "gptqmodel:2.2.0"]}}),
+        (
+            (0x00000000, 0xB6DB6DB7, 0x49249249),
+            {"meta": {"quantizer": ["gptqmodel:6.0.3+cu130"]}},
+        ),  # less three constants, whole words
+        (
+            (0x00000000, 0xB6DB6DB7, 0x49249249),
+            {"meta": {"quantizer": ["optimum:1.24.0", "gptqmodel:2.2.0"]}},
+        ),
         ((0x00000000, 0xB6DB6DB7, 0x49249249), {"meta": {"quantizer": "autogptq:0.8.0.dev0"}}),
     ],
 )
@@ -158,14 +171,20 @@ def test_three_bit_zero_points_of_each_writer(words, config):
 
 def test_three_bit_zero_points_of_0_that_borrowed_across_values():
     # 1, 0, 0, ...: (1, 0, 0) less (0x24924924, 0x92492492, 0x49249249)
-    words, config = (0xDB6DB6DD, 0x6DB6DB6E, 0xB6DB6DB7), {"bits": 3, "meta": {"quantizer": ["gptqmodel:4.0.0"]}}
+    words, config = (
+        (0xDB6DB6DD, 0x6DB6DB6E, 0xB6DB6DB7),
+        {"bits": 3, "meta": {"quantizer": ["gptqmodel:4.0.0"]}},
+    )
     assert zeros_read(words, 3, config) == [1] + [0] * 31
 
 
 @pytest.mark.parametrize(
     ("word", "version"),
     [
-        (0xF2F1F0F0, "5.8.0"),  # 0x04030201 - 0x11111111: the 1s of 4 bits, which the checkpoint has, in a module of 8
+        (
+            0xF2F1F0F0,
+            "5.8.0",
+        ),  # 0x04030201 - 0x11111111: the 1s of 4 bits, which the checkpoint has, in a module of 8
         (0xF2F1F0F0, "7.3.1"),
         (0x03020100, "7.3.2"),
     ],
@@ -207,13 +226,18 @@ def write_layer(bits: int):
 
 def test_dynamic_settings_of_a_module_win():
     tensors, value = write_layer(8)
-    config = {"bits": 4, "group_size": 128, "dynamic": {"-:other": {}, r"+:^m$": {"bits": 8, "group_size": 32}}}
+    config = {
+        "bits": 4,
+        "group_size": 128,
+        "dynamic": {"-:other": {}, r"+:^m$": {"bits": 8, "group_size": 32}},
+    }
     layer, problems = layer_of(tensors, (32, 96), **config)
     assert problems == []
     assert torch.equal(layer.dequantize(4), value)
 
 
-# -- whole checkpoints ---------------------------------------------------------------------------------------------------------
+# -- whole checkpoints
+# ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -242,9 +266,13 @@ def model(chain) -> PMPDForCausalLM:
 )
 def test_every_kind_of_folder_holds_the_weights_that_were_written(tmp_path, dense_folder, bits, options):
     values = write_gptq(tmp_path / "q", dense_folder("llama"), bits, **options)
-    model = PMPDForCausalLM(write_json(tmp_path, {str(bits): "q"}, dense_folder("llama")), use_anyprec=False, kernel="reference")
+    model = PMPDForCausalLM(
+        write_json(tmp_path, {str(bits): "q"}, dense_folder("llama")), use_anyprec=False, kernel="reference"
+    )
     assert model.precisions == (bits,)
-    layers = {name: module for name, module in model.model.named_modules() if isinstance(module, PrecisionLinear)}
+    layers = {
+        name: module for name, module in model.model.named_modules() if isinstance(module, PrecisionLinear)
+    }
     assert layers.keys() == values.keys()
     for name, value in values.items():
         assert torch.equal(layers[name].dequantize(bits), value), name
@@ -254,7 +282,9 @@ def test_a_pickle_of_an_old_torch_is_read(tmp_path, dense_folder):
     values = write_gptq(tmp_path / "q", dense_folder("llama"), 4, storage="bin")
     file, name = tmp_path / "q" / "pytorch_model.bin", "model.layers.1.mlp.down_proj"
     torch.save(torch.load(file), file, _use_new_zipfile_serialization=False)
-    model = PMPDForCausalLM(write_json(tmp_path, {"4": "q"}, dense_folder("llama")), use_anyprec=False, kernel="reference")
+    model = PMPDForCausalLM(
+        write_json(tmp_path, {"4": "q"}, dense_folder("llama")), use_anyprec=False, kernel="reference"
+    )
     assert torch.equal(model.model.get_submodule(name).dequantize(4), values[name])
 
 
@@ -275,7 +305,9 @@ def test_tokens_are_those_of_transformers_with_the_dequantized_weights(tmp_path,
     model = PMPDForCausalLM(write_json(tmp_path, {"4": "q"}, folder), use_anyprec=False).eval()
     prompts = [[token for token in prompt if token != 256] or [1] for prompt in random_prompts(3, 30, seed=1)]
     for completion, prompt in zip(run(model, prompts, None, 15), prompts, strict=True):
-        expected = truth.generate(torch.tensor([prompt]), max_new_tokens=15, do_sample=False, pad_token_id=257)
+        expected = truth.generate(
+            torch.tensor([prompt]), max_new_tokens=15, do_sample=False, pad_token_id=257
+        )
         assert completion.tokens == expected[0, len(prompt) :].tolist()
 
 
@@ -285,12 +317,15 @@ def test_engine_equals_oracle_on_a_chain_of_checkpoints(model, name, lean):
     prompts, scheduler = random_prompts(7, 90, seed=3), scheduler_named(name, (4, 3, 2))
     completions = run(model, prompts, scheduler, 24, slots=4, lean=lean)
     assert_equals_oracle(model, prompts, scheduler, 24, completions)
-    assert len({bits for c in completions for bits in expanded(c)}) > 1, "no precision was ever lowered: the test shows nothing"
+    assert len({bits for c in completions for bits in expanded(c)}) > 1, (
+        "no precision was ever lowered: the test shows nothing"
+    )
 
 
 @pytest.fixture(scope="module")
 def mixed_json(tmp_path_factory, dense_folder) -> Path:
-    """16 bits unquantized, 4 and 2 from one Any-Precision checkpoint, 3 from a GPTQ one that leaves some layers alone."""
+    """16 bits unquantized, 4 and 2 from one Any-Precision checkpoint, 3 from a GPTQ one that leaves some
+    layers alone."""
     folder, base = tmp_path_factory.mktemp("mixed"), dense_folder("qwen2")
     write_anyprec(folder / "anyprec", base, architecture="qwen2")
     write_gptq(folder / "gptq", base, 3, skip=("layers.0.mlp.down_proj", "layers.1.self_attn.k_proj"))
@@ -331,9 +366,14 @@ def test_generate_labels_and_the_config_of_the_original_readme_work(model):
     output = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=6, prefill_bit=4)
     assert [bits for bits, _ in output.precision_trace[0]] == [4, 3, 2]
     model.scheduler = None
-    prompts = [{"prompt_id": f"{i:016x}", "prompt_tokens": 8, "prompt_text": "x", "input_ids": [i + 1] * 8} for i in range(2)]
+    prompts = [
+        {"prompt_id": f"{i:016x}", "prompt_tokens": 8, "prompt_text": "x", "input_ids": [i + 1] * 8}
+        for i in range(2)
+    ]
     text = model.tokenizer.decode(output.input_ids[0, 3:])
-    references = {p["prompt_id"]: {"reference_text": text, "reference_ids": [3, 4], "error": None} for p in prompts}
+    references = {
+        p["prompt_id"]: {"reference_text": text, "reference_ids": [3, 4], "error": None} for p in prompts
+    }
     rows = list(label_prompts(model, prompts, references, LabelConfig((4, 3, 2), 13, 4)))
     assert sorted(row["prompt_id"] for row in rows) == sorted(prompt["prompt_id"] for prompt in prompts)
     assert all(row["error"] is None and len(row["pairs"]) == 2 for row in rows)
@@ -344,25 +384,38 @@ def test_a_quantized_checkpoint_may_be_the_base_model(tmp_path, dense_folder):
         values = write_gptq(tmp_path / f"q{bits}", dense_folder("llama"), bits, in_config=True)
     for file in dense_folder("llama").glob("*token*"):
         shutil.copy(file, tmp_path / "q3")
-    model = PMPDForCausalLM(write_json(tmp_path, {"4": "q4", "3": "q3"}, "q3"), use_anyprec=False, kernel="reference").eval()
+    model = PMPDForCausalLM(
+        write_json(tmp_path, {"4": "q4", "3": "q3"}, "q3"), use_anyprec=False, kernel="reference"
+    ).eval()
     name = "model.layers.1.mlp.down_proj"
     assert torch.equal(model.model.get_submodule(name).dequantize(3), values[name])
 
 
-# -- what exists once ----------------------------------------------------------------------------------------------------------
+# -- what exists once
+# ----------------------------------------------------------------------------------------------------------
 
 
 def test_memory_is_that_of_the_shared_tensors_and_the_packed_layers(chain, dense_folder, monkeypatch):
     monkeypatch.setattr("pmpd.kernels.reference._BUDGET.free_bytes", 0)
     model = PMPDForCausalLM(chain, use_anyprec=False, kernel="reference").eval()
-    run(model, [[1, 2, 3]], Scheduler.get_scheduler("static", precisions=[4, 3, 2], high_bit_steps=1), 5, lean=False)  # builds all layers
+    run(
+        model,
+        [[1, 2, 3]],
+        Scheduler.get_scheduler("static", precisions=[4, 3, 2], high_bit_steps=1),
+        5,
+        lean=False,
+    )  # builds all layers
     shared = load_file(dense_folder("llama") / "model.safetensors")
     quantized = {name for name, module in model.model.named_modules() if isinstance(module, MixedLinear)}
-    shared_bytes = sum(4 * tensor.numel() for name, tensor in shared.items() if name.removesuffix(".weight") not in quantized)
+    shared_bytes = sum(
+        4 * tensor.numel() for name, tensor in shared.items() if name.removesuffix(".weight") not in quantized
+    )
     packed_bytes = 0
     for bits in CHAIN:
         for file in (chain.parent / f"gptq-{bits}bit").glob("*.safetensors"):
-            parts = (tensor for name, tensor in load_file(file).items() if name.rpartition(".")[0] in quantized)
+            parts = (
+                tensor for name, tensor in load_file(file).items() if name.rpartition(".")[0] in quantized
+            )
             packed_bytes += sum(tensor.nbytes for tensor in parts)
     layers = [module for module in model.model.modules() if isinstance(module, MixedLinear)]
     assert len(layers) == 14
@@ -379,8 +432,19 @@ def test_memory_is_that_of_the_shared_tensors_and_the_packed_layers(chain, dense
 
 def test_the_lean_forward_keeps_the_only_dequantized_copy(chain):
     model = PMPDForCausalLM(chain, use_anyprec=False, kernel="reference").eval()
-    run(model, [[1, 2, 3]], Scheduler.get_scheduler("static", precisions=[4, 3, 2], high_bit_steps=1), 5, lean=True)
-    parts = [part for layer in model.model.modules() if isinstance(layer, MixedLinear) for part in layer._unique_parts()]
+    run(
+        model,
+        [[1, 2, 3]],
+        Scheduler.get_scheduler("static", precisions=[4, 3, 2], high_bit_steps=1),
+        5,
+        lean=True,
+    )
+    parts = [
+        part
+        for layer in model.model.modules()
+        if isinstance(layer, MixedLinear)
+        for part in layer._unique_parts()
+    ]
     assert any(part._matrix is not None for part in parts)
     assert all(part._matrix is None or part._matrix._dense is None for part in parts)
     part = next(part for part in parts if part._matrix is not None)
@@ -406,7 +470,9 @@ def change(folder: Path, name: str) -> None:
     ],
 )
 @pytest.mark.parametrize("base_has_weights", [True, False])
-def test_checkpoints_that_disagree_on_a_shared_tensor_are_refused(tmp_path, dense_folder, name, base_has_weights):
+def test_checkpoints_that_disagree_on_a_shared_tensor_are_refused(
+    tmp_path, dense_folder, name, base_has_weights
+):
     base = tmp_path / "base"
     shutil.copytree(dense_folder("qwen2"), base)
     for bits in (3, 4):
@@ -425,9 +491,13 @@ def test_checkpoints_that_disagree_on_a_shared_tensor_are_refused(tmp_path, dens
 def test_a_shared_tensor_may_be_rounded_to_another_dtype(tmp_path, dense_folder):
     write_gptq(tmp_path / "q4", dense_folder("llama"), 4, dtype=torch.float16)
     write_gptq(tmp_path / "q3", dense_folder("llama"), 3, dtype=torch.bfloat16)
-    model = PMPDForCausalLM(write_json(tmp_path, {"4": "q4", "3": "q3"}, dense_folder("llama")), use_anyprec=False)
+    model = PMPDForCausalLM(
+        write_json(tmp_path, {"4": "q4", "3": "q3"}, dense_folder("llama")), use_anyprec=False
+    )
     base = load_file(dense_folder("llama") / "model.safetensors")["model.embed_tokens.weight"]
-    assert torch.equal(model.model.model.embed_tokens.weight, base), "the base model's tensor is the one to take"
+    assert torch.equal(model.model.model.embed_tokens.weight, base), (
+        "the base model's tensor is the one to take"
+    )
 
 
 def test_tied_embeddings_are_one_tensor(tmp_path):
@@ -449,7 +519,10 @@ def test_tied_embeddings_are_one_tensor(tmp_path):
 
 def test_a_bias_that_the_model_does_not_have_must_be_zero(tmp_path, dense_folder):
     write_gptq(tmp_path / "q", dense_folder("llama"), 4)
-    file, weights = write_json(tmp_path, {"4": "q"}, dense_folder("llama")), tmp_path / "q" / "model.safetensors"
+    file, weights = (
+        write_json(tmp_path, {"4": "q"}, dense_folder("llama")),
+        tmp_path / "q" / "model.safetensors",
+    )
     name = "model.layers.0.mlp.up_proj.bias"
     save_file({**load_file(weights), name: torch.zeros(96)}, weights)
     PMPDForCausalLM(file, use_anyprec=False)
@@ -467,7 +540,8 @@ def test_the_fingerprint_is_of_the_members_not_of_their_paths(chain, model, tmp_
     assert MultiCheckpoint(moved).fingerprint() != model.fingerprint
 
 
-# -- what users get wrong ------------------------------------------------------------------------------------------------------
+# -- what users get wrong
+# ------------------------------------------------------------------------------------------------------
 
 
 def test_checkpoints_of_precisions_that_are_not_used_do_not_matter(tmp_path, chain):
@@ -534,7 +608,9 @@ def test_settings_that_are_no_object_are_refused(tmp_path, dense_folder, four_bi
         (tmp_path / "q" / config).write_text(json.dumps({**whole, "quantization_config": "gptq"}))
     else:
         (tmp_path / "q" / config).write_text('{"bits": 4,')
-    with pytest.raises(ValueError, match=config.removesuffix(".json") if config != "config.json" else "quantization_config"):
+    with pytest.raises(
+        ValueError, match=config.removesuffix(".json") if config != "config.json" else "quantization_config"
+    ):
         PMPDForCausalLM(write_json(tmp_path, {"4": "q"}, dense_folder("llama")), use_anyprec=False)
 
 
@@ -554,4 +630,6 @@ def test_on_a_gpu_the_tokens_come_from_the_same_weights(chain):
             x = torch.rand(5, one.in_features)
             for bits in CHAIN:
                 torch.testing.assert_close(other.dequantize(bits).cpu(), one.dequantize(bits), msg=name)
-                torch.testing.assert_close(other.multiply(x.cuda(), bits).cpu(), one.multiply(x, bits), atol=1e-4, rtol=1e-4)
+                torch.testing.assert_close(
+                    other.multiply(x.cuda(), bits).cpu(), one.multiply(x, bits), atol=1e-4, rtol=1e-4
+                )

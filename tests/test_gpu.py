@@ -1,4 +1,5 @@
-"""What only a CUDA device can prove (`pytest -m gpu`): compiled kernels, real graphs, the engine on the device."""
+"""What only a CUDA device can prove (`pytest -m gpu`): compiled kernels, real graphs, the engine on the
+device."""
 
 from __future__ import annotations
 
@@ -11,7 +12,12 @@ from tests import test_lean_cuda as lean
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
-BITS_ROUTES = [(bits, route) for bits in range(2, 9) for route in ROUTES if bits in DIGITS_BITS or route in ("fused", "dense")]
+BITS_ROUTES = [
+    (bits, route)
+    for bits in range(2, 9)
+    for route in ROUTES
+    if bits in DIGITS_BITS or route in ("fused", "dense")
+]
 
 
 @pytest.mark.parametrize(("bits", "route"), BITS_ROUTES)
@@ -23,7 +29,9 @@ def test_every_route_multiplies_as_the_reference_at_model_sizes(bits, route):
         for tokens in (1, 2, 3, 8, 16, 33, 64):
             x = kernels.activations(tokens, 4096, dtype=dtype, seed=tokens)
             y = matrix.multiply(x, bits, route)
-            assert kernels.error(y, kernels.expected_product(packed, x, bits)) < kernels.TOLERANCE[dtype], f"{dtype}, {tokens} tokens"
+            assert kernels.error(y, kernels.expected_product(packed, x, bits)) < kernels.TOLERANCE[dtype], (
+                f"{dtype}, {tokens} tokens"
+            )
 
 
 @pytest.mark.parametrize("act_order", [False, True])
@@ -32,7 +40,9 @@ def test_gptq(bits, act_order):
     kernels.test_gptq_codes_scales_and_zeros(bits, act_order)
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "dim", "window"), [(32, 8, 128, None), (6, 2, 32, None), (8, 1, 80, 40)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "window"), [(32, 8, 128, None), (6, 2, 32, None), (8, 1, 80, 40)]
+)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_attention_over_slots(heads, kv_heads, dim, window, dtype):
     keys, values = (torch.randn(5, kv_heads, 1100, dim, device="cuda", dtype=dtype) for _ in range(2))
@@ -41,15 +51,20 @@ def test_attention_over_slots(heads, kv_heads, dim, window, dtype):
     y = kernels.decode_attention(q, keys, values, slots, lengths, dim**-0.5, window)
     for row in range(3):
         seen = slice(max(0, int(lengths[row]) - window) if window else 0, int(lengths[row]))
-        k, v = (part[slots[row], :, seen].repeat_interleave(heads // kv_heads, 0).float() for part in (keys, values))
+        k, v = (
+            part[slots[row], :, seen].repeat_interleave(heads // kv_heads, 0).float()
+            for part in (keys, values)
+        )
         share = torch.softmax(torch.einsum("hd,htd->ht", q[row].float(), k) * dim**-0.5, -1)
-        assert kernels.error(y[row], torch.einsum("ht,htd->hd", share, v)) < (2e-3 if dtype == torch.float16 else 1.5e-2)
+        assert kernels.error(y[row], torch.einsum("ht,htd->hd", share, v)) < (
+            2e-3 if dtype == torch.float16 else 1.5e-2
+        )
 
 
 @torch.inference_mode()
 def test_a_graph_of_decode_steps_gives_the_tokens_of_eager_steps_and_of_transformers():
     """Two layers in float16, 12 steps, a mixed batch: rows 0 and 1 at 4 bits, row 2 at 3."""
-    from pmpd.graphs import StepGraphs
+    from pmpd.decode.graphs import StepGraphs
     from pmpd.weights.base import Segment
 
     model, packed = lean.small_model(layers=2, dtype=torch.float16)
@@ -57,7 +72,9 @@ def test_a_graph_of_decode_steps_gives_the_tokens_of_eager_steps_and_of_transfor
     shape = (4, lean.KV_HEADS, 64, lean.DIM)
 
     def decode(captured: bool) -> tuple[torch.Tensor, str | None]:
-        keys, values = ([torch.zeros(shape, device="cuda", dtype=torch.float16) for _ in range(2)] for _ in range(2))
+        keys, values = (
+            [torch.zeros(shape, device="cuda", dtype=torch.float16) for _ in range(2)] for _ in range(2)
+        )
 
         def buffers(rows):
             return {
@@ -81,11 +98,11 @@ def test_a_graph_of_decode_steps_gives_the_tokens_of_eager_steps_and_of_transfor
 
 
 def test_graphs_can_be_captured_after_all_others_are_gone():
-    from pmpd import cuda
+    from pmpd import gpu
 
     count = torch.zeros(1, device="cuda")
     for _ in range(2):
-        replay = cuda.capture(lambda: count.add_(torch.ones(1, device="cuda")))
+        replay = gpu.capture(lambda: count.add_(torch.ones(1, device="cuda")))
         count.zero_()
         replay()
         assert count.item() == 1
@@ -94,7 +111,8 @@ def test_graphs_can_be_captured_after_all_others_are_gone():
 
 @pytest.fixture(scope="module")
 def demo_models():
-    """The demo model in float32, whose products differ from the reference's by rounding only: on the device, and the reference."""
+    """The demo model in float32, whose products differ from the reference's by rounding only: on the device,
+    and the reference."""
     from pmpd import PMPDForCausalLM, demo
 
     on_device = PMPDForCausalLM(demo.ANYPREC, dtype=torch.float32).eval().cuda()
@@ -111,19 +129,40 @@ def test_the_engine_on_the_device_gives_the_tokens_of_the_reference_on_the_cpu(d
         outputs = []
         for candidate in demo_models:
             candidate.scheduler = Scheduler.get_scheduler("naive", precisions=[3, 2], high_bit_steps=8)
-            outputs.append(candidate.generate(ids.to(candidate.device), 32, prefill_bit=3).completions[0].tokens)
+            outputs.append(
+                candidate.generate(ids.to(candidate.device), 32, prefill_bit=3).completions[0].tokens
+            )
         same += outputs[0] == outputs[1]
     assert same >= len(prompts) - 1, "tokens may part at a near tie only"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_rows_of_a_mixed_batch_on_the_device_decode_as_they_do_alone(dtype, demo_models):
-    """Ten rows in four slots, each with switch steps of its own, ending at the end token or at the limit: graphs of many layouts."""
+    """Ten rows in four slots, each with switch steps of its own, ending at the end token or at the limit:
+    graphs of many layouts."""
     from pmpd import PMPDForCausalLM, Scheduler, demo
-    from pmpd.engine import Engine, Request
+    from pmpd.decode.engine import Engine
+    from pmpd.decode.requests import Request
 
-    model = demo_models[0] if dtype == torch.float32 else PMPDForCausalLM(demo.ANYPREC, dtype=dtype).eval().cuda()
-    words = ["The", "farm", "was", "quiet", "and", "the", "river", "ran", "on", "past", "the", "old", "stone", "mill"]
+    model = (
+        demo_models[0] if dtype == torch.float32 else PMPDForCausalLM(demo.ANYPREC, dtype=dtype).eval().cuda()
+    )
+    words = [
+        "The",
+        "farm",
+        "was",
+        "quiet",
+        "and",
+        "the",
+        "river",
+        "ran",
+        "on",
+        "past",
+        "the",
+        "old",
+        "stone",
+        "mill",
+    ]
     requests = [Request(str(i), model.tokenizer(" ".join(words[: i + 1])).input_ids, 40) for i in range(10)]
     scheduler = Scheduler.get_scheduler("random", precisions=[4, 3, 2], seed=1)
     plain = Engine(model.model, slots=1, max_length=128, sync_every=1)

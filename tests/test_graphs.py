@@ -1,4 +1,5 @@
-"""Captured steps touch static memory only, and running through graphs changes no result. A stand-in plays the graph on a CPU."""
+"""Captured steps touch static memory only, and running through graphs changes no result. A stand-in plays the
+graph on a CPU."""
 
 from __future__ import annotations
 
@@ -9,13 +10,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from pmpd import PMPDForCausalLM, cuda
-from pmpd.graphs import StepGraphs
+from pmpd import PMPDForCausalLM, gpu
+from pmpd.decode.graphs import StepGraphs
 from pmpd.weights.base import PrecisionLinear
 
 
 class _Watch(TorchDispatchMode):
-    """Notes every storage that an operation reads or writes and that none of the operations before it made."""
+    """Notes every storage that an operation reads or writes and that none of the operations before it
+    made."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -36,7 +38,8 @@ class _Watch(TorchDispatchMode):
 
 
 class FakeGraphs:
-    """Stands in for `cuda.capture`: a replay runs the step again and fails if it touches memory that was not there at capture."""
+    """Stands in for `cuda.capture`: a replay runs the step again and fails if it touches memory that was not
+    there at capture."""
 
     def __init__(self, *static: torch.Tensor) -> None:
         self.static = {tensor.untyped_storage().data_ptr() for tensor in static}
@@ -52,7 +55,8 @@ class FakeGraphs:
         strangers = watch.outside - self.static
         if strangers:
             raise AssertionError(
-                f"the captured step touches {len(strangers)} tensor(s) that are not static: a replay would read stale memory"
+                f"the captured step touches {len(strangers)} tensor(s) that are not static: a replay would "
+                f"read stale memory"
             )
 
         def replay() -> None:
@@ -67,7 +71,11 @@ MADE: list[torch.Tensor] = []
 
 
 def make_buffers(rows: int) -> dict[str, torch.Tensor]:
-    buffers = {"x": torch.zeros(rows, 4), "y": torch.zeros(rows, 3), "count": torch.zeros(1, dtype=torch.int64)}
+    buffers = {
+        "x": torch.zeros(rows, 4),
+        "y": torch.zeros(rows, 3),
+        "count": torch.zeros(1, dtype=torch.int64),
+    }
     MADE.extend(buffers.values())
     return buffers
 
@@ -125,7 +133,8 @@ def test_buffers_keep_their_address(fake):
 
 
 def test_a_step_that_reads_memory_of_its_own_is_caught(fake):
-    """What the stand-in is for: the weight here is made anew for every step, so a real graph would read freed memory."""
+    """What the stand-in is for: the weight here is made anew for every step, so a real graph would read freed
+    memory."""
     fresh = [WEIGHT.clone()]
 
     def wrong(buffers, layout):
@@ -164,11 +173,11 @@ def test_the_least_recently_used_graph_goes(fake):
 def test_slots_follow_from_free_memory():
     """8B in float16: 128 KiB a token; 100 GiB hold 256 rows of 3,000 tokens and more."""
     token_bytes = 2 * 2 * 32 * 8 * 128
-    assert cuda.plan_slots(100 << 30, token_bytes, 3000) == 256
-    assert cuda.plan_slots(12 << 30, token_bytes, 2304) == 32
-    assert cuda.plan_slots((2 << 30) + token_bytes * 2304, token_bytes, 2304) == 1
+    assert gpu.plan_slots(100 << 30, token_bytes, 3000) == 256
+    assert gpu.plan_slots(12 << 30, token_bytes, 2304) == 32
+    assert gpu.plan_slots((2 << 30) + token_bytes * 2304, token_bytes, 2304) == 1
     with pytest.raises(ValueError, match=r"one row of 2304 tokens needs 0\.28 GiB"):
-        cuda.plan_slots(2 << 30, token_bytes, 2304)
+        gpu.plan_slots(2 << 30, token_bytes, 2304)
 
 
 def test_slots_are_planned_after_the_weights_are_packed(anyprec_folder, monkeypatch):
@@ -176,5 +185,7 @@ def test_slots_are_planned_after_the_weights_are_packed(anyprec_folder, monkeypa
     model = PMPDForCausalLM(anyprec_folder("llama"), kernel="reference")
     linears = [module for module in model.modules() if isinstance(module, PrecisionLinear)]
     monkeypatch.setattr(PMPDForCausalLM, "device", torch.device("cuda"))
-    monkeypatch.setattr(cuda, "free_bytes", lambda device: 10 << 30 if all(linear._matrix for linear in linears) else 0)
+    monkeypatch.setattr(
+        gpu, "free_bytes", lambda device: 10 << 30 if all(linear._matrix for linear in linears) else 0
+    )
     assert model._planned_slots(128) == 256

@@ -1,4 +1,4 @@
-"""Imports go one way: what a module may import from this package."""
+"""Imports go one way: what a room of `pmpd/` may import from the others."""
 
 from __future__ import annotations
 
@@ -10,70 +10,133 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# from the top down: a module imports from its own line or from lines below it
+# from the top down: a room imports from rooms on lines below its own
 ORDER = [
-    "jobs",
-    "label_task generate_task ray_training",
+    "cli",
     "farm",
-    "pool",
-    "capacity progress",
-    "worker",
-    "lease",
-    "static_search generation labeling training scoring report results page figures benchmarks prompts quantize",
-    "model",
-    "engine oracle",
-    "lean graph_steps",
-    "slots lean_cuda graphs",
+    "report labeling training quantize",
+    "evaluation",
+    "model benchmarks",
+    "decode",
     "schedulers weights",
-    "classifier kernels cuda rouge demo",
-    "tables",
+    "kernels metrics",
+    "storage gpu demo",
+    "errors",
 ]
-ON_RAY = ("farm", "pool", "capacity", "progress", "worker", "ray_training")
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names.split()}
+RAY_ROOM = "farm"
+RAY_PRIVATE = "pmpd/farm/ray_private.py"
+"""The one file that uses names of Ray that Ray does not promise."""
+MOST_ROOMS = 20
+FREE_NAMES = ("PMPDForCausalLM", "Scheduler", "__version__")
+"""What `pmpd/__init__.py` itself offers."""
 
 
 def imports_of(path: Path) -> set[str]:
-    """Modules of this package that a file names in imports, at any depth of the code."""
+    """Modules of this package, and of Ray, that a file names in imports at any depth of the code."""
     found: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.ImportFrom) and node.module:
-            names = [f"{node.module}.{alias.name}" if node.module == "pmpd" else node.module for alias in node.names]
+            # `from pmpd.room import module` may name a module as well as a thing
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
         found |= {name for name in names if name.split(".")[0] in ("pmpd", "jobs", "ray")}
     return found
 
 
 def files() -> list[Path]:
-    return [path for folder in ("pmpd", "jobs") for path in sorted((ROOT / folder).rglob("*.py")) if path.name != "__init__.py"]
+    return sorted((ROOT / "pmpd").rglob("*.py"))
 
 
 def room(path: Path) -> str:
-    parts = path.relative_to(ROOT).with_suffix("").parts
-    return "jobs" if parts[0] == "jobs" else parts[1]
+    return path.relative_to(ROOT / "pmpd").with_suffix("").parts[0]
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module_of(path): path for path in files()}
 
 
 @pytest.mark.parametrize("path", files(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_go_one_way(path):
     for name in imports_of(path):
-        if name.split(".")[0] == "ray":
-            assert room(path) in ON_RAY, f"{path.name} imports ray: only the farm may"
+        top, _, rest = name.partition(".")
+        if top == "ray":
+            assert room(path) == RAY_ROOM, f"{path.name} imports ray: only pmpd/{RAY_ROOM}/ may"
+            if "._" in name:
+                assert str(path.relative_to(ROOT)) == RAY_PRIVATE, (
+                    f"{path.name} imports {name}: private names of Ray belong in {RAY_PRIVATE}"
+                )
             continue
-        assert not name.startswith("jobs"), f"{path.name} imports {name}: nothing imports jobs"
-        target = name.split(".")[1] if "." in name else "model"
-        if room(path) == "demo" or target in ("PMPDForCausalLM", "Scheduler", "__version__"):
+        assert top != "jobs", f"{path.name} imports {name}: nothing imports jobs"
+        target = rest.partition(".")[0]
+        if room(path) in ("__init__", "demo") or not target or target in FREE_NAMES or target == room(path):
             continue
-        assert RANK[target] >= RANK[room(path)], f"{path.relative_to(ROOT)} imports {name}: that is above it"
-    if room(path) == "oracle":
-        assert "pmpd.engine" not in imports_of(path)
+        assert RANK[target] > RANK[room(path)], (
+            f"{path.relative_to(ROOT)} imports {name}: that room is not below it"
+        )
+    if path.name == "oracle.py":
+        assert not any(name.startswith("pmpd.decode.engine") for name in imports_of(path)), (
+            "the oracle must not use what it checks"
+        )
 
 
-@pytest.mark.parametrize("module", ["pmpd.report", "pmpd.tables"])
-def test_report_and_tables_need_neither_torch_nor_ray(module):
-    code = f"import sys; sys.modules['torch'] = sys.modules['ray'] = None; import importlib.util, types\n" \
-           f"sys.modules['pmpd'] = package = types.ModuleType('pmpd'); package.__path__ = ['pmpd']; import {module}"  # fmt: skip
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+def test_modules_import_in_no_circle():
+    graph = {
+        name: {target for target in imports_of(path) if target in MODULES and target != name}
+        for name, path in MODULES.items()
+        if path.name != "__init__.py"  # a room's door collects its modules; they don't go through it (below)
+    }
+    done: set[str] = set()
+
+    def visit(name: str, trail: tuple[str, ...]) -> None:
+        assert name not in trail, f"circle: {' -> '.join((*trail[trail.index(name) :], name))}"
+        if name not in done:
+            for target in sorted(graph.get(name, ())):
+                visit(target, (*trail, name))
+            done.add(name)
+
+    for name in sorted(graph):
+        visit(name, ())
 
 
-def test_importing_the_library_starts_neither_ray_nor_a_gpu():
-    code = "import sys, pmpd, torch; assert 'ray' not in sys.modules and not torch.cuda.is_initialized()"
+@pytest.mark.parametrize("path", files(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_module_does_not_go_through_the_door_of_its_own_room(path):
+    if path.name == "__init__.py" or path.parent == ROOT / "pmpd":
+        return
+    door = ".".join(path.relative_to(ROOT).parts[:2])
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module == door:
+            through = [alias.name for alias in node.names if f"{door}.{alias.name}" not in MODULES]
+            assert not through, (
+                f"{path.relative_to(ROOT)} imports {through} from {door}: name the module that has it"
+            )
+
+
+def test_there_are_few_rooms():
+    rooms = {room(path) for path in files()} - {"__init__"}
+    assert rooms <= set(RANK), f"rooms without a place in ORDER: {sorted(rooms - set(RANK))}"
+    assert len(rooms) <= MOST_ROOMS
+
+
+def run_without(modules: list[str], code: str) -> None:
+    block = "; ".join(f"sys.modules[{name!r}] = None" for name in modules)
+    subprocess.run([sys.executable, "-c", f"import sys; {block}; {code}"], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize("module", ["pmpd.report.build", "pmpd.storage", "pmpd.metrics.base"])
+def test_what_reads_results_needs_neither_torch_nor_ray(module):
+    run_without(["torch", "ray"], f"import {module}")
+
+
+def test_the_library_needs_neither_ray_nor_pyarrow():
+    run_without(["ray", "pyarrow"], "from pmpd import PMPDForCausalLM, Scheduler")
+
+
+def test_importing_the_library_starts_no_gpu():
+    code = (
+        "import sys, pmpd.model, torch; assert 'ray' not in sys.modules and not torch.cuda.is_initialized()"
+    )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

@@ -29,7 +29,9 @@ FLOAT32_TOLERANCE = 2e-6
 BFLOAT16_TOLERANCE = 6e-3  # 2⁻⁹ for the tables of the reference and again for the result
 
 
-def random_packed(rows: int, columns: int, parent: int, seed: int, bias: bool, extreme: bool = False) -> PackedWeights:
+def random_packed(
+    rows: int, columns: int, parent: int, seed: int, bias: bool, extreme: bool = False
+) -> PackedWeights:
     generator = torch.Generator().manual_seed(seed)
     codes = torch.randint(0, 2**parent, (rows, columns), dtype=torch.uint8, generator=generator)
     tables = {}
@@ -40,11 +42,17 @@ def random_packed(rows: int, columns: int, parent: int, seed: int, bias: bool, e
             table = choices[torch.randint(0, len(choices), table.shape, generator=generator)]
             table[0] = 0.0
         tables[bits] = table.half()
-    return PackedWeights(pack(codes, parent), tables, torch.randn(rows, generator=generator) if bias else None)
+    return PackedWeights(
+        pack(codes, parent), tables, torch.randn(rows, generator=generator) if bias else None
+    )
 
 
 def relative_error(
-    y: torch.Tensor, x: torch.Tensor, w: torch.Tensor, bias: torch.Tensor | None, beside: torch.Tensor | float = 0.0
+    y: torch.Tensor,
+    x: torch.Tensor,
+    w: torch.Tensor,
+    bias: torch.Tensor | None,
+    beside: torch.Tensor | float = 0.0,
 ) -> float:
     """`beside`: an error [M, N] that is allowed apart from this one."""
     x, w = x.double(), w.double()
@@ -55,7 +63,8 @@ def relative_error(
 
 
 def fixed_point_error(x: torch.Tensor, w: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """[M, N], as NativeMatrix states it: 2⁻¹⁴ of the largest value of the row, and of the largest of 512 columns of the token."""
+    """[M, N], as NativeMatrix states it: 2⁻¹⁴ of the largest value of the row, and of the largest of 512
+    columns of the token."""
     x, w = x.double().abs(), w.double().abs()
     largest = torch.cat([part.amax(1, keepdim=True).expand_as(part) for part in x.split(512, dim=1)], dim=1)
     return (x.sum(1, keepdim=True) * table.double().abs().amax(1) + largest @ w.T) / 2**14
@@ -93,7 +102,9 @@ def test_every_level_equals_the_reference_at_every_precision(level, dtype, paren
     seed=st.integers(0, 1000),
     data=st.data(),
 )
-def test_any_shape_multiplies_as_the_reference(dtype, rows, words, parent, tokens, bias, extreme, outlier, seed, data):
+def test_any_shape_multiplies_as_the_reference(
+    dtype, rows, words, parent, tokens, bias, extreme, outlier, seed, data
+):
     bits = data.draw(st.integers(2, parent))
     packed = random_packed(rows, 32 * words, parent, seed, bias, extreme)
     x = torch.randn(tokens, 32 * words, generator=torch.Generator().manual_seed(seed))
@@ -136,7 +147,9 @@ def test_bits_of_a_token_do_not_depend_on_its_batch_mates(level, dtype, bits):
     matrix, x = cpu.NativeMatrix(packed, dtype), torch.randn(16, 1120).to(dtype)
     alone = torch.cat([matrix.multiply(x[i : i + 1], bits) for i in range(16)])
     for tokens in (2, 3, 5, 8, 11, 16):
-        assert torch.equal(matrix.multiply(x[:tokens], bits), alone[:tokens]), f"{tokens} tokens at once differ from one at a time"
+        assert torch.equal(matrix.multiply(x[:tokens], bits), alone[:tokens]), (
+            f"{tokens} tokens at once differ from one at a time"
+        )
 
 
 def test_many_tokens_and_leading_dimensions_work(level):
@@ -145,10 +158,15 @@ def test_many_tokens_and_leading_dimensions_work(level):
     x = torch.randn(4, 20, 96)
     y = matrix.multiply(x, 3)
     assert y.shape == (4, 20, 37)
-    assert relative_error(y.view(-1, 37), x.view(-1, 96), matrix.dequantize(3), packed.bias) < FLOAT32_TOLERANCE
+    assert (
+        relative_error(y.view(-1, 37), x.view(-1, 96), matrix.dequantize(3), packed.bias) < FLOAT32_TOLERANCE
+    )
     assert matrix.multiply(x[:0], 3).shape == (0, 20, 37)
     sliced = torch.randn(3, 200)[:, 8:104]  # rows with a stride
-    assert relative_error(matrix.multiply(sliced, 4), sliced, matrix.dequantize(4), packed.bias) < FLOAT32_TOLERANCE
+    assert (
+        relative_error(matrix.multiply(sliced, 4), sliced, matrix.dequantize(4), packed.bias)
+        < FLOAT32_TOLERANCE
+    )
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -198,13 +216,19 @@ def test_the_library_brings_no_second_openmp_runtime():
         "from pmpd.kernels import cpu\n"
         "from tests.test_kernels_cpu import random_packed\n"
         "torch.set_num_threads(2)\n"
-        "cpu.NativeMatrix(random_packed(1024, 1024, 4, 0, False), torch.float32).multiply(torch.zeros(1, 1024), 4)\n"
+        "cpu.NativeMatrix(random_packed(1024, 1024, 4, 0, False), torch.float32).multiply(torch.zeros(1, "
+        "1024), 4)\n"
         "lines = open('/proc/self/maps').read().split()\n"
-        "print(len({w for w in lines if any(n in w for n in ('libgomp', 'libomp', 'libiomp'))}), cpu._library().threads)\n"
+        "print(len({w for w in lines if any(n in w for n in ('libgomp', 'libomp', 'libiomp'))}), "
+        "cpu._library().threads)\n"
     )
     root = Path(__file__).parent.parent
     out = subprocess.run(
-        [sys.executable, "-c", script], cwd=root, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(root)}
+        [sys.executable, "-c", script],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(root)},
     )
     assert out.stdout.strip() == "1 torch's OpenMP threads", out.stdout + out.stderr
 
@@ -223,7 +247,11 @@ def attention_by_definition(q, keys, values, slots, lengths, scale, window):
         start = max(stop - window, 0) if window else 0
         k, v = (cache[slots[i], :, start:stop].unsqueeze(0).double() for cache in (keys, values))
         query = q[i].unsqueeze(0).unsqueeze(2).double()
-        rows.append(torch.nn.functional.scaled_dot_product_attention(query, k, v, scale=scale, enable_gqa=True)[0, :, 0])
+        rows.append(
+            torch.nn.functional.scaled_dot_product_attention(query, k, v, scale=scale, enable_gqa=True)[
+                0, :, 0
+            ]
+        )
     return torch.stack(rows)
 
 
@@ -242,7 +270,10 @@ def test_ragged_attention_equals_torch_row_by_row(level, query_heads, key_heads,
     result = cpu.decode_attention(q, keys, values, slots, lengths, 0.3, window)
     assert torch.allclose(result.double(), expected, atol=3e-6)
     out = torch.empty_like(q)
-    assert cpu.decode_attention(q[:2], keys, values, slots[:2], lengths[:2], 0.3, window, out=out[:2]).data_ptr() == out.data_ptr()
+    assert (
+        cpu.decode_attention(q[:2], keys, values, slots[:2], lengths[:2], 0.3, window, out=out[:2]).data_ptr()
+        == out.data_ptr()
+    )
     assert torch.equal(out[:2], result[:2]), "a row's attention depends on the other rows"
 
 

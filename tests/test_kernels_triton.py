@@ -1,6 +1,7 @@
 """The Triton kernels against the reference: on the GPU where there is one, else in Triton's interpreter.
 
-The interpreter is chosen when triton is first imported, so `tests/__init__.py` sets TRITON_INTERPRET=1 where there is no GPU.
+The interpreter is chosen when triton is first imported, so `tests/__init__.py` sets TRITON_INTERPRET=1 where
+there is no GPU.
 """
 
 from __future__ import annotations
@@ -31,15 +32,20 @@ interpreter_only_here = pytest.mark.skipif(
 pytestmark = interpreter_only_here
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1.2e-2, torch.float32: 2e-4}
-"""Of ‖y - reference‖ / ‖reference‖: the rounding of weights and results to the type (float32: of the tables' digits)."""
+"""Of ‖y - reference‖ / ‖reference‖: the rounding of weights and results to the type (float32: of the tables'
+digits)."""
 
 
-def packed_weights(rows: int, columns: int, precisions: tuple[int, ...], bias: bool = False, seed: int = 0) -> PackedWeights:
+def packed_weights(
+    rows: int, columns: int, precisions: tuple[int, ...], bias: bool = False, seed: int = 0
+) -> PackedWeights:
     draw = torch.Generator().manual_seed(seed)
     parent = max(precisions)
     codes = torch.randint(0, 2**parent, (rows, columns), generator=draw, dtype=torch.uint8)
     tables = {b: (0.05 * torch.randn(rows, 2**b, generator=draw)).half().to(DEVICE) for b in precisions}
-    return PackedWeights(pack(codes, parent).to(DEVICE), tables, torch.randn(rows, generator=draw).to(DEVICE) if bias else None)
+    return PackedWeights(
+        pack(codes, parent).to(DEVICE), tables, torch.randn(rows, generator=draw).to(DEVICE) if bias else None
+    )
 
 
 def activations(*shape: int, dtype: torch.dtype = torch.float16, seed: int = 1) -> torch.Tensor:
@@ -63,7 +69,9 @@ def test_dequantized_weights_are_exactly_the_table_values(shape):
     packed = packed_weights(*shape, (2, 3, 4, 5, 8))
     matrix = TritonMatrix(packed, torch.float16)
     for bits in packed.precisions:
-        assert torch.equal(matrix.dequantize(bits), ReferenceMatrix(packed, torch.float16).dequantize(bits)), f"{shape}, {bits} bits"
+        assert torch.equal(
+            matrix.dequantize(bits), ReferenceMatrix(packed, torch.float16).dequantize(bits)
+        ), f"{shape}, {bits} bits"
 
 
 @pytest.mark.parametrize("route", ["digits", "halves", "fused", "dense"])
@@ -77,7 +85,9 @@ def test_every_route_multiplies_as_the_reference(route, bits):
         x = activations(tokens, 544)
         y = matrix.multiply(x, bits, route)
         assert y.dtype == x.dtype
-        assert error(y, expected_product(packed, x, bits)) < TOLERANCE[torch.float16], f"{route}, {bits} bits, {tokens} tokens"
+        assert error(y, expected_product(packed, x, bits)) < TOLERANCE[torch.float16], (
+            f"{route}, {bits} bits, {tokens} tokens"
+        )
 
 
 @pytest.mark.parametrize("tokens", [2, 7, 17, 65, pytest.param(16, marks=pytest.mark.slow)])
@@ -135,7 +145,10 @@ def test_tables_with_one_value_only():
     packed = packed_weights(16, 64, (2, 3))
     flat = PackedWeights(packed.planes, {b: torch.full_like(t, 0.25) for b, t in packed.tables.items()})
     x = activations(1, 64, dtype=torch.float32)
-    assert error(TritonMatrix(flat, torch.float32).multiply(x, 3), expected_product(flat, x, 3)) < TOLERANCE[torch.float32]
+    assert (
+        error(TritonMatrix(flat, torch.float32).multiply(x, 3), expected_product(flat, x, 3))
+        < TOLERANCE[torch.float32]
+    )
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -147,10 +160,14 @@ def test_table_digits_are_bytes_below_128(bits):
     assert not (words.long() & 0x80808080).any()
 
 
-@pytest.mark.parametrize(("tokens", "warps", "shape"), [(3, 2, (20, 544)), (11, 1, (16, 512)), (19, 2, (33, 512)), (37, 4, (9, 96))])
+@pytest.mark.parametrize(
+    ("tokens", "warps", "shape"),
+    [(3, 2, (20, 544)), (11, 1, (16, 512)), (19, 2, (33, 512)), (37, 4, (9, 96))],
+)
 @pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.slow)])
 def test_halves_for_any_number_of_tokens_warps_and_columns(tokens, warps, shape, dtype):
-    """Columns that do and do not fill the warps, more tokens than one program takes, rows of x that lie apart in memory."""
+    """Columns that do and do not fill the warps, more tokens than one program takes, rows of x that lie apart
+    in memory."""
     packed = packed_weights(*shape, (2, 3, 4), bias=True)
     matrix = TritonMatrix(packed, dtype)
     x = padded_rows(tokens, shape[1], dtype, DEVICE)
@@ -159,7 +176,9 @@ def test_halves_for_any_number_of_tokens_warps_and_columns(tokens, warps, shape,
     y = matrix.multiply(x, bits, "halves", warps)
     assert y.dtype == dtype
     assert error(y, expected_product(packed, x, bits)) < TOLERANCE[dtype], f"{bits} bits"
-    assert torch.equal(y, matrix.multiply(x.clone()[:, :], bits, "halves", warps)), "the stride of x changes nothing"
+    assert torch.equal(y, matrix.multiply(x.clone()[:, :], bits, "halves", warps)), (
+        "the stride of x changes nothing"
+    )
 
 
 def test_activations_that_are_not_aligned_are_copied_first():
@@ -172,7 +191,13 @@ def test_activations_that_are_not_aligned_are_copied_first():
 def test_few_tokens_take_digits_more_take_halves_and_float32_takes_neither():
     packed = packed_weights(16, 64, (2, 3, 5))
     matrix, exact = TritonMatrix(packed, torch.float16), TritonMatrix(packed, torch.float32)
-    assert [matrix.route(tokens, 3) for tokens in (1, 2, 3, 64, 65)] == ["digits", "digits", "halves", "halves", "dense"]
+    assert [matrix.route(tokens, 3) for tokens in (1, 2, 3, 64, 65)] == [
+        "digits",
+        "digits",
+        "halves",
+        "halves",
+        "dense",
+    ]
     assert [matrix.route(tokens, 5) for tokens in (1, 64, 65)] == ["fused", "fused", "dense"]
     assert [exact.route(tokens, 3) for tokens in (1, 16, 17)] == ["digits", "digits", "fused"]
 
@@ -193,12 +218,14 @@ def test_gptq_codes_scales_and_zeros(bits, act_order):
     stored = (zeros - 1) % 2**bits  # format `gptq`
     weight_stored = (scales[g_idx].float() * (codes - (stored + 1)[g_idx]).float()).T.contiguous()
     matrix = GPTQMatrix(
-        gptq_words(codes.T, bits).T.contiguous().to(DEVICE), gptq_words(stored, bits).to(DEVICE), scales.to(DEVICE),
+        gptq_words(codes.T, bits).T.contiguous().to(DEVICE), gptq_words(stored, bits).to(DEVICE),
+        scales.to(DEVICE),
         g_idx.int().to(DEVICE) if act_order else None, bits, 1, torch.float32,
     )  # fmt: skip
     assert torch.allclose(matrix.dequantize().cpu(), weight_stored)
     v2 = GPTQMatrix(
-        gptq_words(codes.T, bits).T.contiguous().to(DEVICE), gptq_words(zeros, bits).to(DEVICE), scales.to(DEVICE),
+        gptq_words(codes.T, bits).T.contiguous().to(DEVICE), gptq_words(zeros, bits).to(DEVICE),
+        scales.to(DEVICE),
         g_idx.int().to(DEVICE), bits, 0, torch.float32,
     )  # fmt: skip
     for tokens in (1, 5, 70):
@@ -210,11 +237,13 @@ def test_gptq_codes_scales_and_zeros(bits, act_order):
     ("bits", "group_size", "act_order"),
     [
         (4, 64, True), (3, 32, False),
-        pytest.param(4, 192, False, marks=pytest.mark.slow), pytest.param(2, 128, True, marks=pytest.mark.slow),
+        pytest.param(4, 192, False, marks=pytest.mark.slow),
+        pytest.param(2, 128, True, marks=pytest.mark.slow),
     ],
 )  # fmt: skip
 def test_gptq_halves_multiply_as_the_dequantized_matrix(bits, group_size, act_order):
-    """Float16 groups of any size that is a multiple of 32, the last one possibly shorter; columns in any order of groups."""
+    """Float16 groups of any size that is a multiple of 32, the last one possibly shorter; columns in any
+    order of groups."""
     columns, rows = 192, 20 if bits != 3 else 32
     rows = math.lcm(rows, 32 // math.gcd(32, bits))
     draw = torch.Generator().manual_seed(bits)
@@ -227,14 +256,17 @@ def test_gptq_halves_multiply_as_the_dequantized_matrix(bits, group_size, act_or
         g_idx = g_idx[torch.randperm(columns, generator=draw)]
     weight = (scales[g_idx].float() * (codes.T - zeros[g_idx]).float()).T
     matrix = GPTQMatrix(
-        gptq_words(codes, bits).T.contiguous().to(DEVICE), gptq_words(zeros, bits).to(DEVICE), scales.to(DEVICE),
+        gptq_words(codes, bits).T.contiguous().to(DEVICE), gptq_words(zeros, bits).to(DEVICE),
+        scales.to(DEVICE),
         g_idx.int().to(DEVICE), bits, 0, torch.float16,
     )  # fmt: skip
     assert torch.equal(matrix.dequantize().cpu(), weight.half())
     for tokens in (1, 12):
         x = activations(tokens, columns)
         for route in ("halves", "fused", "dense"):
-            assert error(matrix.multiply(x, route), x.float() @ weight.T.to(DEVICE)) < TOLERANCE[torch.float16], (route, tokens)
+            assert (
+                error(matrix.multiply(x, route), x.float() @ weight.T.to(DEVICE)) < TOLERANCE[torch.float16]
+            ), (route, tokens)
 
 
 def gptq_words(values: torch.Tensor, bits: int) -> torch.Tensor:
@@ -249,12 +281,19 @@ def gptq_words(values: torch.Tensor, bits: int) -> torch.Tensor:
 
 def test_gptq_names_what_does_not_fit():
     with pytest.raises(ValueError, match="2, 3, 4 and 8"):
-        GPTQMatrix(torch.zeros(8, 32).int(), torch.zeros(1, 4).int(), torch.zeros(1, 32), None, 5, 1, torch.float16)
+        GPTQMatrix(
+            torch.zeros(8, 32).int(), torch.zeros(1, 4).int(), torch.zeros(1, 32), None, 5, 1, torch.float16
+        )
     with pytest.raises(ValueError, match="do not agree"):
-        GPTQMatrix(torch.zeros(8, 32).int(), torch.zeros(1, 3).int(), torch.zeros(1, 32), None, 4, 1, torch.float16)
+        GPTQMatrix(
+            torch.zeros(8, 32).int(), torch.zeros(1, 3).int(), torch.zeros(1, 32), None, 4, 1, torch.float16
+        )
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "dim", "window"), [(6, 2, 32, None), (4, 4, 64, None), (8, 1, 80, 40), (2, 2, 16, 7)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "window"),
+    [(6, 2, 32, None), (4, 4, 64, None), (8, 1, 80, 40), (2, 2, 16, 7)],
+)
 def test_decode_attention_sees_exactly_the_rows_own_tokens(heads, kv_heads, dim, window):
     slots, lengths = torch.tensor([3, 0, 2]), torch.tensor([1, 300, 129])
     keys, values = (activations(4, kv_heads, 320, dim, dtype=torch.float32, seed=s) for s in (1, 2))

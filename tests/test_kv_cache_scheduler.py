@@ -6,10 +6,14 @@ import numpy as np
 import pytest
 import torch
 
-from pmpd import demo, oracle
-from pmpd.classifier import ArtefactConfig, KVCacheClassifier, save_artefact
-from pmpd.engine import Request
-from pmpd.schedulers import DEMO_ARTEFACT, KVCacheScheduler, PrefillState, Scheduler, chain_bits, class_steps, pairs_of
+from pmpd import demo
+from pmpd.decode import oracle
+from pmpd.decode.requests import Request
+from pmpd.schedulers.artefact import ArtefactConfig, save_artefact
+from pmpd.schedulers.base import PrefillState, Scheduler
+from pmpd.schedulers.chain import chain_bits, class_steps, pairs_of
+from pmpd.schedulers.classifier import KVCacheClassifier
+from pmpd.schedulers.kv_cache import DEMO_ARTEFACT, KVCacheScheduler
 from pmpd.weights.checkpoint import Checkpoint
 
 DIM, HEADS = 8, 2
@@ -55,7 +59,9 @@ def prefilled(lengths, max_new_tokens=256) -> tuple[PrefillState, list[int]]:
         calls.append(len(lengths))
         return keys, values, torch.tensor(lengths)
 
-    state = PrefillState([f"{i:016x}" for i in range(len(lengths))], [max_new_tokens] * len(lengths), lengths, features)
+    state = PrefillState(
+        [f"{i:016x}" for i in range(len(lengths))], [max_new_tokens] * len(lengths), lengths, features
+    )
     return state, calls
 
 
@@ -68,10 +74,14 @@ def row(state: PrefillState, b: int) -> PrefillState:
 
 
 def test_a_chain_of_three_has_two_independent_decisions(folder):
-    scheduler = Scheduler.get_scheduler("kv_cache", precisions=CHAIN, save_dir=folder, dim=DIM, num_heads=HEADS)
+    scheduler = Scheduler.get_scheduler(
+        "kv_cache", precisions=CHAIN, save_dir=folder, dim=DIM, num_heads=HEADS
+    )
     state, _ = prefilled([3, 7])
     steps = scheduler.begin(state)
-    assert steps.tolist() == [[85, 170], [85, 170]], "a value shared by two pairs makes the second switch fire at once"
+    assert steps.tolist() == [[85, 170], [85, 170]], (
+        "a value shared by two pairs makes the second switch fire at once"
+    )
     bits = [chain_bits(CHAIN, steps, np.asarray([t, t]))[0] for t in (85, 86, 170, 171)]
     assert bits == [4, 3, 3, 2]
 
@@ -83,8 +93,12 @@ def test_a_batch_decides_as_its_rows_alone_and_reads_the_features_once(random_fo
     assert calls == [8]
     scores = scheduler.last_scores
     assert scores.shape == (8, 2, 4)
-    assert (np.take_along_axis(np.asarray([class_steps(256)] * 8), scores.argmax(-1), axis=1) == together).all()
-    assert len({tuple(steps) for steps in together.tolist()}) > 1, "the rows must differ for this test to say anything"
+    assert (
+        np.take_along_axis(np.asarray([class_steps(256)] * 8), scores.argmax(-1), axis=1) == together
+    ).all()
+    assert len({tuple(steps) for steps in together.tolist()}) > 1, (
+        "the rows must differ for this test to say anything"
+    )
     for b in range(8):
         assert scheduler.begin(row(state, b)).tolist() == together[b : b + 1].tolist()
         np.testing.assert_allclose(scheduler.last_scores[0], scores[b], rtol=1e-4, atol=1e-6)
@@ -121,7 +135,13 @@ def test_precision_switch_points_are_fractions_or_steps(folder, points, steps):
 
 @pytest.mark.parametrize("points", [{(4, 3), (3, 2)}, [(4, 3), (3, 2)]])
 def test_the_published_options_give_the_default_switch_points(folder, points):
-    options = {"precisions": CHAIN, "precision_switch_points": points, "save_dir": folder, "dim": DIM, "num_heads": HEADS}
+    options = {
+        "precisions": CHAIN,
+        "precision_switch_points": points,
+        "save_dir": folder,
+        "dim": DIM,
+        "num_heads": HEADS,
+    }
     scheduler = Scheduler.get_scheduler("kv_cache", **options, max_new_tokens=256, dropout_prob=0.1)
     assert scheduler.describe() == KVCacheScheduler(CHAIN, save_dir=folder).describe()
     with pytest.raises(ValueError, match=r"the chain's pairs \[\(3, 2\)\]"):
@@ -180,7 +200,9 @@ def test_a_row_without_finite_features_is_never_lowered_and_its_mates_decide(fol
     keys = torch.randn(2, 4, DIM)
     keys[0] = float("nan")
     values = keys.clone()
-    steps = scheduler.begin(PrefillState(["0" * 16, "1" * 16], [256, 256], [4, 4], lambda: (keys, values, torch.tensor([4, 4]))))
+    steps = scheduler.begin(
+        PrefillState(["0" * 16, "1" * 16], [256, 256], [4, 4], lambda: (keys, values, torch.tensor([4, 4])))
+    )
     assert steps.tolist() == [[255], [170]]
 
 
@@ -189,7 +211,10 @@ def test_description_names_the_weights_and_what_they_were_trained_on(folder):
     assert described["name"] == "kv_cache"
     assert described["precisions"] == CHAIN
     assert (described["labels_fingerprint"], described["model_fingerprint"]) == ("l1", "m1")
-    assert described["classifier_fingerprint"] != KVCacheScheduler([3, 2], save_dir=folder).describe()["classifier_fingerprint"]
+    assert (
+        described["classifier_fingerprint"]
+        != KVCacheScheduler([3, 2], save_dir=folder).describe()["classifier_fingerprint"]
+    )
 
 
 @pytest.mark.parametrize("chain", [(4, 3), (4, 3, 2)])
@@ -206,12 +231,21 @@ def test_engine_equals_oracle_with_the_learned_scheduler(anyprec_model, tmp_path
     save_artefact(tmp_path, ArtefactConfig(dim, heads, tuple(states)), states)
     scheduler = KVCacheScheduler(chain, save_dir=tmp_path, dim=dim, num_heads=heads)
     generator = torch.Generator().manual_seed(0)
-    prompts = {f"{n:016x}": torch.randint(0, 256, (n,), generator=generator).tolist() for n in (1, 7, 40, 3, 100, 12, 65, 30)}
+    prompts = {
+        f"{n:016x}": torch.randint(0, 256, (n,), generator=generator).tolist()
+        for n in (1, 7, 40, 3, 100, 12, 65, 30)
+    }
     requests = [Request(key, prompt, 13) for key, prompt in prompts.items()]
     decided = set()
     for completion in model.engine(3, 128).run(requests, scheduler, 4, model.eos_token_ids):
         expected = oracle.decode(
-            model.model, prompts[completion.key], 13, 4, model.eos_token_ids, KVCacheScheduler(chain, save_dir=tmp_path), key=completion.key
+            model.model,
+            prompts[completion.key],
+            13,
+            4,
+            model.eos_token_ids,
+            KVCacheScheduler(chain, save_dir=tmp_path),
+            key=completion.key,
         )
         assert list(completion.switch_steps) == expected.switch_steps, completion.key
         assert completion.tokens == expected.tokens, completion.key
@@ -221,6 +255,10 @@ def test_engine_equals_oracle_with_the_learned_scheduler(anyprec_model, tmp_path
 
 def test_the_embedded_scheduler_fits_the_embedded_model():
     fingerprint = Checkpoint(demo.ANYPREC).fingerprint()
-    scheduler = Scheduler.get_scheduler("kv_cache", precisions=CHAIN, dim=32, num_heads=2, model_fingerprint=fingerprint)
-    assert scheduler.artefact.config.model_fingerprint == fingerprint, "train the demo scheduler again: it belongs to another demo model"
+    scheduler = Scheduler.get_scheduler(
+        "kv_cache", precisions=CHAIN, dim=32, num_heads=2, model_fingerprint=fingerprint
+    )
+    assert scheduler.artefact.config.model_fingerprint == fingerprint, (
+        "train the demo scheduler again: it belongs to another demo model"
+    )
     assert sum(path.stat().st_size for path in DEMO_ARTEFACT.iterdir()) <= 2_000_000

@@ -1,4 +1,4 @@
-"""`jobs/label.py` in its three settings, and what it says about bad input."""
+"""`pmpd label` in its three settings, and what it says about bad input."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ import pytest
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
-from jobs.label import LabelJob, label_table, main, output_folder
-from pmpd import demo, farm, tables
+from pmpd import demo, farm, storage
+from pmpd.cli.label import LabelJob, label_table, main, output_folder
+from pmpd.cli.main import main as run_command
 from pmpd.demo.texts import documents_of
 from pmpd.demo.train import stream_loss, token_stream
-from pmpd.labeling import LabelConfig, label_prompts, reference_prompts
+from pmpd.labeling.label import LabelConfig, label_prompts, reference_prompts
 from pmpd.model import PMPDForCausalLM
 from pmpd.weights.base import shared_state
 from tests.gptq_writer import write_chain
@@ -31,7 +32,7 @@ from tests.helpers import write_dense
 from tests.ray_sessions import ENVIRONMENT, ROOT, environment, local_ray
 
 NEW_TOKENS = 8
-LABELS = tables.labels_schema(16)
+LABELS = storage.labels_schema(16)
 
 
 @pytest.fixture(scope="module")
@@ -64,34 +65,50 @@ def job(dense_folder, anyprec_folder, dataset, tmp_path):
 
 def labels_of(folder: str | Path) -> dict[str, dict]:
     """Everything that defines a row; not who made it and how long it took."""
-    rows = tables.read_table(tables.join(folder, "labels")).to_pylist()
-    return {row["prompt_id"]: {key: value for key, value in row.items() if key not in ("seconds", "worker")} for row in rows}
+    rows = storage.read_table(storage.join(folder, "labels")).to_pylist()
+    return {
+        row["prompt_id"]: {key: value for key, value in row.items() if key not in ("seconds", "worker")}
+        for row in rows
+    }
 
 
 def test_labels_equal_those_of_the_pure_functions_with_another_batch_size(cluster, job):
     console = Console(record=True, width=150)
     result = main(dataclasses.replace(job, num_workers=2), console)
     rows = labels_of(job.output_dir)
-    assert (result.rows, result.errors, len(rows)) == (10, 1, 10), "nine texts and one that is empty; a duplicate is one row"
+    assert (result.rows, result.errors, len(rows)) == (10, 1, 10), (
+        "nine texts and one that is empty; a duplicate is one row"
+    )
 
-    prompts = [row for row in tables.read_table(tables.join(job.output_dir, "prompts")).to_pylist() if not row["error"]]
+    prompts = [
+        row
+        for row in storage.read_table(storage.join(job.output_dir, "prompts")).to_pylist()
+        if not row["error"]
+    ]
     config = LabelConfig((4, 3, 2), NEW_TOKENS, 2)
-    references = {row["prompt_id"]: row for row in reference_prompts(PMPDForCausalLM(job.reference_model_path).eval(), prompts, config)}
+    references = {
+        row["prompt_id"]: row
+        for row in reference_prompts(PMPDForCausalLM(job.reference_model_path).eval(), prompts, config)
+    }
     model = PMPDForCausalLM(job.model_path, (4, 3, 2), kernel="reference").eval()
     for expected in label_prompts(model, prompts, references, config):
         row = rows[expected["prompt_id"]]
         assert row["reference_ids"] == expected["reference_ids"]
-        assert [(pair["label"], pair["high_ids"]) for pair in row["pairs"]] == [(p["label"], p["high_ids"]) for p in expected["pairs"]]
-        np.testing.assert_allclose(np.asarray(row["keys"], np.float32), expected["keys"].astype(np.float32), atol=2e-3)
+        assert [(pair["label"], pair["high_ids"]) for pair in row["pairs"]] == [
+            (p["label"], p["high_ids"]) for p in expected["pairs"]
+        ]
+        np.testing.assert_allclose(
+            np.asarray(row["keys"], np.float32), expected["keys"].astype(np.float32), atol=2e-3
+        )
 
     printed = console.export_text()
     assert "4,3" in printed
     assert "3,2" in printed
     assert "per second" in printed
     assert f"{job.output_dir}/labels/data" in printed
-    assert "python jobs/train.py" in printed
-    assert tables.main([job.output_dir]) == 0
-    manifest = tables.read_manifest(tables.join(job.output_dir, "labels"))
+    assert "pmpd train" in printed
+    assert run_command(["inspect", job.output_dir]) == 0
+    manifest = storage.read_manifest(storage.join(job.output_dir, "labels"))
     assert manifest["models"]["num_key_value_heads"] == 2
     assert manifest["config"]["precisions"] == [4, 3, 2]
     assert manifest["device"]
@@ -100,19 +117,30 @@ def test_labels_equal_those_of_the_pure_functions_with_another_batch_size(cluste
         main(dataclasses.replace(job, seed=1), Console(quiet=True))
 
 
-def test_labels_of_a_chain_of_gptq_checkpoints_equal_those_of_the_pure_functions(cluster, job, dense_folder, tmp_path):
+def test_labels_of_a_chain_of_gptq_checkpoints_equal_those_of_the_pure_functions(
+    cluster, job, dense_folder, tmp_path
+):
     chain = write_chain(tmp_path / "chain", dense_folder(), {4: {"desc_act": True}, 2: {"group_size": -1}})
-    job = dataclasses.replace(job, model_path=str(chain), use_multi_model=True, precisions="4,2", size=3, num_workers=1)
+    job = dataclasses.replace(
+        job, model_path=str(chain), use_multi_model=True, precisions="4,2", size=3, num_workers=1
+    )
     result = main(job, Console(quiet=True))
     rows = labels_of(job.output_dir)
     assert (result.rows, result.errors) == (3, 0)
-    prompts, references = (tables.read_table(tables.join(job.output_dir, name)).to_pylist() for name in ("prompts", "references"))
+    prompts, references = (
+        storage.read_table(storage.join(job.output_dir, name)).to_pylist()
+        for name in ("prompts", "references")
+    )
     model = PMPDForCausalLM(chain, (4, 2), use_anyprec=False, kernel="reference").eval()
     config = LabelConfig((4, 2), NEW_TOKENS, 3)
     for expected in label_prompts(model, prompts, {row["prompt_id"]: row for row in references}, config):
         row = rows[expected["prompt_id"]]
-        assert [(pair["label"], pair["high_ids"]) for pair in row["pairs"]] == [(p["label"], p["high_ids"]) for p in expected["pairs"]]
-    assert tables.read_manifest(tables.join(job.output_dir, "labels"))["config"]["model"] == model.fingerprint
+        assert [(pair["label"], pair["high_ids"]) for pair in row["pairs"]] == [
+            (p["label"], p["high_ids"]) for p in expected["pairs"]
+        ]
+    assert (
+        storage.read_manifest(storage.join(job.output_dir, "labels"))["config"]["model"] == model.fingerprint
+    )
 
 
 @pytest.mark.slow
@@ -140,7 +168,9 @@ def assert_same_labels(rows: dict[str, dict], others: dict[str, dict]) -> None:
             first, second = row.pop(features), others[key].pop(features)
             assert (first is None) == (second is None)
             if first is not None:
-                np.testing.assert_allclose(np.asarray(first, np.float32), np.asarray(second, np.float32), atol=2e-3)
+                np.testing.assert_allclose(
+                    np.asarray(first, np.float32), np.asarray(second, np.float32), atol=2e-3
+                )
         assert row == others[key]
 
 
@@ -149,22 +179,36 @@ def test_a_killed_run_goes_on_and_its_rows_are_those_of_an_undisturbed_one(clust
     job = dataclasses.replace(job, max_new_tokens=64, batch_size=1, num_workers=1)
     flags = [
         text
-        for name in ("model_path", "reference_model_path", "dataset", "size", "max_new_tokens", "batch_size", "num_workers", "output_dir")
+        for name in (
+            "model_path",
+            "reference_model_path",
+            "dataset",
+            "size",
+            "max_new_tokens",
+            "batch_size",
+            "num_workers",
+            "output_dir",
+        )
         for text in (f"--{name.replace('_', '-')}", str(getattr(job, name)))
     ]
     command = [sys.executable, "jobs/label.py", *flags, "--kernel", "reference"]
     with environment() as env:
-        driver = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        labels = tables.join(job.output_dir, "labels")
+        driver = subprocess.Popen(
+            command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+        labels = storage.join(job.output_dir, "labels")
         deadline = time.monotonic() + 200
-        while time.monotonic() < deadline and len(tables.list_shards(labels)) < 3:
+        while time.monotonic() < deadline and len(storage.list_shards(labels)) < 3:
             assert driver.poll() is None
             time.sleep(0.01)
         driver.kill()
         driver.wait()
-    done = len(tables.scan(labels).where())
+    done = len(storage.scan(labels).where())
     assert 3 <= done < 10
-    assert main(dataclasses.replace(job, batch_size=4, num_workers=2), Console(quiet=True)).new_items == 10 - done
+    assert (
+        main(dataclasses.replace(job, batch_size=4, num_workers=2), Console(quiet=True)).new_items
+        == 10 - done
+    )
     undisturbed = dataclasses.replace(job, batch_size=3, output_dir=str(tmp_path / "undisturbed"))
     main(undisturbed, Console(quiet=True))
     assert_same_labels(labels_of(job.output_dir), labels_of(undisturbed.output_dir))
@@ -174,12 +218,18 @@ def test_a_killed_run_goes_on_and_its_rows_are_those_of_an_undisturbed_one(clust
 def test_rows_with_an_error_are_kept_until_they_are_asked_for_again(cluster, job):
     main(job, Console(quiet=True))
     good = labels_of(job.output_dir)
-    path = tables.list_shards(tables.join(job.output_dir, "labels"))[0]
-    rows = tables.read_shard(path).to_pylist()
-    tables.write_shard(tables.to_table([{**row, "error": "RuntimeError: passing", "pairs": None} for row in rows], LABELS), path)
+    path = storage.list_shards(storage.join(job.output_dir, "labels"))[0]
+    rows = storage.read_shard(path).to_pylist()
+    storage.write_shard(
+        storage.to_table([{**row, "error": "RuntimeError: passing", "pairs": None} for row in rows], LABELS),
+        path,
+    )
     failed = {row["prompt_id"] for row in rows}
     result = main(job, Console(quiet=True))
-    assert (result.new_items, result.errors) == (0, len({key for key, row in good.items() if row["error"]} | failed))
+    assert (result.new_items, result.errors) == (
+        0,
+        len({key for key, row in good.items() if row["error"]} | failed),
+    )
     result = main(dataclasses.replace(job, retry_errors=True), Console(quiet=True))
     assert len(failed) <= result.new_items <= len(failed) + 1
     assert result.errors == 1, "the empty document stays one"
@@ -187,7 +237,7 @@ def test_rows_with_an_error_are_kept_until_they_are_asked_for_again(cluster, job
 
 
 def run_as_script(monkeypatch, *arguments: str) -> object:
-    """What `python jobs/label.py` leaves with: a text is printed and makes the exit code 1."""
+    """What `pmpd label` leaves with: a text is printed and makes the exit code 1."""
     monkeypatch.setattr(sys, "argv", ["jobs/label.py", *arguments])
     with pytest.raises(SystemExit) as left:
         runpy.run_path(str(ROOT / "jobs/label.py"), run_name="__main__")
@@ -197,12 +247,22 @@ def run_as_script(monkeypatch, *arguments: str) -> object:
 def test_a_run_with_nothing_but_errors_fails(cluster, job, monkeypatch):
     def run(task, inputs, dataset, config, options, lease):
         assert options.retry_errors
-        rows = [{"prompt_id": "a", "error": "RuntimeError: x"}, {"prompt_id": "b", "error": "RuntimeError: y"}]
-        tables.write_shard(tables.to_table(rows, LABELS), Path(dataset, "data", "part-0.parquet"))
+        rows = [
+            {"prompt_id": "a", "error": "RuntimeError: x"},
+            {"prompt_id": "b", "error": "RuntimeError: y"},
+        ]
+        storage.write_shard(storage.to_table(rows, LABELS), Path(dataset, "data", "part-0.parquet"))
         return farm.FarmResult(dataset, 2, 2, 2, 1.0, 2.0)
 
     monkeypatch.setattr(farm, "run", run)
-    paths = ["--model-path", job.model_path, "--reference-model-path", job.reference_model_path, "--dataset", job.dataset]
+    paths = [
+        "--model-path",
+        job.model_path,
+        "--reference-model-path",
+        job.reference_model_path,
+        "--dataset",
+        job.dataset,
+    ]
     told = run_as_script(monkeypatch, *paths, "--output-dir", job.output_dir, "--retry-errors")
     assert told == "error: every row has an error; the first one: RuntimeError: x"
 
@@ -212,22 +272,44 @@ def test_an_output_that_is_not_complete_fails(cluster, job, monkeypatch):
         raise farm.ReconcileError("1 missing")
 
     monkeypatch.setattr(farm, "run", run)
-    paths = ["--model-path", job.model_path, "--reference-model-path", job.reference_model_path, "--dataset", job.dataset]
+    paths = [
+        "--model-path",
+        job.model_path,
+        "--reference-model-path",
+        job.reference_model_path,
+        "--dataset",
+        job.dataset,
+    ]
     assert run_as_script(monkeypatch, *paths, "--output-dir", job.output_dir) == "error: 1 missing"
 
 
 def test_the_label_table_counts_pairs_over_all_shards(tmp_path):
     def row(key: int, labels: dict[tuple[int, int], int] | None) -> dict:
-        pairs = None if labels is None else [{"high": h, "low": lo, "label": k, "high_text": "t"} for (h, lo), k in labels.items()]
+        pairs = (
+            None
+            if labels is None
+            else [{"high": h, "low": lo, "label": k, "high_text": "t"} for (h, lo), k in labels.items()]
+        )
         return {"prompt_id": f"{key:016x}", "pairs": pairs, "error": None if labels else "bad"}
 
-    shards = [[row(0, {(4, 3): 0, (3, 2): 3}), row(1, {(4, 3): 1, (3, 2): 3})], [row(2, {(4, 3): 0, (3, 2): 1})], [row(3, None)]]
+    shards = [
+        [row(0, {(4, 3): 0, (3, 2): 3}), row(1, {(4, 3): 1, (3, 2): 3})],
+        [row(2, {(4, 3): 0, (3, 2): 1})],
+        [row(3, None)],
+    ]
     for index, rows in enumerate(shards):
-        tables.write_shard(tables.to_table(rows, LABELS), tmp_path / "data" / f"part-{index}.parquet")
+        storage.write_shard(storage.to_table(rows, LABELS), tmp_path / "data" / f"part-{index}.parquet")
     console = Console(record=True, width=150)
     console.print(label_table(str(tmp_path), 256))
-    table = [[cell.strip() for cell in line.split("│")[1:-1]] for line in console.export_text().splitlines() if "│" in line]
-    assert table == [["4,3", "2   67%", "1   33%", "0    0%", "0    0%"], ["3,2", "0    0%", "1   33%", "0    0%", "2   67%"]]
+    table = [
+        [cell.strip() for cell in line.split("│")[1:-1]]
+        for line in console.export_text().splitlines()
+        if "│" in line
+    ]
+    assert table == [
+        ["4,3", "2   67%", "1   33%", "0    0%", "0    0%"],
+        ["3,2", "0    0%", "1   33%", "0    0%", "2   67%"],
+    ]
 
 
 @pytest.mark.parametrize(
@@ -265,7 +347,9 @@ def test_a_checkpoint_that_can_not_be_loaded_stops_the_run_with_its_words(cluste
     broken = write_dense(tmp_path / "dense")
     tensors = load_file(broken / "model.safetensors")
     gone = next(name for name in tensors if name.endswith("q_proj.weight"))
-    save_file({name: tensor for name, tensor in tensors.items() if name != gone}, broken / "model.safetensors")
+    save_file(
+        {name: tensor for name, tensor in tensors.items() if name != gone}, broken / "model.safetensors"
+    )
     with pytest.raises(ValueError, match=rf"{re.escape(gone)} is missing"):
         main(dataclasses.replace(job, reference_model_path=str(broken)), Console(quiet=True))
 
@@ -282,7 +366,7 @@ def test_a_submitted_job_does_not_write_into_the_copy_that_ray_deletes(tmp_path,
     assert output_folder("results/label") == f"{tmp_path}/results/label"
 
 
-# ----------------------------------------------------------------------------------------------------------------- on the real demo
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_quality_of_the_demo_falls_with_its_precision():
@@ -301,7 +385,7 @@ def test_quality_of_the_demo_falls_with_its_precision():
 def test_labels_of_the_demo_use_three_classes_at_least(cluster, tmp_path):
     main(LabelJob(size=64, output_dir=str(tmp_path)), Console(quiet=True))
     counts: dict[tuple[int, int], Counter[int]] = defaultdict(Counter)
-    for row in tables.read_table(tmp_path / "labels", ["pairs"]).to_pylist():
+    for row in storage.read_table(tmp_path / "labels", ["pairs"]).to_pylist():
         for pair in row["pairs"]:
             counts[pair["high"], pair["low"]][pair["label"]] += 1
     assert set(counts) == {(4, 3), (3, 2)}
@@ -316,7 +400,9 @@ SMALL = ["--size", "4", "--max-new-tokens", "8", "--batch-size", "4"]
 def test_alone_it_starts_a_ray_of_its_own(tmp_path):
     with environment() as env:
         command = [sys.executable, "jobs/label.py", *SMALL, "--output-dir", str(tmp_path / "out")]
-        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False)
+        done = subprocess.run(
+            command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False
+        )
     assert done.returncode == 0, done.stderr
     assert "labels: rows per switch class" in done.stdout
     assert len(labels_of(tmp_path / "out")) == 4
@@ -330,11 +416,15 @@ def free_port() -> int:
 
 @pytest.mark.parametrize("cpus", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_as_a_submitted_job_on_a_small_head(cpus, tmp_path):
-    """The working directory is all that travels; one CPU must be enough, and a failing script must fail the submission."""
+    """The working directory is all that travels; one CPU must be enough, and a failing script must fail the
+    submission."""
     port, dashboard = free_port(), free_port()
     with environment() as env:
         env = {key: value for key, value in env.items() if key not in ("PYTHONPATH", "RAY_ADDRESS")}
-        ports = [f"--{name}-port={free_port()}" for name in ("dashboard-agent-listen", "dashboard-agent-grpc", "ray-client-server")]
+        ports = [
+            f"--{name}-port={free_port()}"
+            for name in ("dashboard-agent-listen", "dashboard-agent-grpc", "ray-client-server")
+        ]
         start = [
             f"--port={port}",
             f"--dashboard-port={dashboard}",
@@ -344,17 +434,45 @@ def test_as_a_submitted_job_on_a_small_head(cpus, tmp_path):
             f"/tmp/ray-{os.getpid()}-{cpus}",
         ]
         scripts = Path(sys.executable).parent
-        command = [scripts / "ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", *start]
+        command = [
+            scripts / "ray",
+            "start",
+            "--head",
+            "--block",
+            "--node-ip-address=127.0.0.1",
+            "--dashboard-host=127.0.0.1",
+            *start,
+        ]
         with open(tmp_path / "head.log", "w") as log:
             head = subprocess.Popen(command, env=env, stdout=log, stderr=log)
         try:
-            submit = [scripts / "ray", "job", "submit", "--address", f"http://127.0.0.1:{dashboard}", "--working-dir", ".", "--"]
+            submit = [
+                scripts / "ray",
+                "job",
+                "submit",
+                "--address",
+                f"http://127.0.0.1:{dashboard}",
+                "--working-dir",
+                ".",
+                "--",
+            ]
             job = ["python", "jobs/label.py", *SMALL, "--output-dir", str(tmp_path / "out")]
             deadline = time.monotonic() + 120
             while True:
-                done = subprocess.run([*submit, *job], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=False)
+                done = subprocess.run(
+                    [*submit, *job],
+                    cwd=ROOT,
+                    env=env,
+                    capture_output=True,
+                    text=True,
+                    timeout=300,
+                    check=False,
+                )
                 not_yet = ("Failed to connect", "No available agent")  # the head is still starting
-                if not any(text in done.stdout + done.stderr for text in not_yet) or time.monotonic() > deadline:
+                if (
+                    not any(text in done.stdout + done.stderr for text in not_yet)
+                    or time.monotonic() > deadline
+                ):
                     break
                 time.sleep(1)
             assert done.returncode == 0, done.stdout + done.stderr
@@ -363,7 +481,9 @@ def test_as_a_submitted_job_on_a_small_head(cpus, tmp_path):
             assert len(labels_of(tmp_path / "out")) == 4
             if cpus == 1:
                 failing = [*submit, "python", "jobs/label.py", "--precisions", "9,8"]
-                failed = subprocess.run(failing, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, check=False)
+                failed = subprocess.run(
+                    failing, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, check=False
+                )
                 assert failed.returncode == 1
                 assert "holds 4, 3, 2, not 8, 9" in failed.stdout
         finally:

@@ -8,10 +8,12 @@ import pytest
 import torch
 from rouge_score.rouge_scorer import RougeScorer
 
-from jobs import generate, label
-from pmpd import PMPDForCausalLM, Scheduler, oracle
-from pmpd.labeling import LabelConfig, label_of, label_prompts, reference_prompts
-from pmpd.rouge import rouge_l
+from pmpd import PMPDForCausalLM, Scheduler
+from pmpd.cli import generate, label
+from pmpd.decode import oracle
+from pmpd.labeling.label import LabelConfig, label_prompts, reference_prompts
+from pmpd.labeling.rule import label_of
+from pmpd.metrics.rouge import rouge_l
 from tests.helpers import write_anyprec, write_dense
 from tests.test_engine import random_prompts
 
@@ -20,11 +22,13 @@ STEPS = (0, 10, 20, 30)
 """m = 30 decode forwards: 0, m // 3, 2 (m // 3), m."""
 CHAIN = (4, 3, 2)
 ENDS = frozenset(range(0, 258, 37))
-"""So many tokens end a sequence that some trajectories end before, and some after, the steps of their class."""
+"""So many tokens end a sequence that some trajectories end before, and some after, the steps of their
+class."""
 
 
 def words_of(tokens: list[int]) -> str:
-    """A text whose words come from few, so that ROUGE-L takes many values and ties: the bytes of tokens say little."""
+    """A text whose words come from few, so that ROUGE-L takes many values and ties: the bytes of tokens say
+    little."""
     return " ".join("abcdefg"[token % 7] for token in tokens)
 
 
@@ -32,7 +36,9 @@ def words_of(tokens: list[int]) -> str:
 def models(tmp_path_factory):
     """(quantized, unquantized) with tokens that end sequences and texts made of words."""
     dense = write_dense(tmp_path_factory.mktemp("dense"), seed=8)
-    quantized = PMPDForCausalLM(write_anyprec(tmp_path_factory.mktemp("anyprec"), dense), CHAIN, kernel="reference").eval()
+    quantized = PMPDForCausalLM(
+        write_anyprec(tmp_path_factory.mktemp("anyprec"), dense), CHAIN, kernel="reference"
+    ).eval()
     reference = PMPDForCausalLM(dense).eval()
     for model in (quantized, reference):
         model.eos_token_ids = ENDS
@@ -48,28 +54,42 @@ def models(tmp_path_factory):
 
 def prompt_rows(count: int) -> list[dict]:
     prompts = random_prompts(count, 40, seed=31)
-    return [{"prompt_id": f"{index:016x}", "prompt_text": words_of(ids), "input_ids": ids} for index, ids in enumerate(prompts)]
+    return [
+        {"prompt_id": f"{index:016x}", "prompt_text": words_of(ids), "input_ids": ids}
+        for index, ids in enumerate(prompts)
+    ]
 
 
 def labels_by_the_rule(quantized: PMPDForCausalLM, reference: PMPDForCausalLM, ids: list[int]) -> list[dict]:
-    """For each pair: the trajectory at its high precision throughout; one per class; the smallest class that is as good."""
+    """For each pair: the trajectory at its high precision throughout; one per class; the smallest class that
+    is as good."""
     scorer = RougeScorer(["rougeL"], use_stemmer=False)
     truth = words_of(oracle.decode(reference.model, ids, NEW_TOKENS, 16, ENDS).tokens)
     pairs = []
     for pair in ((4, 3), (3, 2)):
-        # prefill and decision are the chain's: a pair below the first one begins after no forward at the precisions above it
+        # prefill and decision are the chain's: a pair below the first one begins after no forward at the
+        # precisions above it
         whole_chain = Scheduler.get_scheduler("static", precisions=CHAIN, high_bit_steps=[0, 0])
         branches = []
         for steps in STEPS:
             plan = (steps, NEW_TOKENS) if pair == (4, 3) else (0, steps)
-            branches.append(oracle.decode(quantized.model, ids, NEW_TOKENS, 4, ENDS, whole_chain, switch_steps=plan))
+            branches.append(
+                oracle.decode(quantized.model, ids, NEW_TOKENS, 4, ENDS, whole_chain, switch_steps=plan)
+            )
         never = branches[3]
         assert set(never.bits[1:]) <= {pair[0]}, "class 3 never switches"
         scores = [scorer.score(truth, words_of(branch.tokens))["rougeL"].fmeasure for branch in branches]
         label = 0
         while round(scores[label], 3) < round(scores[3], 3):
             label += 1
-        pairs.append({"label": label, "scores": scores, "ids": never.tokens, "lengths": [len(branch.tokens) for branch in branches]})
+        pairs.append(
+            {
+                "label": label,
+                "scores": scores,
+                "ids": never.tokens,
+                "lengths": [len(branch.tokens) for branch in branches],
+            }
+        )
     return pairs
 
 
@@ -85,7 +105,9 @@ def test_labels_are_those_of_the_rule_over_plain_decoding(models):
     for row in rows:
         found = labeled[row["prompt_id"]]
         assert found["error"] is None
-        for pair, expected in zip(found["pairs"], labels_by_the_rule(quantized, reference, row["input_ids"]), strict=True):
+        for pair, expected in zip(
+            found["pairs"], labels_by_the_rule(quantized, reference, row["input_ids"]), strict=True
+        ):
             told = f"pair {pair['high']},{pair['low']} of a prompt of {len(row['input_ids'])} tokens"
             assert pair["label"] == expected["label"], told
             assert pair["rouge_l"] == expected["scores"], told
@@ -119,7 +141,13 @@ def test_the_label_is_the_smallest_class_as_good_as_never_switching_to_three_dig
 
 def test_rouge_l_is_the_published_one_and_not_its_precision_or_recall():
     scorer = RougeScorer(["rougeL"], use_stemmer=False)
-    for prediction, reference in (("a b c", "a c d e f"), ("a c d e f", "a b c"), ("x", "y"), ("", "y"), ("Dogs ran", "the dog runs")):
+    for prediction, reference in (
+        ("a b c", "a c d e f"),
+        ("a c d e f", "a b c"),
+        ("x", "y"),
+        ("", "y"),
+        ("Dogs ran", "the dog runs"),
+    ):
         score = scorer.score(reference, prediction)["rougeL"]
         assert rouge_l(prediction, reference) == score.fmeasure
         assert score.precision != score.recall or score.fmeasure in (0, 1)
@@ -152,7 +180,10 @@ def test_a_prompt_without_a_reference_is_an_error_row(models):
     quantized, _ = models
     rows = prompt_rows(2)
     references = {rows[0]["prompt_id"]: {"error": "it failed"}}
-    found = {row["prompt_id"]: row for row in label_prompts(quantized, rows, references, LabelConfig(CHAIN, NEW_TOKENS))}
+    found = {
+        row["prompt_id"]: row
+        for row in label_prompts(quantized, rows, references, LabelConfig(CHAIN, NEW_TOKENS))
+    }
     assert "no reference output (it failed)" in found[rows[0]["prompt_id"]]["error"]
     assert "not in the references" in found[rows[1]["prompt_id"]]["error"]
 
@@ -161,7 +192,10 @@ def test_a_prompt_without_a_reference_is_an_error_row(models):
 def test_references_come_from_an_unquantized_model(anyprec_folder, dense_folder, tmp_path, job):
     main = {label.LabelJob: label.main, generate.GenerateJob: generate.main}[job]
     settings = {"model_path": str(anyprec_folder()), "output_dir": str(tmp_path / "out")}
-    with pytest.raises(ValueError, match=r"--reference-model-path .* is quantized already .*'anyprec'.*: give the unquantized model"):
+    with pytest.raises(
+        ValueError,
+        match=r"--reference-model-path .* is quantized already .*'anyprec'.*: give the unquantized model",
+    ):
         main(job(reference_model_path=str(anyprec_folder()), **settings))
     with pytest.raises(ValueError, match=r"--reference-model-path /no/such: no such folder"):
         main(job(reference_model_path="/no/such", **settings))

@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from pmpd import PMPDForCausalLM, lean
-from pmpd.engine import Engine, Request
+from pmpd import PMPDForCausalLM
+from pmpd.decode import llama_cpu
+from pmpd.decode.engine import Engine
+from pmpd.decode.requests import Request
+from pmpd.decode.slots import Plan, Stretch
 from pmpd.kernels import cpu
-from pmpd.schedulers import Scheduler
-from pmpd.slots import Plan, Stretch
+from pmpd.schedulers.base import Scheduler
 from tests.test_engine import random_prompts
 
 
@@ -42,12 +44,16 @@ def test_a_changed_module_is_not_recognised(anyprec_folder):
     assert Engine(model.model, 1, 10).lean is None
 
 
-@pytest.mark.parametrize("budget", [0, lean.DENSE_BYTES])
+@pytest.mark.parametrize("budget", [0, llama_cpu.DENSE_BYTES])
 @pytest.mark.parametrize("bits", [4, 2])
-def test_lean_forward_in_bfloat16_is_as_near_to_float32_as_the_modules(anyprec_folder, monkeypatch, budget, bits):
-    monkeypatch.setattr(lean, "DENSE_BYTES", budget)  # 0: multiplies from the codes, module by module
+def test_lean_forward_in_bfloat16_is_as_near_to_float32_as_the_modules(
+    anyprec_folder, monkeypatch, budget, bits
+):
+    monkeypatch.setattr(llama_cpu, "DENSE_BYTES", budget)  # 0: multiplies from the codes, module by module
     folder, tokens = anyprec_folder("llama"), torch.arange(3, 43)
-    plan = Plan(torch.zeros_like(tokens), torch.arange(len(tokens)), len(tokens), 1, [Stretch(0, len(tokens), 0, 0)])
+    plan = Plan(
+        torch.zeros_like(tokens), torch.arange(len(tokens)), len(tokens), 1, [Stretch(0, len(tokens), 0, 0)]
+    )
 
     def logits(dtype: torch.dtype, use_lean: bool) -> torch.Tensor:
         engine = Engine(PMPDForCausalLM(folder, dtype=dtype).eval().model, 1, 64, lean=use_lean)
@@ -55,13 +61,18 @@ def test_lean_forward_in_bfloat16_is_as_near_to_float32_as_the_modules(anyprec_f
         return engine.forward(tokens, plan, None).float()
 
     exact = logits(torch.float32, False)
-    modules, written_out = ((logits(torch.bfloat16, use_lean) - exact).norm() / exact.norm() for use_lean in (False, True))
+    modules, written_out = (
+        (logits(torch.bfloat16, use_lean) - exact).norm() / exact.norm() for use_lean in (False, True)
+    )
     assert written_out < max(2 * modules, 1e-2)
     assert modules < 0.1
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's list of mapped files")
-@pytest.mark.skipif(cpu.unavailable(torch.device("cpu"), torch.bfloat16) is not None, reason="the plain implementation keeps the tensors")
+@pytest.mark.skipif(
+    cpu.unavailable(torch.device("cpu"), torch.bfloat16) is not None,
+    reason="the plain implementation keeps the tensors",
+)
 def test_a_packed_checkpoint_is_no_longer_mapped(anyprec_folder, tmp_path):
     folder = shutil.copytree(anyprec_folder("llama"), tmp_path / "checkpoint")
     model = PMPDForCausalLM(folder, dtype=torch.bfloat16)

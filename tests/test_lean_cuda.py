@@ -1,4 +1,5 @@
-"""The lean CUDA forward against transformers' own modules: on the GPU where there is one, else in Triton's interpreter."""
+"""The lean CUDA forward against transformers' own modules: on the GPU where there is one, else in Triton's
+interpreter."""
 
 from __future__ import annotations
 
@@ -6,24 +7,35 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pmpd import lean_cuda
+from pmpd.decode import llama_cuda
+from pmpd.decode.llama_cuda import CudaForward, Dense, Layer, LlamaWeights, Several, Weight
 from pmpd.kernels.base import PackedWeights
 from pmpd.kernels.reference import ReferenceMatrix
 from pmpd.kernels.triton import TritonMatrix, merge
-from pmpd.lean_cuda import CudaForward, Dense, Layer, LlamaWeights, Several, Weight
 from pmpd.weights.base import Segment
-from tests.test_kernels_triton import DEVICE, TOLERANCE, activations, error, expected_product, interpreter_only_here, packed_weights
+from tests.test_kernels_triton import (
+    DEVICE,
+    TOLERANCE,
+    activations,
+    error,
+    expected_product,
+    interpreter_only_here,
+    packed_weights,
+)
 
 pytestmark = interpreter_only_here
 HIDDEN, HEADS, KV_HEADS, DIM, INTERMEDIATE, VOCABULARY = 32, 2, 1, 16, 32, 40
 
 
 def small_model(layers: int, dtype: torch.dtype) -> tuple[LlamaForCausalLM, list[dict[str, PackedWeights]]]:
-    """A Llama of random quantized layers: transformers' modules (weights of 4 bits for now) and the packed weights."""
+    """A Llama of random quantized layers: transformers' modules (weights of 4 bits for now) and the packed
+    weights."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        hidden_size=HIDDEN, num_hidden_layers=layers, num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, head_dim=DIM,
-        intermediate_size=INTERMEDIATE, vocab_size=VOCABULARY, max_position_embeddings=64, attn_implementation="eager",
+        hidden_size=HIDDEN, num_hidden_layers=layers, num_attention_heads=HEADS, num_key_value_heads=KV_HEADS,
+        head_dim=DIM,
+        intermediate_size=INTERMEDIATE, vocab_size=VOCABULARY, max_position_embeddings=64,
+        attn_implementation="eager",
     )  # fmt: skip
     model = LlamaForCausalLM(config).to(DEVICE, dtype).eval()
     shapes = {
@@ -32,9 +44,16 @@ def small_model(layers: int, dtype: torch.dtype) -> tuple[LlamaForCausalLM, list
         "v_proj": (KV_HEADS * DIM, HIDDEN),
         "o_proj": (HIDDEN, HEADS * DIM),
     }
-    shapes |= {"gate_proj": (INTERMEDIATE, HIDDEN), "up_proj": (INTERMEDIATE, HIDDEN), "down_proj": (HIDDEN, INTERMEDIATE)}
+    shapes |= {
+        "gate_proj": (INTERMEDIATE, HIDDEN),
+        "up_proj": (INTERMEDIATE, HIDDEN),
+        "down_proj": (HIDDEN, INTERMEDIATE),
+    }
     packed = [
-        {name: packed_weights(*shape, (2, 3, 4), seed=10 * index + i) for i, (name, shape) in enumerate(shapes.items())}
+        {
+            name: packed_weights(*shape, (2, 3, 4), seed=10 * index + i)
+            for i, (name, shape) in enumerate(shapes.items())
+        }
         for index in range(layers)
     ]
     return model, packed
@@ -66,7 +85,8 @@ def lean(model: LlamaForCausalLM, packed: list[dict[str, PackedWeights]], dtype:
     rotary = model.model.rotary_emb
     return CudaForward(
         LlamaWeights(
-            model.model.embed_tokens.weight, layers, model.model.norm.weight, model.lm_head.weight, rotary.inv_freq, HEADS, KV_HEADS, DIM,
+            model.model.embed_tokens.weight, layers, model.model.norm.weight, model.lm_head.weight,
+            rotary.inv_freq, HEADS, KV_HEADS, DIM,
             model.config.rms_norm_eps,
         )
     )  # fmt: skip
@@ -75,7 +95,8 @@ def lean(model: LlamaForCausalLM, packed: list[dict[str, PackedWeights]], dtype:
 @pytest.mark.soak
 @torch.no_grad()
 def test_each_row_decodes_at_its_own_precision_position_and_slot_as_transformers_does(monkeypatch):
-    """Two steps by the plain products (any precision), the third by digits: they share all but the products."""
+    """Two steps by the plain products (any precision), the third by digits: they share all but the
+    products."""
     model, packed = small_model(layers=1, dtype=torch.float32)
     forward = lean(model, packed, torch.float32)
     keys, values = ([torch.zeros(4, KV_HEADS, 16, DIM, device=DEVICE)] for _ in range(2))
@@ -83,8 +104,10 @@ def test_each_row_decodes_at_its_own_precision_position_and_slot_as_transformers
     slots, bits = torch.tensor([2, 0], device=DEVICE), (4, 3)
     segments = [Segment(0, 1, 4), Segment(1, None, 3)]
     for position in range(3):
-        monkeypatch.setattr(lean_cuda, "DIGITS_BITS", (2, 3, 4) if position == 2 else ())
-        logits = forward(tokens[:, position], slots, torch.full((2,), position, device=DEVICE), segments, keys, values, 16)
+        monkeypatch.setattr(llama_cuda, "DIGITS_BITS", (2, 3, 4) if position == 2 else ())
+        logits = forward(
+            tokens[:, position], slots, torch.full((2,), position, device=DEVICE), segments, keys, values, 16
+        )
     for row in range(2):
         set_precision(model, packed, bits[row])
         expected = model(tokens[row : row + 1]).logits[0, -1]
@@ -101,7 +124,10 @@ def test_merged_layers_are_views_and_multiply_as_before():
     assert error(whole.multiply(x, 3, "fused"), torch.cat(expected, 1)) < 1e-5
     for matrix, product in zip(matrices, expected, strict=True):
         assert error(matrix.multiply(x, 3, "fused"), product) < 1e-5
-        assert matrix._tiles.planes.untyped_storage().data_ptr() == whole._tiles.planes.untyped_storage().data_ptr()
+        assert (
+            matrix._tiles.planes.untyped_storage().data_ptr()
+            == whole._tiles.planes.untyped_storage().data_ptr()
+        )
     assert error(matrices[1].multiply(x, 3, "digits"), expected[1]) < TOLERANCE[torch.float32]
     with pytest.raises(ValueError, match="multiples of 16"):
         merge([matrices[2], matrices[0]])
@@ -115,18 +141,21 @@ def test_precisions_without_digits_and_unquantized_weights_take_the_same_forward
     qkv = torch.cat([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight])
     gate_up = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])
     dense = Layer(
-        layer.input_layernorm.weight, Dense(qkv), Several([attention.o_proj]), layer.post_attention_layernorm.weight, Dense(gate_up),
+        layer.input_layernorm.weight, Dense(qkv), Several([attention.o_proj]),
+        layer.post_attention_layernorm.weight, Dense(gate_up),
         Dense(mlp.down_proj.weight),
     )  # fmt: skip
     forward = CudaForward(
         LlamaWeights(
-            model.model.embed_tokens.weight, [dense], model.model.norm.weight, model.lm_head.weight, model.model.rotary_emb.inv_freq,
+            model.model.embed_tokens.weight, [dense], model.model.norm.weight, model.lm_head.weight,
+            model.model.rotary_emb.inv_freq,
             HEADS, KV_HEADS, DIM, model.config.rms_norm_eps,
         )
     )  # fmt: skip
     keys, values = ([torch.zeros(2, KV_HEADS, 16, DIM, device=DEVICE)] for _ in range(2))
     tokens = torch.tensor([5, 7], device=DEVICE)
     for position in range(2):
-        logits = forward(tokens[position : position + 1], torch.tensor([1], device=DEVICE), torch.tensor([position], device=DEVICE),
+        logits = forward(tokens[position : position + 1], torch.tensor([1], device=DEVICE),
+        torch.tensor([position], device=DEVICE),
                          [Segment(0, None, 16)], keys, values, 16)  # fmt: skip
     assert error(logits[0], model(tokens[None]).logits[0, -1]) < 1e-5

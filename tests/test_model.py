@@ -8,8 +8,10 @@ from itertools import zip_longest
 import pytest
 import torch
 
-from pmpd import PMPDForCausalLM, Scheduler, oracle
-from pmpd.engine import Engine, Request
+from pmpd import PMPDForCausalLM, Scheduler
+from pmpd.decode import oracle
+from pmpd.decode.engine import Engine
+from pmpd.decode.requests import Request
 from tests.helpers import write_dense
 from tests.test_engine import random_prompts
 
@@ -29,7 +31,7 @@ def truth(model: PMPDForCausalLM, prompt: list[int]) -> oracle.Trajectory:
     return oracle.decode(model.model, prompt, NEW_TOKENS, 4, model.eos_token_ids, SCHEDULER)
 
 
-# ----------------------------------------------------------------------------------------------------------------------- generate
+# ------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -65,9 +67,13 @@ def test_a_given_cache_is_continued_and_only_the_rest_is_prefilled(model, monkey
 
     monkeypatch.setattr(Engine, "forward", counted)
     second = model.generate(longer, 6, past_key_values=first.past_key_values)
-    assert sizes[0] == 2 * 3, "the last token of the first call, which its cache does not hold, and two new ones, in both rows"
+    assert sizes[0] == 2 * 3, (
+        "the last token of the first call, which its cache does not hold, and two new ones, in both rows"
+    )
     assert [len(prefix.tokens) for prefix in second.past_key_values] == [longer.shape[1] + 5] * 2
-    for other in first.past_key_values:  # what is given is taken: with other keys and values come other tokens
+    for (
+        other
+    ) in first.past_key_values:  # what is given is taken: with other keys and values come other tokens
         for keys, values in other.layers:
             keys.mul_(-1)
             values.mul_(-1)
@@ -106,11 +112,13 @@ def test_without_an_end_token_every_row_gets_all_its_tokens(tmp_path):
 def test_the_tokenizer_says_what_ends_a_sequence_where_no_config_does(tmp_path):
     folder = write_dense(tmp_path)
     for name in ("config.json", "generation_config.json"):
-        (folder / name).write_text(json.dumps({**json.loads((folder / name).read_text()), "eos_token_id": None}))
+        (folder / name).write_text(
+            json.dumps({**json.loads((folder / name).read_text()), "eos_token_id": None})
+        )
     assert PMPDForCausalLM(folder).eos_token_ids == {256}
 
 
-# ------------------------------------------------------------------------------------------------------------------------- stream
+# ------------------------------------------------------------------------------------------------------------
 
 
 def pairs_of(trajectory: oracle.Trajectory) -> list[tuple[int, int]]:
@@ -125,12 +133,16 @@ def test_a_stream_yields_tokens_with_the_precision_of_the_forward_that_made_them
 
 
 def test_streams_and_calls_that_take_turns_do_not_touch_each_other(model):
-    one, other, third = [[token % 256 for token in prompt] for prompt in (range(40, 60), range(150, 170), range(95, 115))]
+    one, other, third = [
+        [token % 256 for token in prompt] for prompt in (range(40, 60), range(150, 170), range(95, 115))
+    ]
     for prompt in (one, other, third):
         assert len(truth(model, prompt).tokens) == NEW_TOKENS, "a row that ends at once can't be disturbed"
     model.engine(1, 64)  # long enough for all: a longer one would be a new one anyway
     taken: tuple[list, list] = ([], [])
-    for items in zip_longest(model.stream(torch.tensor([one]), NEW_TOKENS), model.stream(torch.tensor([other]), NEW_TOKENS)):
+    for items in zip_longest(
+        model.stream(torch.tensor([one]), NEW_TOKENS), model.stream(torch.tensor([other]), NEW_TOKENS)
+    ):
         for place, item in zip(taken, items, strict=True):
             place += [item] if item is not None else []
     assert taken[0] == pairs_of(truth(model, one))
@@ -174,7 +186,7 @@ def test_calls_one_after_the_other_share_an_engine(model):
     assert model._engine is kept
 
 
-# ------------------------------------------------------------------------------------------------------------------ names, refusal
+# ------------------------------------------------------------------------------------------------------------
 
 
 def test_a_hugging_face_id_is_downloaded(anyprec_folder, anyprec_model, monkeypatch):
@@ -196,8 +208,14 @@ def test_a_hugging_face_id_is_downloaded(anyprec_folder, anyprec_model, monkeypa
         ({"precisions": []}, r"^precisions \[\]: give a list like \[4, 3, 2\]"),
         ({"precisions": 4}, r"^precisions 4: give a list"),
         ({"precisions": [3.5]}, r"^precisions \[3\.5\]: give a list"),
-        ({"model_path": "/no/such"}, r"^model_path /no/such: no such folder; give a checkpoint folder or a Hugging Face id"),
-        ({"model_path": "/no.json", "use_anyprec": False}, r"^/no\.json: FileNotFoundError.*is a JSON file like"),
+        (
+            {"model_path": "/no/such"},
+            r"^model_path /no/such: no such folder; give a checkpoint folder or a Hugging Face id",
+        ),
+        (
+            {"model_path": "/no.json", "use_anyprec": False},
+            r"^/no\.json: FileNotFoundError.*is a JSON file like",
+        ),
     ],
 )
 def test_what_can_not_be_loaded_is_refused(anyprec_folder, settings, told):
@@ -210,15 +228,22 @@ def test_what_can_not_be_loaded_is_refused(anyprec_folder, settings, told):
     [
         (lambda m: m.generate(torch.tensor([[1]]), 0), r"^max_new_tokens 0: one new token at least"),
         (lambda m: list(m.stream(torch.tensor([[1]]), 0)), r"^max_new_tokens 0: one new token at least"),
-        (lambda m: m.generate(torch.tensor([[1]]), 800), r"^a prompt of 1 tokens with 800 new ones needs 800 positions; there are 768"),
-        (lambda m: m.generate(torch.tensor([1, 2])), r"^input_ids has shape \[2\]; allowed: \[batch, length\]"),
-        (lambda m: m.generate(torch.tensor([[1, 2]]), 3, attention_mask=torch.ones(1, 3)), r"^attention_mask has shape \[1, 3\]"),
-        (lambda m: m.generate(torch.tensor([[1, 2]]), 3, past_key_values=[]), r"^past_key_values has 0 rows, input_ids 1"),
-        (lambda m: m.generate(torch.tensor([[1], [2]]), 3, keys=["one"]), r"^keys names 1 rows, input_ids has 2"),
+        (lambda m: m.generate(torch.tensor([[1]]), 800), r"^a prompt of 1 tokens with 800 new ones needs "
+                                                         r"800 positions; there are 768"),
+        (lambda m: m.generate(torch.tensor([1, 2])), r"^input_ids has shape \[2\]; allowed: \[batch, "
+                                                     r"length\]"),
+        (lambda m: m.generate(torch.tensor([[1, 2]]), 3, attention_mask=torch.ones(1, 3)),
+        r"^attention_mask has shape \[1, 3\]"),
+        (lambda m: m.generate(torch.tensor([[1, 2]]), 3, past_key_values=[]), r"^past_key_values has 0 "
+                                                                              r"rows, input_ids 1"),
+        (lambda m: m.generate(torch.tensor([[1], [2]]), 3, keys=["one"]), r"^keys names 1 rows, input_ids "
+                                                                          r"has 2"),
         (lambda m: m.generate(torch.tensor([[1, 258]]), 3), r"^the prompt has tokens outside 0\.\.257"),
         (lambda m: m.generate(torch.tensor([[-1, 2]]), 3), r"^the prompt has tokens outside 0\.\.257"),
-        (lambda m: m.generate(torch.tensor([[1, 2]]), 3, prefill_bit=8), r"^precision 8 .* is not loaded; loaded are 4, 3, 2"),
-        (lambda m: list(m.stream(torch.tensor([[1], [2]]), 3)), r"^stream takes one prompt, got 2; use generate"),
+        (lambda m: m.generate(torch.tensor([[1, 2]]), 3, prefill_bit=8), r"^precision 8 .* is not loaded; "
+                                                                         r"loaded are 4, 3, 2"),
+        (lambda m: list(m.stream(torch.tensor([[1], [2]]), 3)), r"^stream takes one prompt, got 2; use "
+                                                                r"generate"),
     ],
 )  # fmt: skip
 def test_what_can_not_be_decoded_is_refused_and_named_once(model, call, told):

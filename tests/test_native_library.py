@@ -1,4 +1,5 @@
-"""The native CPU library as a machine has it or not: built, missing, and what `python -m pmpd.kernels` says of it."""
+"""The native CPU library as a machine has it or not: built, missing, and what `pmpd kernels` says
+of it."""
 
 from __future__ import annotations
 
@@ -11,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from pmpd import cuda
-from pmpd.kernels import __main__, cpu, dispatch
+from pmpd import gpu
+from pmpd.cli import kernels
+from pmpd.kernels import cpu, dispatch
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[1]
@@ -36,7 +38,15 @@ def test_where_there_is_a_compiler_the_library_is_in_use():
 
 @pytest.mark.skipif(not (ROOT / "setup.py").is_file(), reason="not a source tree")
 def test_without_a_compiler_the_build_succeeds_and_says_what_is_missing(tmp_path):
-    command = [sys.executable, "setup.py", "build_ext", "--build-temp", str(tmp_path / "temp"), "--build-lib", str(tmp_path / "lib")]
+    command = [
+        sys.executable,
+        "setup.py",
+        "build_ext",
+        "--build-temp",
+        str(tmp_path / "temp"),
+        "--build-lib",
+        str(tmp_path / "lib"),
+    ]
     environment = {**os.environ, "CC": "/bin/false", "CXX": "/bin/false"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -56,10 +66,17 @@ def test_without_the_library_the_slow_path_is_taken_and_said_once(no_library, ca
 
 def test_the_page_says_what_is_in_use(monkeypatch, capsys):
     monkeypatch.delenv(dispatch.ENVIRONMENT, raising=False)
-    __main__.main()
+    kernels.main(kernels.KernelsJob())
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[:2] for line in lines[:3]] == [["cpu", "float32"], ["cpu", "bfloat16"], ["cpu", "float16"]]
-    assert all(dispatch.explain(CPU, dtype) in line for dtype, line in zip((torch.float32, torch.bfloat16), lines, strict=False))
+    assert [line.split()[:2] for line in lines[:3]] == [
+        ["cpu", "float32"],
+        ["cpu", "bfloat16"],
+        ["cpu", "float16"],
+    ]
+    assert all(
+        dispatch.explain(CPU, dtype) in line
+        for dtype, line in zip((torch.float32, torch.bfloat16), lines, strict=False)
+    )
     assert cpu.describe() in lines[3]
     assert lines[4].startswith("cuda")
 
@@ -71,26 +88,28 @@ def test_the_page_says_what_is_in_use(monkeypatch, capsys):
         (dispatch.ENVIRONMENT, "abacus", "known are cpu, triton, reference"),
         pytest.param(
             *(cpu.LEVEL_VARIABLE, "avx9000", "error: PMPD_CPU_LEVEL=avx9000"),
-            marks=pytest.mark.skipif(cpu.unavailable(CPU, torch.float32) is not None, reason="no library, no levels"),
+            marks=pytest.mark.skipif(
+                cpu.unavailable(CPU, torch.float32) is not None, reason="no library, no levels"
+            ),
         ),
     ],
 )
 def test_the_page_explains_settings_that_cannot_work(monkeypatch, capsys, variable, value, words):
     monkeypatch.setenv(variable, value)
-    __main__.main()
+    kernels.main(kernels.KernelsJob())
     assert words in capsys.readouterr().out
 
 
 def test_the_page_says_why_there_is_no_library(no_library, capsys):
-    __main__.main()
+    kernels.main(kernels.KernelsJob())
     assert capsys.readouterr().out.count("was not built") == 3
 
 
 def test_the_page_says_which_kernels_a_gpu_would_run(monkeypatch, capsys):
     monkeypatch.delenv(dispatch.ENVIRONMENT, raising=False)
-    monkeypatch.setattr(cuda, "available", lambda: True)
-    monkeypatch.setattr(cuda, "capability", lambda device: (7, 5))
-    __main__.main()
+    monkeypatch.setattr(gpu, "available", lambda: True)
+    monkeypatch.setattr(gpu, "capability", lambda device: (7, 5))
+    kernels.main(kernels.KernelsJob())
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("cuda")]
     assert len(lines) == 3
     assert all("reference" in line for line in lines)

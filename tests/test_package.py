@@ -13,9 +13,15 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="not a clone")
 def test_every_file_of_the_package_that_is_no_module_is_package_data():
-    listed = subprocess.run(["git", "ls-files", "pmpd"], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split()
-    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["pmpd"]
-    packed = {path.relative_to(ROOT).as_posix() for pattern in patterns for path in (ROOT / "pmpd").glob(pattern)}
+    listed = subprocess.run(
+        ["git", "ls-files", "pmpd"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"][
+        "pmpd"
+    ]
+    packed = {
+        path.relative_to(ROOT).as_posix() for pattern in patterns for path in (ROOT / "pmpd").glob(pattern)
+    }
     files = {name for name in listed if not name.endswith(".py")}
     assert any("autotune" in name for name in files)
     assert files <= packed, f"not in the wheel: {sorted(files - packed)}"

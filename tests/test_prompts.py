@@ -13,9 +13,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pmpd import prompts, tables
+from pmpd import storage
 from pmpd.demo import texts
-from pmpd.prompts import PromptConfig, cut_length, make_prompts, write_prompts
+from pmpd.labeling import prompts
+from pmpd.labeling.prompts import PromptConfig, cut_length, make_prompts, write_prompts
 from tests.helpers import byte_tokenizer
 
 WIKITEXT = Path(__file__).parents[2] / "shared" / "data" / "wikitext2_valid.c4.json.gz"
@@ -28,7 +29,9 @@ def tokenizer():
 
 
 def write_lines(path: Path, records: list, compress: bool = False) -> Path:
-    content = "".join((record if isinstance(record, str) else json.dumps(record)) + "\n" for record in records).encode()
+    content = "".join(
+        (record if isinstance(record, str) else json.dumps(record)) + "\n" for record in records
+    ).encode()
     path.write_bytes(gzip.compress(content) if compress else content)
     return path
 
@@ -38,10 +41,16 @@ def made(tokenizer, dataset, max_prompt_tokens=512, **options) -> list[dict]:
 
 
 def c4(texts: list) -> list[dict]:
-    return [{"text": text, "timestamp": "2019-04-25T12:57:54Z", "url": "https://example.org"} for text in texts]
+    return [
+        {"text": text, "timestamp": "2019-04-25T12:57:54Z", "url": "https://example.org"} for text in texts
+    ]
 
 
-@given(tokens=st.integers(1, 5000), seed=st.integers(0, 99), key=st.text("0123456789abcdef", min_size=16, max_size=16))
+@given(
+    tokens=st.integers(1, 5000),
+    seed=st.integers(0, 99),
+    key=st.text("0123456789abcdef", min_size=16, max_size=16),
+)
 def test_cut_length_is_in_its_range_and_repeats(tokens, seed, key):
     length = cut_length(tokens, seed, key)
     assert max(1, min(32, tokens // 2)) <= length <= tokens
@@ -51,7 +60,9 @@ def test_cut_length_is_in_its_range_and_repeats(tokens, seed, key):
 def test_cut_lengths_reach_both_ends_and_change_with_the_seed():
     lengths = {cut_length(40, 0, f"{key:016x}") for key in range(2000)}
     assert lengths == set(range(20, 41))
-    assert [cut_length(1000, 0, f"{k:016x}") for k in range(9)] != [cut_length(1000, 1, f"{k:016x}") for k in range(9)]
+    assert [cut_length(1000, 0, f"{k:016x}") for k in range(9)] != [
+        cut_length(1000, 1, f"{k:016x}") for k in range(9)
+    ]
 
 
 def test_every_container_of_the_same_texts_gives_the_same_prompts(tokenizer, tmp_path):
@@ -67,7 +78,7 @@ def test_every_container_of_the_same_texts_gives_the_same_prompts(tokenizer, tmp
         assert all(any(text.startswith(row["prompt_text"].strip()) for text in expected) for row in rows)
         assert rows[0]["source"].startswith(name)
         assert [row["prompt_tokens"] for row in rows] == [len(row["input_ids"]) for row in rows]
-        assert len(tables.to_table(rows, tables.PROMPTS)) == 4
+        assert len(storage.to_table(rows, storage.PROMPTS)) == 4
 
 
 def test_ids_do_not_depend_on_place_shards_order_or_size(tokenizer, tmp_path):
@@ -112,16 +123,22 @@ def test_half_a_surrogate_pair_is_an_error_row_and_counted(tokenizer, tmp_path):
     counts: Counter[str] = Counter()
     path = write_lines(tmp_path / "d.jsonl", c4(["a \ud83d b", "fine \U0001f600"]))
     rows = list(prompts.make_prompts(PromptConfig(str(path)), tokenizer, 512, counts))
-    assert [row["error"] for row in rows] == ["the document is no text: character 2 is U+D83D, half of a surrogate pair", None]
+    assert [row["error"] for row in rows] == [
+        "the document is no text: character 2 is U+D83D, half of a surrogate pair",
+        None,
+    ]
     assert counts["malformed"] == 1
-    assert tables.to_table(rows, tables.PROMPTS).num_rows == 2
+    assert storage.to_table(rows, storage.PROMPTS).num_rows == 2
 
 
 @pytest.mark.parametrize(
     ("lines", "told"),
     [
         ([{"text": "a"}, '{"text": "b"'], r"d\.jsonl:2: malformed JSON line"),
-        ([{"text": "a"}, {"txt": "b", "url": "u"}], r"d\.jsonl:2: a record needs the field 'text'; it has txt, url"),
+        (
+            [{"text": "a"}, {"txt": "b", "url": "u"}],
+            r"d\.jsonl:2: a record needs the field 'text'; it has txt, url",
+        ),
         ([{"text": "a"}, {"text": None}], r"d\.jsonl:2: the field 'text' must be a string, it is None"),
         ([{"text": "a"}, "17"], r"d\.jsonl:2: .*it is a int"),
     ],
@@ -135,7 +152,9 @@ def test_damaged_files_are_named(tokenizer, tmp_path):
     (tmp_path / "latin.jsonl").write_bytes('{"text": "a"}\n{"text": "café"}\n'.encode("latin-1"))
     with pytest.raises(ValueError, match=r"latin\.jsonl:2: not UTF-8"):
         made(tokenizer, tmp_path / "latin.jsonl")
-    whole = write_lines(tmp_path / "d.json.gz", c4([f"{i} {hash(str(i))}" for i in range(5000)]), compress=True).read_bytes()
+    whole = write_lines(
+        tmp_path / "d.json.gz", c4([f"{i} {hash(str(i))}" for i in range(5000)]), compress=True
+    ).read_bytes()
     (tmp_path / "d.json.gz").write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=r"d\.json\.gz: can't be read after line|d\.json\.gz:\d+: malformed"):
         made(tokenizer, tmp_path / "d.json.gz", size=10**6)
@@ -156,7 +175,9 @@ def test_an_empty_dataset_is_refused(tokenizer, tmp_path):
         made(tokenizer, tmp_path / "folder")
 
 
-@pytest.mark.parametrize("dataset", ["no/such/folder/here", "./d.jsonl", "missing.txt", "wikitext", "/nowhere/c4"])
+@pytest.mark.parametrize(
+    "dataset", ["no/such/folder/here", "./d.jsonl", "missing.txt", "wikitext", "/nowhere/c4"]
+)
 def test_an_unknown_dataset_lists_what_is_allowed(dataset):
     with pytest.raises(ValueError, match="give demo, a Hugging Face id"):
         PromptConfig(dataset).kind  # noqa: B018 - the property raises
@@ -213,8 +234,12 @@ def test_demo_prompts_are_held_out_documents_long_enough_to_continue(tokenizer):
     rows = made(tokenizer, "demo", size=40)
     assert {by_key[row["source"]].split for row in rows} == {"held_out"}
     assert min(len(by_key[row["source"]].text) for row in rows) >= texts.MIN_PROMPT_CHARACTERS
-    assert {by_key[row["source"]].split for row in made(tokenizer, "demo", size=5, split="train")} == {"train"}
-    assert len({row["source"].split("/")[0] for row in rows}) > 10, "a small size must be a sample, not the first documents"
+    assert {by_key[row["source"]].split for row in made(tokenizer, "demo", size=5, split="train")} == {
+        "train"
+    }
+    assert len({row["source"].split("/")[0] for row in rows}) > 10, (
+        "a small size must be a sample, not the first documents"
+    )
 
 
 @pytest.mark.skipif(not WIKITEXT.exists(), reason="no test data beside the repository")
@@ -225,21 +250,27 @@ def test_real_text_in_the_schema_of_c4(tokenizer):
     assert rows[3]["source"] == "wikitext2_valid.c4.json.gz:4"
 
 
-def test_written_prompts_are_reused_when_whole_and_made_again_when_cut_short(tokenizer, tmp_path, monkeypatch):
+def test_written_prompts_are_reused_when_whole_and_made_again_when_cut_short(
+    tokenizer, tmp_path, monkeypatch
+):
     monkeypatch.setattr(prompts, "ROWS_PER_SHARD", 3)
     path = write_lines(tmp_path / "d.jsonl", c4([f"text number {i}" for i in range(10)]))
     config, folder, identity = PromptConfig(str(path)), str(tmp_path / "prompts"), {"size": 64}
     counts = write_prompts(config, tokenizer, 512, folder, identity)
     assert (counts["rows"], counts["shards"]) == (10, 4)
-    first = {row["prompt_id"]: row for row in tables.read_table(folder).to_pylist()}
+    first = {row["prompt_id"]: row for row in storage.read_table(folder).to_pylist()}
     path.unlink()
-    assert write_prompts(PromptConfig("demo"), tokenizer, 512, folder, identity)["rows"] == 10, "whole: nothing is read again"
+    assert write_prompts(PromptConfig("demo"), tokenizer, 512, folder, identity)["rows"] == 10, (
+        "whole: nothing is read again"
+    )
     write_lines(path, c4([f"text number {i}" for i in range(10)]))
-    Path(tables.list_shards(folder)[1]).write_bytes(b"damaged")
+    Path(storage.list_shards(folder)[1]).write_bytes(b"damaged")
     write_prompts(PromptConfig(str(path)), tokenizer, 512, folder, identity)
-    assert {row["prompt_id"]: row for row in tables.read_table(folder).to_pylist()} == first
-    Path(tables.list_shards(folder)[1]).unlink()
+    assert {row["prompt_id"]: row for row in storage.read_table(folder).to_pylist()} == first
+    Path(storage.list_shards(folder)[1]).unlink()
     write_prompts(PromptConfig(str(path)), tokenizer, 512, folder, identity)
-    assert {row["prompt_id"]: row for row in tables.read_table(folder).to_pylist()} == first, "a shard that is gone is noticed"
+    assert {row["prompt_id"]: row for row in storage.read_table(folder).to_pylist()} == first, (
+        "a shard that is gone is noticed"
+    )
     with pytest.raises(ValueError, match="size: 64 -> 65"):
         write_prompts(config, tokenizer, 512, folder, {"size": 65})

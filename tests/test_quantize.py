@@ -17,7 +17,7 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from jobs.quantize import Config, main
+from pmpd.cli.quantize import QuantizeJob, main
 from pmpd.quantize import convert
 from pmpd.quantize.convert import QuantizeConfig, local_folder, quantize_checkpoint
 from pmpd.quantize.importance import calibration_samples, squared_gradients
@@ -42,7 +42,9 @@ def same(first: Path, second: Path) -> bool:
 @pytest.fixture(scope="module")
 def half_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny Qwen2 (biases, tied embeddings) in float16 with one float32 norm."""
-    folder = write_dense(tmp_path_factory.mktemp("half"), "qwen2", num_hidden_layers=3, tie_word_embeddings=True)
+    folder = write_dense(
+        tmp_path_factory.mktemp("half"), "qwen2", num_hidden_layers=3, tie_word_embeddings=True
+    )
     tensors = {name: tensor.half() for name, tensor in tensors_of(folder).items()}
     tensors["model.norm.weight"] = tensors["model.norm.weight"].float()
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
@@ -63,7 +65,8 @@ def test_the_output_is_what_the_format_says(half_folder: Path, quantized: Path) 
     assert config == json.loads((half_folder / "config.json").read_text())
     modules = settings["arch_config"].pop("module_names")
     assert settings == {
-        "seed_precision": 2, "parent_precision": 4, "group_count": 1, "arch_config": {"model_name": "model", "layers_name": "layers"},
+        "seed_precision": 2, "parent_precision": 4, "group_count": 1,
+        "arch_config": {"model_name": "model", "layers_name": "layers"},
     }  # fmt: skip
     assert len(modules) == 7
     source, written = tensors_of(half_folder), tensors_of(quantized)
@@ -79,12 +82,20 @@ def test_the_output_is_what_the_format_says(half_folder: Path, quantized: Path) 
                 table = written.pop(f"{path}.lut{bits}")
                 assert table.dtype == torch.float16
                 assert table.shape == (rows, 2**bits)
-                if bits == 4:  # read with nothing of ours: the nearest centroid is the code, up to the borders between parents
+                if (
+                    bits == 4
+                    # read with nothing of ours: the nearest centroid is the code, up to parents' borders
+                ):
                     nearest = (weight.float().unsqueeze(2) - table.float().unsqueeze(1)).abs().argmin(2)
-                    agree = torch.tensor(pack_by_the_text(nearest.tolist(), 4)) == (planes.long() & 0xFFFFFFFF)
+                    agree = torch.tensor(pack_by_the_text(nearest.tolist(), 4)) == (
+                        planes.long() & 0xFFFFFFFF
+                    )
                     assert agree.float().mean() > 0.4
     assert source.keys() == written.keys(), "everything else keeps its name"
-    assert all(torch.equal(source[name], written[name]) and source[name].dtype == written[name].dtype for name in source)
+    assert all(
+        torch.equal(source[name], written[name]) and source[name].dtype == written[name].dtype
+        for name in source
+    )
     assert (quantized / "tokenizer.json").read_bytes() == (half_folder / "tokenizer.json").read_bytes()
     assert not list(quantized.parent.glob(".*")), "the work folder is gone"
 
@@ -94,7 +105,11 @@ def test_more_bits_come_closer_to_the_unquantized_model(half_folder: Path, tmp_p
     model = anyprec.load(Checkpoint(tmp_path / "out"), range(2, 9), torch.float32, kernel="reference")
     reference = AutoModelForCausalLM.from_pretrained(half_folder, dtype=torch.float32)
     tokens = torch.arange(40).unsqueeze(0)
-    linears = {name: module for name, module in model.named_modules() if isinstance(module, anyprec.AnyPrecisionLinear)}
+    linears = {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, anyprec.AnyPrecisionLinear)
+    }
     assert len(linears) == 21
     distances = []
     with torch.no_grad():
@@ -112,7 +127,9 @@ def test_gradients_are_squared_per_sample(half_folder: Path) -> None:
     assert samples.shape == (3, 24)
     names = ["model.layers.0.mlp.up_proj.weight", "model.layers.2.self_attn.q_proj.weight"]
     found = squared_gradients(model, names, samples)
-    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in model.parameters()), "nothing is left behind"
+    assert not any(
+        parameter.requires_grad or parameter.grad is not None for parameter in model.parameters()
+    ), "nothing is left behind"
     expected = {name: torch.zeros_like(model.get_parameter(name)) for name in names}
     for sample in samples:
         parameters = [model.get_parameter(name).requires_grad_(True) for name in names]
@@ -140,7 +157,14 @@ def test_calibration_samples_depend_on_the_seed_and_nothing_else() -> None:
 def test_layers_in_groups_give_the_same_result(half_folder: Path, quantized: Path, tmp_path: Path) -> None:
     """Little memory for importance means more passes over the samples, not another result."""
     steps = []
-    quantize_checkpoint(half_folder, tmp_path / "out", SMALL, TEXTS, importance_bytes=1, on_progress=lambda *step: steps.append(step))
+    quantize_checkpoint(
+        half_folder,
+        tmp_path / "out",
+        SMALL,
+        TEXTS,
+        importance_bytes=1,
+        on_progress=lambda *step: steps.append(step),
+    )
     assert same(tmp_path / "out", quantized)
     assert [step for step in steps if step[0] == "gradients"][-1] == ("gradients", 9, 9)
     assert steps[-1] == ("layers", 3, 3)
@@ -158,15 +182,23 @@ def test_a_run_killed_between_layers_goes_on(half_folder: Path, quantized: Path,
     output = tmp_path / "out"
     root = Path(__file__).parent.parent
     killed = subprocess.run(
-        [sys.executable, "-c", program, str(half_folder), str(output)], cwd=root, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False
+        [sys.executable, "-c", program, str(half_folder), str(output)],
+        cwd=root,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
     )
     assert killed.returncode == -signal.SIGKILL
     assert not output.exists(), "no output before all of it is there"
     (work,) = tmp_path.glob(".out.work-*")
-    assert sorted(path.name for path in work.glob("layer-*")) == ["layer-00000.safetensors", "layer-00001.safetensors"]
+    assert sorted(path.name for path in work.glob("layer-*")) == [
+        "layer-00000.safetensors",
+        "layer-00001.safetensors",
+    ]
     (work / "layer-00001.safetensors").write_bytes(b"half a file")  # what a full disk may leave
     steps = []
-    summary = quantize_checkpoint(half_folder, output, SMALL, TEXTS, on_progress=lambda *step: steps.append(step))
+    summary = quantize_checkpoint(
+        half_folder, output, SMALL, TEXTS, on_progress=lambda *step: steps.append(step)
+    )
     assert summary.reused_layers == 1
     assert [step[1:] for step in steps if step[0] == "layers"] == [(2, 3), (3, 3)]
     assert same(output, quantized)
@@ -184,12 +216,16 @@ def test_gradients_of_waiting_layers_are_kept(half_folder: Path, quantized: Path
     with pytest.raises(Stopped):
         quantize_checkpoint(half_folder, tmp_path / "out", SMALL, TEXTS, on_progress=stop)
     steps = []
-    quantize_checkpoint(half_folder, tmp_path / "out", SMALL, TEXTS, on_progress=lambda *step: steps.append(step))
+    quantize_checkpoint(
+        half_folder, tmp_path / "out", SMALL, TEXTS, on_progress=lambda *step: steps.append(step)
+    )
     assert not [step for step in steps if step[0] == "gradients"], "they were computed before the stop"
     assert same(tmp_path / "out", quantized)
 
 
-def test_other_settings_do_not_take_up_an_unfinished_run(half_folder: Path, quantized: Path, tmp_path: Path) -> None:
+def test_other_settings_do_not_take_up_an_unfinished_run(
+    half_folder: Path, quantized: Path, tmp_path: Path
+) -> None:
     samples = torch.zeros(1, 4, dtype=torch.int64)
     checkpoint = Checkpoint(half_folder)
     prints = {
@@ -202,7 +238,9 @@ def test_other_settings_do_not_take_up_an_unfinished_run(half_folder: Path, quan
     assert len(prints) == 5
 
 
-def test_a_finished_folder_is_returned_and_a_foreign_one_is_left_alone(half_folder: Path, quantized: Path, tmp_path: Path) -> None:
+def test_a_finished_folder_is_returned_and_a_foreign_one_is_left_alone(
+    half_folder: Path, quantized: Path, tmp_path: Path
+) -> None:
     before = (quantized / "model.safetensors").stat().st_mtime_ns
     assert quantize_checkpoint(half_folder, quantized, SMALL, TEXTS).relative_error
     with pytest.raises(ValueError, match="holds something else"):
@@ -214,7 +252,9 @@ def test_a_finished_folder_is_returned_and_a_foreign_one_is_left_alone(half_fold
     assert (tmp_path / "notes.txt").read_text() == "mine"
 
 
-def test_a_full_disk_keeps_what_is_finished(half_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_keeps_what_is_finished(
+    half_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real = convert.save_file
 
     def full(tensors, path, metadata=None):
@@ -223,26 +263,39 @@ def test_a_full_disk_keeps_what_is_finished(half_folder: Path, tmp_path: Path, m
         real(tensors, path, metadata)
 
     monkeypatch.setattr(convert, "save_file", full)
-    with pytest.raises(OSError, match=r"No space left on device.*finished layers are kept in .*run the same command again"):
+    with pytest.raises(
+        OSError, match=r"No space left on device.*finished layers are kept in .*run the same command again"
+    ):
         quantize_checkpoint(half_folder, tmp_path / "out", QuantizeConfig(weighted=False), [])
     monkeypatch.undo()
-    assert quantize_checkpoint(half_folder, tmp_path / "out", QuantizeConfig(weighted=False), []).reused_layers == 2
+    assert (
+        quantize_checkpoint(half_folder, tmp_path / "out", QuantizeConfig(weighted=False), []).reused_layers
+        == 2
+    )
 
 
 def test_pickled_and_odd_sized_checkpoints(tmp_path: Path) -> None:
     """A `pytorch_model.bin` is read too; linears of a width the format can't hold stay as they are."""
     folder = write_dense(tmp_path / "in", "llama", intermediate_size=80, tie_word_embeddings=True)
     tensors = tensors_of(folder)
-    torch.save({**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"]}, folder / "pytorch_model.bin")
+    torch.save(
+        {**tensors, "lm_head.weight": tensors["model.embed_tokens.weight"]}, folder / "pytorch_model.bin"
+    )
     (folder / "model.safetensors").unlink()
     summary = quantize_checkpoint(folder, tmp_path / "out", QuantizeConfig(weighted=False), [])
     assert summary.skipped == {"mlp.down_proj": "in_features 80 is no multiple of 32"}
     written = tensors_of(tmp_path / "out")
-    assert torch.equal(written["model.layers.1.mlp.down_proj.weight"], tensors["model.layers.1.mlp.down_proj.weight"])
-    assert ("lm_head.weight" in written) != ("model.embed_tokens.weight" in written), "a tied tensor is stored once"
+    assert torch.equal(
+        written["model.layers.1.mlp.down_proj.weight"], tensors["model.layers.1.mlp.down_proj.weight"]
+    )
+    assert ("lm_head.weight" in written) != ("model.embed_tokens.weight" in written), (
+        "a tied tensor is stored once"
+    )
 
 
-def test_bad_input_is_refused_with_a_cure(half_folder: Path, quantized: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bad_input_is_refused_with_a_cure(
+    half_folder: Path, quantized: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(ValueError, match="quantized already"):
         quantize_checkpoint(quantized, tmp_path / "out", SMALL, TEXTS)
     with pytest.raises(ValueError, match="give at most as many"):
@@ -260,14 +313,20 @@ def test_bad_input_is_refused_with_a_cure(half_folder: Path, quantized: Path, tm
         raise ConnectionError("no network")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
-    with pytest.raises(ValueError, match=r"--model-path no/such: no such folder, and not to be had .*no network"):
+    with pytest.raises(
+        ValueError, match=r"--model-path no/such: no such folder, and not to be had .*no network"
+    ):
         local_folder("no/such")
     damaged = shutil.copytree(half_folder, tmp_path / "damaged")
     tensors = tensors_of(half_folder)
     del tensors["model.layers.1.mlp.up_proj.weight"]
     tensors["model.layers.2.mlp.up_proj.weight"] = torch.zeros(3, 3)
     save_file(tensors, damaged / "model.safetensors")
-    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj\.weight is missing.*layers\.2\.mlp\.up_proj\.weight has shape \[3, 3\]"):
+    with pytest.raises(
+        ValueError,
+        match=r"layers\.1\.mlp\.up_proj\.weight is missing.*layers\.2\.mlp\.up_proj\.weight has shape \[3, "
+        r"3\]",
+    ):
         quantize_checkpoint(damaged, tmp_path / "out", SMALL, TEXTS)
     tensors = tensors_of(half_folder)
     tensors["model.layers.1.mlp.up_proj.weight"][0, 0] = float("nan")
@@ -279,7 +338,9 @@ def test_bad_input_is_refused_with_a_cure(half_folder: Path, quantized: Path, tm
     assert not (tmp_path / "out").exists()
 
 
-def test_a_hub_id_is_downloaded_with_pickles_only_where_there_is_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_id_is_downloaded_with_pickles_only_where_there_is_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked = []
 
     def download(model_id: str, allow_patterns: list[str]) -> str:
@@ -300,7 +361,7 @@ def test_the_job_says_what_it_wrote_and_what_comes_next(half_folder: Path, tmp_p
     (tmp_path / "texts.txt").write_text("\n\n".join(TEXTS))
     output = tmp_path / "out"
     text = io.StringIO()
-    config = Config(
+    config = QuantizeJob(
         model_path=str(half_folder), output_dir=str(output), dataset=str(tmp_path / "texts.txt"),
         num_calibration_samples=2, calibration_length=16,
     )  # fmt: skip
@@ -308,7 +369,7 @@ def test_the_job_says_what_it_wrote_and_what_comes_next(half_folder: Path, tmp_p
     printed = text.getvalue()
     assert all(f"{error:.6f}" in printed for error in summary.relative_error.values())
     assert summary.relative_error["4"] < summary.relative_error["3"] < summary.relative_error["2"] < 0.2
-    assert f"next: python jobs/label.py --model-path {output}" in printed
+    assert f"next: pmpd label --model-path {output}" in printed
     assert f"{summary.model_bytes / 1e6:.2f} MB" in printed
     with pytest.raises(ValueError, match="no such file or folder"):
-        main(Config(model_path=str(half_folder), output_dir=str(output), dataset="./missing.txt"))
+        main(QuantizeJob(model_path=str(half_folder), output_dir=str(output), dataset="./missing.txt"))

@@ -44,7 +44,8 @@ def example(rows: int, columns: int, seed: int = 0) -> tuple[torch.Tensor, torch
 
 
 def rounding(weight: torch.Tensor, importance: torch.Tensor) -> float:
-    """What float16 centroids can add to an error: half a unit in the last place of the largest, for every weight."""
+    """What float16 centroids can add to an error: half a unit in the last place of the largest, for every
+    weight."""
     return float(importance.sum() * (weight.abs().max() * 2**-11) ** 2)
 
 
@@ -54,8 +55,13 @@ def test_seed_clusters_of_a_short_row_are_the_optimum(columns: int, bits: int, s
     weight, importance = example(2, columns, seed)
     rows = quantize_rows(weight, importance, bits, bits)
     error, _ = weighted_error(weight, importance, rows, bits)
-    optimum = sum(optimal_error(x, w, 2**bits) for x, w in zip(weight.double().tolist(), importance.double().tolist(), strict=True))
-    assert error <= optimum * 1.001 + rounding(weight, importance) + 2e-6 * float(importance.sum() * weight.var())
+    optimum = sum(
+        optimal_error(x, w, 2**bits)
+        for x, w in zip(weight.double().tolist(), importance.double().tolist(), strict=True)
+    )
+    assert error <= optimum * 1.001 + rounding(weight, importance) + 2e-6 * float(
+        importance.sum() * weight.var()
+    )
 
 
 @pytest.mark.parametrize("weighted", [True, False])
@@ -72,7 +78,9 @@ def test_every_split_is_the_best_of_all_cuts(weighted: bool) -> None:
                 x, order = weight[row][inside].double().sort()
                 w = importance[row][inside][order].double()
                 cuts = [
-                    interval_error(x.tolist(), w.tolist(), 0, c) + interval_error(x.tolist(), w.tolist(), c, len(x)) for c in range(len(x))
+                    interval_error(x.tolist(), w.tolist(), 0, c)
+                    + interval_error(x.tolist(), w.tolist(), c, len(x))
+                    for c in range(len(x))
                 ]
                 best += min(cuts, default=0.0)
         error, _ = weighted_error(weight, importance, rows, bits)
@@ -87,12 +95,16 @@ def test_error_falls_with_every_bit(seed_bits: int) -> None:
     assert all(after < 0.4 * before for before, after in pairwise(errors)), errors
     assert sorted(rows.tables) == list(range(seed_bits, 9))
     assert rows.codes.dtype == torch.uint8
-    assert all(table.dtype == torch.float16 and table.shape == (16, 2**bits) for bits, table in rows.tables.items())
+    assert all(
+        table.dtype == torch.float16 and table.shape == (16, 2**bits) for bits, table in rows.tables.items()
+    )
 
 
 @settings(max_examples=15, deadline=None)
 @given(columns=st.integers(3, 300), parent=st.integers(2, 6), seed=st.integers(0, 2**31))
-def test_every_code_is_the_nearest_stored_centroid_its_parent_allows(columns: int, parent: int, seed: int) -> None:
+def test_every_code_is_the_nearest_stored_centroid_its_parent_allows(
+    columns: int, parent: int, seed: int
+) -> None:
     weight, importance = example(3, columns, seed)
     rows = quantize_rows(weight, importance, 2, parent)
     for bits, table in rows.tables.items():
@@ -101,7 +113,9 @@ def test_every_code_is_the_nearest_stored_centroid_its_parent_allows(columns: in
         if bits == 2:
             allowed = (weight.unsqueeze(2) - table.float().unsqueeze(1)).abs().amin(2)
         else:
-            allowed = torch.minimum((weight - value).abs(), (weight - table.float().gather(1, codes ^ 1)).abs())
+            allowed = torch.minimum(
+                (weight - value).abs(), (weight - table.float().gather(1, codes ^ 1)).abs()
+            )
         assert torch.equal((weight - value).abs(), allowed)
         assert (table.float().diff(dim=1) >= 0).all(), "a table ascends"
 
@@ -111,7 +125,10 @@ def test_importance_decides_where_centroids_go() -> None:
     importance[:, ::2] *= 1000
     weighted, plain = quantize_rows(weight, importance, 2, 4), quantize_rows(weight, None, 2, 4)
     for bits in (2, 3, 4):
-        assert weighted_error(weight, importance, weighted, bits)[0] < 0.999 * weighted_error(weight, importance, plain, bits)[0]
+        assert (
+            weighted_error(weight, importance, weighted, bits)[0]
+            < 0.999 * weighted_error(weight, importance, plain, bits)[0]
+        )
         assert weighted_error(weight, None, weighted, bits)[0] > weighted_error(weight, None, plain, bits)[0]
 
 
@@ -137,7 +154,9 @@ def test_rows_with_few_values_are_held_exactly() -> None:
 def test_weights_without_a_gradient_still_get_sensible_centroids() -> None:
     weight, importance = example(4, 512)
     plain = quantize_rows(weight, None, 2, 4)
-    assert torch.equal(quantize_rows(weight, torch.zeros_like(weight), 2, 4).codes, plain.codes), "no gradients at all: as unweighted"
+    assert torch.equal(quantize_rows(weight, torch.zeros_like(weight), 2, 4).codes, plain.codes), (
+        "no gradients at all: as unweighted"
+    )
     importance[:, weight[0] > 0] = 0  # half of the values of a row never mattered
     rows = quantize_rows(weight, importance, 2, 4)
     assert all(table.isfinite().all() for table in rows.tables.values())
@@ -147,7 +166,8 @@ def test_weights_without_a_gradient_still_get_sensible_centroids() -> None:
 
 
 def test_long_rows_with_outliers_stay_near_the_optimum() -> None:
-    """Beyond 128 columns the borders are searched among candidates: bunched outliers must not fall between them."""
+    """Beyond 128 columns the borders are searched among candidates: bunched outliers must not fall between
+    them."""
     weight, importance = example(1, 1600)
     weight[:, :6] = torch.tensor([5.0, 5.1, 5.2, 9.0, 9.1, 9.2])
     importance[:, :6] = importance.sum()
@@ -155,8 +175,12 @@ def test_long_rows_with_outliers_stay_near_the_optimum() -> None:
     x, order = weight[0].double().sort()
     w = importance[0][order].double()
     sums = [torch.cat([torch.zeros(1), part.cumsum(0)]) for part in (w, w * x, w * x * x)]
-    weights, values, squares = (part.unsqueeze(0) - part.unsqueeze(1) for part in sums)  # [from border, to border]
-    cost = (squares - values**2 / weights.clamp(min=1e-300)).triu(1) + torch.full_like(weights, torch.inf).tril(-1).nan_to_num(0, torch.inf)
+    weights, values, squares = (
+        part.unsqueeze(0) - part.unsqueeze(1) for part in sums
+    )  # [from border, to border]
+    cost = (squares - values**2 / weights.clamp(min=1e-300)).triu(1) + torch.full_like(
+        weights, torch.inf
+    ).tril(-1).nan_to_num(0, torch.inf)
     best = cost[0]
     for _ in range(3):
         best = (best.unsqueeze(1) + cost).amin(0)
@@ -197,5 +221,8 @@ def test_a_gpu_clusters_as_well_as_a_cpu() -> None:
     expected = quantize_rows(weight, importance, 2, 4)
     rows = quantize_rows(weight.cuda(), importance.cuda(), 2, 4)
     for bits in (2, 3, 4):
-        here, there = weighted_error(weight, importance, expected, bits)[0], weighted_error(weight.cuda(), importance.cuda(), rows, bits)[0]
+        here, there = (
+            weighted_error(weight, importance, expected, bits)[0],
+            weighted_error(weight.cuda(), importance.cuda(), rows, bits)[0],
+        )
         assert there == pytest.approx(here, rel=1e-3)

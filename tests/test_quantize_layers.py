@@ -10,24 +10,39 @@ from pmpd.quantize.layers import find_layers
 from tests.helpers import ARCHITECTURES
 
 EXPECTED = {
-    "llama": ("model", "layers", ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+    "llama": ("model", "layers",
+    ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
                                   "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]),
-    "qwen2": ("model", "layers", ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
+    "qwen2": ("model", "layers",
+    ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj",
                                   "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]),
-    "phi": ("model", "layers", ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.dense", "mlp.fc1", "mlp.fc2"]),
-    "opt": ("model.decoder", "layers", ["self_attn.k_proj", "self_attn.v_proj", "self_attn.q_proj", "self_attn.out_proj", "fc1", "fc2"]),
-    "gpt_neox": ("gpt_neox", "layers", ["attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"]),
+    "phi": ("model", "layers",
+    ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.dense", "mlp.fc1", "mlp.fc2"]),
+    "opt": ("model.decoder", "layers",
+    ["self_attn.k_proj", "self_attn.v_proj", "self_attn.q_proj", "self_attn.out_proj", "fc1", "fc2"]),
+    "gpt_neox": ("gpt_neox", "layers",
+    ["attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h"]),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("architecture", EXPECTED)
 def test_arch_config_is_found_from_the_model(architecture: str) -> None:
-    plan = find_layers(AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **ARCHITECTURES[architecture])))
+    plan = find_layers(
+        AutoModelForCausalLM.from_config(AutoConfig.for_model(architecture, **ARCHITECTURES[architecture]))
+    )
     model_name, layers_name, modules = EXPECTED[architecture]
-    assert (plan.model_name, plan.layers_name, sorted(plan.module_names)) == (model_name, layers_name, sorted(modules))
+    assert (plan.model_name, plan.layers_name, sorted(plan.module_names)) == (
+        model_name,
+        layers_name,
+        sorted(modules),
+    )
     assert plan.count == 2
     assert plan.skipped == {}
-    assert plan.arch_config == {"model_name": model_name, "layers_name": layers_name, "module_names": list(plan.module_names)}
+    assert plan.arch_config == {
+        "model_name": model_name,
+        "layers_name": layers_name,
+        "module_names": list(plan.module_names),
+    }
 
 
 def test_convolutional_layers_are_refused_by_name() -> None:
@@ -64,7 +79,9 @@ def test_tied_linears_are_left_unquantized() -> None:
     layers[1].second.weight = layers[0].second.weight
     plan = find_layers(Model(layers))
     assert plan.module_names == ("first",)
-    assert "model.layers.0.second.weight, model.layers.1.second.weight are one tensor" in plan.skipped["second"]
+    assert (
+        "model.layers.0.second.weight, model.layers.1.second.weight are one tensor" in plan.skipped["second"]
+    )
 
 
 def test_a_linear_of_some_layers_only_is_left_unquantized() -> None:

@@ -1,4 +1,5 @@
-"""The report: figures, tables and browser are on the page, numbers come from the scores, and nothing is asked from the network."""
+"""The report: figures, tables and browser are on the page, numbers come from the scores, and nothing is asked
+from the network."""
 
 from __future__ import annotations
 
@@ -13,20 +14,25 @@ from pathlib import Path
 
 import pytest
 
-from pmpd import tables
-from pmpd.report import Report, Source, unfinished, write_report
-from pmpd.scoring import ScoreConfig, compare, score
+from pmpd import storage
+from pmpd.cli.main import main as run_command
+from pmpd.evaluation.compare import compare
+from pmpd.evaluation.score import ScoreConfig, score
+from pmpd.report.build import Report, Source, unfinished, write_report
 from tests.generation_rows import generation_rows
 
 CHROMIUM = shutil.which("chromium")
 FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+    "--disable-background-networking",
     "--disable-component-update", "--disable-sync", "--hide-scrollbars", "--virtual-time-budget=4000",
 )  # fmt: skip
 FIGURES = ("quality", "speed", "switches", "lengths")
 MANIFEST = {
-    "written": "2026-01-02T03:04:05Z", "git_commit": "0123abc", "device": "test machine", "seconds": 12.5, "complete": True,
-    "counts": {"rows": 192}, "models": {"model": "quant0"}, "config": {"benchmark": "demo"}, "schema_version": 1, "table": "generations",
+    "written": "2026-01-02T03:04:05Z", "git_commit": "0123abc", "device": "test machine", "seconds": 12.5,
+    "complete": True,
+    "counts": {"rows": 192}, "models": {"model": "quant0"}, "config": {"benchmark": "demo"},
+    "schema_version": 1, "table": "generations",
 }  # fmt: skip
 
 
@@ -35,7 +41,9 @@ def make_report(folder: Path, rows: list[dict]) -> tuple[Report, dict[str, Path]
     comparisons = compare(rows)
     scores = [row for comparison in comparisons for row in score(comparison, config)]
     keys = {(row["benchmark"], row["split"], row["run"]): [1] for row in rows}
-    report = Report(comparisons, scores, [Source(1, "results/generate/demo/quantized", MANIFEST)], keys, config)
+    report = Report(
+        comparisons, scores, [Source(1, "results/generate/demo/quantized", MANIFEST)], keys, config
+    )
     return report, write_report(report, folder)
 
 
@@ -62,7 +70,9 @@ def test_ids_on_the_page_are_unique_and_every_reference_has_its_target(page: str
     without_data = re.sub(r'<script type="application/json">.*?</script>', "", page, flags=re.DOTALL)
     ids = re.findall(r'\bid="([^"]+)"', without_data)
     assert len(ids) == len(set(ids))
-    wanted = set(re.findall(r'href="#([^"]+)"', without_data)) | set(re.findall(r"url\(#([^)]+)\)", without_data))
+    wanted = set(re.findall(r'href="#([^"]+)"', without_data)) | set(
+        re.findall(r"url\(#([^)]+)\)", without_data)
+    )
     assert wanted <= set(ids)
 
 
@@ -76,7 +86,11 @@ def test_the_page_names_no_address_that_a_browser_would_load(page: str) -> None:
 def test_the_table_shows_the_scores_as_they_are(made, page: str) -> None:
     report, _ = made
     table = page[page.index('id="demo-runs"') : page.index("</table>", page.index('id="demo-runs"'))]
-    rows = [row for row in report.scores if (row["metric"], row["against"], row["turn"]) == ("rouge_l", "reference_output", None)]
+    rows = [
+        row
+        for row in report.scores
+        if (row["metric"], row["against"], row["turn"]) == ("rouge_l", "reference_output", None)
+    ]
     assert len(rows) == 12
     for row in rows:
         line = table[table.index(f"</span>{row['run']}</th>") :].partition("</tr>")[0]
@@ -89,25 +103,38 @@ def test_mixing_is_compared_with_uniform_at_nearest_bits_on_page_and_in_markdown
     report, written = made
     table = page[page.index('id="demo-runs"') : page.index("</table>", page.index('id="demo-runs"'))]
     rows = {
-        row["run"]: row for row in report.scores if (row["metric"], row["against"], row["turn"]) == ("rouge_l", "reference_output", None)
+        row["run"]: row
+        for row in report.scores
+        if (row["metric"], row["against"], row["turn"]) == ("rouge_l", "reference_output", None)
     }
     for row in rows.values():
         line = table[table.index(f"</span>{row['run']}</th>") :].partition("</tr>")[0]
-        (listed,) = [text for text in written["report.md"].read_text().splitlines() if text.startswith(f"| {row['run']} |")]
+        (listed,) = [
+            text
+            for text in written["report.md"].read_text().splitlines()
+            if text.startswith(f"| {row['run']} |")
+        ]
         if row["kind"] in ("fp", "uniform"):
             assert "bits)" not in line + listed
             continue
         bits, other = row["average_bits"], rows[row["nearest_uniform"]]
-        low, value, high = (f"{row[f'nearest_difference{end}']:+.3f}".replace("-", "−") for end in ("_low", "", "_high"))
+        low, value, high = (
+            f"{row[f'nearest_difference{end}']:+.3f}".replace("-", "−") for end in ("_low", "", "_high")
+        )
         to = f"to {other['run']} ({bits - other['average_bits']:+.3f} bits)".replace("-0", "−0")
-        assert f">{value}</span><br><span class='ci'>{low} to {high}</span><br><span class='ci'>{to}</span>" in line
+        assert (
+            f">{value}</span><br><span class='ci'>{low} to {high}</span><br><span class='ci'>{to}</span>"
+            in line
+        )
         assert f"| {value} [{low}, {high}] {to} |" in listed
 
 
 def test_every_precision_has_its_own_colour() -> None:
-    from pmpd.page import CSS
+    from pmpd.report.page import CSS
 
-    rules = {bits: re.search(rf"\.b{bits} {{ background: (var\(--p{bits}\));", CSS) for bits in (*range(2, 9), 16)}
+    rules = {
+        bits: re.search(rf"\.b{bits} {{ background: (var\(--p{bits}\));", CSS) for bits in (*range(2, 9), 16)
+    }
     assert all(rules.values()), rules
     for scheme in CSS.split("@media (prefers-color-scheme: dark)")[:2]:
         colours = dict(re.findall(r"--p(\d+): (#\w+);", scheme))
@@ -139,19 +166,32 @@ def test_excluded_turns_are_told_at_the_top(tmp_path: Path) -> None:
     victim = next(row for row in rows if row["run"] == "random-0")
     victim |= {"error": "RuntimeError: boom", "output_text": None, "precision_trace": None}
     _, written = make_report(tmp_path, rows)
-    sentence = "1 turns are left out of every number, because not all runs have an answer to them (1 failed in random-0)."
+    sentence = (
+        "1 turns are left out of every number, because not all runs have an answer to them (1 failed "
+        "in random-0)."
+    )
     assert sentence in written["report.html"].read_text()
     assert sentence in written["report.md"].read_text()
 
 
 def test_a_run_that_failed_as_a_whole_is_named_and_the_others_are_reported(tmp_path: Path) -> None:
-    lost = {"error": "RuntimeError: boom\nTraceback", "output_text": None, "output_ids": None, "precision_trace": None}
-    rows = [{**row, **lost} if row["run"] == "random-0" else row for row in generation_rows(questions=6, two_turns=2)]
+    lost = {
+        "error": "RuntimeError: boom\nTraceback",
+        "output_text": None,
+        "output_ids": None,
+        "precision_trace": None,
+    }
+    rows = [
+        {**row, **lost} if row["run"] == "random-0" else row
+        for row in generation_rows(questions=6, two_turns=2)
+    ]
     report, written = make_report(tmp_path, rows)
     sentence = "random-0 is in no number, since all its 8 turns failed, the first with: RuntimeError: boom."
     assert sentence in written["report.html"].read_text()
     assert sentence in written["report.md"].read_text()
-    assert {row["rows"] for row in report.scores if row["against"] == "reference_output" and row["turn"] is None} == {8}
+    assert {
+        row["rows"] for row in report.scores if row["against"] == "reference_output" and row["turn"] is None
+    } == {8}
 
 
 def test_a_benchmark_without_anything_to_compare_with_says_what_to_run(tmp_path: Path) -> None:
@@ -161,7 +201,11 @@ def test_a_benchmark_without_anything_to_compare_with_says_what_to_run(tmp_path:
 
 
 def test_a_benchmark_with_references_needs_no_unquantized_model(tmp_path: Path) -> None:
-    rows = [row for row in generation_rows(questions=6, two_turns=0, benchmark="cnn_dm") if row["kind"] not in ("fp", "kv_cache")]
+    rows = [
+        row
+        for row in generation_rows(questions=6, two_turns=0, benchmark="cnn_dm")
+        if row["kind"] not in ("fp", "kv_cache")
+    ]
     report, written = make_report(tmp_path, rows)
     assert {row["against"] for row in report.scores} == {"dataset"}
     assert "ROUGE-L F1, stemmed" in written["report.html"].read_text()
@@ -172,15 +216,18 @@ def test_an_unfinished_run_is_named() -> None:
 
 
 def test_the_job_reads_folders_writes_scores_and_refuses_a_mixture(tmp_path: Path) -> None:
-    from jobs.report import ReportJob, main
+    from pmpd.cli.report import ReportJob, main
 
     rows = generation_rows(questions=6, two_turns=2)
     for name, fp in (("fp", True), ("quantized", False)):
         chosen = [row for row in rows if (row["kind"] == "fp") == fp]
-        tables.write_shard(tables.to_table(chosen, tables.GENERATIONS), tmp_path / "in" / name / "answers" / "data" / "part-0.parquet")
-        tables.write_manifest(
+        storage.write_shard(
+            storage.to_table(chosen, storage.GENERATIONS),
+            tmp_path / "in" / name / "answers" / "data" / "part-0.parquet",
+        )
+        storage.write_manifest(
             tmp_path / "in" / name / "answers",
-            tables.GENERATIONS,
+            storage.GENERATIONS,
             {"a": 1},
             table="generations",
             complete=True,
@@ -188,23 +235,27 @@ def test_the_job_reads_folders_writes_scores_and_refuses_a_mixture(tmp_path: Pat
         )
     page = main(ReportJob((str(tmp_path / "in"),), str(tmp_path / "out"), resamples=200))
     assert 'id="source-2"' in page.read_text()
-    scores = tables.read_table(tmp_path / "out" / "scores").to_pylist()
+    scores = storage.read_table(tmp_path / "out" / "scores").to_pylist()
     assert {row["run"] for row in scores} >= {"fp", "uniform-4", "oracle"}
-    assert tables.main([str(tmp_path / "out" / "scores")]) == 0
-    with pytest.raises(ValueError, match="--output-dir s3://bucket/report: a report is written to a local folder"):
+    assert run_command(["inspect", str(tmp_path / "out" / "scores")]) == 0
+    with pytest.raises(
+        ValueError, match="--output-dir s3://bucket/report: a report is written to a local folder"
+    ):
         ReportJob((str(tmp_path / "in"),), "s3://bucket/report")
     with pytest.raises(ValueError, match="is there twice"):
         main(ReportJob((str(tmp_path / "in"), str(tmp_path / "in")), str(tmp_path / "out")))
     with pytest.raises(ValueError, match="no generations in it"):
         main(ReportJob((str(tmp_path / "out"),), str(tmp_path / "out2")))
     manifest = tmp_path / "in" / "fp" / "answers" / "manifest.json"
-    manifest.write_text(manifest.read_text().replace(f'"schema_version": {tables.SCHEMA_VERSION}', '"schema_version": 0'))
+    manifest.write_text(
+        manifest.read_text().replace(f'"schema_version": {storage.SCHEMA_VERSION}', '"schema_version": 0')
+    )
     with pytest.raises(ValueError, match="schema version 0"):
         main(ReportJob((str(tmp_path / "in"),), str(tmp_path / "out2")))
 
 
 def test_reports_load_neither_torch_nor_ray() -> None:
-    code = "import sys, jobs.report; print(sorted({'torch', 'ray', 'transformers'} & set(sys.modules)))"
+    code = "import sys, pmpd.cli.report; print(sorted({'torch', 'ray', 'transformers'} & set(sys.modules)))"
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     import sys
 
@@ -212,7 +263,7 @@ def test_reports_load_neither_torch_nor_ray() -> None:
     assert done.stdout.strip() == "[]", done.stderr
 
 
-# -------------------------------------------------------------------------------------------------------------- in a real browser
+# ------------------------------------------------------------------------------------------------------------
 
 
 class Server(ThreadingHTTPServer):
@@ -238,14 +289,21 @@ class Server(ThreadingHTTPServer):
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed (apt-get install chromium)")
-def test_chromium_shows_figures_table_and_answers_and_requests_nothing_else(page: str, tmp_path: Path) -> None:
+def test_chromium_shows_figures_table_and_answers_and_requests_nothing_else(
+    page: str, tmp_path: Path
+) -> None:
     # What the script itself sees, written into the page, so that it is part of the dump.
     probe = """<script>
-    const seen = {figures: [...document.querySelectorAll("figure svg")].filter(s => s.getBoundingClientRect().height > 80).length,
-      rows: document.querySelectorAll("#demo-runs tbody tr").length, tokens: document.querySelectorAll(".answer .text span").length,
-      loaded: performance.getEntriesByType("resource").map(e => e.name), wide: document.documentElement.scrollWidth - innerWidth,
-      widest: [...document.querySelectorAll("body *")].filter(e => e.getBoundingClientRect().right > innerWidth).map(e => e.outerHTML)};
-    document.body.append(Object.assign(document.createElement("pre"), {id: "probe", textContent: JSON.stringify(seen)}));
+    const seen = {figures: [...document.querySelectorAll("figure svg")]
+        .filter(s => s.getBoundingClientRect().height > 80).length,
+      rows: document.querySelectorAll("#demo-runs tbody tr").length,
+      tokens: document.querySelectorAll(".answer .text span").length,
+      loaded: performance.getEntriesByType("resource").map(e => e.name),
+      wide: document.documentElement.scrollWidth - innerWidth,
+      widest: [...document.querySelectorAll("body *")].
+        .filter(e => e.getBoundingClientRect().right > innerWidth).map(e => e.outerHTML)};
+    document.body.append(
+      Object.assign(document.createElement("pre"), {id: "probe", textContent: JSON.stringify(seen)}));
     </script></body>"""
     keep = Path(os.environ.get("PMPD_SCREENSHOTS", tmp_path))
     keep.mkdir(parents=True, exist_ok=True)
@@ -255,7 +313,9 @@ def test_chromium_shows_figures_table_and_answers_and_requests_nothing_else(page
         for name, size in (("desktop", "1280,2400"), ("phone", "500,2400")):
             address = f"http://127.0.0.1:{server.server_address[1]}/"
             picture = keep / f"report-{name}.png"
-            dump = browse(address, tmp_path / name, f"--window-size={size}", f"--screenshot={picture}", "--dump-dom")
+            dump = browse(
+                address, tmp_path / name, f"--window-size={size}", f"--screenshot={picture}", "--dump-dom"
+            )
             seen = json.loads(re.search(r'<pre id="probe">(.*?)</pre>', dump).group(1))
             assert seen["figures"] == len(FIGURES), name
             assert seen["rows"] == 12, name
@@ -275,15 +335,24 @@ def test_chromium_prints_the_page_with_all_columns(page: str, tmp_path: Path) ->
     browse((tmp_path / "report.html").as_uri(), tmp_path / "profile", f"--print-to-pdf={printed}")
     content = printed.read_bytes()
     assert content.startswith(b"%PDF")
-    assert len(re.findall(rb"/Type\s*/Page\b", content)) >= 3, "figures, tables and provenance do not fit on fewer"
+    assert len(re.findall(rb"/Type\s*/Page\b", content)) >= 3, (
+        "figures, tables and provenance do not fit on fewer"
+    )
     # As wide as A4 less its margins, and with the rules of print: what is wider would be cut off.
     probe = """<script>
-    const widest = Math.max(...[...document.querySelectorAll("table")].map(e => e.getBoundingClientRect().right));
+    const widest = Math.max(
+      ...[...document.querySelectorAll("table")].map(e => e.getBoundingClientRect().right));
     document.body.append(Object.assign(document.createElement("pre"), {id: "probe", textContent: widest}));
     </script></body>"""
-    narrow = page.replace("@media print", "@media screen").replace("</body>", probe).replace("<body>", '<body style="width: 700px">')
+    narrow = (
+        page.replace("@media print", "@media screen")
+        .replace("</body>", probe)
+        .replace("<body>", '<body style="width: 700px">')
+    )
     (tmp_path / "narrow.html").write_text(narrow, encoding="utf-8")
-    dump = browse((tmp_path / "narrow.html").as_uri(), tmp_path / "profile2", "--window-size=1280,2400", "--dump-dom")
+    dump = browse(
+        (tmp_path / "narrow.html").as_uri(), tmp_path / "profile2", "--window-size=1280,2400", "--dump-dom"
+    )
     assert float(re.search(r'<pre id="probe">(.*?)</pre>', dump).group(1)) <= 700
 
 

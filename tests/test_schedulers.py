@@ -1,4 +1,5 @@
-"""The published door of the schedulers: what it takes, what it refuses, and that every option does what it says."""
+"""The published door of the schedulers: what it takes, what it refuses, and that every option does what it
+says."""
 
 from __future__ import annotations
 
@@ -7,11 +8,17 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from pmpd.schedulers import NEVER, PrefillState, Scheduler, chain_bits, class_steps
+from pmpd.schedulers.base import PrefillState, Scheduler
+from pmpd.schedulers.chain import NEVER, chain_bits, class_steps
 
 
 def state_of(keys: list[str], max_new_tokens: int = 256) -> PrefillState:
-    return PrefillState(keys, [max_new_tokens] * len(keys), [10] * len(keys), features=lambda: pytest.fail("nobody asked for features"))
+    return PrefillState(
+        keys,
+        [max_new_tokens] * len(keys),
+        [10] * len(keys),
+        features=lambda: pytest.fail("nobody asked for features"),
+    )
 
 
 def random_steps(keys: list[str], **options) -> np.ndarray:
@@ -44,7 +51,9 @@ def test_random_is_uniform_without_a_prior_and_each_pair_draws_for_itself():
 def test_random_draws_depend_on_seed_and_key_only():
     steps = random_steps(KEYS, seed=1)
     assert (random_steps(KEYS, seed=2) != steps).any(axis=1).mean() > 0.8, "another seed, other draws"
-    assert np.array_equal(random_steps(KEYS[::-1], seed=1)[::-1], steps), "the order of the batch changes a row's draw"
+    assert np.array_equal(random_steps(KEYS[::-1], seed=1)[::-1], steps), (
+        "the order of the batch changes a row's draw"
+    )
     assert np.array_equal(random_steps(KEYS[7:8], seed=1)[0], steps[7]), "the batch changes a row's draw"
 
 
@@ -67,12 +76,24 @@ def test_confidence_lowers_after_patience_sure_forwards_in_a_row():
     for t, probability in enumerate([0.95, 0.5, 0.9, 0.99, 0.99, 0.2, 0.9, 0.9], start=1):
         scheduler.observe(steps, np.asarray([t]), np.asarray([probability]))
         seen.append(int((steps < NEVER - 2).sum()))
-    assert seen == [0, 0, 0, 1, 1, 1, 1, 2], "a forward that is not sure starts the count again, and each pair counts for itself"
+    assert seen == [0, 0, 0, 1, 1, 1, 1, 2], (
+        "a forward that is not sure starts the count again, and each pair counts for itself"
+    )
 
 
 def test_one_dictionary_serves_all_schedulers():
-    everything = {"precisions": [4, 3], "high_bit_steps": 3, "seed": 1, "prior": None, "threshold": 0.5, "patience": 1}
-    names = [type(Scheduler.get_scheduler(name, **everything)).name for name in ("naive", "static", "random", "confidence")]
+    everything = {
+        "precisions": [4, 3],
+        "high_bit_steps": 3,
+        "seed": 1,
+        "prior": None,
+        "threshold": 0.5,
+        "patience": 1,
+    }
+    names = [
+        type(Scheduler.get_scheduler(name, **everything)).name
+        for name in ("naive", "static", "random", "confidence")
+    ]
     assert names == ["static", "static", "random", "confidence"]
 
 
@@ -80,26 +101,34 @@ def test_one_dictionary_serves_all_schedulers():
     ("name", "options", "told"),
     [
         ("lucky", {}, r"scheduler 'lucky': known are confidence, kv_cache, naive, random, static"),
-        ("static", {"precisions": [4, 3], "high_bit_steps": 3, "steps": 1}, r"scheduler option steps: known are .*high_bit_steps"),
-        ("static", {"precisions": [4, 3]}, r"scheduler 'static' needs the option high_bit_steps; it takes precisions, high_bit_steps"),
+        ("static", {"precisions": [4, 3], "high_bit_steps": 3, "steps": 1}, r"scheduler option steps: known "
+                                                                            r"are .*high_bit_steps"),
+        ("static", {"precisions": [4, 3]}, r"scheduler 'static' needs the option high_bit_steps; it takes "
+                                           r"precisions, high_bit_steps"),
         ("naive", {}, r"scheduler 'naive' needs the option precisions, high_bit_steps"),
-        ("random", {"seed": 3}, r"scheduler 'random' needs the option precisions; it takes precisions, seed, prior"),
+        ("random", {"seed": 3}, r"scheduler 'random' needs the option precisions; it takes precisions, "
+                                r"seed, prior"),
         ("kv_cache", {"precisions": None}, r"scheduler 'kv_cache' needs the option precisions"),
         ("random", {"precisions": "4,3"}, r"precisions '4,3': a precision chain is a list of bit widths"),
         ("random", {"precisions": "43"}, r"precisions '43': a precision chain is a list of bit widths"),
-        ("random", {"precisions": [4.5, 3]}, r"precisions \[4\.5, 3\]: a precision chain is a list of bit widths"),
+        ("random", {"precisions": [4.5, 3]}, r"precisions \[4\.5, 3\]: a precision chain is a list of bit "
+                                             r"widths"),
         ("random", {"precisions": 4}, r"precisions 4: a precision chain is a list of bit widths"),
         ("random", {"precisions": [3, 3]}, r"distinct and descending"),
-        ("static", {"precisions": [4, 3], "high_bit_steps": 2.5}, r"high_bit_steps 2\.5: .* has 1 pair\(s\); give one whole number"),
-        ("static", {"precisions": [4, 3], "high_bit_steps": "3"}, r"high_bit_steps 3: .*give one whole number"),
+        ("static", {"precisions": [4, 3], "high_bit_steps": 2.5}, r"high_bit_steps 2\.5: .* has 1 "
+                                                                  r"pair\(s\); give one whole number"),
+        ("static", {"precisions": [4, 3], "high_bit_steps": "3"}, r"high_bit_steps 3: .*give one whole "
+                                                                  r"number"),
         ("static", {"precisions": [4, 3, 2], "high_bit_steps": [3]}, r"has 2 pair\(s\); .*or one per pair"),
         ("static", {"precisions": [4, 3], "high_bit_steps": -1}, r"decode forwards >= 0"),
-        ("random", {"precisions": [4, 3], "prior": [1, 2]}, r"prior \[1, 2\]: give four weights >= 0 .*each of the 1 pair\(s\)"),
+        ("random", {"precisions": [4, 3], "prior": [1, 2]}, r"prior \[1, 2\]: give four weights >= 0 .*each "
+                                                            r"of the 1 pair\(s\)"),
         ("random", {"precisions": [4, 3], "prior": [[1, 2, 3, 4], [1]]}, r"prior .*: give four weights"),
         ("random", {"precisions": [4, 3], "prior": [0, 0, 0, 0]}, r"with a positive sum"),
         ("random", {"precisions": [4, 3], "prior": [1, 1, -1, 1]}, r"weights >= 0"),
         ("random", {"precisions": [4, 3], "prior": [1, 1, float("nan"), 1]}, r"weights >= 0"),
-        ("confidence", {"precisions": [4, 3], "threshold": 0}, r"threshold 0, patience 4: 0 < threshold <= 1"),
+        ("confidence", {"precisions": [4, 3], "threshold": 0}, r"threshold 0, patience 4: 0 < threshold <= "
+                                                               r"1"),
     ],
 )  # fmt: skip
 def test_the_door_refuses_what_it_can_not_use_and_says_what_it_takes(name, options, told):

@@ -17,7 +17,8 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 import pytest
 
-from pmpd import tables
+from pmpd import storage
+from pmpd.cli.main import main as run_command
 
 
 def label_rows(count: int, head_dim: int = 4) -> list[dict]:
@@ -35,26 +36,41 @@ def label_rows(count: int, head_dim: int = 4) -> list[dict]:
             "high_ids": [1, 2],
         }
         rows.append(
-            {"prompt_id": f"{i:016x}", "prompt_tokens": i + 1, "pairs": [pair], "keys": features, "values": features, "error": None}
+            {
+                "prompt_id": f"{i:016x}",
+                "prompt_tokens": i + 1,
+                "pairs": [pair],
+                "keys": features,
+                "values": features,
+                "error": None,
+            }
         )
     rows[1]["error"] = "ValueError: bad"
     return rows
 
 
 def write_dataset(
-    folder: Path, rows: list[dict], schema: pa.Schema | None = None, complete: bool = True, counted: int | None = None
+    folder: Path,
+    rows: list[dict],
+    schema: pa.Schema | None = None,
+    complete: bool = True,
+    counted: int | None = None,
 ) -> Path:
-    schema = schema or tables.labels_schema(4)
+    schema = schema or storage.labels_schema(4)
     for start in range(0, len(rows), 4):
-        tables.write_shard(tables.to_table(rows[start : start + 4], schema), folder / "data" / f"part-{start}.parquet")
+        storage.write_shard(
+            storage.to_table(rows[start : start + 4], schema), folder / "data" / f"part-{start}.parquet"
+        )
     counts = {"rows": len(rows) if counted is None else counted}
-    tables.write_manifest(folder, schema, {"size": 3}, table="labels", complete=complete, counts=counts, models={"model": "abc"})
+    storage.write_manifest(
+        folder, schema, {"size": 3}, table="labels", complete=complete, counts=counts, models={"model": "abc"}
+    )
     return folder
 
 
 def test_float16_features_are_exact_in_every_reader(tmp_path):
     rows = label_rows(6)
-    data = tables.data_folder(write_dataset(tmp_path / "labels", rows))
+    data = storage.data_folder(write_dataset(tmp_path / "labels", rows))
     wanted = {row["prompt_id"]: row["keys"] for row in rows}
     frame = pd.read_parquet(data)
     by_duckdb = duckdb.sql(f"select prompt_id, keys from '{data}/*.parquet'").fetchall()
@@ -68,11 +84,13 @@ def test_float16_features_are_exact_in_every_reader(tmp_path):
         if wanted[key] is None:
             assert features is None
         else:
-            np.testing.assert_array_equal(np.stack([np.asarray(vector, np.float16) for vector in features]), wanted[key])
+            np.testing.assert_array_equal(
+                np.stack([np.asarray(vector, np.float16) for vector in features]), wanted[key]
+            )
 
 
 def test_nulls_inside_a_pair_stay_null(tmp_path):
-    pair = tables.read_table(write_dataset(tmp_path / "labels", label_rows(2)))["pairs"][0].as_py()[0]
+    pair = storage.read_table(write_dataset(tmp_path / "labels", label_rows(2)))["pairs"][0].as_py()[0]
     assert pair["rouge_l"] == [0.5, None, 0.25, 1.0]
     assert pair["branch_tokens"] is None
 
@@ -87,7 +105,7 @@ def test_nulls_inside_a_pair_stay_null(tmp_path):
 )
 def test_a_row_that_does_not_fit_names_the_column(row, named):
     with pytest.raises(ValueError, match=named):
-        tables.to_table([row], tables.PROMPTS)
+        storage.to_table([row], storage.PROMPTS)
 
 
 def test_a_shard_that_can_not_be_written_leaves_nothing_behind(tmp_path):
@@ -95,16 +113,21 @@ def test_a_shard_that_can_not_be_written_leaves_nothing_behind(tmp_path):
     script = f"""
 import resource, signal, sys
 from pathlib import Path
-from pmpd import tables
+from pmpd import storage
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 path = Path({str(tmp_path)!r}) / "data" / "part-0.parquet"
-small = tables.to_table([{{"prompt_id": "a", "prompt_text": "old"}}], tables.PROMPTS)
-tables.write_shard(small, path)
+small = storage.to_table([{{"prompt_id": "a", "prompt_text": "old"}}], storage.PROMPTS)
+storage.write_shard(small, path)
 resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 import random
-big = tables.to_table([{{"prompt_id": str(i), "prompt_text": random.randbytes(60).hex()}} for i in range(2000)], tables.PROMPTS)
+big = storage.to_table(
+    [
+        {{"prompt_id": str(i), "prompt_text": random.randbytes(60).hex()}} for i in range(2000)
+    ],
+    storage.PROMPTS,
+)
 try:
-    tables.write_shard(big, path)
+    storage.write_shard(big, path)
 except ValueError as error:
     print(error)
 """
@@ -112,7 +135,7 @@ except ValueError as error:
     assert "part-0.parquet" in result.stdout
     assert "Free space" in result.stdout
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["part-0.parquet"]
-    assert tables.read_table(tmp_path)["prompt_text"].to_pylist() == ["old"]
+    assert storage.read_table(tmp_path)["prompt_text"].to_pylist() == ["old"]
 
 
 @pytest.mark.parametrize("kind", ["shard", "manifest", "bytes"])
@@ -122,13 +145,20 @@ def test_whatever_can_not_be_written_is_told_with_path_and_cure(tmp_path, monkey
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("pmpd.tables.os.fsync", full)
+    monkeypatch.setattr("pmpd.storage.files.os.fsync", full)
     write = {
-        "shard": lambda: tables.write_shard(tables.to_table([{"prompt_id": "a"}], tables.PROMPTS), tmp_path / "data" / "part-0.parquet"),
-        "manifest": lambda: tables.write_manifest(tmp_path, tables.PROMPTS, {}, table="prompts", complete=False),
-        "bytes": lambda: tables.write_bytes(tmp_path / "_lease.json", b"{}"),
+        "shard": lambda: storage.write_shard(
+            storage.to_table([{"prompt_id": "a"}], storage.PROMPTS), tmp_path / "data" / "part-0.parquet"
+        ),
+        "manifest": lambda: storage.write_manifest(
+            tmp_path, storage.PROMPTS, {}, table="prompts", complete=False
+        ),
+        "bytes": lambda: storage.write_bytes(tmp_path / "_lease.json", b"{}"),
     }[kind]
-    with pytest.raises(ValueError, match=rf"{tmp_path}/.*: can't be written \(.*No space left.*Free space.*run the same command") as caught:
+    with pytest.raises(
+        ValueError,
+        match=rf"{tmp_path}/.*: can't be written \(.*No space left.*Free space.*run the same command",
+    ) as caught:
         write()
     assert isinstance(caught.value, OSError)
     assert not [path for path in tmp_path.rglob("*") if path.is_file()], "half a file was left behind"
@@ -137,17 +167,19 @@ def test_whatever_can_not_be_written_is_told_with_path_and_cure(tmp_path, monkey
 @pytest.mark.parametrize("folder", ["file", "file/below"])
 def test_a_file_in_the_place_of_the_output_folder_is_told(tmp_path, folder):
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(ValueError, match=r"a file is in the place of the folder; choose another --output-dir"):
-        tables.check_config(tmp_path / folder, {})
+    with pytest.raises(
+        ValueError, match=r"a file is in the place of the folder; choose another --output-dir"
+    ):
+        storage.check_config(tmp_path / folder, {})
     with pytest.raises(ValueError, match=r"can't be written .*choose another --output-dir"):
-        tables.write_bytes(tmp_path / folder / "_lease.json", b"{}")
+        storage.write_bytes(tmp_path / folder / "_lease.json", b"{}")
     with pytest.raises(ValueError, match=r"/proc/no/_lease\.json: can't be written"):
-        tables.write_bytes("/proc/no/_lease.json", b"{}")
+        storage.write_bytes("/proc/no/_lease.json", b"{}")
 
 
 def test_write_error_survives_the_way_from_worker_to_driver():
-    error = pickle.loads(pickle.dumps(tables.ShardWriteError("full")))
-    assert isinstance(error, tables.ShardWriteError)
+    error = pickle.loads(pickle.dumps(storage.ShardWriteError("full")))
+    assert isinstance(error, storage.ShardWriteError)
     assert str(error) == "full"
 
 
@@ -158,7 +190,11 @@ def damage_truncate(path: Path) -> None:
 def damage_one_byte_of_a_feature(path: Path) -> None:
     """In a column that identifies no row: only the checksums know."""
     group = pq.ParquetFile(path).metadata.row_group(0)
-    column = next(column for column in map(group.column, range(group.num_columns)) if column.path_in_schema.startswith("keys"))
+    column = next(
+        column
+        for column in map(group.column, range(group.num_columns))
+        if column.path_in_schema.startswith("keys")
+    )
     position = (column.dictionary_page_offset or column.data_page_offset) + column.total_compressed_size - 2
     content = bytearray(path.read_bytes())
     content[position] ^= 0xFF
@@ -173,35 +209,40 @@ def damage_empty(path: Path) -> None:
 def test_a_damaged_shard_is_never_counted(tmp_path, damage):
     folder = write_dataset(tmp_path / "labels", label_rows(8))
     damage(folder / "data" / "part-4.parquet")
-    found = tables.scan(folder)
+    found = storage.scan(folder)
     assert [Path(shard.path).name for shard in found.shards] == ["part-0.parquet"]
     assert [Path(path).name for path in found.unreadable] == ["part-4.parquet"]
-    aside = tables.set_aside(next(iter(found.unreadable)), folder)
+    aside = storage.set_aside(next(iter(found.unreadable)), folder)
     assert Path(aside).exists()
-    assert len(tables.read_table(folder)) == 4
+    assert len(storage.read_table(folder)) == 4
 
 
 def test_leftovers_of_killed_writers_are_invisible_and_go(tmp_path):
     folder = write_dataset(tmp_path / "labels", label_rows(4))
     (folder / "data" / ".part-9.parquet.abc.tmp").write_bytes(b"half")
-    assert len(tables.read_table(folder)) == len(pd.read_parquet(folder / "data")) == 4
+    assert len(storage.read_table(folder)) == len(pd.read_parquet(folder / "data")) == 4
     (folder / ".manifest.json.abc.tmp").write_bytes(b"half")
-    tables.remove_temporary(folder)
+    storage.remove_temporary(folder)
     assert [path.name for path in (folder / "data").iterdir()] == ["part-0.parquet"]
     assert sorted(path.name for path in folder.iterdir()) == ["data", "manifest.json"]
 
 
 def test_read_rows_reads_the_row_groups_it_needs_in_the_order_asked(tmp_path):
     rows = [{"prompt_id": f"{i}", "prompt_tokens": i} for i in range(100)]
-    tables.write_shard(tables.to_table(rows, tables.PROMPTS), tmp_path / "p.parquet", row_group_rows=16)
-    assert [row["prompt_tokens"] for row in tables.read_rows(tmp_path / "p.parquet", [99, 0, 16, 15, 17])] == [99, 0, 16, 15, 17]
+    storage.write_shard(storage.to_table(rows, storage.PROMPTS), tmp_path / "p.parquet", row_group_rows=16)
+    assert [
+        row["prompt_tokens"] for row in storage.read_rows(tmp_path / "p.parquet", [99, 0, 16, 15, 17])
+    ] == [99, 0, 16, 15, 17]
 
 
 def test_one_code_path_serves_uris(tmp_path):
     uri = f"file://{tmp_path}/labels"
     rows = label_rows(5)
-    tables.write_shard(tables.to_table(rows, tables.labels_schema(4)), tables.join(tables.data_folder(uri), "part-0.parquet"))
-    assert len(tables.read_table(tmp_path / "labels")) == len(tables.read_table(uri)) == 5
+    storage.write_shard(
+        storage.to_table(rows, storage.labels_schema(4)),
+        storage.join(storage.data_folder(uri), "part-0.parquet"),
+    )
+    assert len(storage.read_table(tmp_path / "labels")) == len(storage.read_table(uri)) == 5
 
 
 class PutOnly(pafs.FileSystemHandler):
@@ -217,10 +258,17 @@ class PutOnly(pafs.FileSystemHandler):
         return path
 
     def get_file_info(self, paths):
-        return [pafs.FileInfo(path, pafs.FileType.File if path in self.objects else pafs.FileType.NotFound) for path in paths]
+        return [
+            pafs.FileInfo(path, pafs.FileType.File if path in self.objects else pafs.FileType.NotFound)
+            for path in paths
+        ]
 
     def get_file_info_selector(self, selector):
-        return [pafs.FileInfo(path, pafs.FileType.File) for path in self.objects if path.startswith(selector.base_dir)]
+        return [
+            pafs.FileInfo(path, pafs.FileType.File)
+            for path in self.objects
+            if path.startswith(selector.base_dir)
+        ]
 
     def open_input_stream(self, path):
         return self.open_input_file(path)
@@ -258,51 +306,61 @@ class PutOnly(pafs.FileSystemHandler):
     def _unsupported(self, *_):
         raise NotImplementedError
 
-    create_dir = delete_dir = delete_dir_contents = delete_root_dir_contents = move = copy_file = open_append_stream = _unsupported
+    create_dir = delete_dir = delete_dir_contents = delete_root_dir_contents = move = copy_file = (
+        open_append_stream
+    ) = _unsupported
 
 
 def test_an_object_store_gets_one_put_and_no_rename(monkeypatch):
     store = PutOnly()
     file_system = pafs.PyFileSystem(store)
-    monkeypatch.setattr(tables, "resolve", lambda path: (file_system, str(path).removeprefix("store://")))
+    monkeypatch.setattr(storage, "resolve", lambda path: (file_system, str(path).removeprefix("store://")))
     write_dataset(Path("labels"), label_rows(6))
-    assert sorted(store.objects) == ["labels/data/part-0.parquet", "labels/data/part-4.parquet", "labels/manifest.json"]
-    assert sorted(key for shard in tables.scan("labels").shards for key in shard.ids) == [f"{i:016x}" for i in range(6)]
-    assert tables.read_manifest("labels")["complete"]
+    assert sorted(store.objects) == [
+        "labels/data/part-0.parquet",
+        "labels/data/part-4.parquet",
+        "labels/manifest.json",
+    ]
+    assert sorted(key for shard in storage.scan("labels").shards for key in shard.ids) == [
+        f"{i:016x}" for i in range(6)
+    ]
+    assert storage.read_manifest("labels")["complete"]
 
 
 def test_manifest_says_what_made_the_rows(tmp_path):
     manifest = json.loads((write_dataset(tmp_path / "labels", label_rows(3)) / "manifest.json").read_text())
-    assert set(tables.MANIFEST_KEYS) <= set(manifest)
-    assert manifest["schema_version"] == tables.SCHEMA_VERSION
+    assert set(storage.MANIFEST_KEYS) <= set(manifest)
+    assert manifest["schema_version"] == storage.SCHEMA_VERSION
     assert manifest["models"] == {"model": "abc"}
     assert manifest["packages"]["pyarrow"] == pa.__version__
 
 
 def test_a_folder_of_another_configuration_is_refused_by_its_keys(tmp_path):
     write_dataset(tmp_path / "labels", label_rows(3))
-    assert tables.check_config(tmp_path / "labels", {"size": 3}) is not None
+    assert storage.check_config(tmp_path / "labels", {"size": 3}) is not None
     with pytest.raises(ValueError, match=r"size: 3 -> 4; stage: None -> 'x'") as raised:
-        tables.check_config(tmp_path / "labels", {"size": 4, "stage": "x"})
+        storage.check_config(tmp_path / "labels", {"size": 4, "stage": "x"})
     assert "--output-dir" in str(raised.value)
 
 
 def test_parquet_without_a_manifest_is_not_taken_for_ours(tmp_path):
-    tables.write_shard(tables.to_table([{"prompt_id": "a"}], tables.PROMPTS), tmp_path / "data" / "x.parquet")
+    storage.write_shard(
+        storage.to_table([{"prompt_id": "a"}], storage.PROMPTS), tmp_path / "data" / "x.parquet"
+    )
     with pytest.raises(ValueError, match=r"no manifest\.json"):
-        tables.check_config(tmp_path, {})
+        storage.check_config(tmp_path, {})
 
 
 def test_a_manifest_of_another_schema_version_is_refused(tmp_path):
     (tmp_path / "manifest.json").write_text('{"schema_version": 99}')
     with pytest.raises(ValueError, match="schema version 99"):
-        tables.read_manifest(tmp_path)
+        storage.read_manifest(tmp_path)
 
 
 def test_command_line_prints_schema_rows_and_nulls_and_accepts_both_paths(tmp_path, capsys):
     folder = write_dataset(tmp_path / "labels", label_rows(6))
     for path in (folder, folder / "data", tmp_path):
-        assert tables.main([str(path)]) == 0
+        assert run_command(["inspect", str(path)]) == 0
         printed = capsys.readouterr().out
         assert "6 rows, 2 shard(s)" in printed
         assert "1 row(s) with an error" in printed
@@ -319,7 +377,9 @@ def test_command_line_prints_schema_rows_and_nulls_and_accepts_both_paths(tmp_pa
         (lambda folder: write_dataset(folder, label_rows(6), counted=7), "says 7 rows, the shards hold 6"),
         (lambda folder: write_dataset(folder, label_rows(6), complete=False), "not complete"),
         (
-            lambda folder: (folder / "data" / "copy.parquet").write_bytes((folder / "data" / "part-0.parquet").read_bytes()),
+            lambda folder: (folder / "data" / "copy.parquet").write_bytes(
+                (folder / "data" / "part-0.parquet").read_bytes()
+            ),
             "more than once",
         ),
     ],
@@ -327,15 +387,15 @@ def test_command_line_prints_schema_rows_and_nulls_and_accepts_both_paths(tmp_pa
 def test_command_line_finds_problems(tmp_path, capsys, spoil, problem):
     folder = write_dataset(tmp_path / "labels", label_rows(6))
     spoil(folder)
-    assert tables.main([str(folder)]) == 1
+    assert run_command(["inspect", str(folder)]) == 1
     assert problem in capsys.readouterr().out
 
 
 def test_command_line_says_when_there_is_nothing(tmp_path, capsys):
-    assert tables.main([str(tmp_path)]) == tables.main([str(tmp_path / "nowhere")]) == 1
+    assert run_command(["inspect", str(tmp_path)]) == run_command(["inspect", str(tmp_path / "nowhere")]) == 1
     assert "no such file" in capsys.readouterr().err
     (tmp_path / "README.md").write_text("text")
-    assert tables.main([str(tmp_path / "README.md")]) == tables.main(["foo://x"]) == 1
+    assert run_command(["inspect", str(tmp_path / "README.md")]) == run_command(["inspect", "foo://x"]) == 1
     told = capsys.readouterr().err
     assert "no dataset in it" in told
     assert "path foo://x" in told
@@ -343,11 +403,11 @@ def test_command_line_says_when_there_is_nothing(tmp_path, capsys):
 
 def test_command_line_finds_a_dataset_that_has_no_shard_yet(tmp_path, capsys):
     write_dataset(tmp_path / "labels", label_rows(6))
-    tables.write_manifest(tmp_path / "references", None, {}, table="references", complete=False)
-    assert tables.main([str(tmp_path)]) == 1
+    storage.write_manifest(tmp_path / "references", None, {}, table="references", complete=False)
+    assert run_command(["inspect", str(tmp_path)]) == 1
     assert f"{tmp_path}/references\n  0 rows" in capsys.readouterr().out
 
 
 def test_importing_tables_imports_neither_torch_nor_ray():
-    script = "import sys, pmpd.tables; sys.exit(bool({'torch', 'ray', 'transformers'} & set(sys.modules)))"
+    script = "import sys, pmpd.storage; sys.exit(bool({'torch', 'ray', 'transformers'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from pmpd import training
-from pmpd.schedulers import KVCacheScheduler, PrefillState
+from pmpd.schedulers.base import PrefillState
+from pmpd.schedulers.kv_cache import KVCacheScheduler
 
 from .test_training import CONFIG, made_up
 
@@ -39,12 +40,15 @@ def test_a_checkpoint_holds_its_tensors_on_the_cpu_and_goes_on_on_the_device():
 
 
 def test_the_learned_scheduler_waits_for_the_device_once():
-    """Deciding must not cost a transfer per row or pair: only the one copy of all scores to the host waits."""
+    """Deciding must not cost a transfer per row or pair: only the one copy of all scores to the host
+    waits."""
     scheduler = KVCacheScheduler([4, 3, 2])
     config = scheduler.artefact.config
     lengths = torch.tensor([5, 40, 17], device="cuda")
     keys, values = torch.randn(2, 3, 40, config.dim, device="cuda")
-    state = PrefillState([f"{i:016x}" for i in range(3)], [256] * 3, [5, 40, 17], lambda: (keys, values, lengths))
+    state = PrefillState(
+        [f"{i:016x}" for i in range(3)], [256] * 3, [5, 40, 17], lambda: (keys, values, lengths)
+    )
     first = scheduler.begin(state)  # moves the classifiers to the device
     waits = []
     to_host = Tensor.cpu

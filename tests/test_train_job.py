@@ -1,4 +1,5 @@
-"""jobs/train.py on a local Ray: what it writes, what it refuses, and that a killed worker or driver costs only an epoch."""
+"""jobs/train.py on a local Ray: what it writes, what it refuses, and that a killed worker or driver costs
+only an epoch."""
 
 from __future__ import annotations
 
@@ -23,12 +24,16 @@ import torch
 import tyro
 from ray import tune
 
-from jobs.train import TrainJob, main
-from pmpd import farm, ray_training, tables, training
-from pmpd.classifier import load_artefact
-from pmpd.ray_training import FEATURE_COLUMNS, Fleet, LabelSource, RaggedCollate, fit, read_labels, search
-from pmpd.schedulers import KVCacheScheduler
-from pmpd.training import DivergedError, TrainConfig, TrainState, features_from_table
+import pmpd.training.fit
+from pmpd import farm, storage
+from pmpd.cli.train import TrainJob, main
+from pmpd.farm import train
+from pmpd.farm.train import FEATURE_COLUMNS, Fleet, LabelSource, RaggedCollate, fit, read_labels, search
+from pmpd.schedulers.artefact import load_artefact
+from pmpd.schedulers.kv_cache import KVCacheScheduler
+from pmpd.training.config import TrainConfig
+from pmpd.training.data import features_from_table
+from pmpd.training.fit import DivergedError, TrainState
 
 from .test_training import DIM, made_up
 
@@ -46,18 +51,24 @@ def dataset(tmp_path_factory) -> str:
     rows = [
         {
             "prompt_id": key,
-            "pairs": [{"high": h, "low": low, "label": int(k)} for (h, low), k in zip(labels.pairs, labels.labels[i], strict=True)],
+            "pairs": [
+                {"high": h, "low": low, "label": int(k)}
+                for (h, low), k in zip(labels.pairs, labels.labels[i], strict=True)
+            ],
             "keys": parts[0][i].numpy(),
             "values": parts[1][i].numpy(),
         }
         for i, key in enumerate(labels.ids)
     ]
     rows.append({"prompt_id": "f" * 16, "error": "NaN logits"})
-    schema = tables.labels_schema(DIM)
+    schema = storage.labels_schema(DIM)
     for shard in range(3):
-        tables.write_shard(tables.to_table(rows[shard::3], schema), tables.join(tables.data_folder(folder), f"{shard}.parquet"))
+        storage.write_shard(
+            storage.to_table(rows[shard::3], schema),
+            storage.join(storage.data_folder(folder), f"{shard}.parquet"),
+        )
     models = {"model": "m1", "num_key_value_heads": HEADS}
-    tables.write_manifest(folder, schema, {}, table="labels", complete=True, models=models)
+    storage.write_manifest(folder, schema, {}, table="labels", complete=True, models=models)
     return folder
 
 
@@ -71,7 +82,7 @@ def local_ray():
 def test_collate_keeps_the_ragged_rows_exactly(dataset):
     labels, features = made_up(120)
     wanted = labels.ids[1::2]
-    batch = RaggedCollate(wanted)(tables.read_table(dataset, FEATURE_COLUMNS))
+    batch = RaggedCollate(wanted)(storage.read_table(dataset, FEATURE_COLUMNS))
     rows = {f"{bits & (2**64 - 1):016x}": i for i, bits in enumerate(batch["ids"].tolist())}
     assert set(rows) == set(wanted), "the error row or another worker's rows slipped in, or rows were lost"
     ends, own = torch.cumsum(batch["lengths"], 0), torch.cumsum(features.lengths, 0)
@@ -79,7 +90,9 @@ def test_collate_keeps_the_ragged_rows_exactly(dataset):
         if key in rows:
             row, length = rows[key], features.lengths[i]
             assert batch["lengths"][row] == length
-            assert torch.equal(batch["keys"][ends[row] - length : ends[row]], features.keys[own[i] - length : own[i]])
+            assert torch.equal(
+                batch["keys"][ends[row] - length : ends[row]], features.keys[own[i] - length : own[i]]
+            )
 
 
 @pytest.mark.parametrize(
@@ -102,7 +115,7 @@ def test_a_cluster_too_small_is_refused_with_the_cure(fleet, resources, reason):
 
 def test_a_labels_folder_without_kv_heads_asks_for_them(dataset, tmp_path):
     assert LabelSource.open(dataset) == LabelSource(dataset, "m1", HEADS)
-    shutil.copytree(tables.data_folder(dataset), tmp_path / "data")
+    shutil.copytree(storage.data_folder(dataset), tmp_path / "data")
     with pytest.raises(ValueError, match="--num-heads"):
         LabelSource.open(str(tmp_path))
     assert LabelSource.open(str(tmp_path), 3) == LabelSource(str(tmp_path), None, 3)
@@ -116,7 +129,10 @@ def test_a_labels_folder_without_kv_heads_asks_for_them(dataset, tmp_path):
         ({"precisions": "3,4"}, r"--precisions 3,4: bit widths"),
         ({"precisions": "4,2"}, r"wanted \[\(4, 2\)\]"),
         ({"tune": -1}, "--tune -1"),
-        ({"training": TrainConfig(split_shares=(0.999, 0.001, 0.0))}, "pair 4-3: .*leave the validation split empty"),
+        (
+            {"training": TrainConfig(split_shares=(0.999, 0.001, 0.0))},
+            "pair 4-3: .*leave the validation split empty",
+        ),
     ],
     ids=str,
 )
@@ -127,14 +143,23 @@ def test_what_the_user_can_cure_is_told_before_ray_starts(dataset, tmp_path, mon
 
 
 def test_the_flags_have_the_seed_s_names():
-    flags = "--num-train-epochs 7 --learning-rate 0.5 --weight-decay 0.25 --gradient-accumulation-steps 3 --precisions 4,3"
-    job = tyro.cli(TrainJob, args=f"{flags} --data-path here --output-dir there --split-shares 0.6 0.2 0.2".split())
+    flags = (
+        "--num-train-epochs 7 --learning-rate 0.5 --weight-decay 0.25 --gradient-accumulation-steps 3 "
+        "--precisions 4,3"
+    )
+    job = tyro.cli(
+        TrainJob, args=f"{flags} --data-path here --output-dir there --split-shares 0.6 0.2 0.2".split()
+    )
     assert job == TrainJob(
         "here",
         "there",
         precisions="4,3",
         training=TrainConfig(
-            num_train_epochs=7, learning_rate=0.5, weight_decay=0.25, gradient_accumulation_steps=3, split_shares=(0.6, 0.2, 0.2)
+            num_train_epochs=7,
+            learning_rate=0.5,
+            weight_decay=0.25,
+            gradient_accumulation_steps=3,
+            split_shares=(0.6, 0.2, 0.2),
         ),
     )
 
@@ -152,9 +177,11 @@ def test_a_submitted_job_reads_and_writes_below_home(dataset, tmp_path, monkeypa
 
     def fit_alone(data_path, labels, num_heads, config, fleet, output_dir):
         given.append((data_path, output_dir))
-        return training.train(labels, features_from_table(tables.read_table(data_path)), num_heads, config)
+        return pmpd.training.fit.train(
+            labels, features_from_table(storage.read_table(data_path)), num_heads, config
+        )
 
-    monkeypatch.setattr("jobs.train.fit", fit_alone)
+    monkeypatch.setattr("pmpd.cli.train.fit", fit_alone)
     main(TrainJob("in", "out", training=replace(CONFIG, num_train_epochs=1)))
     assert given == [(str(home / "in"), str(home / "out"))]
     assert (home / "out" / "scheduler" / "config.json").exists()
@@ -162,14 +189,17 @@ def test_a_submitted_job_reads_and_writes_below_home(dataset, tmp_path, monkeypa
 
 
 def test_an_artefact_is_replaced_as_a_whole(dataset, tmp_path, monkeypatch):
-    """Interrupted while it writes over an earlier artefact, the folder is an unfinished one, not weights of two trainings."""
+    """Interrupted while it writes over an earlier artefact, the folder is an unfinished one, not weights of
+    two trainings."""
     monkeypatch.setattr(farm, "connect", lambda: None)
     monkeypatch.setattr(Fleet, "check", lambda fleet: None)
-    monkeypatch.setattr("jobs.train.fit", lambda data_path, labels, num_heads, config, fleet, output_dir: trained(config))
+    monkeypatch.setattr(
+        "pmpd.cli.train.fit", lambda data_path, labels, num_heads, config, fleet, output_dir: trained(config)
+    )
     job = TrainJob(dataset, str(tmp_path), training=replace(CONFIG, num_train_epochs=1))
     main(job)
     (tmp_path / "scheduler" / "tune.json").write_text("[]")
-    write, written = tables.write_bytes, []
+    write, written = storage.write_bytes, []
 
     def stop_after_one(path, content):
         if written:
@@ -177,7 +207,7 @@ def test_an_artefact_is_replaced_as_a_whole(dataset, tmp_path, monkeypatch):
         written.append(path)
         write(path, content)
 
-    monkeypatch.setattr(tables, "write_bytes", stop_after_one)
+    monkeypatch.setattr(storage, "write_bytes", stop_after_one)
     with pytest.raises(OSError, match="disk full"):
         main(replace(job, training=replace(job.training, seed=1)))
     left = {path.name for path in (tmp_path / "scheduler").iterdir()}
@@ -187,17 +217,19 @@ def test_an_artefact_is_replaced_as_a_whole(dataset, tmp_path, monkeypatch):
 
 def trained(config: TrainConfig) -> TrainState:
     labels, features = made_up(120)
-    return training.train(labels, features, HEADS, config)
+    return pmpd.training.fit.train(labels, features, HEADS, config)
 
 
 def test_a_checkpoint_of_a_worker_with_a_gpu_is_read_without_one(monkeypatch):
     monkeypatch.setattr(torch.serialization, "_package_registry", list(torch.serialization._package_registry))
-    torch.serialization.register_package(1, lambda storage: "cuda:0", lambda storage, place: None)  # all that is saved says so
+    torch.serialization.register_package(
+        1, lambda storage: "cuda:0", lambda storage, place: None
+    )  # all that is saved says so
     content = io.BytesIO()
     torch.save(TrainState(logits={"kv_cache/4-3": torch.ones(2, 4)}).to_plain(), content)
     with pytest.raises(RuntimeError, match="is_available"):
         torch.load(io.BytesIO(content.getvalue()), weights_only=True)
-    assert ray_training._state(content.getvalue()).logits["kv_cache/4-3"].device.type == "cpu"
+    assert train._state(content.getvalue()).logits["kv_cache/4-3"].device.type == "cpu"
 
 
 def test_the_job_writes_an_artefact_that_schedules_and_a_second_run_returns_it(dataset, tmp_path, local_ray):
@@ -218,12 +250,17 @@ def test_the_job_writes_an_artefact_that_schedules_and_a_second_run_returns_it(d
     assert json.loads((folder / "metrics.json").read_text()) == metrics
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [(line["head"], line["pair"], line["epoch"]) for line in lines] == [
-        (head, pair, epoch) for pair in ("4-3", "3-2") for head in ("kv_cache", "mean_pooled") for epoch in (1, 2, 3)
+        (head, pair, epoch)
+        for pair in ("4-3", "3-2")
+        for head in ("kv_cache", "mean_pooled")
+        for epoch in (1, 2, 3)
     ]
-    scheduler = KVCacheScheduler([4, 3, 2], save_dir=tmp_path, dim=DIM, num_heads=HEADS, model_fingerprint="m1")
+    scheduler = KVCacheScheduler(
+        [4, 3, 2], save_dir=tmp_path, dim=DIM, num_heads=HEADS, model_fingerprint="m1"
+    )
     labels, features = made_up(120)
     assert scheduler.describe()["labels_fingerprint"] == labels.fingerprint()
-    alone = training.train(labels, features, HEADS, CONFIG)
+    alone = pmpd.training.fit.train(labels, features, HEADS, CONFIG)
     served = load_artefact(folder, [(4, 3)]).classifiers[0](*features.batch(np.arange(120)))
     torch.testing.assert_close(served, alone.logits["kv_cache/4-3"], rtol=1e-4, atol=1e-5)
     started = time.monotonic()
@@ -282,7 +319,7 @@ def test_a_killed_worker_resumes_and_ends_as_an_undisturbed_run(dataset, tmp_pat
     killer = kill_when(tmp_path, 3, train_worker)
     state = fit(dataset, read_labels(dataset), HEADS, config, Fleet(1), str(tmp_path))
     killer.join()
-    alone = training.train(labels, features, HEADS, config)
+    alone = pmpd.training.fit.train(labels, features, HEADS, config)
     assert len(history(tmp_path)) == len(alone.history())
     for name, logits in alone.logits.items():
         torch.testing.assert_close(state.logits[name], logits, rtol=1e-3, atol=1e-4)
@@ -291,8 +328,8 @@ def test_a_killed_worker_resumes_and_ends_as_an_undisturbed_run(dataset, tmp_pat
 DRIVER = """
 import sys
 import ray
-from pmpd.ray_training import Fleet, fit, read_labels
-from pmpd.training import TrainConfig
+from pmpd.farm.train import Fleet, fit, read_labels
+from pmpd.training.config import TrainConfig
 ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
 config = TrainConfig(num_train_epochs=8, learning_rate=0.01, batch_size=16)
 fit(sys.argv[1], read_labels(sys.argv[1]), 2, config, Fleet(1), sys.argv[2])
@@ -308,7 +345,11 @@ def test_a_killed_driver_goes_on_where_it_stopped(dataset, tmp_path):
     assert first.wait(60) == -signal.SIGKILL
     done = len(history(tmp_path))
     labels, features = made_up(120)
-    total = len(training.train(labels, features, HEADS, TrainConfig(num_train_epochs=8, learning_rate=0.01, batch_size=16)).history())
+    total = len(
+        pmpd.training.fit.train(
+            labels, features, HEADS, TrainConfig(num_train_epochs=8, learning_rate=0.01, batch_size=16)
+        ).history()
+    )
     assert 4 <= done < total
     first_written = history(tmp_path)[:3]
     subprocess.run(command, cwd=ROOT, env=environment, check=True, timeout=300)
@@ -319,7 +360,7 @@ def test_a_killed_driver_goes_on_where_it_stopped(dataset, tmp_path):
 
 @pytest.mark.soak
 def test_tune_searches_and_keeps_the_best_by_validation_loss(dataset, tmp_path, local_ray, monkeypatch):
-    monkeypatch.setitem(ray_training.SPACE, "num_train_epochs", tune.randint(1, 4))
+    monkeypatch.setitem(train.SPACE, "num_train_epochs", tune.randint(1, 4))
     main(TrainJob(dataset, str(tmp_path), tune=3, training=CONFIG))
     trials = json.loads((tmp_path / "scheduler" / "tune.json").read_text())
     losses = [trial["validation_loss"] for trial in trials]
@@ -333,11 +374,15 @@ def test_tune_searches_and_keeps_the_best_by_validation_loss(dataset, tmp_path, 
         patch.setattr(tune, "Tuner", lambda *_, **options: pytest.fail("the same search was done again"))
         assert search(dataset, labels, HEADS, CONFIG, 3, str(tmp_path))[1] == trials
     (written,) = (tmp_path / "runs").glob("tune-*.json")
-    written.write_text(json.dumps({"complete": False, "trials": trials[:2]}))  # as a driver leaves it that was killed in the search
+    written.write_text(
+        json.dumps({"complete": False, "trials": trials[:2]})
+    )  # as a driver leaves it that was killed in the search
     resumed = search(dataset, labels, HEADS, CONFIG, 3, str(tmp_path))[1]
     assert len(resumed) == 3
     assert all(trial in resumed for trial in trials[:2])
-    assert len([path for path in written.with_suffix("").glob("_trial*") if path.is_dir()]) == 4, "one trial was left to do"
+    assert len([path for path in written.with_suffix("").glob("_trial*") if path.is_dir()]) == 4, (
+        "one trial was left to do"
+    )
 
 
 @pytest.mark.soak

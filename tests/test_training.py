@@ -13,7 +13,9 @@ import pytest
 import torch
 
 from pmpd import training
-from pmpd.training import Features, Labels, TrainConfig, Workers
+from pmpd.training.config import TrainConfig
+from pmpd.training.data import Features, Labels
+from pmpd.training.fit import Workers
 
 DIM = 4
 PAIRS = ((4, 3), (3, 2))
@@ -44,7 +46,9 @@ def made_up(rows: int = 120, seed: int = 0) -> tuple[Labels, Features]:
     keys[marked] = [6, 0, 0, 0]
     values[marked] = np.where(side[:, None] == 1, 2.0, -2.0)
     labels = np.stack([3 * side, 3 * (1 - side)], axis=1)
-    return Labels(tuple(ids), PAIRS, labels), Features(tuple(ids), *map(torch.from_numpy, (keys, values, lengths)))
+    return Labels(tuple(ids), PAIRS, labels), Features(
+        tuple(ids), *map(torch.from_numpy, (keys, values, lengths))
+    )
 
 
 def table(labels: Labels, features: Features, order=None, errors: int = 0) -> pa.Table:
@@ -57,7 +61,13 @@ def table(labels: Labels, features: Features, order=None, errors: int = 0) -> pa
         rows = [list(tensor[ends[i] - features.lengths[i] : ends[i]].numpy()) for i in order]
         return pa.array([*[[list(token) for token in row] for row in rows], *[None] * errors], vector)
 
-    pairs = [[{"high": h, "low": low, "label": int(k)} for (h, low), k in zip(labels.pairs, labels.labels[i], strict=True)] for i in order]
+    pairs = [
+        [
+            {"high": h, "low": low, "label": int(k)}
+            for (h, low), k in zip(labels.pairs, labels.labels[i], strict=True)
+        ]
+        for i in order
+    ]
     return pa.table(
         {
             "prompt_id": [*[labels.ids[i] for i in order], *[f"{i:016x}" for i in range(errors)]],
@@ -77,7 +87,10 @@ def test_tables_give_back_labels_and_features_exactly_whatever_the_row_order():
     shuffled = table(labels, features, np.random.default_rng(1).permutation(20), errors=3)
     assert training.labels_from_table(shuffled).ids == labels.ids
     assert np.array_equal(training.labels_from_table(shuffled).labels, labels.labels)
-    parts = [training.features_from_table(shuffled.slice(0, 7)), training.features_from_table(shuffled.slice(7))]
+    parts = [
+        training.features_from_table(shuffled.slice(0, 7)),
+        training.features_from_table(shuffled.slice(7)),
+    ]
     joined = training.join_features(parts)
     assert joined.ids == features.ids
     assert torch.equal(joined.keys, features.keys)
@@ -96,7 +109,9 @@ def test_batches_are_zero_padded_and_hold_their_rows():
     starts = np.cumsum(features.lengths.numpy()) - features.lengths.numpy()
     for b, row in enumerate([4, 0, 19]):
         assert lengths[b] == features.lengths[row]
-        assert torch.equal(keys[b, : lengths[b]], features.keys[starts[row] : starts[row] + lengths[b]].float())
+        assert torch.equal(
+            keys[b, : lengths[b]], features.keys[starts[row] : starts[row] + lengths[b]].float()
+        )
         assert not keys[b, lengths[b] :].any()
 
 
@@ -135,7 +150,9 @@ def test_a_two_class_toy_problem_is_learned_by_both_pairs(rebalance):
     state = training.train(labels, features, 2, config, heads=["kv_cache"])
     report = training.evaluate(labels, labels.splits(TrainConfig()), state.logits)
     for pair in ("4-3", "3-2"):
-        learned, majority = (report[pair]["test"]["policies"][name]["accuracy"] for name in ("learned", "majority"))
+        learned, majority = (
+            report[pair]["test"]["policies"][name]["accuracy"] for name in ("learned", "majority")
+        )
         assert learned >= 0.9, (pair, learned)
         assert majority < 0.75
 
@@ -146,14 +163,23 @@ def fitted(**changes) -> training.TrainState:
 
 
 def test_accumulated_micro_batches_step_as_one_large_batch():
-    """The loss is a mean over the rows of a step, so four times 16 rows are 64 rows; they are not four steps."""
-    large, accumulated, small = (fitted(batch_size=size, gradient_accumulation_steps=n) for size, n in ((64, 1), (16, 4), (16, 1)))
-    torch.testing.assert_close(accumulated.logits["mean_pooled/4-3"], large.logits["mean_pooled/4-3"], rtol=1e-3, atol=1e-4)
-    assert not torch.allclose(accumulated.logits["mean_pooled/4-3"], small.logits["mean_pooled/4-3"], atol=1e-2)
+    """The loss is a mean over the rows of a step, so four times 16 rows are 64 rows; they are not four
+    steps."""
+    large, accumulated, small = (
+        fitted(batch_size=size, gradient_accumulation_steps=n) for size, n in ((64, 1), (16, 4), (16, 1))
+    )
+    torch.testing.assert_close(
+        accumulated.logits["mean_pooled/4-3"], large.logits["mean_pooled/4-3"], rtol=1e-3, atol=1e-4
+    )
+    assert not torch.allclose(
+        accumulated.logits["mean_pooled/4-3"], small.logits["mean_pooled/4-3"], atol=1e-2
+    )
 
 
 def test_weight_decay_pulls_the_weights_towards_zero():
-    free, decayed = (fitted(weight_decay=decay).fits["mean_pooled/4-3"].model["head.weight"].norm() for decay in (0.0, 5.0))
+    free, decayed = (
+        fitted(weight_decay=decay).fits["mean_pooled/4-3"].model["head.weight"].norm() for decay in (0.0, 5.0)
+    )
     assert decayed < 0.8 * free
 
 
@@ -162,18 +188,23 @@ def test_training_is_deterministic_on_cpu():
     first, second = (training.train(labels, features, 2, CONFIG) for _ in range(2))
     for name, logits in first.logits.items():
         assert torch.equal(logits, second.logits[name])
-    other = training.train(labels, features, 2, TrainConfig(**{**vars(CONFIG), "seed": 1}), heads=["kv_cache"])
+    other = training.train(
+        labels, features, 2, TrainConfig(**{**vars(CONFIG), "seed": 1}), heads=["kv_cache"]
+    )
     assert not torch.equal(first.logits["kv_cache/4-3"], other.logits["kv_cache/4-3"])
 
 
 def test_training_neither_draws_from_the_process_wide_generator_nor_sets_it():
-    """Other threads draw from it too: seeding it would give two trainings, or a training and its process, each other's numbers."""
+    """Other threads draw from it too: seeding it would give two trainings, or a training and its process,
+    each other's numbers."""
     labels, features = made_up()
     before = torch.get_rng_state()
     first = training.train(labels, features, 2, CONFIG)
     assert torch.equal(torch.get_rng_state(), before)
     torch.rand(7)
-    assert torch.equal(training.train(labels, features, 2, CONFIG).logits["kv_cache/4-3"], first.logits["kv_cache/4-3"])
+    assert torch.equal(
+        training.train(labels, features, 2, CONFIG).logits["kv_cache/4-3"], first.logits["kv_cache/4-3"]
+    )
 
 
 def test_a_resumed_training_ends_as_an_undisturbed_one():
@@ -219,8 +250,12 @@ def test_two_workers_with_half_the_features_fit_what_one_does():
         mine = np.arange(rank, 80, 2)
         keys, values, lengths = features.batch(mine)
         valid = torch.arange(keys.shape[1])[None, :] < lengths[:, None]
-        part = Features(tuple(features.ids[i] for i in mine), keys[valid].half(), values[valid].half(), lengths)
-        results[rank] = training.train(labels, part, 2, config, workers=Workers(rank, 2, add), heads=["kv_cache"])
+        part = Features(
+            tuple(features.ids[i] for i in mine), keys[valid].half(), values[valid].half(), lengths
+        )
+        results[rank] = training.train(
+            labels, part, 2, config, workers=Workers(rank, 2, add), heads=["kv_cache"]
+        )
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
     for thread in threads:
@@ -230,7 +265,9 @@ def test_two_workers_with_half_the_features_fit_what_one_does():
     for name, logits in alone.logits.items():
         torch.testing.assert_close(results[0].logits[name], logits, rtol=1e-3, atol=1e-3)
         first, second = (result.fits[name].best_model for result in results)
-        assert all(torch.equal(first[tensor], second[tensor]) for tensor in first), "the workers hold different weights"
+        assert all(torch.equal(first[tensor], second[tensor]) for tensor in first), (
+            "the workers hold different weights"
+        )
 
 
 def test_early_stopping_keeps_the_weights_of_the_lowest_validation_loss():
@@ -244,7 +281,9 @@ def test_early_stopping_keeps_the_weights_of_the_lowest_validation_loss():
     assert len(losses) < 60, "nothing can be learned from noise, so it must stop early"
     assert len(losses) - 1 - int(np.argmin(losses)) == 3
     rows = np.nonzero(labels.splits(TrainConfig()) == 1)[0]
-    loss = torch.nn.functional.cross_entropy(state.logits["kv_cache/4-3"][rows], torch.from_numpy(labels.labels[rows, 0]))
+    loss = torch.nn.functional.cross_entropy(
+        state.logits["kv_cache/4-3"][rows], torch.from_numpy(labels.labels[rows, 0])
+    )
     assert loss == pytest.approx(min(losses), abs=1e-6)
 
 
@@ -260,7 +299,10 @@ def test_rows_without_a_label_for_a_pair_are_left_out_of_that_pair():
 def test_a_training_that_diverges_says_so_and_its_state_goes_on():
     labels, features = made_up()
     state = training.TrainState()
-    with pytest.raises(training.DivergedError, match=r"pair 4-3, epoch 1: the validation loss is .*lower --learning-rate, it is 1e\+30"):
+    with pytest.raises(
+        training.DivergedError,
+        match=r"pair 4-3, epoch 1: the validation loss is .*lower --learning-rate, it is 1e\+30",
+    ):
         training.train(labels, features, 2, replace(CONFIG, learning_rate=1e30), state=state)
     state = training.TrainState.from_plain(state.to_plain())
     resumed = training.train(labels, features, 2, CONFIG, state=state, heads=["kv_cache"])
@@ -285,9 +327,20 @@ def test_measures_by_hand():
 
 def test_every_baseline_is_reported_and_the_oracle_is_one():
     labels = np.asarray([0] * 6 + [1] * 2 + [2] + [3])
-    report = training.compare(labels, training.policies(np.asarray([0, 0, 3]), labels, {"learned": labels}), (3, 2))
+    report = training.compare(
+        labels, training.policies(np.asarray([0, 0, 3]), labels, {"learned": labels}), (3, 2)
+    )
     policies = report["policies"]
-    assert set(policies) == {"learned", "majority", "static_0", "static_1", "static_2", "static_3", "random", "oracle"}
+    assert set(policies) == {
+        "learned",
+        "majority",
+        "static_0",
+        "static_1",
+        "static_2",
+        "static_3",
+        "random",
+        "oracle",
+    }
     assert policies["oracle"]["accuracy"] == 1
     assert policies["oracle"]["quality_loss"] == 0
     assert policies["majority"]["accuracy"] == policies["static_0"]["accuracy"] == pytest.approx(0.6)
@@ -339,5 +392,7 @@ def test_the_artefact_reports_both_heads_beside_the_baselines():
     for splits in metrics.values():
         for name, report in splits.items():
             heads = {"learned", "mean_pooled"}
-            assert set(report["policies"]) == heads | {"majority", "random", "oracle"} | {f"static_{k}" for k in range(4)}
+            assert set(report["policies"]) == heads | {"majority", "random", "oracle"} | {
+                f"static_{k}" for k in range(4)
+            }
             assert report["rows"] == (labels.splits(config) == training.SPLITS.index(name)).sum()

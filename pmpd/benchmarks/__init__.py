@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pmpd.benchmarks import cnn_dm, demo, dialogsum, iwslt, mt_bench
 from pmpd.benchmarks.base import Benchmark, Question, load_questions
+from pmpd.errors import UserError
 
 BENCHMARKS: dict[str, Benchmark] = {
     "demo": demo.BENCHMARK,
@@ -17,7 +18,7 @@ BENCHMARKS: dict[str, Benchmark] = {
 def get_benchmark(name: str) -> Benchmark:
     """The benchmark called `name`; a ValueError lists those that exist."""
     if name not in BENCHMARKS:
-        raise ValueError(f"--bench-name {name}: known are {', '.join(BENCHMARKS)}")
+        raise UserError(f"--bench-name {name}: known are {', '.join(BENCHMARKS)}")
     return BENCHMARKS[name]
 
 

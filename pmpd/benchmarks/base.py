@@ -1,7 +1,8 @@
-"""What a benchmark is: numbered questions with stable ids, read from a published data set or a local file in its schema.
+"""What a benchmark is: numbered questions with stable ids, read from a published data set or a local file in
+its schema.
 
-A benchmark is one file with one `Benchmark`. Its `version` is part of every prompt id, so answers to differently worded prompts can
-never be compared by accident: whoever changes a prompt raises the version.
+A benchmark is one file with one `Benchmark`. Its `version` is part of every prompt id, so answers to
+differently worded prompts can never be compared by accident: whoever changes a prompt raises the version.
 """
 
 from __future__ import annotations
@@ -16,11 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from pmpd.errors import UserError
+
 Split = Literal["test", "validation"]
 Reference = Literal["dataset", "reference_output"]
 
 PlacedRecords = Iterator[tuple[str, Mapping[str, Any]]]
-"""(where it is, record): "line 3" of a text file, "element 3" of a JSON array, "row 3" of a table; all count from 1."""
+"""(where it is, record): "line 3" of a text file, "element 3" of a JSON array, "row 3" of a table; all count
+from 1."""
 
 CountTokens = Callable[[str], int]
 """Length of a text in the model's tokens, without special tokens."""
@@ -28,12 +32,14 @@ CountTokens = Callable[[str], int]
 
 @dataclass(frozen=True)
 class Question:
-    """One conversation to hold: what the user says in each turn, and what a good answer is where the data set knows it."""
+    """One conversation to hold: what the user says in each turn, and what a good answer is where the data set
+    knows it."""
 
     prompt_id: str
     """16 hex digits; depends on benchmark, version, split and `key` only."""
     key: str
-    """The record's own id in its data set (FastChat's `question_id`, CNN/DailyMail's `id`), or a hash of its text where it has none."""
+    """The record's own id in its data set (FastChat's `question_id`, CNN/DailyMail's `id`), or a hash of its
+    text where it has none."""
     category: str
     turns: tuple[str, ...]
     references: tuple[str | None, ...]
@@ -43,7 +49,8 @@ class Question:
 
 
 class MakeQuestion(Protocol):
-    """Turns one record of the published schema into (key, category, turns, references), or None to leave it out."""
+    """Turns one record of the published schema into (key, category, turns, references), or None to leave it
+    out."""
 
     def __call__(self, record: Mapping[str, Any], count_tokens: CountTokens) -> Parsed | None: ...
 
@@ -71,7 +78,8 @@ class Benchmark:
     schema: str
     """The record schema of a local file, in words, for error messages."""
     hub: Mapping[str, str] | None = None
-    """What `datasets.load_dataset` takes: path (the data set's id on the Hugging Face hub), name, data_dir, revision; None: embedded."""
+    """What `datasets.load_dataset` takes: path (the data set's id on the Hugging Face hub), name, data_dir,
+    revision; None: embedded."""
     splits: Mapping[str, str] | None = None
     """Our split -> the hub's split name; a split that is absent does not exist."""
     records: Callable[[Split], Iterable[Mapping[str, Any]]] | None = None
@@ -83,7 +91,7 @@ def text_field(record: Mapping[str, Any], name: str) -> str:
     value = record.get(name)
     if not isinstance(value, str) or not value.strip():
         have = ", ".join(record) or "nothing"
-        raise ValueError(f"field {name!r} must be a non-empty text, got {value!r} (the record has: {have})")
+        raise UserError(f"field {name!r} must be a non-empty text, got {value!r} (the record has: {have})")
     return value
 
 
@@ -109,8 +117,8 @@ def load_questions(
 ) -> list[Question]:
     """The questions [begin, end) of a split, in the data set's order.
 
-    `begin` and `end` count the questions that the benchmark keeps. A malformed record is a ValueError that names its place; two
-    records with one key too.
+    `begin` and `end` count the questions that the benchmark keeps. A malformed record is a ValueError that
+    names its place; two records with one key too.
     """
     records, where = _open_records(benchmark, split, question_file)
     questions: list[Question] = []
@@ -119,21 +127,31 @@ def load_questions(
         try:
             parsed = benchmark.make(record, count_tokens or _count_words)
         except ValueError as error:
-            raise ValueError(f"{where} {place}: {error}. Expected: {benchmark.schema}") from None
+            raise UserError(f"{where} {place}: {error}. Expected: {benchmark.schema}") from None
         if parsed is None:
             continue
         if parsed.key in seen:
-            raise ValueError(f"{where} {place}: the id {parsed.key!r} is taken by {seen[parsed.key]}; ids must be unique")
+            raise UserError(
+                f"{where} {place}: the id {parsed.key!r} is taken by {seen[parsed.key]}; ids must be unique"
+            )
         seen[parsed.key] = place
         questions.append(
-            Question(prompt_id(benchmark, split, parsed.key), parsed.key, parsed.category, parsed.turns, parsed.references, parsed.template)
+            Question(
+                prompt_id(benchmark, split, parsed.key),
+                parsed.key,
+                parsed.category,
+                parsed.turns,
+                parsed.references,
+                parsed.template,
+            )
         )
         if end is not None and end >= 0 and len(questions) >= end:
             break
     chosen = questions[slice(begin, end)]
     if not chosen:
-        raise ValueError(
-            f"{where}: no question left ({len(questions)} read, --question-begin {begin}, --question-end {end}); "
+        raise UserError(
+            f"{where}: no question left ({len(questions)} read, --question-begin {begin}, --question-end "
+            f"{end}); "
             "widen the range or check the file"
         )
     return chosen
@@ -143,14 +161,17 @@ def _count_words(text: str) -> int:
     return len(text.split())
 
 
-def _open_records(benchmark: Benchmark, split: Split, question_file: str | Path | None) -> tuple[PlacedRecords, str]:
+def _open_records(
+    benchmark: Benchmark, split: Split, question_file: str | Path | None
+) -> tuple[PlacedRecords, str]:
     if question_file is not None:
         return read_records(Path(question_file), benchmark.schema), str(question_file)
     if benchmark.records is not None:
         return _rows(benchmark.records(split)), f"{benchmark.name} ({split})"
     if benchmark.hub is None or split not in (benchmark.splits or {}):
-        raise ValueError(
-            f"--validation: {benchmark.name} has no {split} split; give one as a local file with --question-file ({benchmark.schema})"
+        raise UserError(
+            f"--validation: {benchmark.name} has no {split} split; give one as a local file with "
+            f"--question-file ({benchmark.schema})"
         )
     return _rows(_hub_records(benchmark, split)), f"{benchmark.hub['path']} ({split})"
 
@@ -167,18 +188,19 @@ def _hub_records(benchmark: Benchmark, split: Split) -> Iterator[Mapping[str, An
     try:
         yield from load_dataset(**benchmark.hub, split=benchmark.splits[split], streaming=True)
     except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(
-            f"--bench-name {benchmark.name}: {benchmark.hub['path']} could not be read from the Hugging Face hub "
+        raise UserError(
+            f"--bench-name {benchmark.name}: {benchmark.hub['path']} could not be read from the Hugging Face "
+            f"hub "
             f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}); "
             f"give a local copy with --question-file ({benchmark.schema})"
         ) from error
 
 
 def read_records(path: Path, schema: str = "one JSON object per line") -> PlacedRecords:
-    """The records of a .jsonl, .json (an array, or lines), .csv or .parquet file; the text ones also as .gz. ValueError where it is
-    damaged."""
+    """The records of a .jsonl, .json (an array, or lines), .csv or .parquet file; the text ones also as .gz.
+    ValueError where it is damaged."""
     if not path.is_file():
-        raise ValueError(f"--question-file {path}: no such file. Expected: {schema}")
+        raise UserError(f"--question-file {path}: no such file. Expected: {schema}")
     suffixes = [suffix for suffix in path.suffixes if suffix != ".gz"]
     kind = suffixes[-1] if suffixes else ""
     if kind == ".parquet":
@@ -188,10 +210,12 @@ def read_records(path: Path, schema: str = "one JSON object per line") -> Placed
         try:
             yield from _rows(pq.read_table(path).to_pylist())
         except (pa.ArrowException, OSError) as error:
-            raise ValueError(f"--question-file {path}: can't be read as Parquet ({error}); copy it again") from None
+            raise UserError(
+                f"--question-file {path}: can't be read as Parquet ({error}); copy it again"
+            ) from None
         return
     if kind not in (".jsonl", ".json", ".csv"):
-        raise ValueError(f"--question-file {path}: known are .jsonl, .json, .csv (each also .gz) and .parquet")
+        raise UserError(f"--question-file {path}: known are .jsonl, .json, .csv (each also .gz) and .parquet")
     opener = gzip.open if path.suffix == ".gz" else open
     try:
         with opener(path, "rt", encoding="utf-8-sig", newline="" if kind == ".csv" else None) as file:
@@ -200,17 +224,18 @@ def read_records(path: Path, schema: str = "one JSON object per line") -> Placed
             else:
                 yield from _json_records(file, path, schema, array_allowed=kind == ".json")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text ({error}). Expected: {schema}") from None
+        raise UserError(f"{path}: not UTF-8 text ({error}). Expected: {schema}") from None
     except (OSError, EOFError, zlib.error) as error:  # what is wrong with a gzip file can be any of the three
-        raise ValueError(f"--question-file {path}: can't be read ({error}); copy it again") from None
+        raise UserError(f"--question-file {path}: can't be read ({error}); copy it again") from None
 
 
 def _csv_records(file: Any, path: Path) -> PlacedRecords:
     reader = csv.DictReader(file)
     for record in reader:
         if None in record or None in record.values():
-            raise ValueError(
-                f"{path} line {reader.line_num}: not {len(reader.fieldnames or [])} columns ({', '.join(reader.fieldnames or [])})"
+            raise UserError(
+                f"{path} line {reader.line_num}: not {len(reader.fieldnames or [])} columns "
+                f"({', '.join(reader.fieldnames or [])})"
             )
         yield f"line {reader.line_num}", record
 
@@ -234,10 +259,14 @@ def _parse_json(text: str, path: Path, number: int, schema: str) -> Any:
         return json.loads(text)
     except json.JSONDecodeError as error:
         line = number + error.lineno - 1
-        raise ValueError(f"{path} line {line}: not valid JSON ({error.msg} at column {error.colno}). Expected: {schema}") from None
+        raise UserError(
+            f"{path} line {line}: not valid JSON ({error.msg} at column {error.colno}). Expected: {schema}"
+        ) from None
 
 
 def _checked_object(record: Any, path: Path, place: str, schema: str) -> Mapping[str, Any]:
     if not isinstance(record, dict):
-        raise ValueError(f"{path} {place}: a JSON object is wanted, got {type(record).__name__}. Expected: {schema}")
+        raise UserError(
+            f"{path} {place}: a JSON object is wanted, got {type(record).__name__}. Expected: {schema}"
+        )
     return record

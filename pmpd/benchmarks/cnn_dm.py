@@ -9,8 +9,12 @@ from pmpd.benchmarks.base import Benchmark, CountTokens, Parsed, text_field
 
 
 def make(record: Mapping[str, Any], count_tokens: CountTokens) -> Parsed:
-    # The task stands after the article: what does not fit the model is cut from the left, and the task must not be what is cut.
-    turn = f"Article:\n{text_field(record, 'article').strip()}\n\nSummarize the article above in three sentences."
+    # The task stands after the article: what does not fit the model is cut from the left, and the task must
+    # not be what is cut.
+    turn = (
+        f"Article:\n{text_field(record, 'article').strip()}\n\nSummarize the article above in three "
+        f"sentences."
+    )
     return Parsed(text_field(record, "id"), "summary", (turn,), (text_field(record, "highlights"),))
 
 

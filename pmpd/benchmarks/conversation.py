@@ -1,7 +1,8 @@
 """Prompts as a model was trained to read them: FastChat's conversation templates, chosen from the model id.
 
-Only `fastchat.conversation` is imported (pure Python); FastChat's own choice of a template lives beside its model loaders and would
-import several gigabytes of packages, so the choice is restated here and compared with FastChat's in a test.
+Only `fastchat.conversation` is imported (pure Python); FastChat's own choice of a template lives beside its
+model loaders and would import several gigabytes of packages, so the choice is restated here and compared with
+FastChat's in a test.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pmpd.errors import UserError
+
 PLAIN = "plain"
 """No roles and no separators but blank lines: for models that were trained on plain text."""
 TOKENIZER = "tokenizer"
@@ -19,7 +22,8 @@ TOKENIZER = "tokenizer"
 FALLBACK = "one_shot"
 """FastChat's own choice for a model it does not know."""
 
-# First match wins, so the narrower name stands first. Matched against the last part of the model id, in lower case.
+# First match wins, so the narrower name stands first. Matched against the last part of the model id, in lower
+# case.
 MODEL_TEMPLATES: tuple[tuple[str, str], ...] = (
     (r"demo", PLAIN),
     (r"stable-vicuna", "stable-vicuna"),
@@ -57,22 +61,27 @@ class Stops:
     token_ids: frozenset[int] = frozenset()
 
     def cut(self, text: str) -> str:
-        """The answer without what follows the first stop string (a stop string at the very start is kept, as FastChat does)."""
+        """The answer without what follows the first stop string (a stop string at the very start is kept, as
+        FastChat does)."""
         ends = [position for position in (text.find(string) for string in self.strings) if position > 0]
         return text[: min(ends)] if ends else text
 
 
 def choose_template(model_id: str, tokenizer: Any = None, override: str | None = None) -> str:
-    """The template's name: `override` if given, else by model id, else the tokenizer's own, else FastChat's default.
+    """The template's name: `override` if given, else by model id, else the tokenizer's own, else FastChat's
+    default.
 
     Raises ValueError for an unknown override, or one that this tokenizer can't serve.
     """
     if override is not None:
         known = template_names()
         if override not in known:
-            raise ValueError(f"--conversation-template {override}: known are {', '.join(known)}")
+            raise UserError(f"--conversation-template {override}: known are {', '.join(known)}")
         if override == TOKENIZER and tokenizer is not None and not getattr(tokenizer, "chat_template", None):
-            raise ValueError("--conversation-template tokenizer: this model's tokenizer has no chat template; choose one of FastChat's")
+            raise UserError(
+                "--conversation-template tokenizer: this model's tokenizer has no chat template; choose one "
+                "of FastChat's"
+            )
         return override
     name = model_id.rstrip("/").rsplit("/", 1)[-1].lower()
     for pattern, template in MODEL_TEMPLATES:
@@ -89,7 +98,8 @@ def template_names() -> tuple[str, ...]:
 
 
 def render(template: str, turns: Sequence[str], answers: Sequence[str], tokenizer: Any = None) -> str:
-    """The prompt for the next answer: `turns` said by the user so far, `answers` to all of them but the last."""
+    """The prompt for the next answer: `turns` said by the user so far, `answers` to all of them but the
+    last."""
     assert len(answers) == len(turns) - 1, "an answer to every turn but the last"
     if template == TOKENIZER:
         messages: list[dict[str, str]] = []
@@ -110,11 +120,15 @@ def stops(template: str) -> Stops:
         return Stops()
     conversation = _conversation(template)
     strings = conversation.stop_str or ()
-    return Stops((strings,) if isinstance(strings, str) else tuple(strings), frozenset(conversation.stop_token_ids or ()))
+    return Stops(
+        (strings,) if isinstance(strings, str) else tuple(strings),
+        frozenset(conversation.stop_token_ids or ()),
+    )
 
 
 def has_special_tokens(template: str) -> bool:
-    """Whether the rendered text already starts with the model's special tokens, so that tokenizing must not add them again."""
+    """Whether the rendered text already starts with the model's special tokens, so that tokenizing must not
+    add them again."""
     return template == TOKENIZER
 
 
@@ -122,5 +136,7 @@ def _conversation(template: str) -> Any:
     from fastchat.conversation import Conversation, SeparatorStyle, get_conv_template
 
     if template == PLAIN:
-        return Conversation(name=PLAIN, roles=("", ""), messages=[], sep_style=SeparatorStyle.NO_COLON_SINGLE, sep="\n\n")
+        return Conversation(
+            name=PLAIN, roles=("", ""), messages=[], sep_style=SeparatorStyle.NO_COLON_SINGLE, sep="\n\n"
+        )
     return get_conv_template(template)

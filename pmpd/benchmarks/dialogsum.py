@@ -9,8 +9,16 @@ from pmpd.benchmarks.base import Benchmark, CountTokens, Parsed, text_field
 
 
 def make(record: Mapping[str, Any], count_tokens: CountTokens) -> Parsed:
-    turn = f"Dialogue:\n{text_field(record, 'dialogue').strip()}\n\nSummarize the dialogue above in one or two sentences."
-    return Parsed(text_field(record, "id"), str(record.get("topic") or "dialogue"), (turn,), (text_field(record, "summary"),))
+    turn = (
+        f"Dialogue:\n{text_field(record, 'dialogue').strip()}\n\nSummarize the dialogue above in one or "
+        f"two sentences."
+    )
+    return Parsed(
+        text_field(record, "id"),
+        str(record.get("topic") or "dialogue"),
+        (turn,),
+        (text_field(record, "summary"),),
+    )
 
 
 BENCHMARK = Benchmark(

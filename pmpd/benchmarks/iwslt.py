@@ -1,7 +1,7 @@
 """IWSLT 2017, French to English, the longer talks' sentences only (Cettolo et al. 2017).
 
-Short sentences end before a precision switch can happen, so only sources of more than `MIN_SOURCE_TOKENS` tokens (of the model's own
-tokenizer) are kept. The kept set therefore depends on the tokenizer; ids do not.
+Short sentences end before a precision switch can happen, so only sources of more than `MIN_SOURCE_TOKENS`
+tokens (of the model's own tokenizer) are kept. The kept set therefore depends on the tokenizer; ids do not.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from pmpd.benchmarks.base import Benchmark, CountTokens, Parsed, text_field, text_key
+from pmpd.errors import UserError
 
 MIN_SOURCE_TOKENS = 64
 """A source is kept if it has more tokens than this."""
@@ -18,7 +19,7 @@ MIN_SOURCE_TOKENS = 64
 def make(record: Mapping[str, Any], count_tokens: CountTokens) -> Parsed | None:
     pair = record.get("translation")
     if not isinstance(pair, dict):
-        raise ValueError(f"field 'translation' must hold 'fr' and 'en', got {pair!r}")
+        raise UserError(f"field 'translation' must hold 'fr' and 'en', got {pair!r}")
     source, target = text_field(pair, "fr").strip(), text_field(pair, "en").strip()
     if count_tokens(source) <= MIN_SOURCE_TOKENS:
         return None
@@ -34,8 +35,8 @@ BENCHMARK = Benchmark(
     reference="dataset",
     max_new_tokens=256,
     schema='{"translation": {"fr": "…", "en": "…"}}',
-    # The data set's own repository holds a loading script, which `datasets` no longer runs. The hub keeps its Parquet beside
-    # it, a folder for each configuration; there they are folders only, not configurations.
+    # The data set's own repository holds a loading script, which `datasets` no longer runs. The hub keeps its
+    # Parquet beside it, a folder for each configuration; there they are folders only, not configurations.
     hub={"path": "IWSLT/iwslt2017", "data_dir": "iwslt2017-fr-en", "revision": "refs/convert/parquet"},
     splits={"test": "test", "validation": "validation"},
 )

@@ -1,4 +1,5 @@
-"""The embedded default: a tiny trained Llama, its Any-Precision checkpoint, and texts of the Python installation."""
+"""The embedded default: a tiny trained Llama, its Any-Precision checkpoint, and texts of the Python
+installation."""
 
 from pathlib import Path
 

@@ -14,7 +14,8 @@ from pmpd.weights.base import shared_state
 
 
 def perplexities() -> dict[int, float]:
-    """Precision -> perplexity per token on all held-out documents, in windows of the model's longest sequence."""
+    """Precision -> perplexity per token on all held-out documents, in windows of the model's longest
+    sequence."""
     result = {}
     for path in (demo.DENSE, demo.ANYPREC):
         model = PMPDForCausalLM(path).eval()

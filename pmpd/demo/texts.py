@@ -5,7 +5,8 @@ Two sources, both part of CPython itself, so nothing is downloaded and nothing i
 * the language reference as `help()` shows it (`pydoc_data.topics`), one document per topic;
 * the docstrings of the standard library, read from its source files with `ast` (nothing is imported).
 
-The split is by *document group* (a topic, or a whole source module), so no held-out docstring has a sibling in training.
+The split is by *document group* (a topic, or a whole source module), so no held-out docstring has a sibling
+in training.
 """
 
 from __future__ import annotations
@@ -28,12 +29,15 @@ MIN_CHARACTERS = 40
 MIN_PROMPT_CHARACTERS = 160
 """Shorter texts are for training only: a continuation of them can't be judged."""
 
-_SKIPPED_FOLDERS = frozenset({"test", "tests", "idlelib", "lib2to3", "site-packages", "turtledemo", "__pycache__", "ensurepip"})
+_SKIPPED_FOLDERS = frozenset(
+    {"test", "tests", "idlelib", "lib2to3", "site-packages", "turtledemo", "__pycache__", "ensurepip"}
+)
 
 
 @dataclass(frozen=True)
 class Document:
-    """One text: `key` is stable on one Python version (`topics/if`, `argparse/ArgumentParser.add_argument`)."""
+    """One text: `key` is stable on one Python version (`topics/if`,
+    `argparse/ArgumentParser.add_argument`)."""
 
     key: str
     group: str
@@ -41,7 +45,8 @@ class Document:
 
     @property
     def split(self) -> Split:
-        """Held-out: 2 of 16 groups, validation (model selection while training): 1 of 16, by a hash of the group."""
+        """Held-out: 2 of 16 groups, validation (model selection while training): 1 of 16, by a hash of the
+        group."""
         bucket = int(hashlib.sha256(self.group.encode()).hexdigest()[:8], 16) % 16
         return "held_out" if bucket < 2 else "validation" if bucket == 2 else "train"
 

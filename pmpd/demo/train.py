@@ -1,7 +1,8 @@
 """Trains the demo model: `python -m pmpd.demo.train --output-dir pmpd/demo/model`.
 
-A Llama of 2.6 million parameters with a byte-level BPE tokenizer of 2,048 entries, on the training documents of
-`pmpd.demo.texts`. The checkpoint with the lowest validation loss is kept. On 2 CPU cores the default takes about 25 minutes.
+A Llama of 2.6 million parameters with a byte-level BPE tokenizer of 2,048 entries, on the training documents
+of `pmpd.demo.texts`. The checkpoint with the lowest validation loss is kept. On 2 CPU cores the default takes
+about 25 minutes.
 """
 
 from __future__ import annotations
@@ -16,7 +17,13 @@ from pathlib import Path
 import torch
 import tyro
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    LlamaConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from pmpd.demo.texts import Document, documents_of
 
@@ -36,7 +43,8 @@ class TrainConfig:
     positions: int = 1024
     """Longest sequence the model can hold, in tokens."""
     sequence_length: int = 512
-    """Length of a training sequence, in tokens; the last `long_share` of the steps train on `positions` tokens."""
+    """Length of a training sequence, in tokens; the last `long_share` of the steps train on `positions`
+    tokens."""
     long_share: float = 0.15
     steps: int = 1900
     """Optimizer steps."""
@@ -53,16 +61,23 @@ def train_tokenizer(documents: list[Document], vocab_size: int, positions: int) 
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator((document.text for document in documents), trainer)
     return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, eos_token=END_OF_TEXT, clean_up_tokenization_spaces=False, model_max_length=positions
+        tokenizer_object=tokenizer,
+        eos_token=END_OF_TEXT,
+        clean_up_tokenization_spaces=False,
+        model_max_length=positions,
     )
 
 
 def token_stream(tokenizer: PreTrainedTokenizerBase, documents: list[Document]) -> torch.Tensor:
-    """All documents in one int64 vector, each between two end-of-text tokens (the first serves as the beginning)."""
+    """All documents in one int64 vector, each between two end-of-text tokens (the first serves as the
+    beginning)."""
     ids = [tokenizer.eos_token_id]
     for document in documents:
         ids += [*tokenizer(document.text, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
@@ -107,17 +122,30 @@ def main(config: TrainConfig) -> None:
         [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
         lr=config.learning_rate, betas=(0.9, 0.95),
     )  # fmt: skip
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(documents)} training documents", flush=True)
+    print(
+        f"{sum(p.numel() for p in model.parameters()):,} parameters, {len(documents)} training documents",
+        flush=True,
+    )
 
-    best, history, stream, position, started = math.inf, [], torch.empty(0, dtype=torch.long), 0, time.monotonic()
+    best, history, stream, position, started = (
+        math.inf,
+        [],
+        torch.empty(0, dtype=torch.long),
+        0,
+        time.monotonic(),
+    )
     for step in range(1, config.steps + 1):
-        if position + config.tokens_per_step + 1 > len(stream):  # a new epoch: the documents in a new order, so other neighbours
+        if position + config.tokens_per_step + 1 > len(
+            stream
+        ):  # a new epoch: the documents in a new order, so other neighbours
             order.shuffle(documents)
             stream, position = token_stream(tokenizer, documents), 0
         window = stream[position : position + config.tokens_per_step + 1]
         position += config.tokens_per_step
         warm = min(1.0, step / 50)
-        rate = config.learning_rate * warm * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / config.steps)))
+        rate = (
+            config.learning_rate * warm * (0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * step / config.steps)))
+        )
         for group in optimizer.param_groups:
             group["lr"] = rate
         length = config.positions if step > config.steps * (1 - config.long_share) else config.sequence_length
@@ -143,7 +171,11 @@ def main(config: TrainConfig) -> None:
 
 def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Writes float16 weights; the model itself goes on in float32."""
-    half = {name: tensor.to(torch.float16) for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    half = {
+        name: tensor.to(torch.float16)
+        for name, tensor in model.state_dict().items()
+        if name != "lm_head.weight"
+    }
     model.save_pretrained(folder, state_dict=half)
     tokenizer.save_pretrained(folder)
 

@@ -1,4 +1,5 @@
-"""Which sources a native library belongs to. `setup.py` runs this file too, so it imports nothing of the package."""
+"""Which sources a native library belongs to. `setup.py` runs this file too, so it imports nothing of the
+package."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ def sources() -> list[Path]:
 
 
 def fingerprint() -> str:
-    """16 hex digits over the names and contents of all sources: compiled into the library, compared when it is loaded."""
+    """16 hex digits over the names and contents of all sources: compiled into the library, compared when it
+    is loaded."""
     digest = hashlib.sha256()
     for path in sorted([*FOLDER.glob("*.cpp"), *FOLDER.glob("*.h")]):
         digest.update(path.name.encode() + b"\0" + path.read_bytes())

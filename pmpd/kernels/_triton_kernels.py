@@ -1,14 +1,17 @@
-"""The Triton kernels behind `pmpd.kernels.triton` (which says what each must do, its layout, and its bytes and operations).
+"""The Triton kernels behind `pmpd.kernels.triton` (which says what each must do, its layout, and its bytes
+and operations).
 
-Legend: M tokens, N out_features, K in_features, b bits; a *tile* is 16 rows x 256 columns of one matrix; lane = 4 g + t, as the
-tensor cores number the threads of a warp (g = 0..7, t = 0..3). The loops over tiles stay loops, since unrolled kernels of 22 KB were no
-faster; a tile is loaded while the one before it is worked on.
+Legend: M tokens, N out_features, K in_features, b bits; a *tile* is 16 rows x 256 columns of one matrix; lane
+= 4 g + t, as the tensor cores number the threads of a warp (g = 0..7, t = 0..3). The loops over tiles stay
+loops, since unrolled kernels of 22 KB were no faster; a tile is loaded while the one before it is worked on.
 
-`EMULATE` replaces the few PTX instructions by plain Triton that computes the same: Triton's interpreter knows no PTX.
+`EMULATE` replaces the few PTX instructions by plain Triton that computes the same: Triton's interpreter knows
+no PTX.
 
-`PDL` (programmatic dependent launch, Hopper and later): a kernel starts while the one before it still runs, asks for its weights, and
-waits only then. So every such kernel lets its successor start at once (`_let_next_start`), and reads nothing that an earlier kernel wrote,
-and writes nothing at all, before `_wait_for_last`.
+`PDL` (programmatic dependent launch, Hopper and later): a kernel starts while the one before it still runs,
+asks for its weights, and waits only then. So every such kernel lets its successor start at once
+(`_let_next_start`), and reads nothing that an earlier kernel wrote, and writes nothing at all, before
+`_wait_for_last`.
 """
 
 from __future__ import annotations
@@ -17,7 +20,8 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-# -- one instruction each ------------------------------------------------------------------------------------------------------
+# -- one instruction each
+# ------------------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -34,7 +38,8 @@ def _wait_for_last(PDL: tl.constexpr):
 
 @triton.jit
 def _load16(pointer, EMULATE: tl.constexpr, STREAM: tl.constexpr):
-    """Four consecutive 32-bit words per thread, 16-byte aligned; STREAM: read once, so keep them out of the first-level cache."""
+    """Four consecutive 32-bit words per thread, 16-byte aligned; STREAM: read once, so keep them out of the
+    first-level cache."""
     if EMULATE:
         return (
             tl.load(pointer).to(tl.uint32, bitcast=True),
@@ -66,7 +71,8 @@ def _load16(pointer, EMULATE: tl.constexpr, STREAM: tl.constexpr):
 def _prmt(low, high, selector, EMULATE: tl.constexpr):
     """Four byte look-ups: byte i of the result is byte `nibble i of selector` of the 8-byte table high:low.
 
-    A nibble >= 8 gives the sign of byte `nibble - 8`, repeated: 0 for the table bytes of `digits`, which are all below 128.
+    A nibble >= 8 gives the sign of byte `nibble - 8`, repeated: 0 for the table bytes of `digits`, which are
+    all below 128.
     """
     if EMULATE:
         found = (low & 0) | (selector & 0)
@@ -77,17 +83,25 @@ def _prmt(low, high, selector, EMULATE: tl.constexpr):
         return found
     else:
         return tl.inline_asm_elementwise(
-            "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [low, high, selector], dtype=tl.uint32, is_pure=True, pack=1
+            "prmt.b32 $0, $1, $2, $3;",
+            "=r,r,r,r",
+            [low, high, selector],
+            dtype=tl.uint32,
+            is_pure=True,
+            pack=1,
         )
 
 
 @triton.jit
 def _pick(a, b, mask, EMULATE: tl.constexpr):
-    """Bits of `a` where `mask` is set, else of `b`: one instruction (LLVM narrows the masks and then needs two or three)."""
+    """Bits of `a` where `mask` is set, else of `b`: one instruction (LLVM narrows the masks and then needs
+    two or three)."""
     if EMULATE:
         return (a & mask) | (b & (mask ^ 0xFFFFFFFF))
     else:
-        return tl.inline_asm_elementwise("lop3.b32 $0, $1, $2, $3, 0xE4;", "=r,r,r,r", [a, b, mask], dtype=tl.uint32, is_pure=True, pack=1)
+        return tl.inline_asm_elementwise(
+            "lop3.b32 $0, $1, $2, $3, 0xE4;", "=r,r,r,r", [a, b, mask], dtype=tl.uint32, is_pure=True, pack=1
+        )
 
 
 @triton.jit
@@ -103,7 +117,8 @@ def _lookup(top_low, top_high, bottom_low, bottom_high, top, bottom, EMULATE: tl
 
 @triton.jit
 def _accumulate(a, b0, b1, c, EMULATE: tl.constexpr, WARPS: tl.constexpr):
-    """D = A B + C on the tensor cores: A 16 x 32 unsigned bytes, B 32 x 8 signed bytes, C and D int32 (exact)."""
+    """D = A B + C on the tensor cores: A 16 x 32 unsigned bytes, B 32 x 8 signed bytes, C and D int32
+    (exact)."""
     if EMULATE:
         place = tl.arange(0, 4).to(tl.uint32)[None, None, None, :] * 8
         words = tl.join(tl.join(a[0], a[1]), tl.join(a[2], a[3]))  # [threads, row, half]
@@ -119,7 +134,8 @@ def _accumulate(a, b0, b1, c, EMULATE: tl.constexpr, WARPS: tl.constexpr):
         return (c[0] + d0, c[1] + d1, c[2] + d2, c[3] + d3)
     else:
         return tl.inline_asm_elementwise(
-            "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};",
+            "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 {$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, "
+            "{$10,$11,$12,$13};",
             "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r,r",
             [a[0], a[1], a[2], a[3], b0, b1, c[0], c[1], c[2], c[3]],
             dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
@@ -128,13 +144,14 @@ def _accumulate(a, b0, b1, c, EMULATE: tl.constexpr, WARPS: tl.constexpr):
         )
 
 
-# -- digits: table look-ups in registers, products on the int8 tensor cores ----------------------------------------------------
+# -- digits: table look-ups in registers, products on the int8 tensor cores
+# ----------------------------------------------------
 
 
 @triton.jit
 def _store_digits(values, column, token, digits, scales, sums, digits_stride):
-    """One token's `values` float32 [BLOCK] (zeros past K) as `split_digits` stores them: of 128 columns, 32 s + 8 t + i lies at
-    32 t + 8 s + i, so that a thread t of `digits_matmul` finds its columns together."""
+    """One token's `values` float32 [BLOCK] (zeros past K) as `split_digits` stores them: of 128 columns, 32 s
+    + 8 t + i lies at 32 t + 8 s + i, so that a thread t of `digits_matmul` finds its columns together."""
     # The divisor is below 127 * (65536 + 256 + 1), so that rounding never carries into a fourth byte.
     scale = tl.maximum(tl.max(tl.abs(values), axis=0), 1e-30) / 8355000.0
     whole = tl.floor(values / scale + 0.5).to(tl.int32)
@@ -153,17 +170,22 @@ def _store_digits(values, column, token, digits, scales, sums, digits_stride):
 
 
 @triton.jit(do_not_specialize=["M"])
-def split_digits(x, digits, scales, sums, M, K, x_stride, digits_stride, BLOCK: tl.constexpr, PDL: tl.constexpr):
+def split_digits(
+    x, digits, scales, sums, M, K, x_stride, digits_stride, BLOCK: tl.constexpr, PDL: tl.constexpr
+):
     """x [M, K] -> three signed bytes a value: x = scale (65536 d0 + 256 d1 + d2), one scale a token.
 
-    `digits` int8 [4 * tokens, digits_stride]: rows 4 m + (0, 1, 2) hold d0, d1, d2, row 4 m + 3 and everything past K zeros.
-    `scales`, `sums` float32 [tokens]: the scale and the sum of the represented values. One program a token; tokens >= M get zeros.
+    `digits` int8 [4 * tokens, digits_stride]: rows 4 m + (0, 1, 2) hold d0, d1, d2, row 4 m + 3 and
+    everything past K zeros. `scales`, `sums` float32 [tokens]: the scale and the sum of the represented
+    values. One program a token; tokens >= M get zeros.
     """
     _let_next_start(PDL)
     token = tl.program_id(0)
     column = tl.arange(0, BLOCK)
     _wait_for_last(PDL)
-    values = tl.load(x + token.to(tl.int64) * x_stride + column, mask=(column < K) & (token < M), other=0.0).to(tl.float32)
+    values = tl.load(
+        x + token.to(tl.int64) * x_stride + column, mask=(column < K) & (token < M), other=0.0
+    ).to(tl.float32)
     _store_digits(values, column, token, digits, scales, sums, digits_stride)
 
 
@@ -177,7 +199,8 @@ def _rotate(word, COUNT: tl.constexpr):
 
 @triton.jit
 def _nibbles(p0, p1, p2, p3, BITS: tl.constexpr, EMULATE: tl.constexpr):
-    """Words of up to four planes -> four words of eight codes each, a code a nibble: word s, nibble i is bit 8 s + i of a word."""
+    """Words of up to four planes -> four words of eight codes each, a code a nibble: word s, nibble i is bit
+    8 s + i of a word."""
     if BITS == 4:
         even_high = _pick(p0, p1, 0xAAAAAAAA, EMULATE)
         even_low = _pick(p2, p3, 0xAAAAAAAA, EMULATE)
@@ -211,7 +234,8 @@ def _nibbles(p0, p1, p2, p3, BITS: tl.constexpr, EMULATE: tl.constexpr):
 
 @triton.jit
 def _planes(base, plane_stride, BITS: tl.constexpr, EMULATE: tl.constexpr):
-    """The tile's words of the first BITS planes, 4 a plane (half h, row part r: word 2 h + r), zeros for absent planes."""
+    """The tile's words of the first BITS planes, 4 a plane (half h, row part r: word 2 h + r), zeros for
+    absent planes."""
     p0 = _load16(base, EMULATE, True)
     p1 = _load16(base + plane_stride, EMULATE, True)
     p2 = p1
@@ -225,13 +249,15 @@ def _planes(base, plane_stride, BITS: tl.constexpr, EMULATE: tl.constexpr):
 
 @triton.jit
 def _tile_nibbles(words, AT: tl.constexpr, BITS: tl.constexpr, EMULATE: tl.constexpr):
-    """`_nibbles` of one half and row part of a tile: word AT = 2 h + r of each plane in `words`, four words a plane."""
+    """`_nibbles` of one half and row part of a tile: word AT = 2 h + r of each plane in `words`, four words a
+    plane."""
     return _nibbles(words[AT], words[AT + 4], words[AT + 8], words[AT + 12], BITS, EMULATE)
 
 
 @triton.jit
 def _table(base, BITS: tl.constexpr, EMULATE: tl.constexpr):
-    """The row's table as bytes: 2 bits (high digits, low digits); 3 bits (high 0-3, 4-7, low 0-3, 4-7); 4 bits: codes 0-7, then 8-15."""
+    """The row's table as bytes: 2 bits (high digits, low digits); 3 bits (high 0-3, 4-7, low 0-3, 4-7); 4
+    bits: codes 0-7, then 8-15."""
     if BITS == 2:
         a = tl.load(base).to(tl.uint32, bitcast=True)
         b = tl.load(base + 1).to(tl.uint32, bitcast=True)
@@ -251,13 +277,15 @@ def _either(a, b):
 def digits_matmul(
     planes, tables, table_scales, table_offsets, digits, x_scales, x_sums, bias, y,
     M, N, plane_stride, digits_stride, y_stride,
-    BLOCKS: tl.constexpr, TILES: tl.constexpr, BITS: tl.constexpr, TOKEN_PAIRS: tl.constexpr, WARPS: tl.constexpr,
+    BLOCKS: tl.constexpr, TILES: tl.constexpr, BITS: tl.constexpr, TOKEN_PAIRS: tl.constexpr,
+    WARPS: tl.constexpr,
     HAS_BIAS: tl.constexpr, MERGE: tl.constexpr, PDL: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     """y [M, N] for M <= 2 * TOKEN_PAIRS from digits of x: one program = 16 rows, its warps share the columns.
 
-    BLOCKS = tiles of a row block, TILES = those of one warp. MERGE (b = 4): `or` the digits of the two half tables before the product, in
-    place of two products (fewer products, for many tokens). A thread holds exactly one element of every tensor, so element = thread.
+    BLOCKS = tiles of a row block, TILES = those of one warp. MERGE (b = 4): `or` the digits of the two half
+    tables before the product, in place of two products (fewer products, for many tokens). A thread holds
+    exactly one element of every tensor, so element = thread.
     """
     _let_next_start(PDL)
     row_block = tl.program_id(0)
@@ -279,12 +307,18 @@ def digits_matmul(
 
     for i in range(TILES):
         block = warp + i * WARPS
-        after = _planes(row_base + lane * 4 + tl.minimum(block + WARPS, BLOCKS - 1) * 128, plane_stride, BITS, EMULATE)
+        after = _planes(
+            row_base + lane * 4 + tl.minimum(block + WARPS, BLOCKS - 1) * 128, plane_stride, BITS, EMULATE
+        )
         for h in tl.static_range(2):
             x_words = ()
             for n in tl.static_range(TOKEN_PAIRS):
-                x_row = tl.minimum(n * 8 + g, 4 * M - 1)  # threads without a token of their own read what others read
-                x_row -= (x_row % 4 == 3).to(tl.int32)  # the fourth column has no digit: its product is not used
+                x_row = tl.minimum(
+                    n * 8 + g, 4 * M - 1
+                )  # threads without a token of their own read what others read
+                x_row -= (x_row % 4 == 3).to(
+                    tl.int32
+                )  # the fourth column has no digit: its product is not used
                 x_base = digits + x_row.to(tl.int64) * (digits_stride // 4) + block * 64 + h * 32 + t * 8
                 x_words = x_words + _load16(x_base, EMULATE, False) + _load16(x_base + 4, EMULATE, False)
             n_top = _tile_nibbles(words, 2 * h, BITS, EMULATE)
@@ -301,8 +335,12 @@ def digits_matmul(
                 if BITS == 4:
                     other_top = n_top[s] ^ 0x88888888
                     other_bottom = n_bottom[s] ^ 0x88888888
-                    other_high = _lookup(top[4], top[5], bottom[4], bottom[5], other_top, other_bottom, EMULATE)
-                    other_low = _lookup(top[6], top[7], bottom[6], bottom[7], other_top, other_bottom, EMULATE)
+                    other_high = _lookup(
+                        top[4], top[5], bottom[4], bottom[5], other_top, other_bottom, EMULATE
+                    )
+                    other_low = _lookup(
+                        top[6], top[7], bottom[6], bottom[7], other_top, other_bottom, EMULATE
+                    )
                     if MERGE:
                         high = _either(high, other_high)
                         low = _either(low, other_low)
@@ -321,7 +359,8 @@ def digits_matmul(
                 acc = updated
         words = after
 
-    # Columns 2t and 2t + 1 of the product are two digits of one token: t = 0, 2 hold d0, d1 and t = 1, 3 hold d2, 0.
+    # Columns 2t and 2t + 1 of the product are two digits of one token: t = 0, 2 hold d0, d1 and t = 1, 3 hold
+    # d2, 0.
     weight_even = tl.where(t % 2 == 0, 65536.0, 1.0)
     weight_odd = tl.where(t % 2 == 0, 256.0, 0.0)
     slot = tl.arange(0, 16)
@@ -333,22 +372,33 @@ def digits_matmul(
         even_bottom = acc[8 * n + 2].to(tl.float32) * 128.0 + acc[8 * n + 6].to(tl.float32)
         odd_bottom = acc[8 * n + 3].to(tl.float32) * 128.0 + acc[8 * n + 7].to(tl.float32)
         sum_top = tl.sum(tl.reshape(even_top * weight_even + odd_top * weight_odd, [WARPS, 32]), axis=0)
-        sum_bottom = tl.sum(tl.reshape(even_bottom * weight_even + odd_bottom * weight_odd, [WARPS, 32]), axis=0)
+        sum_bottom = tl.sum(
+            tl.reshape(even_bottom * weight_even + odd_bottom * weight_odd, [WARPS, 32]), axis=0
+        )
         sum_top = tl.sum(tl.reshape(sum_top, [16, 2]), axis=1)  # [8 rows, 2 tokens]
         sum_bottom = tl.sum(tl.reshape(sum_bottom, [16, 2]), axis=1)
         token = 2 * n + slot % 2
         x_scale = tl.load(x_scales + token)
         x_sum = tl.load(x_sums + token)
         y_top = sum_top * x_scale * tl.load(table_scales + row_top) + x_sum * tl.load(table_offsets + row_top)
-        y_bottom = sum_bottom * x_scale * tl.load(table_scales + row_bottom) + x_sum * tl.load(table_offsets + row_bottom)
+        y_bottom = sum_bottom * x_scale * tl.load(table_scales + row_bottom) + x_sum * tl.load(
+            table_offsets + row_bottom
+        )
         if HAS_BIAS:
             y_top += tl.load(bias + row_top, mask=row_top < N, other=0.0).to(tl.float32)
             y_bottom += tl.load(bias + row_bottom, mask=row_bottom < N, other=0.0).to(tl.float32)
-        tl.store(y + token * y_stride + row_top, y_top.to(y.dtype.element_ty), mask=(token < M) & (row_top < N))
-        tl.store(y + token * y_stride + row_bottom, y_bottom.to(y.dtype.element_ty), mask=(token < M) & (row_bottom < N))
+        tl.store(
+            y + token * y_stride + row_top, y_top.to(y.dtype.element_ty), mask=(token < M) & (row_top < N)
+        )
+        tl.store(
+            y + token * y_stride + row_bottom,
+            y_bottom.to(y.dtype.element_ty),
+            mask=(token < M) & (row_bottom < N),
+        )
 
 
-# -- halves: table values of 16 bits put together in registers, products on the float16 / bfloat16 tensor cores -----------------
+# -- halves: table values of 16 bits put together in registers, products on the float16 / bfloat16 tensor
+# cores -----------------
 
 
 @triton.jit
@@ -363,7 +413,8 @@ def _halves(values, EMULATED_BFLOAT16: tl.constexpr):
 
 @triton.jit
 def _half_product(row, column, BFLOAT16: tl.constexpr, WARPS: tl.constexpr):
-    """Emulation: sum over t of the products of two words of halves, [warp, g of the row, n] from threads (g, t) and (n, t)."""
+    """Emulation: sum over t of the products of two words of halves, [warp, g of the row, n] from threads (g,
+    t) and (n, t)."""
     row_low, row_high = _halves(row, BFLOAT16)
     column_low, column_high = _halves(column, BFLOAT16)
     low = tl.reshape(row_low, [WARPS, 8, 1, 4]) * tl.reshape(column_low, [WARPS, 1, 8, 4])
@@ -382,7 +433,8 @@ def _accumulate_halves(a, b0, b1, c, BFLOAT16: tl.constexpr, EMULATE: tl.constex
         return (c[0] + d0, c[1] + d1, c[2] + d2, c[3] + d3)
     elif BFLOAT16:
         return tl.inline_asm_elementwise(
-            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};",
+            "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, "
+            "{$10,$11,$12,$13};",
             "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f",
             [a[0], a[1], a[2], a[3], b0, b1, c[0], c[1], c[2], c[3]],
             dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
@@ -391,7 +443,8 @@ def _accumulate_halves(a, b0, b1, c, BFLOAT16: tl.constexpr, EMULATE: tl.constex
         )
     else:
         return tl.inline_asm_elementwise(
-            "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, {$10,$11,$12,$13};",
+            "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {$0,$1,$2,$3}, {$4,$5,$6,$7}, {$8,$9}, "
+            "{$10,$11,$12,$13};",
             "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f",
             [a[0], a[1], a[2], a[3], b0, b1, c[0], c[1], c[2], c[3]],
             dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
@@ -402,12 +455,23 @@ def _accumulate_halves(a, b0, b1, c, BFLOAT16: tl.constexpr, EMULATE: tl.constex
 
 @triton.jit
 def _values(table, codes, PART: tl.constexpr, BITS: tl.constexpr, EMULATE: tl.constexpr):
-    """16-bit table values of four codes, in the lower (PART 0) or upper nibbles of `codes`: two words of two values each."""
+    """16-bit table values of four codes, in the lower (PART 0) or upper nibbles of `codes`: two words of two
+    values each."""
     if BITS == 4:
         octet = (codes & 0x77777777) >> (16 * PART)
         which = (((codes >> 1) & 0x44444444) | 0x32103210) >> (16 * PART)  # i for a code < 8, else 4 + i
-        low = _prmt(_prmt(table[2], table[3], octet, EMULATE), _prmt(table[6], table[7], octet, EMULATE), which, EMULATE)
-        high = _prmt(_prmt(table[0], table[1], octet, EMULATE), _prmt(table[4], table[5], octet, EMULATE), which, EMULATE)
+        low = _prmt(
+            _prmt(table[2], table[3], octet, EMULATE),
+            _prmt(table[6], table[7], octet, EMULATE),
+            which,
+            EMULATE,
+        )
+        high = _prmt(
+            _prmt(table[0], table[1], octet, EMULATE),
+            _prmt(table[4], table[5], octet, EMULATE),
+            which,
+            EMULATE,
+        )
     elif BITS == 3:
         low = _prmt(table[2], table[3], codes >> (16 * PART), EMULATE)
         high = _prmt(table[0], table[1], codes >> (16 * PART), EMULATE)
@@ -419,7 +483,8 @@ def _values(table, codes, PART: tl.constexpr, BITS: tl.constexpr, EMULATE: tl.co
 
 @triton.jit
 def _affine(words, minus_zero, scale, EMULATE: tl.constexpr):
-    """(code - zero) * scale of two float16 codes a word, rounded once: `minus_zero` and `scale` hold their value twice."""
+    """(code - zero) * scale of two float16 codes a word, rounded once: `minus_zero` and `scale` hold their
+    value twice."""
     if EMULATE:
         code_low, code_high = _halves(words, False)
         zero_low, zero_high = _halves(minus_zero, False)
@@ -451,17 +516,22 @@ def _x_words(x_row, column, K, EXACT: tl.constexpr, EMULATE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["M"])
 def halves_matmul(
-    x, planes, tables, scales, minus_zeros, bias, y, M, N, K, plane_stride, x_stride, y_stride, group_stride, LAST_GROUP,
+    x, planes, tables, scales, minus_zeros, bias, y, M, N, K, plane_stride, x_stride, y_stride, group_stride,
+    LAST_GROUP,
     BLOCKS: tl.constexpr, TILES: tl.constexpr, BITS: tl.constexpr, OCTETS: tl.constexpr, WARPS: tl.constexpr,
-    GROUP: tl.constexpr, EXACT: tl.constexpr, HAS_BIAS: tl.constexpr, BFLOAT16: tl.constexpr, PDL: tl.constexpr, EMULATE: tl.constexpr,
+    GROUP: tl.constexpr, EXACT: tl.constexpr, HAS_BIAS: tl.constexpr, BFLOAT16: tl.constexpr,
+    PDL: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """y [M, N] from x [M, K] of 16-bit floats (as int32 words, x_stride words a token); a program: 16 rows, 8 * OCTETS tokens.
+    """y [M, N] from x [M, K] of 16-bit floats (as int32 words, x_stride words a token); a program: 16 rows, 8
+    * OCTETS tokens.
 
-    The order of the columns in a product is free, if weights and activations agree: thread t takes columns 32 s + 8 t + 0..7 of 128 in
-    two products, four consecutive ones each. EXACT: TILES * WARPS * 256 = K, so that no column is past the end.
+    The order of the columns in a product is free, if weights and activations agree: thread t takes columns 32
+    s + 8 t + 0..7 of 128 in two products, four consecutive ones each. EXACT: TILES * WARPS * 256 = K, so that
+    no column is past the end.
 
-    GROUP = 0: `tables` holds a table a row. Else it holds one for all, of the float16 codes, and every GROUP columns (a multiple of 32) of
-    a row have a scale and a zero: `scales`, `minus_zeros` int32 [groups, N padded], each value twice.
+    GROUP = 0: `tables` holds a table a row. Else it holds one for all, of the float16 codes, and every GROUP
+    columns (a multiple of 32) of a row have a scale and a zero: `scales`, `minus_zeros` int32 [groups, N
+    padded], each value twice.
     """
     _let_next_start(PDL)
     row_block = tl.program_id(0)
@@ -489,13 +559,19 @@ def halves_matmul(
 
     for i in range(TILES):
         block = warp + i * WARPS
-        after = _planes(row_base + lane * 4 + tl.minimum(block + WARPS, BLOCKS - 1) * 128, plane_stride, BITS, EMULATE)
+        after = _planes(
+            row_base + lane * 4 + tl.minimum(block + WARPS, BLOCKS - 1) * 128, plane_stride, BITS, EMULATE
+        )
         for h in tl.static_range(2):
             n_top = _tile_nibbles(words, 2 * h, BITS, EMULATE)
             n_bottom = _tile_nibbles(words, 2 * h + 1, BITS, EMULATE)
             for s in tl.static_range(4):
                 if GROUP > 0 and s * 32 % GROUP == 0:
-                    of_group = tl.minimum((block * 256 + h * 128 + s * 32) // GROUP, LAST_GROUP) * group_stride + row_block * 16 + g
+                    of_group = (
+                        tl.minimum((block * 256 + h * 128 + s * 32) // GROUP, LAST_GROUP) * group_stride
+                        + row_block * 16
+                        + g
+                    )
                     scale_top = tl.load(scales + of_group).to(tl.uint32, bitcast=True)
                     scale_bottom = tl.load(scales + of_group + 8).to(tl.uint32, bitcast=True)
                     zero_top = tl.load(minus_zeros + of_group).to(tl.uint32, bitcast=True)
@@ -503,7 +579,9 @@ def halves_matmul(
                 x_words = ()
                 for n in tl.static_range(OCTETS):
                     x_row = x + tl.minimum(token0 + n * 8 + g, M - 1).to(tl.int64) * x_stride
-                    x_words = x_words + _x_words(x_row, block * 256 + h * 128 + s * 32 + t * 8, K, EXACT, EMULATE)
+                    x_words = x_words + _x_words(
+                        x_row, block * 256 + h * 128 + s * 32 + t * 8, K, EXACT, EMULATE
+                    )
                 for part in tl.static_range(2):
                     a0, a2 = _values(top, n_top[s], part, BITS, EMULATE)
                     a1, a3 = _values(bottom, n_bottom[s], part, BITS, EMULATE)
@@ -517,14 +595,18 @@ def halves_matmul(
                         b0 = x_words[4 * n + 2 * part]  # type: ignore[var-annotated]  # a tuple that grew
                         b1 = x_words[4 * n + 2 * part + 1]  # type: ignore[var-annotated]
                         c = (acc[4 * n], acc[4 * n + 1], acc[4 * n + 2], acc[4 * n + 3])
-                        updated = updated + _accumulate_halves((a0, a1, a2, a3), b0, b1, c, BFLOAT16, EMULATE, WARPS)
+                        updated = updated + _accumulate_halves(
+                            (a0, a1, a2, a3), b0, b1, c, BFLOAT16, EMULATE, WARPS
+                        )
                     acc = updated
         words = after
 
     slot = tl.arange(0, 32)
     row_top = row_block * 16 + slot // 4
     for n in tl.static_range(OCTETS):
-        pairs = tl.join(tl.join(acc[4 * n], acc[4 * n + 2]), tl.join(acc[4 * n + 1], acc[4 * n + 3]))  # [threads, row, token]
+        pairs = tl.join(
+            tl.join(acc[4 * n], acc[4 * n + 2]), tl.join(acc[4 * n + 1], acc[4 * n + 3])
+        )  # [threads, row, token]
         total = tl.sum(tl.reshape(pairs, [WARPS, 32, 2, 2]), axis=0)
         row = row_top[:, None, None] + 8 * tl.arange(0, 2)[None, :, None]
         token = token0 + n * 8 + 2 * (slot % 4)[:, None, None] + tl.arange(0, 2)[None, None, :]
@@ -533,12 +615,23 @@ def halves_matmul(
         tl.store(y + token * y_stride + row, total.to(y.dtype.element_ty), mask=(token < M) & (row < N))
 
 
-# -- plain Triton: decode a tile, then dot, sum or store it --------------------------------------------------------------------
+# -- plain Triton: decode a tile, then dot, sum or store it
+# --------------------------------------------------------------------
 
 
 @triton.jit
-def _tile_codes(planes, row, first, plane_stride, BLOCKS: tl.constexpr, BITS: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Codes of rows `row` [ROWS] and columns `first` (a multiple of 128)...: int32 [ROWS, COLUMNS]; rubbish past the last block."""
+def _tile_codes(
+    planes,
+    row,
+    first,
+    plane_stride,
+    BLOCKS: tl.constexpr,
+    BITS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Codes of rows `row` [ROWS] and columns `first` (a multiple of 128)...: int32 [ROWS, COLUMNS]; rubbish
+    past the last block."""
     word = tl.minimum(first // 32 + tl.arange(0, COLUMNS // 32), BLOCKS * 8 - 1)
     at = (row // 16).to(tl.int64)[:, None] * (BLOCKS * 128) + ((row % 8) * 16 + (row % 16) // 8)[:, None]
     at += ((word // 8) * 128 + word % 4 * 4 + (word // 4) % 2 * 2)[None, :]
@@ -548,7 +641,9 @@ def _tile_codes(planes, row, first, plane_stride, BLOCKS: tl.constexpr, BITS: tl
         bits = tl.load(planes + p * plane_stride + at).to(tl.uint32, bitcast=True)
         position = (4 * (c % 8) + 3 - p % 4 + 32 - c // 8) % 32
         codes = codes * 2 + ((bits[:, :, None] >> position[None, None, :].to(tl.uint32)) & 1).to(tl.int32)
-    by_thread = tl.reshape(codes, [ROWS, COLUMNS // 128, 4, 4, 8])  # [row, half, t, s, i]: column 32 s + 8 t + i
+    by_thread = tl.reshape(
+        codes, [ROWS, COLUMNS // 128, 4, 4, 8]
+    )  # [row, half, t, s, i]: column 32 s + 8 t + i
     return tl.reshape(tl.permute(by_thread, (0, 1, 3, 2, 4)), [ROWS, COLUMNS])
 
 
@@ -557,7 +652,8 @@ def _tile_weights(
     planes, values, zeros, groups, row, first, plane_stride, N_PADDED,
     BLOCKS: tl.constexpr, BITS: tl.constexpr, AFFINE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """float32 weights [ROWS, COLUMNS]: table look-up, or (AFFINE) scale * (code - zero) of the column's group."""
+    """float32 weights [ROWS, COLUMNS]: table look-up, or (AFFINE) scale * (code - zero) of the column's
+    group."""
     codes = _tile_codes(planes, row, first, plane_stride, BLOCKS, BITS, ROWS, COLUMNS)
     if AFFINE:
         group = tl.load(groups + tl.minimum(first + tl.arange(0, COLUMNS), BLOCKS * 256 - 1))
@@ -575,7 +671,9 @@ def dequantize_tiles(
     """out [N, K] <- the weights; one program = 16 rows x 256 columns."""
     row = tl.program_id(0) * 16 + tl.arange(0, 16)
     first = tl.program_id(1) * 256
-    weights = _tile_weights(planes, values, zeros, groups, row, first, plane_stride, N_PADDED, BLOCKS, BITS, AFFINE, 16, 256)
+    weights = _tile_weights(
+        planes, values, zeros, groups, row, first, plane_stride, N_PADDED, BLOCKS, BITS, AFFINE, 16, 256
+    )
     column = first + tl.arange(0, 256)
     at = row.to(tl.int64)[:, None] * K + column[None, :]
     tl.store(out + at, weights.to(out.dtype.element_ty), mask=(row < N)[:, None] & (column < K)[None, :])
@@ -589,9 +687,11 @@ def plain_matmul(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TOKENS: tl.constexpr, STEPS: tl.constexpr, SPLIT: tl.constexpr,
     USE_DOT: tl.constexpr,
 ):  # fmt: skip
-    """y [M, N] for any b: decode [ROWS, COLUMNS], then a tensor-core dot (USE_DOT) or a sum for each of TOKENS tokens.
+    """y [M, N] for any b: decode [ROWS, COLUMNS], then a tensor-core dot (USE_DOT) or a sum for each of
+    TOKENS tokens.
 
-    Programs: (row blocks, SPLIT parts of the columns, token blocks). With SPLIT > 1 the parts land in `partial` float32 [SPLIT, M, N].
+    Programs: (row blocks, SPLIT parts of the columns, token blocks). With SPLIT > 1 the parts land in
+    `partial` float32 [SPLIT, M, N].
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     part = tl.program_id(1)
@@ -603,7 +703,21 @@ def plain_matmul(
     for step in range(STEPS):
         first = (part * STEPS + step) * COLUMNS
         column = first + tl.arange(0, COLUMNS)
-        weights = _tile_weights(planes, values, zeros, groups, safe_row, first, plane_stride, N_PADDED, BLOCKS, BITS, AFFINE, ROWS, COLUMNS)
+        weights = _tile_weights(
+            planes,
+            values,
+            zeros,
+            groups,
+            safe_row,
+            first,
+            plane_stride,
+            N_PADDED,
+            BLOCKS,
+            BITS,
+            AFFINE,
+            ROWS,
+            COLUMNS,
+        )
         x_at = token.to(tl.int64)[:, None] * x_stride + column[None, :]
         x_tile = tl.load(x + x_at, mask=(token < M)[:, None] & (column < K)[None, :], other=0.0)
         if USE_DOT:
@@ -621,7 +735,8 @@ def plain_matmul(
         tl.store(partial + part * M * N + token[None, :] * N + row[:, None], acc, mask=mask)
 
 
-# -- attention of one token a row over its slot of the cache -------------------------------------------------------------------
+# -- attention of one token a row over its slot of the cache
+# -------------------------------------------------------------------
 
 
 @triton.jit
@@ -633,7 +748,8 @@ def attention_part(
 ):  # fmt: skip
     """One (row, kv head, part of the cache): its GROUP query heads against TOKENS * STEPS cached tokens.
 
-    out float32 [n, Hq, SPLITS, D] (normalized within the part), log_sums float32 [n, Hq, SPLITS] (base 2; -inf for an empty part).
+    out float32 [n, Hq, SPLITS, D] (normalized within the part), log_sums float32 [n, Hq, SPLITS] (base 2;
+    -inf for an empty part).
     """
     _let_next_start(PDL)
     row = tl.program_id(0)
@@ -658,7 +774,12 @@ def attention_part(
         for step in range(STEPS):
             token = start + step * TOKENS + tl.arange(0, TOKENS)
             seen = (token < length) & (token >= first_visible)
-            k_at = slot * k_slot + kv_head.to(tl.int64) * k_head + token.to(tl.int64)[:, None] * k_token + d[None, :]
+            k_at = (
+                slot * k_slot
+                + kv_head.to(tl.int64) * k_head
+                + token.to(tl.int64)[:, None] * k_token
+                + d[None, :]
+            )
             key = tl.load(keys + k_at, mask=seen[:, None] & (d < D)[None, :], other=0.0)
             scores = tl.dot(query, tl.trans(key), input_precision="ieee") * scale_log2
             scores = tl.where(seen[None, :], scores, float("-inf"))
@@ -667,7 +788,12 @@ def attention_part(
             shrink = tl.exp2(best - safe)
             weights = tl.exp2(scores - safe[:, None])
             total = total * shrink + tl.sum(weights, axis=1)
-            v_at = slot * v_slot + kv_head.to(tl.int64) * v_head + token.to(tl.int64)[:, None] * v_token + d[None, :]
+            v_at = (
+                slot * v_slot
+                + kv_head.to(tl.int64) * v_head
+                + token.to(tl.int64)[:, None] * v_token
+                + d[None, :]
+            )
             value = tl.load(values + v_at, mask=seen[:, None] & (d < D)[None, :], other=0.0)
             acc = acc * shrink[:, None] + tl.dot(weights.to(value.dtype), value, input_precision="ieee")
             best = new_best
@@ -681,7 +807,8 @@ def attention_part(
 @triton.jit
 def attention_join(
     out, log_sums, y, HEADS, y_row,
-    D: tl.constexpr, D_PADDED: tl.constexpr, SPLITS: tl.constexpr, SPLITS_PADDED: tl.constexpr, PDL: tl.constexpr,
+    D: tl.constexpr, D_PADDED: tl.constexpr, SPLITS: tl.constexpr, SPLITS_PADDED: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """y [n, Hq, D] <- the parts of `attention_part`, weighted by their share of the softmax."""
     _let_next_start(PDL)
@@ -698,18 +825,25 @@ def attention_join(
         other=0.0,
     )
     joined = tl.sum(part * share[:, None], axis=0) / tl.maximum(tl.sum(share, axis=0), 1e-37)
-    tl.store(y + tl.program_id(0).to(tl.int64) * y_row + tl.program_id(1) * D + d, joined.to(y.dtype.element_ty), mask=d < D)
+    tl.store(
+        y + tl.program_id(0).to(tl.int64) * y_row + tl.program_id(1) * D + d,
+        joined.to(y.dtype.element_ty),
+        mask=d < D,
+    )
 
 
-# -- the rest of a decoder layer of the Llama family, one launch a stage -------------------------------------------------------
+# -- the rest of a decoder layer of the Llama family, one launch a stage
+# -------------------------------------------------------
 
 
 @triton.jit
 def add_norm_split(
     x, delta, weight, out, digits, scales, sums, epsilon, C, out_stride, digits_stride,
-    BLOCK: tl.constexpr, HAS_DELTA: tl.constexpr, HAS_OUT: tl.constexpr, HAS_DIGITS: tl.constexpr, PDL: tl.constexpr,
+    BLOCK: tl.constexpr, HAS_DELTA: tl.constexpr, HAS_OUT: tl.constexpr, HAS_DIGITS: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """x [n, C] += delta; h = RMS norm of x times weight, rounded as transformers does -> `out` [n, C] and / or its digits."""
+    """x [n, C] += delta; h = RMS norm of x times weight, rounded as transformers does -> `out` [n, C] and /
+    or its digits."""
     _let_next_start(PDL)
     token = tl.program_id(0)
     column = tl.arange(0, BLOCK)
@@ -757,9 +891,11 @@ def silu_split(
 def rotate_write(
     qkv, inverse_frequencies, positions, slots, q, keys, values, rope_scale,
     k_slot, k_head, k_token, v_slot, v_head, v_token,
-    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, HALF_PADDED: tl.constexpr, PDL: tl.constexpr,
+    HEADS: tl.constexpr, KV_HEADS: tl.constexpr, HALF: tl.constexpr, HALF_PADDED: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """Rotary embedding of q -> q [n, Hq, D] and of k -> the cache; v -> the cache. One program a token and head of qkv."""
+    """Rotary embedding of q -> q [n, Hq, D] and of k -> the cache; v -> the cache. One program a token and
+    head of qkv."""
     _let_next_start(PDL)
     _wait_for_last(PDL)
     token = tl.program_id(0)
@@ -772,7 +908,9 @@ def rotate_write(
     first = tl.load(qkv + at, mask=inside, other=0.0)
     second = tl.load(qkv + at + HALF, mask=inside, other=0.0)
     if head >= HEADS + KV_HEADS:
-        v_at = values + slot * v_slot + (head - HEADS - KV_HEADS).to(tl.int64) * v_head + position * v_token + d
+        v_at = (
+            values + slot * v_slot + (head - HEADS - KV_HEADS).to(tl.int64) * v_head + position * v_token + d
+        )
         tl.store(v_at, first, mask=inside)
         tl.store(v_at + HALF, second, mask=inside)
     else:

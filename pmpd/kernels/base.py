@@ -1,6 +1,7 @@
 """The one operation of this package: y = x Wᵀ + bias for weights stored as bitplanes plus one table per row.
 
-Legend: M tokens, K in_features, N out_features, P the highest precision (number of planes), b a precision (bits ≤ P).
+Legend: M tokens, K in_features, N out_features, P the highest precision (number of planes), b a precision
+(bits ≤ P).
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from torch import Tensor
 class PackedWeights:
     """Weights of one linear layer as the Any-Precision file format holds them (see `pmpd.kernels.bitplanes`).
 
-    `planes` int32 [P, N, K/32], plane 0 the most significant bit of the code; `tables` precision b -> float16 [N, 2**b],
-    the values of that row; `bias` [N] or None. All on one device.
+    `planes` int32 [P, N, K/32], plane 0 the most significant bit of the code; `tables` precision b -> float16
+    [N, 2**b], the values of that row; `bias` [N] or None. All on one device.
     """
 
     planes: Tensor
@@ -34,7 +35,8 @@ class PackedWeights:
 
 
 class BitplaneMatrix(ABC):
-    """One weight matrix in the memory layout of one implementation. Built once at load from `PackedWeights`."""
+    """One weight matrix in the memory layout of one implementation. Built once at load from
+    `PackedWeights`."""
 
     def __init__(self, shape: tuple[int, int], precisions: tuple[int, ...]) -> None:
         self.shape = shape
@@ -42,7 +44,8 @@ class BitplaneMatrix(ABC):
 
     @abstractmethod
     def multiply(self, x: Tensor, bits: int) -> Tensor:
-        """`x` [..., K] -> [..., N] with the weights at precision `bits`, bias added; result in the dtype of `x`."""
+        """`x` [..., K] -> [..., N] with the weights at precision `bits`, bias added; result in the dtype of
+        `x`."""
 
     @abstractmethod
     def dequantize(self, bits: int) -> Tensor:

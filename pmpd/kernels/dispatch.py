@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pmpd.errors import UserError
 from pmpd.kernels.base import BitplaneMatrix, PackedWeights
 
 _CLASSES = {
@@ -28,15 +29,16 @@ class Choice(NamedTuple):
 def choose(device: torch.device, dtype: torch.dtype, impl: str | None = None) -> Choice:
     """The implementation for weights on `device` computing in `dtype`.
 
-    `impl`, or the environment variable PMPD_KERNEL, forces one; a forced one that can't run here is a ValueError.
+    `impl`, or the environment variable PMPD_KERNEL, forces one; a forced one that can't run here is a
+    ValueError.
     """
     forced = impl or os.environ.get(ENVIRONMENT)
     if forced:
         if forced not in _CLASSES:
-            raise ValueError(f"kernel {forced!r}: known are {', '.join(_CLASSES)}")
+            raise UserError(f"kernel {forced!r}: known are {', '.join(_CLASSES)}")
         problem = _module(forced).unavailable(device, dtype)
         if problem:
-            raise ValueError(f"kernel {forced!r} was asked for, but {problem}")
+            raise UserError(f"kernel {forced!r} was asked for, but {problem}")
         return Choice(forced, "asked for" if impl else f"asked for by {ENVIRONMENT}")
     native = "triton" if device.type == "cuda" else "cpu"
     problem = _module(native).unavailable(device, dtype)
@@ -52,7 +54,8 @@ def build(packed: PackedWeights, dtype: torch.dtype, impl: str | None = None) ->
 
 
 def native_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -> Callable[..., Tensor] | None:
-    """`pmpd.kernels.cpu.decode_attention` where it can be used and PMPD_KERNEL does not ask for another implementation; else None."""
+    """`pmpd.kernels.cpu.decode_attention` where it can be used and PMPD_KERNEL does not ask for another
+    implementation; else None."""
     if os.environ.get(ENVIRONMENT, "cpu") != "cpu" or device.type != "cpu":
         return None
     cpu = _module("cpu")

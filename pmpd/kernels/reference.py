@@ -1,4 +1,5 @@
-"""Plain PyTorch: defines the right answer. Multiplying dequantizes once per precision and keeps the result while it fits a budget."""
+"""Plain PyTorch: defines the right answer. Multiplying dequantizes once per precision and keeps the result
+while it fits a budget."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ from pmpd.kernels.base import BitplaneMatrix, PackedWeights
 from pmpd.kernels.bitplanes import unpack
 
 CACHE_BYTES = 2 << 30
-"""Dequantized matrices that all layers of a process keep together; past that they are rebuilt for every multiplication."""
+"""Dequantized matrices that all layers of a process keep together; past that they are rebuilt for every
+multiplication."""
 
 
 class CacheBudget:
@@ -36,7 +38,8 @@ _BUDGET = CacheBudget(CACHE_BYTES)
 
 
 class ReferenceMatrix(BitplaneMatrix):
-    """The matrix by definition: `tables[b][row, code >> (P - b)]`, times x with `torch.nn.functional.linear`."""
+    """The matrix by definition: `tables[b][row, code >> (P - b)]`, times x with
+    `torch.nn.functional.linear`."""
 
     def __init__(self, packed: PackedWeights, dtype: torch.dtype, budget: CacheBudget = _BUDGET) -> None:
         super().__init__(packed.shape, packed.precisions)

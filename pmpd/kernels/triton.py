@@ -1,44 +1,51 @@
-"""Kernels for CUDA devices, in Triton: y = x Wᵀ + bias with W as bitplanes and tables (`TritonMatrix`) or as GPTQ codes (`GPTQMatrix`).
+"""Kernels for CUDA devices, in Triton: y = x Wᵀ + bias with W as bitplanes and tables (`TritonMatrix`) or as
+GPTQ codes (`GPTQMatrix`).
 
 Legend: M tokens, N out_features, K in_features, b bits, P planes. A *tile* is 16 rows x 256 columns.
 
-Memory layout (made once at load): planes int32 [P, N/16, K/256, 32 lanes, 4], rows and columns padded. Lane 4 g + t, word 2 h + r of a
-tile holds row 8 r + g, columns 128 h + 32 s + 8 t + i (s = 0..3, i = 0..7), so a warp reads one plane of a tile as 512 consecutive bytes,
-16 a thread, the tiles of a row block follow each other, and the four threads of a row read 32 activations side by side. Bit 8 s + i of a
-word of plane p is at position (4 i + 3 - p - s) mod 32: then one to two logical operations per eight weights and plane turn words of
-planes into words of nibbles, one code a nibble.
+Memory layout (made once at load): planes int32 [P, N/16, K/256, 32 lanes, 4], rows and columns padded. Lane 4
+g + t, word 2 h + r of a tile holds row 8 r + g, columns 128 h + 32 s + 8 t + i (s = 0..3, i = 0..7), so a
+warp reads one plane of a tile as 512 consecutive bytes, 16 a thread, the tiles of a row block follow each
+other, and the four threads of a row read 32 activations side by side. Bit 8 s + i of a word of plane p is at
+position (4 i + 3 - p - s) mod 32: then one to two logical operations per eight weights and plane turn words
+of planes into words of nibbles, one code a nibble.
 
 Four ways to multiply, chosen by M, b and type:
 
-*digits* (M <= 2, b = 2, 3, 4; up to 16 in float32). A table's values become 14-bit fixed point of the row's range, as two 7-bit digits, an
-activation three signed bytes (24 bits, one scale a token); products run on the int8 tensor cores and add up exactly in int32; what is left
-is one multiply-add in float32 a row. Why: at b = 4 a memory-bound kernel must decode about 33 weights a clock and multiprocessor (H200: 4.3
-TB/s over 132 multiprocessors at 1.98 GHz), at b = 2 about 66, with 64 logical operations a clock: one to two operations a weight. A table
-look-up in shared memory or the first-level cache is slower than that. `prmt` looks up four bytes in an 8-byte table held in two registers,
-and four such bytes *are* an operand register of the int8 tensor cores: no widening, no interleaving, no multiply-add. Operations a weight
-(logical, shift, prmt; counted in the machine code for sm_90): b = 2: 1.0, b = 3: 1.1, b = 4: 1.7 (a code >= 8 makes `prmt` return 0, so the
-products of two half tables add up in the accumulators). Error: tables 2^-15 of the row's range, activations 2^-24 of the token's largest;
-below float16's own rounding.
+*digits* (M <= 2, b = 2, 3, 4; up to 16 in float32). A table's values become 14-bit fixed point of the row's
+range, as two 7-bit digits, an activation three signed bytes (24 bits, one scale a token); products run on the
+int8 tensor cores and add up exactly in int32; what is left is one multiply-add in float32 a row. Why: at b =
+4 a memory-bound kernel must decode about 33 weights a clock and multiprocessor (H200: 4.3 TB/s over 132
+multiprocessors at 1.98 GHz), at b = 2 about 66, with 64 logical operations a clock: one to two operations a
+weight. A table look-up in shared memory or the first-level cache is slower than that. `prmt` looks up four
+bytes in an 8-byte table held in two registers, and four such bytes *are* an operand register of the int8
+tensor cores: no widening, no interleaving, no multiply-add. Operations a weight (logical, shift, prmt;
+counted in the machine code for sm_90): b = 2: 1.0, b = 3: 1.1, b = 4: 1.7 (a code >= 8 makes `prmt` return 0,
+so the products of two half tables add up in the accumulators). Error: tables 2^-15 of the row's range,
+activations 2^-24 of the token's largest; below float16's own rounding.
 
-*halves* (2 < M <= 64, b = 2, 3, 4, float16 and bfloat16). `prmt` looks up the low and the high bytes of four table values and puts them
-together: exact values of the type, operands of its tensor cores, eight tokens a product. Operations a weight: b = 2, 3: 1.5, b = 4: 2.5.
-GPTQ in float16 (M <= 64, groups of a multiple of 32 columns) looks up its codes in the same way, then subtracts and scales pairs.
+*halves* (2 < M <= 64, b = 2, 3, 4, float16 and bfloat16). `prmt` looks up the low and the high bytes of four
+table values and puts them together: exact values of the type, operands of its tensor cores, eight tokens a
+product. Operations a weight: b = 2, 3: 1.5, b = 4: 2.5. GPTQ in float16 (M <= 64, groups of a multiple of 32
+columns) looks up its codes in the same way, then subtracts and scales pairs.
 
-*fused* (other b and float32, up to M = 64): decodes a tile with one table load a weight, then a tensor-core dot (a float32 sum for M < 4).
+*fused* (other b and float32, up to M = 64): decodes a tile with one table load a weight, then a tensor-core
+dot (a float32 sum for M < 4).
 
 *dense* (larger M): writes the matrix in the activations' type, then cuBLAS.
 
-Bytes of one multiplication: N K b / 8 planes + N 2^b 2 tables (digits: N (8, 16, 32) + 8 N) + 2 M (K + N) activations; digits adds 4 M K
-for the split activations. FLOP: 2 M N K. Memory bounds all of it for M <= 16. Floors at the 4.3 TB/s that a copy reaches on an H200:
+Bytes of one multiplication: N K b / 8 planes + N 2^b 2 tables (digits: N (8, 16, 32) + 8 N) + 2 M (K + N)
+activations; digits adds 4 M K for the split activations. FLOP: 2 M N K. Memory bounds all of it for M <= 16.
+Floors at the 4.3 TB/s that a copy reaches on an H200:
 
     matrix             b = 2            b = 3            b = 4           float16
     4096 x 4096        4.3 MB, 1.0 us   6.4 MB, 1.5 us   8.6 MB, 2.0 us  33.6 MB,  7.8 us
     14336 x 4096      14.9 MB, 3.5 us  22.4 MB, 5.2 us  29.9 MB, 7.0 us 117.4 MB, 27.3 us
-    8B step, M = 1     1.8 GB, 0.42 ms  2.6 GB, 0.61 ms  3.5 GB, 0.82 ms 14.0 GB,  3.3 ms   (6.98e9 weights in 32 decoder layers)
-    with 16-bit head   2.8 GB, 0.66 ms  3.7 GB, 0.86 ms  4.6 GB, 1.06 ms 15.0 GB,  3.5 ms   (128256 x 4096 of it the head)
+    8B step, M = 1     1.8 GB, 0.42 ms  2.6 GB, 0.61 ms  3.5 GB, 0.82 ms 14.0 GB,  3.3 ms   (6.98e9 weights)
+    with 16-bit head   2.8 GB, 0.66 ms  3.7 GB, 0.86 ms  4.6 GB, 1.06 ms 15.0 GB,  3.5 ms   (128256 x 4096)
 
-Attention of a decode step reads each cached key and value once: 2 H D T 2 bytes a layer and row (8B: 128 KiB a token over all layers,
-so 0.03 ms a row at T = 1000), FLOP 4 Hq D T.
+Attention of a decode step reads each cached key and value once: 2 H D T 2 bytes a layer and row (8B: 128 KiB
+a token over all layers, so 0.03 ms a row at T = 1000), FLOP 4 Hq D T.
 """
 
 from __future__ import annotations
@@ -55,7 +62,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pmpd import cuda
+from pmpd import gpu
+from pmpd.errors import UserError
 from pmpd.kernels.base import BitplaneMatrix, PackedWeights
 from pmpd.kernels.bitplanes import unpack
 
@@ -78,20 +86,26 @@ def _interpreted() -> bool:
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Needs Triton, a CUDA device of compute capability 8.0 or later (or Triton's interpreter), float16, bfloat16 or float32."""
+    """Needs Triton, a CUDA device of compute capability 8.0 or later (or Triton's interpreter), float16,
+    bfloat16 or float32."""
     if importlib.util.find_spec("triton") is None:
         return "the Python package triton is not installed"
     if dtype not in DTYPES:
         return f"Triton kernels compute in float16, bfloat16 or float32, not {dtype}"
     if device.type == "cuda":
-        capability = cuda.capability(device)
-        return None if capability >= (8, 0) else f"Triton kernels need compute capability 8.0 or later, {device} has {capability}"
+        capability = gpu.capability(device)
+        return (
+            None
+            if capability >= (8, 0)
+            else f"Triton kernels need compute capability 8.0 or later, {device} has {capability}"
+        )
     if device.type == "cpu" and _interpreted():
         return None
     return f"Triton kernels run on CUDA devices, not on {device.type}"
 
 
-# -- layout --------------------------------------------------------------------------------------------------------------------
+# -- layout
+# ------------------------------------------------------------------------------------------------------------
 
 
 def _position(plane: int, column: Tensor) -> Tensor:
@@ -100,12 +114,19 @@ def _position(plane: int, column: Tensor) -> Tensor:
 
 
 def tile_codes(codes_NK: Tensor, bits: int) -> Tensor:
-    """Codes uint8 [N, K], each < 2**bits -> planes int32 [bits, N/16, K/256, 32, 4], rows and columns padded with zeros."""
+    """Codes uint8 [N, K], each < 2**bits -> planes int32 [bits, N/16, K/256, 32, 4], rows and columns padded
+    with zeros."""
     rows, columns = codes_NK.shape
     row_blocks, blocks = math.ceil(rows / TILE_ROWS), math.ceil(columns / TILE_COLUMNS)
-    codes = torch.nn.functional.pad(codes_NK, (0, blocks * TILE_COLUMNS - columns, 0, row_blocks * TILE_ROWS - rows))
+    codes = torch.nn.functional.pad(
+        codes_NK, (0, blocks * TILE_COLUMNS - columns, 0, row_blocks * TILE_ROWS - rows)
+    )
     # [row block, r, g, block, h, s, t, i] -> [row block, block, g, t, h, r, s and i: column in word]
-    codes = codes.view(row_blocks, 2, 8, blocks, 2, 4, 4, 8).permute(0, 3, 2, 6, 4, 1, 5, 7).reshape(row_blocks, blocks, 8, 4, 2, 2, 32)
+    codes = (
+        codes.view(row_blocks, 2, 8, blocks, 2, 4, 4, 8)
+        .permute(0, 3, 2, 6, 4, 1, 5, 7)
+        .reshape(row_blocks, blocks, 8, 4, 2, 2, 32)
+    )
     planes = torch.zeros(bits, *codes.shape[:-1], dtype=torch.int32, device=codes.device)
     for plane in range(bits):
         for column, position in enumerate(_position(plane, torch.arange(32)).tolist()):
@@ -114,10 +135,14 @@ def tile_codes(codes_NK: Tensor, bits: int) -> Tensor:
 
 
 def _table_words(high: Tensor, low: Tensor, bits: int) -> Tensor:
-    """Bytes int64 [N, 2**bits], the high and the low ones of a table -> int32 [N, words] in the order `_triton_kernels._table` reads."""
+    """Bytes int64 [N, 2**bits], the high and the low ones of a table -> int32 [N, words] in the order
+    `_triton_kernels._table` reads."""
     high, low = high.view(len(high), -1, 4), low.view(len(low), -1, 4)  # [N, 2**bits / 4, 4]
     if bits == 4:
-        octets = torch.stack([high[:, 0], high[:, 1], low[:, 0], low[:, 1], high[:, 2], high[:, 3], low[:, 2], low[:, 3]], dim=1)
+        octets = torch.stack(
+            [high[:, 0], high[:, 1], low[:, 0], low[:, 1], high[:, 2], high[:, 3], low[:, 2], low[:, 3]],
+            dim=1,
+        )
     else:
         octets = torch.cat([high, low], dim=1)
     return (octets << torch.tensor([0, 8, 16, 24], device=high.device)).sum(-1).to(torch.int32).contiguous()
@@ -133,18 +158,22 @@ def table_halves(table: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
 def table_digits(table: Tensor, bits: int) -> tuple[Tensor, Tensor, Tensor]:
     """`table` [N, 2**bits] -> (bytes int32 [N padded, words], scale float32, offset float32 [N padded]).
 
-    value = offset + scale * (128 high + low), digits in 0..127; word order as `_triton_kernels._table` reads it.
+    value = offset + scale * (128 high + low), digits in 0..127; word order as `_triton_kernels._table` reads
+    it.
     """
     rows = table.shape[0]
     padded = math.ceil(rows / TILE_ROWS) * TILE_ROWS
     values = torch.nn.functional.pad(table.double(), (0, 0, 0, padded - rows))
     offset = values.amin(1)
     scale = (values.amax(1) - offset) / (127 * 128 + 127)
-    digits = torch.round((values - offset[:, None]) / torch.where(scale > 0, scale, 1.0)[:, None]).to(torch.int64)
+    digits = torch.round((values - offset[:, None]) / torch.where(scale > 0, scale, 1.0)[:, None]).to(
+        torch.int64
+    )
     return _table_words(digits // 128, digits % 128, bits), scale.float(), offset.float()
 
 
-# -- settings per GPU ----------------------------------------------------------------------------------------------------------
+# -- settings per GPU
+# ----------------------------------------------------------------------------------------------------------
 
 
 def settings_file(gpu_name: str) -> Path:
@@ -158,11 +187,12 @@ def _settings(gpu_name: str) -> dict[str, Any]:
 
 
 def _gpu_name(device: torch.device) -> str:
-    return cuda.device_name(device) if device.type == "cuda" else "interpreter"
+    return gpu.device_name(device) if device.type == "cuda" else "interpreter"
 
 
 def warps_of(gpu_name: str, route: str, rows: int, columns: int, bits: int, tokens: int) -> int:
-    """Warps that share a row block's columns: as measured for this GPU, route and shape, else about 2048 warps in all."""
+    """Warps that share a row block's columns: as measured for this GPU, route and shape, else about 2048
+    warps in all."""
     measured = _settings(gpu_name).get(route, {}).get(f"{rows}x{columns}x{bits}x{_token_bucket(tokens)}")
     if measured:
         return int(measured["warps"])
@@ -180,12 +210,14 @@ def _token_bucket(tokens: int) -> int:
 
 
 def overlap(device: torch.device) -> dict[str, Any]:
-    """Launch options of a kernel that may start before the one in front of it has ended (`PDL` in the kernels), where the GPU can."""
-    overlapping = device.type == "cuda" and cuda.capability(device) >= (9, 0)
+    """Launch options of a kernel that may start before the one in front of it has ended (`PDL` in the
+    kernels), where the GPU can."""
+    overlapping = device.type == "cuda" and gpu.capability(device) >= (9, 0)
     return {"PDL": True, "launch_pdl": True} if overlapping else {"PDL": False}
 
 
-# -- matrices ------------------------------------------------------------------------------------------------------------------
+# -- matrices
+# ------------------------------------------------------------------------------------------------------------
 
 
 class _TileMatrix:
@@ -199,7 +231,13 @@ class _TileMatrix:
         self.padded_rows = self.row_blocks * TILE_ROWS
 
     def fused(
-        self, x: Tensor, bits: int, values: Tensor, zeros: Tensor | None, groups: Tensor | None, use_dot: bool | None = None
+        self,
+        x: Tensor,
+        bits: int,
+        values: Tensor,
+        zeros: Tensor | None,
+        groups: Tensor | None,
+        use_dot: bool | None = None,
     ) -> Tensor:
         from pmpd.kernels import _triton_kernels as kernels
 
@@ -216,11 +254,13 @@ class _TileMatrix:
         y = x.new_empty(tokens, rows)
         partial = x.new_empty(split, tokens, rows, dtype=torch.float32) if split > 1 else y
         kernels.plain_matmul[(row_programs, split, token_programs)](
-            x, self.planes, values, values if zeros is None else zeros, self.planes if groups is None else groups,
+            x, self.planes, values, values if zeros is None else zeros,
+            self.planes if groups is None else groups,
             y if self.bias is None else self.bias, y, partial,
             tokens, rows, columns, x.stride(0), y.stride(0), self.planes.stride(0), self.padded_rows,
             BLOCKS=self.blocks, BITS=bits, AFFINE=zeros is not None, HAS_BIAS=self.bias is not None,
-            ROWS=row_block, COLUMNS=column_block, TOKENS=token_block, STEPS=steps, SPLIT=split, USE_DOT=use_dot, num_warps=4,
+            ROWS=row_block, COLUMNS=column_block, TOKENS=token_block, STEPS=steps, SPLIT=split,
+            USE_DOT=use_dot, num_warps=4,
         )  # fmt: skip
         if split > 1:
             total = partial.sum(0)
@@ -228,9 +268,16 @@ class _TileMatrix:
         return y
 
     def halves(
-        self, x: Tensor, bits: int, tables: Tensor, warps: int, groups: tuple[Tensor, Tensor] | None = None, group_size: int = 0
+        self,
+        x: Tensor,
+        bits: int,
+        tables: Tensor,
+        warps: int,
+        groups: tuple[Tensor, Tensor] | None = None,
+        group_size: int = 0,
     ) -> Tensor:
-        """`x` [M, K] of 16-bit floats. `tables` as of `table_halves`; with `groups` (scales, minus zeros) as the kernel says."""
+        """`x` [M, K] of 16-bit floats. `tables` as of `table_halves`; with `groups` (scales, minus zeros) as
+        the kernel says."""
         from pmpd.kernels import _triton_kernels as kernels
 
         if x.stride(0) % 8 or x.data_ptr() % 16:  # activations are read 16 bytes at a time
@@ -240,21 +287,28 @@ class _TileMatrix:
         scales, minus_zeros = groups or (tables, tables)
         y = x.new_empty(tokens, rows)
         kernels.halves_matmul[(self.row_blocks, math.ceil(tokens / (8 * octets)))](
-            x.view(torch.int32), self.planes, tables, scales, minus_zeros, y if self.bias is None else self.bias, y,
-            tokens, rows, columns, self.planes.stride(0), x.stride(0) // 2, y.stride(0), scales.stride(0), len(scales) - 1,
-            BLOCKS=self.blocks, TILES=math.ceil(self.blocks / warps), BITS=bits, OCTETS=octets, WARPS=warps, GROUP=group_size,
-            EXACT=self.blocks % warps == 0 and columns == self.blocks * TILE_COLUMNS, HAS_BIAS=self.bias is not None,
+            x.view(torch.int32), self.planes, tables, scales, minus_zeros,
+            y if self.bias is None else self.bias, y,
+            tokens, rows, columns, self.planes.stride(0), x.stride(0) // 2, y.stride(0), scales.stride(0),
+            len(scales) - 1,
+            BLOCKS=self.blocks, TILES=math.ceil(self.blocks / warps), BITS=bits, OCTETS=octets, WARPS=warps,
+            GROUP=group_size,
+            EXACT=self.blocks % warps == 0 and columns == self.blocks * TILE_COLUMNS,
+            HAS_BIAS=self.bias is not None,
             BFLOAT16=x.dtype == torch.bfloat16, EMULATE=_interpreted(), num_warps=warps, **overlap(y.device),
         )  # fmt: skip
         return y
 
-    def dequantize(self, bits: int, values: Tensor, zeros: Tensor | None, groups: Tensor | None, dtype: torch.dtype) -> Tensor:
+    def dequantize(
+        self, bits: int, values: Tensor, zeros: Tensor | None, groups: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
         from pmpd.kernels import _triton_kernels as kernels
 
         rows, columns = self.shape
         out = torch.empty(rows, columns, dtype=dtype, device=self.planes.device)
         kernels.dequantize_tiles[(self.row_blocks, self.blocks)](
-            self.planes, values, values if zeros is None else zeros, self.planes if groups is None else groups, out,
+            self.planes, values, values if zeros is None else zeros,
+            self.planes if groups is None else groups, out,
             rows, columns, self.planes.stride(0), self.padded_rows,
             BLOCKS=self.blocks, BITS=bits, AFFINE=zeros is not None, num_warps=4,
         )  # fmt: skip
@@ -262,7 +316,8 @@ class _TileMatrix:
 
 
 class SplitActivations(NamedTuple):
-    """Activations of M tokens as three signed bytes each (`_triton_kernels.split_digits` says how); a slice of tokens is one too."""
+    """Activations of M tokens as three signed bytes each (`_triton_kernels.split_digits` says how); a slice
+    of tokens is one too."""
 
     digits: Tensor
     """int32 [4 (M + padding), padded K / 4]."""
@@ -273,7 +328,8 @@ class SplitActivations(NamedTuple):
     @classmethod
     def empty(cls, tokens: int, columns: int, device: torch.device) -> SplitActivations:
         padded = math.ceil(columns / (MOST_WARPS * TILE_COLUMNS)) * MOST_WARPS * TILE_COLUMNS
-        # A kernel may read past the last token (it never uses that); multiples of 16 keep addresses aligned alike.
+        # A kernel may read past the last token (it never uses that); multiples of 16 keep addresses aligned
+        # alike.
         room = (math.ceil(tokens / DIGITS_TOKENS) + 1) * DIGITS_TOKENS
         return cls(
             torch.empty(4 * room, padded // 4, dtype=torch.int32, device=device),
@@ -289,14 +345,19 @@ class SplitActivations(NamedTuple):
     def launch(self) -> dict[str, Any]:
         """Block and warps of the kernels that write this, a program a token."""
         warps = 16 if self.stride <= 4096 else 32
-        return {"BLOCK": 1 << (self.stride - 1).bit_length(), "num_warps": warps, **overlap(self.digits.device)}
+        return {
+            "BLOCK": 1 << (self.stride - 1).bit_length(),
+            "num_warps": warps,
+            **overlap(self.digits.device),
+        }
 
     def narrow(self, start: int, stop: int) -> SplitActivations:
         return SplitActivations(self.digits[4 * start :], self.scales[:, start:], stop - start)
 
 
 def padded_rows(rows: int, columns: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """An empty [rows, columns] whose rows begin half a cache line apart, so that `halves` reads eight of them without bank conflicts."""
+    """An empty [rows, columns] whose rows begin half a cache line apart, so that `halves` reads eight of them
+    without bank conflicts."""
     return torch.empty(rows, columns + 64 // dtype.itemsize, dtype=dtype, device=device)[:, :columns]
 
 
@@ -306,7 +367,14 @@ def split_activations(x: Tensor) -> SplitActivations:
 
     split = SplitActivations.empty(x.shape[0], x.shape[1], x.device)
     kernels.split_digits[(x.shape[0],)](
-        x, split.digits.view(torch.int8), split.scales[0], split.scales[1], *x.shape, x.stride(0), split.stride, **split.launch()
+        x,
+        split.digits.view(torch.int8),
+        split.scales[0],
+        split.scales[1],
+        *x.shape,
+        x.stride(0),
+        split.stride,
+        **split.launch(),
     )
     return split
 
@@ -333,7 +401,8 @@ class TritonMatrix(BitplaneMatrix):
         return "dense"
 
     def multiply(self, x: Tensor, bits: int, route: str | None = None, warps: int | None = None) -> Tensor:
-        """As in the base class. `route` forces one of `ROUTES`, `warps` as in the kernels (default: as measured for GPU and shape)."""
+        """As in the base class. `route` forces one of `ROUTES`, `warps` as in the kernels (default: as
+        measured for GPU and shape)."""
         rows, columns = self.shape
         x_MK = x.reshape(-1, columns)
         if x_MK.stride(-1) != 1:
@@ -346,15 +415,20 @@ class TritonMatrix(BitplaneMatrix):
             y_MN = x_MK.new_empty(x_MK.shape[0], rows)
             self.multiply_split(split_activations(x_MK), bits, y_MN, warps)
         elif route == "halves":
-            y_MN = self._tiles.halves(x_MK, bits, tables["halves"], warps or self._warps("halves", bits, x_MK.shape[0]))
+            y_MN = self._tiles.halves(
+                x_MK, bits, tables["halves"], warps or self._warps("halves", bits, x_MK.shape[0])
+            )
         elif route == "fused":
             y_MN = self._tiles.fused(x_MK, bits, tables["values"], None, None)
         else:
-            y_MN = torch.nn.functional.linear(x_MK, self._tiles.dequantize(bits, tables["values"], None, None, x.dtype), self._tiles.bias)
+            y_MN = torch.nn.functional.linear(
+                x_MK, self._tiles.dequantize(bits, tables["values"], None, None, x.dtype), self._tiles.bias
+            )
         return y_MN.view(*x.shape[:-1], rows)
 
     def multiply_split(self, x: SplitActivations, bits: int, y: Tensor, warps: int | None = None) -> None:
-        """y [M, N] <- the product, any M; `warps` as in the kernel (default: as measured for this GPU and shape)."""
+        """y [M, N] <- the product, any M; `warps` as in the kernel (default: as measured for this GPU and
+        shape)."""
         from pmpd.kernels import _triton_kernels as kernels
 
         tiles, tables = self._tiles, self._tables[bits]
@@ -366,11 +440,14 @@ class TritonMatrix(BitplaneMatrix):
             # at 4 warps and 4 bits, fewer registers let all programs of 14336 rows run at once
             kernels.digits_matmul[(tiles.row_blocks,)](
                 tiles.planes, tables["words"], tables["scales"], tables["offsets"],
-                x.digits[4 * start :], x.scales[0, start:], x.scales[1, start:], part if tiles.bias is None else tiles.bias, part,
+                x.digits[4 * start :], x.scales[0, start:], x.scales[1, start:],
+                part if tiles.bias is None else tiles.bias, part,
                 tokens, self.shape[0], tiles.planes.stride(0), 4 * x.digits.shape[1], y.stride(0),
-                BLOCKS=tiles.blocks, TILES=math.ceil(tiles.blocks / warps), BITS=bits, TOKEN_PAIRS=pairs, WARPS=warps,
+                BLOCKS=tiles.blocks, TILES=math.ceil(tiles.blocks / warps), BITS=bits, TOKEN_PAIRS=pairs,
+                WARPS=warps,
                 HAS_BIAS=tiles.bias is not None, MERGE=pairs > 2, EMULATE=_interpreted(),
-                num_warps=warps, maxnreg=72 if bits == 4 and warps == 4 and pairs == 1 else None, **overlap(y.device),
+                num_warps=warps, maxnreg=72 if bits == 4 and warps == 4 and pairs == 1 else None,
+                **overlap(y.device),
             )  # fmt: skip
 
     def _with(self, tiles: _TileMatrix, tables: dict[int, dict[str, Tensor]]) -> TritonMatrix:
@@ -389,18 +466,24 @@ class TritonMatrix(BitplaneMatrix):
         planes = self._tiles.planes[:, start // TILE_ROWS : padded // TILE_ROWS]
         return self._with(
             _TileMatrix(planes, (stop - start, self.shape[1]), bias),
-            {bits: {name: part[start:padded] for name, part in parts.items()} for bits, parts in self._tables.items()},
+            {
+                bits: {name: part[start:padded] for name, part in parts.items()}
+                for bits, parts in self._tables.items()
+            },
         )
 
     def dequantize(self, bits: int) -> Tensor:
         return self._tiles.dequantize(bits, self._tables[bits]["values"], None, None, self.dtype)
 
     def packed_bytes(self) -> int:
-        return self._tiles.planes.nbytes + sum(part.nbytes for parts in self._tables.values() for part in parts.values())
+        return self._tiles.planes.nbytes + sum(
+            part.nbytes for parts in self._tables.values() for part in parts.values()
+        )
 
 
 def _tables_of(table: Tensor, bits: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """What the kernels look up, by name, each [N padded, …]: `values` as given, the three results of `table_digits`, `table_halves`."""
+    """What the kernels look up, by name, each [N padded, …]: `values` as given, the three results of
+    `table_digits`, `table_halves`."""
     tables = {"values": torch.nn.functional.pad(table, (0, 0, 0, -len(table) % TILE_ROWS)).contiguous()}
     if bits in DIGITS_BITS:
         tables["words"], tables["scales"], tables["offsets"] = table_digits(table, bits)
@@ -412,42 +495,53 @@ def _tables_of(table: Tensor, bits: int, dtype: torch.dtype) -> dict[str, Tensor
 class GPTQMatrix:
     """A GPTQ matrix of one precision: weight[n, k] = scale[g(k), n] * (code - zero[g(k), n]).
 
-    `qweight` int32 [K b / 32, N], `qzeros` int32 [G, N b / 32], `scales` float16 [G, N], `g_idx` int32 [K] (None: column // group size),
-    bits 2, 3, 4 or 8; `zero_offset` is added to the stored zeros (1 for checkpoint format `gptq`, 0 for `gptq_v2`).
-    Bytes a multiplication: N K b / 8 + 4 G N. ValueError: shapes that do not agree.
+    `qweight` int32 [K b / 32, N], `qzeros` int32 [G, N b / 32], `scales` float16 [G, N], `g_idx` int32 [K]
+    (None: column // group size), bits 2, 3, 4 or 8; `zero_offset` is added to the stored zeros (1 for
+    checkpoint format `gptq`, 0 for `gptq_v2`). Bytes a multiplication: N K b / 8 + 4 G N. ValueError: shapes
+    that do not agree.
     """
 
     def __init__(
-        self, qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | None, bits: int, zero_offset: int,
+        self, qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | None, bits: int,
+        zero_offset: int,
         dtype: torch.dtype, bias: Tensor | None = None,
     ) -> None:  # fmt: skip
         if bits not in (2, 3, 4, 8):
-            raise ValueError(f"GPTQ weights of {bits} bits: 2, 3, 4 and 8 are supported")
+            raise UserError(f"GPTQ weights of {bits} bits: 2, 3, 4 and 8 are supported")
         columns, rows = qweight.shape[0] * 32 // bits, qweight.shape[1]
         if scales.shape[1] != rows or qzeros.shape != (scales.shape[0], rows * bits // 32):
-            raise ValueError(
-                f"GPTQ tensors do not agree: qweight {list(qweight.shape)}, qzeros {list(qzeros.shape)}, scales {list(scales.shape)}, "
+            raise UserError(
+                f"GPTQ tensors do not agree: qweight {list(qweight.shape)}, qzeros {list(qzeros.shape)}, "
+                f"scales {list(scales.shape)}, "
                 f"{bits} bits; expected qzeros [groups, out * bits / 32] and scales [groups, out]"
             )
         self.shape = (rows, columns)
         self.bits = bits
         self.dtype = dtype
         codes_NK = unpack_gptq(qweight.T, bits)  # codes run along K
-        self._group_size = math.ceil(columns / scales.shape[0]) if g_idx is None else int(torch.bincount(g_idx).max())
+        self._group_size = (
+            math.ceil(columns / scales.shape[0]) if g_idx is None else int(torch.bincount(g_idx).max())
+        )
         groups = torch.arange(columns, device=qweight.device) // self._group_size
-        self._order: Tensor | None = None  # of the columns in memory, where that is not their own: groups side by side
+        self._order: Tensor | None = (
+            None  # of the columns in memory, where that is not their own: groups side by side
+        )
         if g_idx is not None and not torch.equal(g_idx, groups):
             order = torch.argsort(g_idx, stable=True)
             if torch.equal(g_idx[order], groups):
                 self._order, codes_NK = order, codes_NK[:, order]
             else:
                 self._group_size, groups = 0, g_idx  # groups of different sizes
-        self._tiles = _TileMatrix(tile_codes(codes_NK, bits), self.shape, None if bias is None else bias.to(dtype))
+        self._tiles = _TileMatrix(
+            tile_codes(codes_NK, bits), self.shape, None if bias is None else bias.to(dtype)
+        )
         pad = self._tiles.padded_rows - rows
         self._scales = torch.nn.functional.pad(scales, (0, pad)).contiguous()  # [G, N padded]
         zeros = unpack_gptq(qzeros, bits).to(torch.int16) + zero_offset
         self._zeros = torch.nn.functional.pad(zeros, (0, pad)).contiguous()
-        self._groups = torch.nn.functional.pad(groups.to(torch.int32), (0, self._tiles.blocks * TILE_COLUMNS - columns)).contiguous()
+        self._groups = torch.nn.functional.pad(
+            groups.to(torch.int32), (0, self._tiles.blocks * TILE_COLUMNS - columns)
+        ).contiguous()
         self._halves: tuple[Tensor, Tensor, Tensor] | None = None
         if bits in DIGITS_BITS and dtype == torch.float16 and self._group_size and self._group_size % 32 == 0:
             codes = torch.arange(2.0**bits, device=qweight.device)[None]
@@ -455,7 +549,8 @@ class GPTQMatrix:
         self._gpu_name = _gpu_name(qweight.device)
 
     def multiply(self, x: Tensor, route: str | None = None) -> Tensor:
-        """`x` [..., K] -> [..., N], bias added. `route`: `halves`, `fused` or `dense` (default: by the number of tokens)."""
+        """`x` [..., K] -> [..., N], bias added. `route`: `halves`, `fused` or `dense` (default: by the number
+        of tokens)."""
         rows, columns = self.shape
         x_MK = x.reshape(-1, columns)
         if self._order is not None:
@@ -489,7 +584,13 @@ class GPTQMatrix:
 
     def packed_bytes(self) -> int:
         halves = sum(part.nbytes for part in self._halves or ())
-        return self._tiles.planes.nbytes + self._scales.nbytes + self._zeros.nbytes + self._groups.nbytes + halves
+        return (
+            self._tiles.planes.nbytes
+            + self._scales.nbytes
+            + self._zeros.nbytes
+            + self._groups.nbytes
+            + halves
+        )
 
 
 def _twice(values: Tensor) -> Tensor:
@@ -499,7 +600,8 @@ def _twice(values: Tensor) -> Tensor:
 
 
 def unpack_gptq(words: Tensor, bits: int) -> Tensor:
-    """int32 [R, C bits / 32], values packed little end first along the last dimension (3 bits straddle words) -> uint8 [R, C]."""
+    """int32 [R, C bits / 32], values packed little end first along the last dimension (3 bits straddle words)
+    -> uint8 [R, C]."""
     rows, count = words.shape[0], words.shape[1] * 32 // bits
     start = torch.arange(count, device=words.device) * bits
     low, shift = start // 32, start % 32
@@ -509,28 +611,41 @@ def unpack_gptq(words: Tensor, bits: int) -> Tensor:
     return ((pairs >> shift) & (2**bits - 1)).to(torch.uint8).view(rows, count)
 
 
-# -- several layers that read the same input -----------------------------------------------------------------------------------
+# -- several layers that read the same input
+# -----------------------------------------------------------------------------------
 
 
 def merge(parts: Sequence[TritonMatrix]) -> TritonMatrix:
     """One matrix whose rows are those of all `parts`, which become views of it (so nothing is held twice).
 
-    ValueError: they differ in K, precisions or dtype, or a part but the last has a number of rows that is no multiple of 16.
+    ValueError: they differ in K, precisions or dtype, or a part but the last has a number of rows that is no
+    multiple of 16.
     """
     first, rows = parts[0], [part.shape[0] for part in parts]
-    alike = all((p.shape[1], p.precisions, p.dtype) == (first.shape[1], first.precisions, first.dtype) for p in parts)
+    alike = all(
+        (p.shape[1], p.precisions, p.dtype) == (first.shape[1], first.precisions, first.dtype) for p in parts
+    )
     if not alike or any(count % TILE_ROWS for count in rows[:-1]):
-        raise ValueError(
-            f"matrices of shapes {[p.shape for p in parts]} can't be merged: K, precisions and dtype agree, rows are multiples of 16"
+        raise UserError(
+            f"matrices of shapes {[p.shape for p in parts]} can't be merged: K, precisions and dtype agree, "
+            f"rows are multiples of 16"
         )
     bias = None
     if any(p._tiles.bias is not None for p in parts):
         bias = torch.cat(
-            [first._tiles.planes.new_zeros(p.shape[0], dtype=first.dtype) if p._tiles.bias is None else p._tiles.bias for p in parts]
+            [
+                first._tiles.planes.new_zeros(p.shape[0], dtype=first.dtype)
+                if p._tiles.bias is None
+                else p._tiles.bias
+                for p in parts
+            ]
         )
     whole = first._with(
         _TileMatrix(torch.cat([p._tiles.planes for p in parts], dim=1), (sum(rows), first.shape[1]), bias),
-        {bits: {name: torch.cat([p._tables[bits][name] for p in parts]) for name in names} for bits, names in first._tables.items()},
+        {
+            bits: {name: torch.cat([p._tables[bits][name] for p in parts]) for name in names}
+            for bits, names in first._tables.items()
+        },
     )
     start = 0
     for part in parts:
@@ -540,18 +655,21 @@ def merge(parts: Sequence[TritonMatrix]) -> TritonMatrix:
     return whole
 
 
-# -- attention -----------------------------------------------------------------------------------------------------------------
+# -- attention
+# ------------------------------------------------------------------------------------------------------------
 
 
 def decode_attention(
-    q: Tensor, keys: Tensor, values: Tensor, slots: Tensor, lengths: Tensor, scale: float, window: int | None = None,
+    q: Tensor, keys: Tensor, values: Tensor, slots: Tensor, lengths: Tensor, scale: float,
+    window: int | None = None,
     longest: int | None = None, extra: int = 0,
 ) -> Tensor:  # fmt: skip
-    """Attention of one new token a row: q [n, Hq, D], keys and values [S, H, T, D], slots and lengths int [n] -> [n, Hq, D].
+    """Attention of one new token a row: q [n, Hq, D], keys and values [S, H, T, D], slots and lengths int [n]
+    -> [n, Hq, D].
 
-    Row i sees the first lengths[i] + extra tokens of slot slots[i] (the last `window` of them, if given). `slots` and `lengths` are
-    read on the device, and the launch depends on `longest` only (tokens that any row may see; default T), so a captured graph
-    replays for any of them.
+    Row i sees the first lengths[i] + extra tokens of slot slots[i] (the last `window` of them, if given).
+    `slots` and `lengths` are read on the device, and the launch depends on `longest` only (tokens that any
+    row may see; default T), so a captured graph replays for any of them.
     """
     from pmpd.kernels import _triton_kernels as kernels
 
@@ -568,14 +686,17 @@ def decode_attention(
     group, dim_padded = heads // kv_heads, max(16, 1 << (dim - 1).bit_length())
     kernels.attention_part[(rows, kv_heads, splits)](
         q, keys, values, slots, lengths, out, log_sums, scale * math.log2(math.e), window or 0, extra,
-        q.stride(0), q.stride(1), keys.stride(0), keys.stride(1), keys.stride(2), values.stride(0), values.stride(1), values.stride(2),
+        q.stride(0), q.stride(1), keys.stride(0), keys.stride(1), keys.stride(2), values.stride(0),
+        values.stride(1), values.stride(2),
         heads, splits,
-        GROUP=group, GROUP_PADDED=max(16, 1 << (group - 1).bit_length()), D=dim, D_PADDED=dim_padded, TOKENS=64, STEPS=steps,
+        GROUP=group, GROUP_PADDED=max(16, 1 << (group - 1).bit_length()), D=dim, D_PADDED=dim_padded,
+        TOKENS=64, STEPS=steps,
         HAS_WINDOW=window is not None, num_warps=4, **overlap(q.device),
     )  # fmt: skip
     y = padded_rows(rows, heads * dim, q.dtype, q.device)
     kernels.attention_join[(rows, heads)](
         out, log_sums, y, heads, y.stride(0),
-        D=dim, D_PADDED=dim_padded, SPLITS=splits, SPLITS_PADDED=1 << (splits - 1).bit_length(), num_warps=4, **overlap(q.device),
+        D=dim, D_PADDED=dim_padded, SPLITS=splits, SPLITS_PADDED=1 << (splits - 1).bit_length(), num_warps=4,
+        **overlap(q.device),
     )  # fmt: skip
     return y.view(rows, heads, dim)

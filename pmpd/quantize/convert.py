@@ -1,8 +1,9 @@
 """An unquantized checkpoint -> an Any-Precision checkpoint, layer by layer.
 
-Everything unfinished lives in a work folder beside the output, named by a fingerprint of model, calibration tokens and settings: the
-importance of layers that are waiting, and the finished layers. A run that is started again finds it and goes on; the output folder
-appears at the end, complete, by one rename. At most one copy of the model is in memory, beside the importance of a group of layers.
+Everything unfinished lives in a work folder beside the output, named by a fingerprint of model, calibration
+tokens and settings: the importance of layers that are waiting, and the finished layers. A run that is started
+again finds it and goes on; the output folder appears at the end, complete, by one rename. At most one copy of
+the model is in memory, beside the importance of a group of layers.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from pmpd import cuda
+from pmpd import gpu
+from pmpd.errors import UserError
 from pmpd.kernels import bitplanes
 from pmpd.quantize.importance import calibration_samples, squared_gradients
 from pmpd.quantize.kmeans import check_precisions, quantize_rows, weighted_error
@@ -52,7 +54,8 @@ class QuantizeConfig:
     parent_precision: int = 4
     """Highest precision, in bits (2..8): each bit from the seed on splits every cluster in two."""
     weighted: bool = True
-    """Weight errors by squared gradients of the loss on calibration texts; off: all weights of a row alike (no model run needed)."""
+    """Weight errors by squared gradients of the loss on calibration texts; off: all weights of a row alike
+    (no model run needed)."""
     num_calibration_samples: int = 100
     """Pieces of text whose gradients are taken."""
     calibration_length: int = 512
@@ -63,9 +66,9 @@ class QuantizeConfig:
     def __post_init__(self) -> None:
         check_precisions(self.seed_precision, self.parent_precision)
         if self.num_calibration_samples < 1:
-            raise ValueError(f"--num-calibration-samples {self.num_calibration_samples}: give at least 1")
+            raise UserError(f"--num-calibration-samples {self.num_calibration_samples}: give at least 1")
         if self.calibration_length < 2:
-            raise ValueError(f"--calibration-length {self.calibration_length}: give at least 2 tokens")
+            raise UserError(f"--calibration-length {self.calibration_length}: give at least 2 tokens")
 
     @property
     def precisions(self) -> range:
@@ -85,7 +88,8 @@ class Summary:
     model_bytes: int
     source_bytes: int
     relative_error: dict[str, float]
-    """Precision -> Σ importance · (weight − quantized)² / Σ importance · weight² over all quantized linears."""
+    """Precision -> Σ importance · (weight − quantized)² / Σ importance · weight² over all quantized
+    linears."""
     skipped: dict[str, str]
     """Linears inside the decoder layers that were left as they are, and why."""
     versions: dict[str, str]
@@ -105,16 +109,17 @@ def quantize_checkpoint(
     importance_bytes: int = 4 * 2**30,
     on_progress: Progress = lambda stage, done, total: None,
 ) -> Summary:
-    """Quantizes the checkpoint folder `model_path` into the folder `output_dir`, which must not hold anything else.
+    """Quantizes the checkpoint folder `model_path` into the folder `output_dir`, which must not hold anything
+    else.
 
-    `texts` are read only if `config.weighted`. `device`: default a GPU if there is one. `importance_bytes`: of the layers whose
-    gradients are taken in one pass over the samples; at least one layer's.
+    `texts` are read only if `config.weighted`. `device`: default a GPU if there is one. `importance_bytes`:
+    of the layers whose gradients are taken in one pass over the samples; at least one layer's.
 
-    ValueError: no such checkpoint, one that is quantized, missing or misshapen tensors, nothing to quantize, no calibration text, an
-    output folder in use. OSError: the disk is full (what is finished is kept).
+    ValueError: no such checkpoint, one that is quantized, missing or misshapen tensors, nothing to quantize,
+    no calibration text, an output folder in use. OSError: the disk is full (what is finished is kept).
     """
     start = time.monotonic()
-    device = device or torch.device("cuda" if cuda.available() else "cpu")
+    device = device or torch.device("cuda" if gpu.available() else "cpu")
     checkpoint, output = Checkpoint(model_path, trust_remote_code), Path(output_dir).absolute()
     dense.check(checkpoint)
     plan = _checked_plan(checkpoint)
@@ -126,7 +131,9 @@ def quantize_checkpoint(
     work.mkdir(parents=True, exist_ok=True)
     waiting = [layer for layer in range(plan.count) if not _is_readable(_layer_file(work, layer))]
     try:
-        for layer, importance in _importance(checkpoint, plan, waiting, samples, work, device, importance_bytes, on_progress):
+        for layer, importance in _importance(
+            checkpoint, plan, waiting, samples, work, device, importance_bytes, on_progress
+        ):
             _quantize_layer(checkpoint, plan, layer, importance, config, work, device)
             on_progress("layers", plan.count - len(waiting) + waiting.index(layer) + 1, plan.count)
         errors, weights = _total_errors(plan, work)
@@ -140,14 +147,19 @@ def quantize_checkpoint(
             source_bytes=sum(checkpoint.tensor(name).nbytes for name in checkpoint.names()),
             relative_error=errors,
             skipped=plan.skipped,
-            versions={"torch": torch.__version__, "transformers": transformers.__version__, "safetensors": safetensors.__version__},
+            versions={
+                "torch": torch.__version__,
+                "transformers": transformers.__version__,
+                "safetensors": safetensors.__version__,
+            },
             seconds=round(time.monotonic() - start, 1),
             reused_layers=plan.count - len(waiting),
         )
         _write(checkpoint, plan, config, tensors, summary, work, output)
     except (OSError, safetensors.SafetensorError) as error:
         raise OSError(
-            f"writing failed: {error}; finished layers are kept in {work}: make room there and run the same command again"
+            f"writing failed: {error}; finished layers are kept in {work}: make room there and run the same "
+            f"command again"
         ) from error
     shutil.rmtree(work)
     return summary
@@ -166,29 +178,44 @@ def _checked_plan(checkpoint: Checkpoint) -> LayerPlan:
                 if f"{path}.{name}" not in names:
                     problems.append(f"{path}.{name} is missing")
                 elif (shape := checkpoint.tensor(f"{path}.{name}").shape) != parameter.shape:
-                    problems.append(f"{path}.{name} has shape {list(shape)}, the config asks for {list(parameter.shape)}")
+                    problems.append(
+                        f"{path}.{name} has shape {list(shape)}, the config asks for {list(parameter.shape)}"
+                    )
     if problems:
         more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise ValueError(f"checkpoint {checkpoint.folder} does not fit its own config.json: {'; '.join(problems[:8])}{more}")
+        raise UserError(
+            f"checkpoint {checkpoint.folder} does not fit its own config.json: "
+            f"{'; '.join(problems[:8])}{more}"
+        )
     return plan
 
 
 def _samples(checkpoint: Checkpoint, config: QuantizeConfig, texts: Iterable[str]) -> Tensor:
     positions = getattr(checkpoint.config(), "max_position_embeddings", None)
     if positions is not None and config.calibration_length > positions:
-        raise ValueError(f"--calibration-length {config.calibration_length}: the model has {positions} positions; give at most as many")
+        raise UserError(
+            f"--calibration-length {config.calibration_length}: the model has {positions} positions; give at "
+            f"most as many"
+        )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(checkpoint.folder, trust_remote_code=checkpoint.trust_remote_code, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(
+            checkpoint.folder, trust_remote_code=checkpoint.trust_remote_code, local_files_only=True
+        )
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"checkpoint {checkpoint.folder}: no usable tokenizer in it ({error}); copy the model's tokenizer files there"
+        raise UserError(
+            f"checkpoint {checkpoint.folder}: no usable tokenizer in it ({error}); copy the model's "
+            f"tokenizer files there"
         ) from error
-    return calibration_samples(texts, tokenizer, config.num_calibration_samples, config.calibration_length, config.seed)
+    return calibration_samples(
+        texts, tokenizer, config.num_calibration_samples, config.calibration_length, config.seed
+    )
 
 
 def _fingerprint(checkpoint: Checkpoint, config: QuantizeConfig, samples: Tensor | None) -> str:
     """16 hex digits; what has no influence on the result is left out."""
-    digest = hashlib.sha256(f"{_LAYOUT} {checkpoint.fingerprint()} {config.seed_precision} {config.parent_precision}".encode())
+    digest = hashlib.sha256(
+        f"{_LAYOUT} {checkpoint.fingerprint()} {config.seed_precision} {config.parent_precision}".encode()
+    )
     if samples is not None:
         digest.update(f" {list(samples.shape)}".encode() + samples.numpy().tobytes())
     return digest.hexdigest()[:16]
@@ -203,7 +230,10 @@ def _finished(output: Path, fingerprint: str) -> Summary | None:
         recorded = json.loads(manifest.read_text())
         if recorded.get("fingerprint") == fingerprint:
             return Summary(**recorded)
-    raise ValueError(f"--output-dir {output} holds something else (not this model with these settings): choose another folder, or empty it")
+    raise UserError(
+        f"--output-dir {output} holds something else (not this model with these settings): choose another "
+        f"folder, or empty it"
+    )
 
 
 def _importance(
@@ -239,19 +269,27 @@ def _importance(
             names = [f"{plan.path(layer, module)}.weight" for layer in group for module in plan.module_names]
             found = squared_gradients(model, names, samples, on_sample)
             for member in group:
-                tensors = {module: found.pop(f"{plan.path(member, module)}.weight").cpu() for module in plan.module_names}
+                tensors = {
+                    module: found.pop(f"{plan.path(member, module)}.weight").cpu()
+                    for module in plan.module_names
+                }
                 _save(tensors, _importance_file(work, member))
             if not groups:
                 model = None  # from here on weights come from the files, one at a time
         yield layer, load_file(_importance_file(work, layer))
 
 
-def _groups(checkpoint: Checkpoint, plan: LayerPlan, layers: list[int], importance_bytes: int) -> list[list[int]]:
+def _groups(
+    checkpoint: Checkpoint, plan: LayerPlan, layers: list[int], importance_bytes: int
+) -> list[list[int]]:
     """Runs of layers whose importance (float32) fits `importance_bytes`."""
     groups: list[list[int]] = []
     room = 0
     for layer in layers:
-        size = sum(4 * checkpoint.tensor(f"{plan.path(layer, module)}.weight").numel() for module in plan.module_names)
+        size = sum(
+            4 * checkpoint.tensor(f"{plan.path(layer, module)}.weight").numel()
+            for module in plan.module_names
+        )
         if not groups or size > room:
             groups.append([])
             room = importance_bytes
@@ -279,7 +317,7 @@ def _quantize_layer(
         try:
             rows = quantize_rows(weight, matters, config.seed_precision, config.parent_precision)
         except ValueError as error:
-            raise ValueError(f"{path}: {error}") from error
+            raise UserError(f"{path}: {error}") from error
         for bits in config.precisions:
             for index, value in enumerate(weighted_error(weight, matters, rows, bits)):
                 errors[bits][index] += value
@@ -306,8 +344,11 @@ def _total_errors(plan: LayerPlan, work: Path) -> tuple[dict[str, float], int]:
 
 
 def _tensors(checkpoint: Checkpoint, plan: LayerPlan, work: Path) -> dict[str, Tensor]:
-    """All tensors of the output, memory-mapped from work folder and source; a tensor with two names (tied) keeps the first."""
-    replaced = {f"{plan.path(layer, module)}.weight" for layer in range(plan.count) for module in plan.module_names}
+    """All tensors of the output, memory-mapped from work folder and source; a tensor with two names (tied)
+    keeps the first."""
+    replaced = {
+        f"{plan.path(layer, module)}.weight" for layer in range(plan.count) for module in plan.module_names
+    }
     tensors: dict[str, Tensor] = {}
     seen: set[tuple[int, torch.Size]] = set()
     for name in sorted(checkpoint.names() - replaced):
@@ -322,7 +363,13 @@ def _tensors(checkpoint: Checkpoint, plan: LayerPlan, work: Path) -> dict[str, T
 
 
 def _write(
-    checkpoint: Checkpoint, plan: LayerPlan, config: QuantizeConfig, tensors: dict[str, Tensor], summary: Summary, work: Path, output: Path
+    checkpoint: Checkpoint,
+    plan: LayerPlan,
+    config: QuantizeConfig,
+    tensors: dict[str, Tensor],
+    summary: Summary,
+    work: Path,
+    output: Path,
 ) -> None:
     folder = work / "output"
     shutil.rmtree(folder, ignore_errors=True)
@@ -336,7 +383,9 @@ def _write(
         "group_count": 1,
         "arch_config": plan.arch_config,
     }
-    (folder / "config.json").write_text(json.dumps({**checkpoint.config_json, "anyprec": anyprec}, indent=2) + "\n")
+    (folder / "config.json").write_text(
+        json.dumps({**checkpoint.config_json, "anyprec": anyprec}, indent=2) + "\n"
+    )
     (folder / "manifest.json").write_text(json.dumps(asdict(summary), indent=2) + "\n")
     _save(tensors, folder / "model.safetensors", {"format": "pt"})
     os.replace(folder, output)

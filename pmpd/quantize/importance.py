@@ -1,7 +1,9 @@
-"""How much each weight matters: the squared gradient of the language-model loss, summed over calibration samples.
+"""How much each weight matters: the squared gradient of the language-model loss, summed over calibration
+samples.
 
-That is the diagonal of the empirical Fisher information, the importance of SqueezeLLM (Kim et al., 2023, arXiv:2306.07629) and
-Any-Precision LLM. Gradients of different samples must not be added before they are squared, so samples run one at a time.
+That is the diagonal of the empirical Fisher information, the importance of SqueezeLLM (Kim et al., 2023,
+arXiv:2306.07629) and Any-Precision LLM. Gradients of different samples must not be added before they are
+squared, so samples run one at a time.
 """
 
 from __future__ import annotations
@@ -14,12 +16,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from pmpd.errors import UserError
+
 _TEXTS_PER_SAMPLE = 64
 """At most so many texts are read per sample, so that a streamed dataset ends."""
 
 
-def calibration_samples(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, samples: int, length: int, seed: int) -> Tensor:
-    """int64 [S, T], T ≤ `length` and S ≤ `samples`: the texts, shuffled, end to end with end-of-sequence between, cut into pieces.
+def calibration_samples(
+    texts: Iterable[str], tokenizer: PreTrainedTokenizerBase, samples: int, length: int, seed: int
+) -> Tensor:
+    """int64 [S, T], T ≤ `length` and S ≤ `samples`: the texts, shuffled, end to end with end-of-sequence
+    between, cut into pieces.
 
     Fewer than asked where the texts end before; ValueError where there are not two tokens.
     """
@@ -27,25 +34,34 @@ def calibration_samples(texts: Iterable[str], tokenizer: PreTrainedTokenizerBase
     random.Random(seed).shuffle(chosen)
     stream: list[int] = []
     for text in chosen:
-        stream.extend(tokenizer(text, verbose=False)["input_ids"])  # not verbose: texts may be longer than the model
+        stream.extend(
+            tokenizer(text, verbose=False)["input_ids"]
+        )  # not verbose: texts may be longer than the model
         if tokenizer.eos_token_id is not None:
             stream.append(tokenizer.eos_token_id)
         if len(stream) >= samples * length:
             break
     if len(stream) < 2:
-        raise ValueError(f"{len(chosen)} calibration texts hold {len(stream)} tokens: give texts of at least two, or switch weighting off")
+        raise UserError(
+            f"{len(chosen)} calibration texts hold {len(stream)} tokens: give texts of at least two, or "
+            f"switch weighting off"
+        )
     length = min(length, len(stream))
     count = min(samples, len(stream) // length)
     return torch.tensor(stream[: count * length]).view(count, length)
 
 
 def squared_gradients(
-    model: PreTrainedModel, names: Sequence[str], samples_ST: Tensor, on_sample: Callable[[], None] = lambda: None
+    model: PreTrainedModel,
+    names: Sequence[str],
+    samples_ST: Tensor,
+    on_sample: Callable[[], None] = lambda: None,
 ) -> dict[str, Tensor]:
-    """Parameter name -> float32 of its shape, on the model's device: Σ over samples of (∂ mean loss / ∂ parameter)².
+    """Parameter name -> float32 of its shape, on the model's device: Σ over samples of (∂ mean loss / ∂
+    parameter)².
 
-    Memory beside the model: one float32 per weight in `names`, and the activations of one sample. No gradient outlives its layer's
-    step of the backward pass. ValueError: a loss that is not finite.
+    Memory beside the model: one float32 per weight in `names`, and the activations of one sample. No gradient
+    outlives its layer's step of the backward pass. ValueError: a loss that is not finite.
     """
     model.requires_grad_(False)
     totals, handles = {}, []
@@ -59,8 +75,9 @@ def squared_gradients(
             input_ids = sample.unsqueeze(0).to(model.device)
             loss = model(input_ids=input_ids, labels=input_ids, use_cache=False).loss
             if not torch.isfinite(loss):
-                raise ValueError(
-                    f"the loss of calibration sample {index} is {loss.item()}: the unquantized model does not work on these texts"
+                raise UserError(
+                    f"the loss of calibration sample {index} is {loss.item()}: the unquantized model does "
+                    f"not work on these texts"
                 )
             loss.backward()
             on_sample()

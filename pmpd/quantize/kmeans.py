@@ -1,17 +1,19 @@
-"""Weighted one-dimensional k-means of every row of a matrix, as a tree: 2**seed clusters, then each split in two per added bit.
+"""Weighted one-dimensional k-means of every row of a matrix, as a tree: 2**seed clusters, then each split in
+two per added bit.
 
-The scheme is that of Any-Precision LLM (Park et al., 2024, arXiv:2402.10517): what a lower precision sees of a code, its top bits,
-is a clustering of its own. In one dimension clusters are intervals of the sorted row, and prefix sums give the error of any interval
-in constant time, so the search is exact where that is cheap:
+The scheme is that of Any-Precision LLM (Park et al., 2024, arXiv:2402.10517): what a lower precision sees of
+a code, its top bits, is a clustering of its own. In one dimension clusters are intervals of the sorted row,
+and prefix sums give the error of any interval in constant time, so the search is exact where that is cheap:
 
-* seed clusters: dynamic programming over a subset of the possible borders, then Lloyd's iteration over all of them;
+* seed clusters: dynamic programming over a subset of the possible borders, then Lloyd's iteration over all of
+  them;
 * a split: the best of all positions inside the cluster, for all clusters of all rows at once.
 
-Centroids are float16, as they are stored, before weights are assigned to them: every code is the nearest centroid of what its
-parent code allows, and the errors stated are those of the file.
+Centroids are float16, as they are stored, before weights are assigned to them: every code is the nearest
+centroid of what its parent code allows, and the errors stated are those of the file.
 
-Legend: R rows of a chunk, N rows, K columns, C clusters, G border candidates; a border is a position 0..K in the sorted row,
-cluster c is `sorted[borders[c]:borders[c + 1]]`.
+Legend: R rows of a chunk, N rows, K columns, C clusters, G border candidates; a border is a position 0..K in
+the sorted row, cluster c is `sorted[borders[c]:borders[c + 1]]`.
 """
 
 from __future__ import annotations
@@ -24,13 +26,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pmpd.errors import UserError
 from pmpd.kernels.bitplanes import MAX_BITS, MIN_BITS
 
 CANDIDATES = 128
-"""Borders the dynamic programming chooses from. Lloyd's iteration moves them: a quarter as many cost 0.1 % of error, no more."""
+"""Borders the dynamic programming chooses from. Lloyd's iteration moves them: a quarter as many cost 0.1 % of
+error, no more."""
 
 _SEARCHED_BITS = 4
-"""Dynamic programming goes up to 2**4 clusters; a seed precision above is split from there, then settled as a whole."""
+"""Dynamic programming goes up to 2**4 clusters; a seed precision above is split from there, then settled as a
+whole."""
 
 _SETTLE_ROUNDS = 50
 _CHUNK_ELEMENTS = 512 * 1024
@@ -42,7 +47,8 @@ _WEIGHT_FLOOR = 1e-6
 
 @dataclass(frozen=True)
 class QuantizedRows:
-    """`codes` uint8 [N, K] at the parent precision; `tables` precision b -> float16 [N, 2**b], ascending in each row."""
+    """`codes` uint8 [N, K] at the parent precision; `tables` precision b -> float16 [N, 2**b], ascending in
+    each row."""
 
     codes: Tensor
     tables: dict[int, Tensor]
@@ -55,32 +61,47 @@ class QuantizedRows:
 def check_precisions(seed_bits: int, parent_bits: int) -> None:
     """ValueError unless 2 ≤ seed ≤ parent ≤ 8."""
     if not MIN_BITS <= seed_bits <= MAX_BITS or not MIN_BITS <= parent_bits <= MAX_BITS:
-        raise ValueError(f"seed precision {seed_bits}, parent precision {parent_bits}: allowed are {MIN_BITS}..{MAX_BITS}")
+        raise UserError(
+            f"seed precision {seed_bits}, parent precision {parent_bits}: allowed are {MIN_BITS}..{MAX_BITS}"
+        )
     if seed_bits > parent_bits:
-        raise ValueError(
-            f"seed precision {seed_bits} is above parent precision {parent_bits}: the seed is the lowest precision, the parent the highest"
+        raise UserError(
+            f"seed precision {seed_bits} is above parent precision {parent_bits}: the seed is the lowest "
+            f"precision, the parent the highest"
         )
 
 
 @torch.no_grad()
-def quantize_rows(weight: Tensor, importance: Tensor | None, seed_bits: int, parent_bits: int) -> QuantizedRows:
-    """Cluster every row of `weight` [N, K] so that Σ importance · (weight − centroid)² is small at each precision seed..parent.
+def quantize_rows(
+    weight: Tensor, importance: Tensor | None, seed_bits: int, parent_bits: int
+) -> QuantizedRows:
+    """Cluster every row of `weight` [N, K] so that Σ importance · (weight − centroid)² is small at each
+    precision seed..parent.
 
-    `importance` [N, K] ≥ 0 (squared gradients) or None for equal importance; a row of zeros counts as equal importance.
-    Works on the device of `weight`. ValueError: bad precisions, or values that are not finite or beyond float16.
+    `importance` [N, K] ≥ 0 (squared gradients) or None for equal importance; a row of zeros counts as equal
+    importance. Works on the device of `weight`. ValueError: bad precisions, or values that are not finite or
+    beyond float16.
     """
     check_precisions(seed_bits, parent_bits)
     if weight.dim() != 2:
-        raise ValueError(f"a matrix is needed, got shape {list(weight.shape)}")
+        raise UserError(f"a matrix is needed, got shape {list(weight.shape)}")
     if importance is not None and importance.shape != weight.shape:
-        raise ValueError(f"importance has shape {list(importance.shape)}, the weights {list(weight.shape)}: they must be equal")
+        raise UserError(
+            f"importance has shape {list(importance.shape)}, the weights {list(weight.shape)}: they must be "
+            f"equal"
+        )
     if not bool((weight.abs() <= torch.finfo(torch.float16).max).all()):
-        raise ValueError("weights hold NaN or values beyond ±65504: their centroids cannot be stored as float16")
+        raise UserError(
+            "weights hold NaN or values beyond ±65504: their centroids cannot be stored as float16"
+        )
     if importance is not None and not bool(((importance >= 0) & importance.isfinite()).all()):
-        raise ValueError("importance holds NaN, infinite or negative values")
+        raise UserError("importance holds NaN, infinite or negative values")
     rows, columns = weight.shape
     codes = torch.empty(rows, columns, dtype=torch.uint8, device=weight.device)
-    tables = {bits: torch.empty(rows, 2**bits, dtype=torch.float16, device=weight.device) for bits in range(seed_bits, parent_bits + 1)}
+    tables = {
+        bits: torch.empty(rows, 2**bits, dtype=torch.float16, device=weight.device)
+        for bits in range(seed_bits, parent_bits + 1)
+    }
     step = max(1, _CHUNK_ELEMENTS // columns)
 
     def quantize_chunk(start: int) -> None:
@@ -102,7 +123,8 @@ def quantize_rows(weight: Tensor, importance: Tensor | None, seed_bits: int, par
 
 
 def _each(work: Callable[[int], None], starts: Sequence[int], device: torch.device) -> None:
-    """`work` for every chunk; on a CPU one chunk per thread, since a chunk's many small operations gain nothing from sharing threads."""
+    """`work` for every chunk; on a CPU one chunk per thread, since a chunk's many small operations gain
+    nothing from sharing threads."""
     threads = torch.get_num_threads()
     if device.type != "cpu" or threads == 1 or len(starts) == 1:
         for start in starts:
@@ -113,8 +135,11 @@ def _each(work: Callable[[int], None], starts: Sequence[int], device: torch.devi
     torch.set_num_threads(threads)  # the pool's setting also holds for threads that are yet to come
 
 
-def weighted_error(weight: Tensor, importance: Tensor | None, quantized: QuantizedRows, bits: int) -> tuple[float, float]:
-    """(Σ importance · (weight − its centroid at `bits`)², Σ importance · weight²); their ratio is the relative error."""
+def weighted_error(
+    weight: Tensor, importance: Tensor | None, quantized: QuantizedRows, bits: int
+) -> tuple[float, float]:
+    """(Σ importance · (weight − its centroid at `bits`)², Σ importance · weight²); their ratio is the
+    relative error."""
     weight_NK = weight.float()
     squares = (weight_NK - quantized.dequantize(bits)).square()
     total = weight_NK.square()
@@ -142,7 +167,9 @@ class _SortedChunk:
         """float64 [R, C]: the weighted mean of each cluster; of an empty one, the value just below it."""
         weight = self.weight_sums.gather(1, borders).diff(dim=1)
         below = self.values.gather(1, (borders[:, :-1] - 1).clamp_(min=0))
-        return torch.where(weight > 0, self.value_sums.gather(1, borders).diff(dim=1) / weight, below.double())
+        return torch.where(
+            weight > 0, self.value_sums.gather(1, borders).diff(dim=1) / weight, below.double()
+        )
 
     def members(self, borders: Tensor) -> Tensor:
         """int64 [R, K]: the cluster of each position of the sorted row."""
@@ -175,8 +202,12 @@ def _search_borders(chunk: _SortedChunk, clusters: int) -> Tensor:
     value = value - weight * (value[:, -1:] / weight[:, -1:])  # centred: float32 is enough from here
     weight, value = weight.float(), value.float()
     count = candidates.shape[1]
-    gain = (value.unsqueeze(2) - value.unsqueeze(1)).square_()  # [R, j, i]: the cluster from candidate i to candidate j
-    gain /= (weight.unsqueeze(2) - weight.unsqueeze(1)).clamp_(min=1e-6 * chunk.values.shape[1])  # below: rounding noise
+    gain = (
+        value.unsqueeze(2) - value.unsqueeze(1)
+    ).square_()  # [R, j, i]: the cluster from candidate i to candidate j
+    gain /= (weight.unsqueeze(2) - weight.unsqueeze(1)).clamp_(
+        min=1e-6 * chunk.values.shape[1]
+    )  # below: rounding noise
     gain.masked_fill_(torch.ones(count, count, dtype=torch.bool, device=gain.device).triu_(1), -torch.inf)
     best = [gain[:, :, 0]]
     for _ in range(clusters - 2):
@@ -192,7 +223,8 @@ def _search_borders(chunk: _SortedChunk, clusters: int) -> Tensor:
 
 
 def _candidates(chunk: _SortedChunk) -> Tensor:
-    """Half of them evenly in rank, where most weights are; half evenly in value, so that the tails have some."""
+    """Half of them evenly in rank, where most weights are; half evenly in value, so that the tails have
+    some."""
     rows, columns = chunk.values.shape
     if columns <= CANDIDATES:
         return torch.arange(columns + 1, device=chunk.values.device).expand(rows, -1).contiguous()
@@ -205,21 +237,30 @@ def _candidates(chunk: _SortedChunk) -> Tensor:
 
 
 def _split(chunk: _SortedChunk, borders: Tensor) -> Tensor:
-    """int64 [R, 2C + 1]: every cluster cut in two where that lowers its squared error most (all positions tried)."""
+    """int64 [R, 2C + 1]: every cluster cut in two where that lowers its squared error most (all positions
+    tried)."""
     start, end = borders[:, :-1], borders[:, 1:]
     member = chunk.members(borders)
     columns = member.shape[1]
-    # With r = x − mean of the cluster, Σ w·r is zero over each cluster: one prefix sum over the row serves all clusters.
+    # With r = x − mean of the cluster, Σ w·r is zero over each cluster: one prefix sum over the row serves
+    # all clusters.
     residual = chunk.values - chunk.means(borders).gather(1, member)
     left_sum = torch.cumsum(residual.mul_(chunk.weights), 1, out=residual)
     sums = chunk.weight_sums
     left = sums[:, 1:] - sums.gather(1, start).gather(1, member)
     right = sums.gather(1, end).gather(1, member) - sums[:, 1:]
-    gain = left_sum.square_().div_(left.mul_(right))  # of a cut behind this position, divided by the cluster's weight
+    gain = left_sum.square_().div_(
+        left.mul_(right)
+    )  # of a cut behind this position, divided by the cluster's weight
     gain.scatter_(1, (end - 1) % columns, 0.0)  # behind a cluster's last position is no cut
-    # The gain is at most a quarter of the squared range: scaled by it, cluster number + gain ascends from cluster to cluster,
-    # so that the running maximum at a cluster's end is the cluster's own.
-    scale = (chunk.values[:, -1:] - chunk.values[:, :1]).double().square().clamp_(min=torch.finfo(torch.float64).tiny)
+    # The gain is at most a quarter of the squared range: scaled by it, cluster number + gain ascends from
+    # cluster to cluster, so that the running maximum at a cluster's end is the cluster's own.
+    scale = (
+        (chunk.values[:, -1:] - chunk.values[:, :1])
+        .double()
+        .square()
+        .clamp_(min=torch.finfo(torch.float64).tiny)
+    )
     where = gain.div_(scale).add_(member).cummax(1).indices
     cut = where.gather(1, (end - 1).clamp(min=0)) + 1
     cut = torch.minimum(torch.maximum(cut, start), end)
@@ -227,7 +268,8 @@ def _split(chunk: _SortedChunk, borders: Tensor) -> Tensor:
 
 
 def _settle(chunk: _SortedChunk, borders: Tensor, within_parents: bool) -> tuple[Tensor, Tensor]:
-    """Lloyd's iteration with rounded centroids -> (borders [R, C + 1], table float16 [R, C]); borders match the table returned.
+    """Lloyd's iteration with rounded centroids -> (borders [R, C + 1], table float16 [R, C]); borders match
+    the table returned.
 
     `within_parents`: only every second border, the one between the two halves of a parent cluster, moves.
     """

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from pmpd.errors import UserError
 from pmpd.kernels.bitplanes import COLUMNS_PER_WORD
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """The quantized linears are `{model_name}.{layers_name}.{i}.{module}` for i < count and every module of `module_names`."""
+    """The quantized linears are `{model_name}.{layers_name}.{i}.{module}` for i < count and every module of
+    `module_names`."""
 
     model_name: str
     layers_name: str
@@ -24,17 +26,23 @@ class LayerPlan:
     @property
     def arch_config(self) -> dict[str, object]:
         """As it stands in `config.json`."""
-        return {"model_name": self.model_name, "layers_name": self.layers_name, "module_names": list(self.module_names)}
+        return {
+            "model_name": self.model_name,
+            "layers_name": self.layers_name,
+            "module_names": list(self.module_names),
+        }
 
     def path(self, layer: int, module: str) -> str:
         return f"{self.model_name}.{self.layers_name}.{layer}.{module}"
 
 
 def find_layers(model: nn.Module) -> LayerPlan:
-    """The decoder layers are the largest `ModuleList` of modules of one class; what is quantized are the plain `nn.Linear`s in them.
+    """The decoder layers are the largest `ModuleList` of modules of one class; what is quantized are the
+    plain `nn.Linear`s in them.
 
-    A linear that the format can't hold is in `skipped` with the reason, in all layers if in one (the format has one list of names).
-    ValueError: no decoder layers, or nothing in them can be quantized (names the modules).
+    A linear that the format can't hold is in `skipped` with the reason, in all layers if in one (the format
+    has one list of names). ValueError: no decoder layers, or nothing in them can be quantized (names the
+    modules).
     """
     path, layers = _decoder_layers(model)
     owners: dict[int, list[str]] = defaultdict(list)
@@ -53,8 +61,13 @@ def find_layers(model: nn.Module) -> LayerPlan:
             skipped.setdefault(name, f"only in {times} of {len(layers)} layers")
     names = tuple(name for name in found if name not in skipped)
     if not names:
-        reasons = "; ".join(f"{path}.*.{name}: {reason}" for name, reason in skipped.items()) or "there are no nn.Linear modules in them"
-        raise ValueError(f"nothing in the decoder layers {path} of {type(model).__name__} can be quantized: {reasons}")
+        reasons = (
+            "; ".join(f"{path}.*.{name}: {reason}" for name, reason in skipped.items())
+            or "there are no nn.Linear modules in them"
+        )
+        raise UserError(
+            f"nothing in the decoder layers {path} of {type(model).__name__} can be quantized: {reasons}"
+        )
     model_name, _, layers_name = path.rpartition(".")
     return LayerPlan(model_name, layers_name, names, len(layers), skipped)
 
@@ -67,12 +80,16 @@ def _decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
             if parameters > size:
                 best, size = (name, module), parameters
     if best is None:
-        raise ValueError(f"{type(model).__name__} has no list of decoder layers of one class, so there is nothing to quantize")
+        raise UserError(
+            f"{type(model).__name__} has no list of decoder layers of one class, so there is nothing to "
+            f"quantize"
+        )
     return best
 
 
 def _obstacle(module: nn.Module, owners: dict[int, list[str]]) -> str | None:
-    """Why a module that multiplies by a matrix can't be quantized; None for one that can, and for every other module."""
+    """Why a module that multiplies by a matrix can't be quantized; None for one that can, and for every other
+    module."""
     kind = type(module).__name__
     if kind == "Conv1D" or ("Conv" in kind and hasattr(module, "kernel_size")):
         return f"{kind}: convolutional layers have no place in the format"

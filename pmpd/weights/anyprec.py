@@ -1,7 +1,8 @@
-"""Any-Precision checkpoints: bitplanes and one table per row and precision (Park et al., "Any-Precision LLM", ICML 2024).
+"""Any-Precision checkpoints: bitplanes and one table per row and precision (Park et al., "Any-Precision LLM",
+ICML 2024).
 
-`config.json` has a key `anyprec` with `seed_precision`, `parent_precision` and `arch_config` (which linears are quantized). The
-precisions available are seed..parent; a lower one reads fewer planes of the same tensor.
+`config.json` has a key `anyprec` with `seed_precision`, `parent_precision` and `arch_config` (which linears
+are quantized). The precisions available are seed..parent; a lower one reads fewer planes of the same tensor.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from pmpd.errors import UserError
 from pmpd.kernels import dispatch
 from pmpd.kernels.base import BitplaneMatrix, PackedWeights
 from pmpd.weights.base import PrecisionLinear, PrecisionState
@@ -20,8 +22,9 @@ from pmpd.weights.checkpoint import Checkpoint, build_skeleton, fill, replace_li
 
 
 class AnyPrecisionLinear(PrecisionLinear):
-    """One quantized linear. `read` gives its tensors from the (memory-mapped) checkpoint: they are packed for the device's kernel at
-    the first multiplication, layer by layer, and again after a move to another device or dtype, so nothing is held twice."""
+    """One quantized linear. `read` gives its tensors from the (memory-mapped) checkpoint: they are packed for
+    the device's kernel at the first multiplication, layer by layer, and again after a move to another device
+    or dtype, so nothing is held twice."""
 
     def __init__(
         self,
@@ -81,17 +84,21 @@ def _settings(checkpoint: Checkpoint) -> dict[str, Any]:
     """The key `anyprec` of config.json, complete. ValueError where it is not."""
     settings = checkpoint.config_json.get("anyprec")
     if not isinstance(settings, dict):
-        raise ValueError(
-            f"checkpoint {checkpoint.folder}: its config.json has no key 'anyprec', so it is not an Any-Precision checkpoint; "
-            "make one with `python jobs/quantize.py`, or pass an unquantized model with precisions 16"
+        raise UserError(
+            f"checkpoint {checkpoint.folder}: its config.json has no key 'anyprec', so it is not an "
+            f"Any-Precision checkpoint; "
+            "make one with `pmpd quantize`, or pass an unquantized model with precisions 16"
         )
     arch = settings.get("arch_config") or {}
     lacking = [key for key in ("seed_precision", "parent_precision") if key not in settings]
-    lacking += [f"arch_config.{key}" for key in ("model_name", "layers_name", "module_names") if key not in arch]
+    lacking += [
+        f"arch_config.{key}" for key in ("model_name", "layers_name", "module_names") if key not in arch
+    ]
     if lacking:
-        raise ValueError(
-            f"checkpoint {checkpoint.folder}: 'anyprec' in its config.json lacks {', '.join(lacking)}; copy config.json again from the "
-            "tool that wrote the checkpoint, or quantize again with `python jobs/quantize.py`"
+        raise UserError(
+            f"checkpoint {checkpoint.folder}: 'anyprec' in its config.json lacks {', '.join(lacking)}; copy "
+            f"config.json again from the "
+            "tool that wrote the checkpoint, or quantize again with `pmpd quantize`"
         )
     return settings
 
@@ -102,15 +109,23 @@ def check(checkpoint: Checkpoint, precisions: Sequence[int]) -> None:
     absent = [bits for bits in precisions if bits not in available]
     if absent:
         lowest, highest = min(precisions), max(precisions)
-        again = f", or quantize again with --seed-precision {lowest} --parent-precision {highest}" if 2 <= lowest <= highest <= 8 else ""
-        raise ValueError(
-            f"precisions {list(precisions)}: this checkpoint holds {', '.join(map(str, available))} ({checkpoint.folder}); "
+        again = (
+            f", or quantize again with --seed-precision {lowest} --parent-precision {highest}"
+            if 2 <= lowest <= highest <= 8
+            else ""
+        )
+        raise UserError(
+            f"precisions {list(precisions)}: this checkpoint holds {', '.join(map(str, available))} "
+            f"({checkpoint.folder}); "
             f"choose from these{again}"
         )
     settings = _settings(checkpoint)
     if settings.get("group_count", 1) != 1:
         count = settings["group_count"]
-        raise ValueError(f"checkpoint {checkpoint.folder}: group_count {count} is not supported, only 1 (one table per row)")
+        raise UserError(
+            f"checkpoint {checkpoint.folder}: group_count {count} is not supported, only 1 (one table per "
+            f"row)"
+        )
 
 
 def layer(
@@ -122,9 +137,12 @@ def layer(
     dtype: torch.dtype,
     kernel: str | None,
 ) -> tuple[AnyPrecisionLinear, list[str]]:
-    """The quantized layer in place of `linear` (with a bias if that has one), and what is wrong with its tensors."""
+    """The quantized layer in place of `linear` (with a bias if that has one), and what is wrong with its
+    tensors."""
     shape, bias = (linear.out_features, linear.in_features), linear.bias is not None
-    problems = _mismatches(checkpoint, name, shape, _settings(checkpoint)["parent_precision"], precisions, bias)
+    problems = _mismatches(
+        checkpoint, name, shape, _settings(checkpoint)["parent_precision"], precisions, bias
+    )
 
     def read() -> PackedWeights:
         packed = PackedWeights(
@@ -139,8 +157,11 @@ def layer(
     return AnyPrecisionLinear(shape, precisions, state, read, dtype, kernel), problems
 
 
-def load(checkpoint: Checkpoint, precisions: Sequence[int], dtype: torch.dtype, kernel: str | None = None) -> PreTrainedModel:
-    """The model with `AnyPrecisionLinear`s that offer `precisions`; everything else exists once, as `dtype`, on the CPU.
+def load(
+    checkpoint: Checkpoint, precisions: Sequence[int], dtype: torch.dtype, kernel: str | None = None
+) -> PreTrainedModel:
+    """The model with `AnyPrecisionLinear`s that offer `precisions`; everything else exists once, as `dtype`,
+    on the CPU.
 
     ValueError naming tensors that are missing or misshapen, or precisions that the checkpoint does not hold.
     """
@@ -165,15 +186,27 @@ def load(checkpoint: Checkpoint, precisions: Sequence[int], dtype: torch.dtype, 
     model = build_skeleton(checkpoint)
     replace_linears(model, make)
     if problems:
-        raise ValueError(f"checkpoint {checkpoint.folder} is damaged: {'; '.join(problems[:8])}" + (" …" if len(problems) > 8 else ""))
+        raise UserError(
+            f"checkpoint {checkpoint.folder} is damaged: {'; '.join(problems[:8])}"
+            + (" …" if len(problems) > 8 else "")
+        )
     fill(model, checkpoint, dtype)
     checkpoint.release()
     return model
 
 
-def _mismatches(checkpoint: Checkpoint, name: str, shape: tuple[int, int], parent: int, precisions: Sequence[int], bias: bool) -> list[str]:
+def _mismatches(
+    checkpoint: Checkpoint,
+    name: str,
+    shape: tuple[int, int],
+    parent: int,
+    precisions: Sequence[int],
+    bias: bool,
+) -> list[str]:
     rows, columns = shape
-    expected: dict[str, tuple[tuple[int, ...], torch.dtype | None]] = {f"{name}.qweight": ((parent, rows, columns // 32), torch.int32)}
+    expected: dict[str, tuple[tuple[int, ...], torch.dtype | None]] = {
+        f"{name}.qweight": ((parent, rows, columns // 32), torch.int32)
+    }
     expected |= {f"{name}.lut{bits}": ((rows, 2**bits), torch.float16) for bits in precisions}
     if bias:
         expected[f"{name}.bias"] = ((rows,), None)
@@ -184,5 +217,8 @@ def _mismatches(checkpoint: Checkpoint, name: str, shape: tuple[int, int], paren
             continue
         tensor = checkpoint.tensor(tensor_name)
         if tuple(tensor.shape) != tensor_shape or (dtype is not None and tensor.dtype != dtype):
-            problems.append(f"{tensor_name} is {tensor.dtype} {list(tensor.shape)}, expected {dtype or 'float'} {list(tensor_shape)}")
+            problems.append(
+                f"{tensor_name} is {tensor.dtype} {list(tensor.shape)}, expected {dtype or 'float'} "
+                f"{list(tensor_shape)}"
+            )
     return problems

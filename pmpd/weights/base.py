@@ -27,7 +27,8 @@ class Segment(NamedTuple):
 class PrecisionState:
     """The precision of the forward that runs now: one object that all `PrecisionLinear`s of a model share.
 
-    Setting it is one assignment, whatever the number of layers. `segments` lie end to end over the tokens of the forward.
+    Setting it is one assignment, whatever the number of layers. `segments` lie end to end over the tokens of
+    the forward.
     """
 
     segments: tuple[Segment, ...] = field(default=(Segment(0, None, 16),))
@@ -46,12 +47,15 @@ class PrecisionState:
 
 
 class PrecisionLinear(nn.Module, ABC):
-    """A linear layer `y = x Wᵀ + bias` whose W exists at several precisions; `state` says which token uses which.
+    """A linear layer `y = x Wᵀ + bias` whose W exists at several precisions; `state` says which token uses
+    which.
 
     A subclass stores the weights of one format and multiplies; it never looks at `state`.
     """
 
-    def __init__(self, in_features: int, out_features: int, precisions: Sequence[int], state: PrecisionState) -> None:
+    def __init__(
+        self, in_features: int, out_features: int, precisions: Sequence[int], state: PrecisionState
+    ) -> None:
         super().__init__()
         self.in_features = in_features
         self.out_features = out_features
@@ -85,11 +89,14 @@ class PrecisionLinear(nn.Module, ABC):
         """Memory that the packed weights of all precisions take (caches not counted)."""
 
     def extra_repr(self) -> str:
-        return f"in_features={self.in_features}, out_features={self.out_features}, precisions={self.precisions}"
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, precisions={self.precisions}"
+        )
 
 
 def cache_argument(model: nn.Module) -> str:
-    """What the model's forward calls its KV cache: `cache`, or `past_key_values` before transformers 5.24 and in older model code."""
+    """What the model's forward calls its KV cache: `cache`, or `past_key_values` before transformers 5.24 and
+    in older model code."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 

@@ -1,7 +1,9 @@
-"""Checkpoint folders: reading tensors by name, building a model around them, and the fingerprint that names a model.
+"""Checkpoint folders: reading tensors by name, building a model around them, and the fingerprint that names a
+model.
 
-A folder holds `config.json`, tokenizer files and weights as safetensors or as `pytorch_model.bin`, each single or sharded with an
-index. Tensors are memory-mapped and read when asked for. A pickle is only ever read with `weights_only=True`.
+A folder holds `config.json`, tokenizer files and weights as safetensors or as `pytorch_model.bin`, each
+single or sharded with an index. Tensors are memory-mapped and read when asked for. A pickle is only ever read
+with `weights_only=True`.
 """
 
 from __future__ import annotations
@@ -21,7 +23,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-_WEIGHT_FILES = ("model.safetensors.index.json", "model.safetensors", "pytorch_model.bin.index.json", "pytorch_model.bin")
+from pmpd.errors import UserError
+
+_WEIGHT_FILES = (
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+)
 
 
 class Checkpoint:
@@ -34,9 +43,14 @@ class Checkpoint:
         self.folder = Path(folder)
         self.trust_remote_code = trust_remote_code
         if not self.folder.is_dir():
-            raise ValueError(f"checkpoint {folder}: no such folder; give the folder that holds config.json and the weights")
+            raise UserError(
+                f"checkpoint {folder}: no such folder; give the folder that holds config.json and the weights"
+            )
         if not (self.folder / "config.json").is_file():
-            raise ValueError(f"checkpoint {folder}: no config.json in it; give the folder that holds config.json and the weights")
+            raise UserError(
+                f"checkpoint {folder}: no config.json in it; give the folder that holds config.json and the "
+                f"weights"
+            )
 
     @cached_property
     def config_json(self) -> dict[str, Any]:
@@ -60,20 +74,28 @@ class Checkpoint:
         try:
             content = json.loads(path.read_text())
         except (OSError, ValueError) as error:
-            raise ValueError(f"checkpoint file {path} can't be read: {error}; copy it again from where the checkpoint is from") from error
+            raise UserError(
+                f"checkpoint file {path} can't be read: {error}; copy it again from where the checkpoint is "
+                f"from"
+            ) from error
         if not isinstance(content, dict):
-            raise ValueError(f"checkpoint file {path} holds a {type(content).__name__}, not an object; copy it again")
+            raise UserError(
+                f"checkpoint file {path} holds a {type(content).__name__}, not an object; copy it again"
+            )
         return content
 
     def config(self) -> PreTrainedConfig:
         """The Hugging Face config object. `trust_remote_code` is off unless the caller switched it on."""
         self.config_json  # noqa: B018 - raises where it is damaged
         try:
-            return AutoConfig.from_pretrained(self.folder, trust_remote_code=self.trust_remote_code, local_files_only=True)
+            return AutoConfig.from_pretrained(
+                self.folder, trust_remote_code=self.trust_remote_code, local_files_only=True
+            )
         except ValueError as error:
             if "trust_remote_code" in str(error):
-                raise ValueError(
-                    f"checkpoint {self.folder}: its model is defined by code in the folder; read that code, then pass --trust-remote-code"
+                raise UserError(
+                    f"checkpoint {self.folder}: its model is defined by code in the folder; read that code, "
+                    f"then pass --trust-remote-code"
                 ) from error
             raise
 
@@ -87,16 +109,21 @@ class Checkpoint:
             if pattern.endswith(".index.json"):
                 weight_map = self.read_json(pattern).get("weight_map")
                 if not isinstance(weight_map, dict):
-                    raise ValueError(f"checkpoint file {path} has no weight_map (tensor name -> file); copy it again")
+                    raise UserError(
+                        f"checkpoint file {path} has no weight_map (tensor name -> file); copy it again"
+                    )
                 missing = sorted({file for file in weight_map.values() if not (self.folder / file).is_file()})
                 if missing:
-                    raise ValueError(f"checkpoint {self.folder}: {pattern} names files that are not there: {', '.join(missing)}")
+                    raise UserError(
+                        f"checkpoint {self.folder}: {pattern} names files that are not there: "
+                        f"{', '.join(missing)}"
+                    )
                 return {name: self.folder / file for name, file in weight_map.items()}
             return dict.fromkeys(self._open(path).keys(), path)
         shards = sorted(self.folder.glob("*.safetensors")) or sorted(self.folder.glob("gptq_model*.bin"))
         if shards:
             return {name: shard for shard in shards for name in self._open(shard).keys()}  # noqa: SIM118 - a file, not a dict
-        raise ValueError(f"checkpoint {self.folder}: no weights in it; looked for {', '.join(_WEIGHT_FILES)}")
+        raise UserError(f"checkpoint {self.folder}: no weights in it; looked for {', '.join(_WEIGHT_FILES)}")
 
     @cached_property
     def _files(self) -> dict[Path, Any]:
@@ -112,7 +139,7 @@ class Checkpoint:
                     self._files[path] = _load_pickle(path)
             except Exception as error:
                 kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
-                raise ValueError(f"checkpoint file {path} can't be read: {kind}{error}") from error
+                raise UserError(f"checkpoint file {path} can't be read: {kind}{error}") from error
         return self._files[path]
 
     def names(self) -> set[str]:
@@ -121,27 +148,33 @@ class Checkpoint:
     def tensor(self, name: str) -> Tensor:
         """ValueError where the checkpoint has no such tensor."""
         if name not in self._index:
-            raise ValueError(f"checkpoint {self.folder}: tensor {name} is missing")
+            raise UserError(f"checkpoint {self.folder}: tensor {name} is missing")
         file = self._open(self._index[name])
         try:
             return file[name] if isinstance(file, dict) else file.get_tensor(name)
         except (KeyError, SafetensorError) as error:
-            raise ValueError(
-                f"checkpoint file {self._index[name]} does not hold {name}, as the index says ({error}); copy index and shards again"
+            raise UserError(
+                f"checkpoint file {self._index[name]} does not hold {name}, as the index says ({error}); "
+                f"copy index and shards again"
             ) from error
 
     def release(self) -> None:
-        """Lets go of the open files, so that their pages stop counting as this process's memory; they are opened again when needed.
+        """Lets go of the open files, so that their pages stop counting as this process's memory; they are
+        opened again when needed.
 
         A mapping goes with the last tensor that was read through it and is still alive.
         """
         self._files.clear()
 
     def fingerprint(self) -> str:
-        """16 hex digits over what makes the model: config, end-of-sequence tokens, and name, shape, dtype and a sample of each tensor.
-        Not the path."""
+        """16 hex digits over what makes the model: config, end-of-sequence tokens, and name, shape, dtype and
+        a sample of each tensor. Not the path."""
         digest = hashlib.sha256()
-        config = {key: value for key, value in self.config_json.items() if key not in ("_name_or_path", "transformers_version")}
+        config = {
+            key: value
+            for key, value in self.config_json.items()
+            if key not in ("_name_or_path", "transformers_version")
+        }
         if self.eos_token_id is not None:
             config["eos_token_id"] = self.eos_token_id
         digest.update(json.dumps(config, sort_keys=True).encode())
@@ -160,19 +193,25 @@ class Checkpoint:
 
 
 def _load_pickle(path: Path) -> dict[str, Tensor]:
-    """The tensors of a `.bin`, memory-mapped unless torch < 1.6 wrote it. ValueError where it holds anything else, code above all."""
+    """The tensors of a `.bin`, memory-mapped unless torch < 1.6 wrote it. ValueError where it holds anything
+    else, code above all."""
     try:
         content = torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
     except pickle.UnpicklingError as error:  # torch's own advice is to trust the file
-        raise ValueError("it holds more than tensors, and reading that would run its code; save the tensors as safetensors") from error
+        raise UserError(
+            "it holds more than tensors, and reading that would run its code; save the tensors as safetensors"
+        ) from error
     if not isinstance(content, dict):
-        raise ValueError(f"it holds a {type(content).__name__}, not a dict of tensors; save the model's state_dict()")
+        raise UserError(
+            f"it holds a {type(content).__name__}, not a dict of tensors; save the model's state_dict()"
+        )
     return content
 
 
 @contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Inside, modules are built without memory for their parameters; buffers (rotary frequencies) are real."""
+    """Inside, modules are built without memory for their parameters; buffers (rotary frequencies) are
+    real."""
     register = nn.Module.register_parameter
 
     def register_on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
@@ -196,15 +235,23 @@ def build_skeleton(checkpoint: Checkpoint) -> PreTrainedModel:
     try:
         with _parameters_on_meta():
             model = AutoModelForCausalLM.from_config(
-                config, trust_remote_code=checkpoint.trust_remote_code, dtype=torch.float32, attn_implementation="sdpa"
+                config,
+                trust_remote_code=checkpoint.trust_remote_code,
+                dtype=torch.float32,
+                attn_implementation="sdpa",
             )
     except ValueError as error:
         if "scaled_dot_product_attention" not in str(error):
             raise
-        raise ValueError(f"checkpoint {checkpoint.folder}: models of type {config.model_type!r} are not supported: {error}") from error
+        raise UserError(
+            f"checkpoint {checkpoint.folder}: models of type {config.model_type!r} are not supported: {error}"
+        ) from error
     problem = _unsupported(model)
     if problem:
-        raise ValueError(f"checkpoint {checkpoint.folder}: models of type {config.model_type!r} are not supported with {problem}")
+        raise UserError(
+            f"checkpoint {checkpoint.folder}: models of type {config.model_type!r} are not supported with "
+            f"{problem}"
+        )
     if checkpoint.generation_json:
         model.generation_config = GenerationConfig.from_dict(checkpoint.generation_json)
     return model.eval()
@@ -222,8 +269,12 @@ def _unsupported(model: PreTrainedModel) -> str | None:
             return f"rope type {kind!r}: its frequencies follow the longest row of the batch"
     others = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     if others or model._is_stateful:
-        return f"layers other than full and sliding attention ({', '.join(sorted(others)) or 'recurrent ones'})"
-    own = type(model).__module__.startswith("transformers.")  # code of a checkpoint is judged by what it does, in `slots`
+        return (
+            f"layers other than full and sliding attention ({', '.join(sorted(others)) or 'recurrent ones'})"
+        )
+    own = type(model).__module__.startswith(
+        "transformers."
+    )  # code of a checkpoint is judged by what it does, in `slots`
     if own and not model._can_set_attn_implementation():
         return "attention of their own, past transformers' attention interface"
     return None
@@ -240,7 +291,8 @@ def replace_linears(model: nn.Module, make: Callable[[str, nn.Linear], nn.Module
 
 
 def fill(model: PreTrainedModel, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
-    """Gives every parameter that is still on the meta device its tensor from the checkpoint, floating ones as `dtype`.
+    """Gives every parameter that is still on the meta device its tensor from the checkpoint, floating ones as
+    `dtype`.
 
     ValueError naming all tensors that are missing or of another shape.
     """
@@ -250,7 +302,9 @@ def fill(model: PreTrainedModel, checkpoint: Checkpoint, dtype: torch.dtype) -> 
             continue
         tensor = checkpoint.tensor(name)
         if tensor.shape != parameter.shape:
-            problems.append(f"{name} has shape {list(tensor.shape)}, the config asks for {list(parameter.shape)}")
+            problems.append(
+                f"{name} has shape {list(tensor.shape)}, the config asks for {list(parameter.shape)}"
+            )
             continue
         module_name, _, attribute = name.rpartition(".")
         model.get_submodule(module_name)._parameters[attribute] = nn.Parameter(
@@ -263,7 +317,11 @@ def fill(model: PreTrainedModel, checkpoint: Checkpoint, dtype: torch.dtype) -> 
             stored = checkpoint.tensor(name)
             module._buffers[attribute] = stored.to(dtype) if buffer.is_floating_point() else stored
     model.tie_weights()
-    problems += [f"{name} is missing" for name, parameter in model.named_parameters() if parameter.is_meta and name not in names]
+    problems += [
+        f"{name} is missing"
+        for name, parameter in model.named_parameters()
+        if parameter.is_meta and name not in names
+    ]
     if problems:
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
-        raise ValueError(f"checkpoint {checkpoint.folder} does not fit its own config.json: {shown}")
+        raise UserError(f"checkpoint {checkpoint.folder} does not fit its own config.json: {shown}")

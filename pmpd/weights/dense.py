@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from transformers import PreTrainedModel
 
+from pmpd.errors import UserError
 from pmpd.weights.checkpoint import Checkpoint, build_skeleton, fill
 
 BITS = 16
@@ -13,11 +14,17 @@ BITS = 16
 
 def check(checkpoint: Checkpoint, name: str = "checkpoint") -> None:
     """ValueError, which calls the checkpoint `name`, where it is a quantized one."""
-    marks = [f"config.json has {key!r}" for key in ("anyprec", "quantization_config") if checkpoint.config_json.get(key)]
+    marks = [
+        f"config.json has {key!r}"
+        for key in ("anyprec", "quantization_config")
+        if checkpoint.config_json.get(key)
+    ]
     if (checkpoint.folder / "quantize_config.json").is_file():
         marks.append("it has a quantize_config.json")
     if marks:
-        raise ValueError(f"{name} {checkpoint.folder} is quantized already ({marks[0]}): give the unquantized model")
+        raise UserError(
+            f"{name} {checkpoint.folder} is quantized already ({marks[0]}): give the unquantized model"
+        )
 
 
 def load(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:

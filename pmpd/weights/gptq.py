@@ -1,10 +1,11 @@
-"""GPTQ checkpoints, one precision a folder, as AutoGPTQ and GPTQModel write them (Frantar et al., "GPTQ", ICLR 2023).
+"""GPTQ checkpoints, one precision a folder, as AutoGPTQ and GPTQModel write them (Frantar et al., "GPTQ",
+ICLR 2023).
 
 Legend: K in_features, N out_features, G groups of inputs that share a scale and a zero, b bits of a code.
 
-Weight[k, n] = scales[g(k), n] · (code[k, n] − zero[g(k), n]). Codes are packed along K, zeros along N, little end first: 32 values fill
-b words, and for b = 3 two of them straddle a word boundary. Checkpoint format `gptq` stores zero − 1, as its writer subtracts (see
-`_minus_one`), `gptq_v2` the zero itself.
+Weight[k, n] = scales[g(k), n] · (code[k, n] − zero[g(k), n]). Codes are packed along K, zeros along N, little
+end first: 32 values fill b words, and for b = 3 two of them straddle a word boundary. Checkpoint format
+`gptq` stores zero − 1, as its writer subtracts (see `_minus_one`), `gptq_v2` the zero itself.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pmpd.errors import UserError
 from pmpd.kernels import dispatch
 from pmpd.kernels.reference import _BUDGET, CacheBudget
 from pmpd.weights.base import PrecisionLinear, PrecisionState
@@ -25,11 +27,13 @@ BITS = (2, 3, 4, 8)
 FORMATS = ("gptq", "gptq_v2")
 _ROWS_AT_ONCE = 1024
 _WORDS_OF_THREE_BITS = (0x24924924, 0x92492492, 0x49249249)
-"""What some writers subtract from every three words of 3-bit zeros: not a 1 at the place of each value, but it can be added again."""
+"""What some writers subtract from every three words of 3-bit zeros: not a 1 at the place of each value, but
+it can be added again."""
 
 
 class PackedGPTQ(NamedTuple):
-    """`qweight` int32 [K b / 32, N], `qzeros` int32 [G, N b / 32] as `gptq_v2` stores them, `scales` [G, N], `g_idx` int32 [K]."""
+    """`qweight` int32 [K b / 32, N], `qzeros` int32 [G, N b / 32] as `gptq_v2` stores them, `scales` [G, N],
+    `g_idx` int32 [K]."""
 
     qweight: Tensor
     qzeros: Tensor
@@ -38,21 +42,33 @@ class PackedGPTQ(NamedTuple):
     bits: int
 
     def to(self, device: torch.device) -> PackedGPTQ:
-        return PackedGPTQ(self.qweight.to(device), self.qzeros.to(device), self.scales.to(device), self.g_idx.to(device), self.bits)
+        return PackedGPTQ(
+            self.qweight.to(device),
+            self.qzeros.to(device),
+            self.scales.to(device),
+            self.g_idx.to(device),
+            self.bits,
+        )
 
 
 def settings_of(checkpoint: Checkpoint) -> dict[str, Any] | None:
-    """The quantizer's settings, checked; None where the folder is no GPTQ checkpoint. ValueError: settings that can't be read."""
+    """The quantizer's settings, checked; None where the folder is no GPTQ checkpoint. ValueError: settings
+    that can't be read."""
     name = "quantize_config.json"
     separate = (checkpoint.folder / name).is_file()
     settings = checkpoint.read_json(name) if separate else checkpoint.config_json.get("quantization_config")
     if settings is None:
         return None
     if not isinstance(settings, dict):
-        raise ValueError(f"checkpoint {checkpoint.folder}: quantization_config is {settings!r}; it must be an object")
+        raise UserError(
+            f"checkpoint {checkpoint.folder}: quantization_config is {settings!r}; it must be an object"
+        )
     dynamic = settings.get("dynamic") or {}
     if not isinstance(dynamic, dict) or not all(isinstance(values, dict) for values in dynamic.values()):
-        raise ValueError(f"checkpoint {checkpoint.folder}: dynamic is {dynamic!r}; it must map patterns of names to settings")
+        raise UserError(
+            f"checkpoint {checkpoint.folder}: dynamic is {dynamic!r}; it must map patterns of names to "
+            f"settings"
+        )
     _check(checkpoint, settings)
     return settings
 
@@ -65,10 +81,16 @@ def _check(checkpoint: Checkpoint, settings: dict[str, Any]) -> None:
         ("checkpoint_format", _format(settings), FORMATS),
     ):
         if value not in allowed:
-            raise ValueError(f"checkpoint {checkpoint.folder}: {name} is {value!r}; allowed: {', '.join(map(str, allowed))}")
+            raise UserError(
+                f"checkpoint {checkpoint.folder}: {name} is {value!r}; allowed: "
+                f"{', '.join(map(str, allowed))}"
+            )
     size = settings.get("group_size", -1)
     if size not in (-1, None) and not (type(size) is int and size > 0):
-        raise ValueError(f"checkpoint {checkpoint.folder}: group_size is {size!r}; allowed: -1 for whole rows, or a number of inputs")
+        raise UserError(
+            f"checkpoint {checkpoint.folder}: group_size is {size!r}; allowed: -1 for whole rows, or a "
+            f"number of inputs"
+        )
 
 
 def layer(
@@ -80,7 +102,8 @@ def layer(
     dtype: torch.dtype,
     kernel: str | None,
 ) -> tuple[GPTQLinear, list[str]]:
-    """The layer in place of `linear`, without its bias, and what is wrong with its tensors. `settings` as of `settings_of`."""
+    """The layer in place of `linear`, without its bias, and what is wrong with its tensors. `settings` as of
+    `settings_of`."""
     whole, settings = settings, {**settings, **_override(settings, name)}
     _check(checkpoint, settings)
     bits, (columns, rows) = settings["bits"], (linear.in_features, linear.out_features)
@@ -110,9 +133,14 @@ def layer(
         if f"{name}.{part}" in checkpoint.names():
             found = tensor(part)
             if list(found.shape) != shape or found.is_floating_point() != (part == "scales"):
-                problems.append(f"{name}.{part} is {found.dtype} {list(found.shape)}, expected {shape} for {bits} bits, group size {size}")
+                problems.append(
+                    f"{name}.{part} is {found.dtype} {list(found.shape)}, expected {shape} for {bits} bits, "
+                    f"group size {size}"
+                )
             elif part == "g_idx" and not 0 <= int(found.min()) <= int(found.max()) < groups:
-                problems.append(f"{name}.g_idx has groups {int(found.min())} to {int(found.max())}, not 0 to {groups - 1}")
+                problems.append(
+                    f"{name}.g_idx has groups {int(found.min())} to {int(found.max())}, not 0 to {groups - 1}"
+                )
         elif part != "g_idx":
             problems.append(f"{name}.{part} is missing")
         elif settings.get("desc_act") and groups > 1:
@@ -121,7 +149,8 @@ def layer(
 
 
 def unpack(words: Tensor, bits: int, count: int) -> Tensor:
-    """int32 [count · bits / 32, C] -> uint8 [count, C]: values packed little end first along the first dimension."""
+    """int32 [count · bits / 32, C] -> uint8 [count, C]: values packed little end first along the first
+    dimension."""
     blocks = -(-count // 32)
     words = nn.functional.pad(words, (0, 0, 0, blocks * bits - len(words))).view(blocks, bits, -1)
     values = torch.empty(blocks, 32, words.shape[-1], dtype=torch.uint8, device=words.device)
@@ -148,12 +177,15 @@ def _pack(values: Tensor, bits: int) -> Tensor:
 
 
 def _add_one(qzeros: Tensor, bits: int, by_word: bool) -> Tensor:
-    """`qzeros` of format `gptq` as `gptq_v2` has them: the inverse of what `_minus_one` says of their writer."""
+    """`qzeros` of format `gptq` as `gptq_v2` has them: the inverse of what `_minus_one` says of their
+    writer."""
     if by_word:
         ones = _WORDS_OF_THREE_BITS if bits == 3 else (sum(1 << shift for shift in range(0, 32, bits)),)
         words = torch.tensor([ones[column % len(ones)] for column in range(qzeros.shape[1])])
         return (qzeros + words).to(torch.int32)  # int64 sums, cut to their lowest 32 bits
-    return _pack((unpack(qzeros.T, bits, qzeros.shape[1] * 32 // bits) + 1) & (2**bits - 1), bits).T.contiguous()
+    return _pack(
+        (unpack(qzeros.T, bits, qzeros.shape[1] * 32 // bits) + 1) & (2**bits - 1), bits
+    ).T.contiguous()
 
 
 def dequantize(packed: PackedGPTQ, dtype: torch.dtype) -> Tensor:
@@ -170,8 +202,9 @@ def dequantize(packed: PackedGPTQ, dtype: torch.dtype) -> Tensor:
 
 
 class ReferenceGPTQ:
-    """Plain PyTorch, for any device: the first multiplication dequantizes and keeps the result, beside the codes, while all layers' fit the
-    budget of the reference kernel (CACHE_BYTES); past it every multiplication dequantizes anew."""
+    """Plain PyTorch, for any device: the first multiplication dequantizes and keeps the result, beside the
+    codes, while all layers' fit the budget of the reference kernel (CACHE_BYTES); past it every
+    multiplication dequantizes anew."""
 
     def __init__(self, packed: PackedGPTQ, dtype: torch.dtype, budget: CacheBudget = _BUDGET) -> None:
         self._packed, self._dtype, self._budget = packed, dtype, budget
@@ -192,8 +225,9 @@ class ReferenceGPTQ:
 
 
 class GPTQLinear(PrecisionLinear):
-    """One quantized linear at one precision, without bias. `read` gives its tensors from the (memory-mapped) checkpoint; they are laid
-    out for the device's kernel at the first multiplication, and again after a move to another device or dtype."""
+    """One quantized linear at one precision, without bias. `read` gives its tensors from the (memory-mapped)
+    checkpoint; they are laid out for the device's kernel at the first multiplication, and again after a move
+    to another device or dtype."""
 
     def __init__(
         self,
@@ -212,7 +246,8 @@ class GPTQLinear(PrecisionLinear):
 
     @property
     def matrix(self) -> Any:
-        """The weights in the layout of the kernel: Triton's where that is the choice for the device, else plain PyTorch."""
+        """The weights in the layout of the kernel: Triton's where that is the choice for the device, else
+        plain PyTorch."""
         if self._matrix is None:
             packed, dtype = self._read().to(self._probe.device), self._probe.dtype
             if dispatch.choose(self._probe.device, dtype, self._kernel).name == "triton":
@@ -247,7 +282,8 @@ def _format(settings: dict[str, Any]) -> str:
 
 
 def _override(settings: dict[str, Any], name: str) -> dict[str, Any]:
-    """GPTQModel's `dynamic`: settings of the modules whose name matches a regular expression ("+:" is optional, "-:" skips the module)."""
+    """GPTQModel's `dynamic`: settings of the modules whose name matches a regular expression ("+:" is
+    optional, "-:" skips the module)."""
     for pattern, values in (settings.get("dynamic") or {}).items():
         if not pattern.startswith("-:") and re.match(pattern.removeprefix("+:"), name):
             return values
@@ -255,19 +291,22 @@ def _override(settings: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _minus_one(settings: dict[str, Any], bits: int) -> tuple[int, bool]:
-    """How the writer of a checkpoint took 1 from the zeros of a module of `bits`: as if they were zeros of how many bits, and whether by
-    one subtraction a word, in which a zero of 0 borrows from its neighbour.
+    """How the writer of a checkpoint took 1 from the zeros of a module of `bits`: as if they were zeros of
+    how many bits, and whether by one subtraction a word, in which a zero of 0 borrows from its neighbour.
 
-    Value by value, where no writer says in `meta.quantizer` who it is (AutoGPTQ up to 0.7). By word, those that say so: AutoGPTQ's last
-    versions and GPTQModel, for all modules with the bits of the whole checkpoint, whatever `dynamic` says (GPTQModel since 7.3.2: with
-    the module's). For 3 bits GPTQModel does it value by value since 7.0; before, it subtracted `_WORDS_OF_THREE_BITS`.
+    Value by value, where no writer says in `meta.quantizer` who it is (AutoGPTQ up to 0.7). By word, those
+    that say so: AutoGPTQ's last versions and GPTQModel, for all modules with the bits of the whole
+    checkpoint, whatever `dynamic` says (GPTQModel since 7.3.2: with the module's). For 3 bits GPTQModel does
+    it value by value since 7.0; before, it subtracted `_WORDS_OF_THREE_BITS`.
     """
     meta = settings.get("meta")
     quantizer = (meta.get("quantizer") if isinstance(meta, dict) else None) or ()
     for name in [quantizer] if isinstance(quantizer, str) else quantizer:
         writer, _, version = str(name).partition(":")
         if writer in ("gptqmodel", "autogptq", "auto_gptq"):
-            numbers = [int(number) for number in re.findall(r"\d+", version)[:3]] if writer == "gptqmodel" else []
+            numbers = (
+                [int(number) for number in re.findall(r"\d+", version)[:3]] if writer == "gptqmodel" else []
+            )
             bits = bits if numbers >= [7, 3, 2] else settings["bits"]
             return bits, bits != 3 or numbers < [7]
     return bits, False

@@ -6,32 +6,40 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from pmpd.errors import UserError
+
 _ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 CONFIG_FILES = ("*.json", "*.jinja", "*.model", "*.py", "*.tiktoken", "*.txt")
 """Config, tokenizer and model code: everything but the weights."""
 
 
 def local_folder(model_path: str | Path, name: str = "--model-path") -> Path:
-    """The checkpoint folder, or the JSON file that names several; a Hugging Face id that is neither is downloaded. ValueError where
-    there is none, which calls the path by `name`: what the user gave it as."""
+    """The checkpoint folder, or the JSON file that names several; a Hugging Face id that is neither is
+    downloaded. ValueError where there is none, which calls the path by `name`: what the user gave it as."""
     folder = Path(model_path)
     if folder.is_dir() or (folder.suffix == ".json" and folder.is_file()):
         return folder
     folder = download(str(model_path), [*CONFIG_FILES, "*.safetensors"], f"{name} {model_path}")
-    if not any(folder.glob("*.safetensors")):  # an older repository; where there are both, pickles are not worth their bytes
+    if not any(
+        folder.glob("*.safetensors")
+    ):  # an older repository; where there are both, pickles are not worth their bytes
         folder = download(str(model_path), ["pytorch_model*"], f"{name} {model_path}")
     return folder
 
 
 def download(model_id: str, patterns: Sequence[str], told: str) -> Path:
-    """The folder with the files of a Hugging Face repository that match. ValueError, beginning with `told`, where that can't be had."""
+    """The folder with the files of a Hugging Face repository that match. ValueError, beginning with `told`,
+    where that can't be had."""
     if not _ID.fullmatch(model_id):
-        raise ValueError(f"{told}: no such folder; give a checkpoint folder or a Hugging Face id (owner/name)")
+        raise UserError(f"{told}: no such folder; give a checkpoint folder or a Hugging Face id (owner/name)")
     from huggingface_hub import snapshot_download
 
     try:
         return Path(snapshot_download(model_id, allow_patterns=list(patterns)))
-    except Exception as error:  # the hub client has its own zoo of exceptions: no network, no such id, gated, …
-        raise ValueError(
-            f"{told}: no such folder, and not to be had from the Hugging Face hub ({type(error).__name__}: {error})"
+    except (
+        Exception
+    ) as error:  # the hub client has its own zoo of exceptions: no network, no such id, gated, …
+        raise UserError(
+            f"{told}: no such folder, and not to be had from the Hugging Face hub ({type(error).__name__}: "
+            f"{error})"
         ) from error

@@ -1,7 +1,9 @@
-"""One model whose precisions come from different checkpoints: GPTQ folders, Any-Precision ones, an unquantized one for 16 bits.
+"""One model whose precisions come from different checkpoints: GPTQ folders, Any-Precision ones, an
+unquantized one for 16 bits.
 
-The JSON maps precision -> folder, and `model_path` -> the base model (config, tokenizer); relative folders are relative to the JSON.
-The module tree, embeddings, norms, head, biases and whatever is not quantized exist once.
+The JSON maps precision -> folder, and `model_path` -> the base model (config, tokenizer); relative folders
+are relative to the JSON. The module tree, embeddings, norms, head, biases and whatever is not quantized exist
+once.
 """
 
 from __future__ import annotations
@@ -16,18 +18,20 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from pmpd.errors import UserError
 from pmpd.weights import anyprec, dense, gptq
 from pmpd.weights.base import PrecisionLinear, PrecisionState
 from pmpd.weights.checkpoint import Checkpoint, build_skeleton, fill, replace_linears
 from pmpd.weights.hub import CONFIG_FILES, download
 
 Layer = Callable[[str, nn.Linear], tuple[PrecisionLinear | None, list[str]]]
-"""(name, linear) -> its quantized layer without bias (None where the checkpoint leaves it unquantized), and what is wrong with it."""
+"""(name, linear) -> its quantized layer without bias (None where the checkpoint leaves it unquantized), and
+what is wrong with it."""
 
 
 class MultiCheckpoint(Checkpoint):
-    """The checkpoints of one JSON, seen as one: config of the base model; tensors of the base model where its weights are there, else of
-    the highest precision that has them.
+    """The checkpoints of one JSON, seen as one: config of the base model; tensors of the base model where its
+    weights are there, else of the highest precision that has them.
 
     ValueError: no such file, not of that form, a folder that is not there.
     """
@@ -41,20 +45,31 @@ class MultiCheckpoint(Checkpoint):
             if not all(isinstance(path, str) for path in (base, *paths.values())):
                 raise TypeError("a folder is a string")
         except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
-            raise ValueError(
-                f"{file}: {type(error).__name__}: {error}; without Any-Precision, the model path is a JSON file like "
-                '{"4": "model-gptq-4bit", "3": "model-gptq-3bit", "model_path": "model"}, one folder for each precision and the base model'
+            raise UserError(
+                f"{file}: {type(error).__name__}: {error}; without Any-Precision, the model path is a JSON "
+                f"file like "
+                '{"4": "model-gptq-4bit", "3": "model-gptq-3bit", "model_path": "model"}, one folder for '
+                "each precision and the base model"
             ) from error
         if not paths:
-            raise ValueError(f'{file}: no precision in it; add a folder for each, like "4": "model-gptq-4bit"')
+            raise UserError(f'{file}: no precision in it; add a folder for each, like "4": "model-gptq-4bit"')
         folder = self._folder(base, CONFIG_FILES)
         super().__init__(folder, trust_remote_code)
-        folders = {bits: self._folder(path, [*CONFIG_FILES, "*.safetensors", "*.bin"]) for bits, path in paths.items()}
+        folders = {
+            bits: self._folder(path, [*CONFIG_FILES, "*.safetensors", "*.bin"])
+            for bits, path in paths.items()
+        }
         unique = {path: Checkpoint(path, trust_remote_code) for path in folders.values()}
         self.members = {bits: unique[folders[bits]] for bits in sorted(folders, reverse=True)}
         self.holders = list(dict.fromkeys(self.members.values()))
-        local = (self.file.parent / base).is_dir()  # of a base model on the hub only the config is taken, whatever else was downloaded
-        if folder not in unique and local and any(path for kind in ("*.safetensors", "*.bin") for path in folder.glob(kind)):
+        local = (
+            self.file.parent / base
+        ).is_dir()  # of a base model on the hub only the config is taken, whatever else was downloaded
+        if (
+            folder not in unique
+            and local
+            and any(path for kind in ("*.safetensors", "*.bin") for path in folder.glob(kind))
+        ):
             self.holders.insert(0, Checkpoint(folder, trust_remote_code))
         elif folder in unique:
             self.holders.sort(key=lambda holder: holder is not unique[folder])
@@ -66,36 +81,50 @@ class MultiCheckpoint(Checkpoint):
 
     def _folder(self, path: str, hub_files: Sequence[str]) -> Path:
         folder = self.file.parent / path
-        return folder.resolve() if folder.is_dir() else download(path, hub_files, f"{self.file} (folders are relative to it): {path}")
+        return (
+            folder.resolve()
+            if folder.is_dir()
+            else download(path, hub_files, f"{self.file} (folders are relative to it): {path}")
+        )
 
     def names(self) -> set[str]:
         return {name for holder in self.holders for name in holder.names()}
 
     def tensor(self, name: str) -> Tensor:
         """Of the first holder. ValueError where none has it."""
-        return next((holder for holder in self.holders if name in holder.names()), self.holders[0]).tensor(name)
+        return next((holder for holder in self.holders if name in holder.names()), self.holders[0]).tensor(
+            name
+        )
 
     def fingerprint(self) -> str:
-        """16 hex digits over the members' fingerprints and precisions, that of the base model where its tensors are used, and its
-        end-of-sequence tokens."""
+        """16 hex digits over the members' fingerprints and precisions, that of the base model where its
+        tensors are used, and its end-of-sequence tokens."""
         prints = [f"{bits} {member.fingerprint()}" for bits, member in self.members.items()]
         prints += [holder.fingerprint() for holder in self.holders if holder not in self.members.values()]
-        return hashlib.sha256(json.dumps([self.config_json.get("model_type"), self.eos_token_id, *prints]).encode()).hexdigest()[:16]
+        return hashlib.sha256(
+            json.dumps([self.config_json.get("model_type"), self.eos_token_id, *prints]).encode()
+        ).hexdigest()[:16]
 
 
 class MixedLinear(PrecisionLinear):
-    """A linear layer whose precisions are layers of their own: `parts` precision -> layer without bias, None for the unquantized weight.
+    """A linear layer whose precisions are layers of their own: `parts` precision -> layer without bias, None
+    for the unquantized weight.
 
-    That weight and the bias exist once, as parameters. The parts are no submodules, so that the tree is the same for every format.
+    That weight and the bias exist once, as parameters. The parts are no submodules, so that the tree is the
+    same for every format.
     """
 
     weight: nn.Parameter | None
     bias: nn.Parameter | None
 
-    def __init__(self, linear: nn.Linear, parts: Mapping[int, PrecisionLinear | None], state: PrecisionState) -> None:
+    def __init__(
+        self, linear: nn.Linear, parts: Mapping[int, PrecisionLinear | None], state: PrecisionState
+    ) -> None:
         super().__init__(linear.in_features, linear.out_features, tuple(parts), state)
         self._parts = dict(parts)
-        self.register_parameter("weight", cast(nn.Parameter, linear.weight) if None in parts.values() else None)
+        self.register_parameter(
+            "weight", cast(nn.Parameter, linear.weight) if None in parts.values() else None
+        )
         self.register_parameter("bias", linear.bias)
 
     def multiply(self, x: Tensor, bits: int) -> Tensor:
@@ -137,25 +166,37 @@ def open_checkpoint(path: str | Path, trust_remote_code: bool = False, multi: bo
 
 def precisions_of(checkpoint: Checkpoint) -> tuple[int, ...]:
     """Descending. ValueError where the checkpoint holds none but the unquantized weights."""
-    return checkpoint.precisions if isinstance(checkpoint, MultiCheckpoint) else anyprec.precisions_of(checkpoint)
+    return (
+        checkpoint.precisions
+        if isinstance(checkpoint, MultiCheckpoint)
+        else anyprec.precisions_of(checkpoint)
+    )
 
 
-def load(checkpoint: MultiCheckpoint, precisions: Sequence[int], dtype: torch.dtype, kernel: str | None = None) -> PreTrainedModel:
-    """The model with `MixedLinear`s that offer `precisions`; everything else exists once, as `dtype`, on the CPU.
+def load(
+    checkpoint: MultiCheckpoint, precisions: Sequence[int], dtype: torch.dtype, kernel: str | None = None
+) -> PreTrainedModel:
+    """The model with `MixedLinear`s that offer `precisions`; everything else exists once, as `dtype`, on the
+    CPU.
 
-    ValueError: precisions that the JSON does not hold, tensors that are missing or misshapen, tensors that exist once and on which the
-    checkpoints disagree.
+    ValueError: precisions that the JSON does not hold, tensors that are missing or misshapen, tensors that
+    exist once and on which the checkpoints disagree.
     """
     absent = [bits for bits in precisions if bits not in checkpoint.members]
     if absent:
         held = ", ".join(map(str, checkpoint.precisions))
-        raise ValueError(f"precisions {list(precisions)}: {checkpoint.file} holds {held}; add a folder for {', '.join(map(str, absent))}")
+        raise UserError(
+            f"precisions {list(precisions)}: {checkpoint.file} holds {held}; add a folder for "
+            f"{', '.join(map(str, absent))}"
+        )
     state = PrecisionState()
     problems: list[str] = []
     state.set_uniform(max(precisions))
     members = {bits: checkpoint.members[bits] for bits in sorted(precisions, reverse=True)}
     layers = {
-        member: _layers_of(member, [bits for bits in members if members[bits] is member], state, dtype, kernel)
+        member: _layers_of(
+            member, [bits for bits in members if members[bits] is member], state, dtype, kernel
+        )
         for member in dict.fromkeys(members.values())
     }
 
@@ -166,7 +207,11 @@ def load(checkpoint: MultiCheckpoint, precisions: Sequence[int], dtype: torch.dt
             parts[member], wrong = layer_of(name, bare)
             if parts[member] is None and linear is not head and f"{name}.weight" not in member.names():
                 wrong = [f"{name} has neither qweight nor weight"]
-            if linear.bias is None and f"{name}.bias" in member.names() and member.tensor(f"{name}.bias").any():
+            if (
+                linear.bias is None
+                and f"{name}.bias" in member.names()
+                and member.tensor(f"{name}.bias").any()
+            ):
                 wrong = [*wrong, f"{name}.bias is not zero, and the base model has no bias there"]
             problems.extend(f"{member.folder}: {problem}" for problem in wrong)
         if all(part is None for part in parts.values()):
@@ -178,13 +223,17 @@ def load(checkpoint: MultiCheckpoint, precisions: Sequence[int], dtype: torch.dt
     replace_linears(model, make)
     if problems:
         more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise ValueError(f"checkpoints of {checkpoint.file} do not fit the base model: {'; '.join(problems[:8])}{more}")
+        raise UserError(
+            f"checkpoints of {checkpoint.file} do not fit the base model: {'; '.join(problems[:8])}{more}"
+        )
     fill(model, checkpoint, dtype)
     _check_shared(model, checkpoint, set(checkpoint.members.values()) - set(members.values()))
     return model
 
 
-def _layers_of(member: Checkpoint, precisions: list[int], state: PrecisionState, dtype: torch.dtype, kernel: str | None) -> Layer:
+def _layers_of(
+    member: Checkpoint, precisions: list[int], state: PrecisionState, dtype: torch.dtype, kernel: str | None
+) -> Layer:
     """How `member` gives the layers of its `precisions`. ValueError where it does not hold them."""
     names = member.names()
     settings = gptq.settings_of(member)
@@ -192,9 +241,15 @@ def _layers_of(member: Checkpoint, precisions: list[int], state: PrecisionState,
         anyprec.check(member, precisions)
     elif settings is not None:
         if precisions != [settings["bits"]]:
-            raise ValueError(f"checkpoint {member.folder} holds {settings['bits']} bits, and stands for precision {precisions}")
+            raise UserError(
+                f"checkpoint {member.folder} holds {settings['bits']} bits, and stands for precision "
+                f"{precisions}"
+            )
     elif precisions != [dense.BITS]:
-        raise ValueError(f"checkpoint {member.folder} is not quantized (no quantize_config.json), and stands for precision {precisions}")
+        raise UserError(
+            f"checkpoint {member.folder} is not quantized (no quantize_config.json), and stands for "
+            f"precision {precisions}"
+        )
 
     def layer(name: str, linear: nn.Linear) -> tuple[PrecisionLinear | None, list[str]]:
         if f"{name}.qweight" not in names:
@@ -208,8 +263,8 @@ def _layers_of(member: Checkpoint, precisions: list[int], state: PrecisionState,
 
 
 def _check_shared(model: nn.Module, checkpoint: MultiCheckpoint, unused: Collection[Checkpoint]) -> None:
-    """ValueError naming the tensors that exist once in `model`, under all names they have, and of which a checkpoint that is used holds
-    others than the one they are from."""
+    """ValueError naming the tensors that exist once in `model`, under all names they have, and of which a
+    checkpoint that is used holds others than the one they are from."""
     names_of: dict[int, list[str]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         names_of.setdefault(id(tensor), []).append(name)
@@ -221,9 +276,13 @@ def _check_shared(model: nn.Module, checkpoint: MultiCheckpoint, unused: Collect
         (first, first_name), *others = found
         others = [(holder, name) for holder, name in others if holder not in unused]
         truth = first.tensor(first_name)
-        problems += [f"{name} ({first.folder} and {holder.folder})" for holder, name in others if not _agree(truth, holder.tensor(name))]
+        problems += [
+            f"{name} ({first.folder} and {holder.folder})"
+            for holder, name in others
+            if not _agree(truth, holder.tensor(name))
+        ]
     if problems:
-        raise ValueError(
+        raise UserError(
             f"checkpoints of {checkpoint.file} disagree on tensors that exist once: {'; '.join(problems[:8])}"
             + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
             + "; make all of them from the same base model"

@@ -1,0 +1,359 @@
+"""Answer a benchmark under several precision schedulers: what the report compares.
+
+    pmpd generate                                  # the embedded demo: every scheduler, on this machine
+    ray job submit --working-dir . -- python jobs/generate.py --model-path … --bench-name mt_bench
+
+The unquantized model and the quantized one are separate data sets in the output folder, one row per turn. A
+run that was stopped, in whatever way, goes on where it stopped when the same command is given again. A static
+search and what `--high-bit-steps best` then answers have folders of their own beside the sweep's, so that one
+--output-dir serves all three.
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections import Counter
+from dataclasses import dataclass, fields
+from typing import Literal
+
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoTokenizer
+
+from pmpd import demo, farm, storage
+from pmpd.benchmarks import get_benchmark, load_questions
+from pmpd.benchmarks.base import Split
+from pmpd.benchmarks.conversation import choose_template
+from pmpd.errors import UserError
+from pmpd.evaluation.compare import compare
+from pmpd.evaluation.results import read_generations
+from pmpd.evaluation.score import ScoreConfig
+from pmpd.evaluation.static_search import best_path, choose, read_best, write_best
+from pmpd.evaluation.sweep import SCHEDULER_KINDS, SweepConfig, grid_plans, sweep_runs
+from pmpd.farm.connection import output_folder
+from pmpd.farm.generate_task import Sweep, generate
+from pmpd.metrics.precision import average_bits, decode_forwards
+from pmpd.weights import dense
+from pmpd.weights.checkpoint import Checkpoint
+from pmpd.weights.hub import local_folder
+from pmpd.weights.mixed import open_checkpoint, precisions_of
+
+
+@dataclass(frozen=True)
+class GenerateJob:
+    """Answer a benchmark under several precision schedulers. Without flags: the embedded demo, every
+    scheduler."""
+
+    model_path: str = str(demo.ANYPREC)
+    """Quantized checkpoint, seen under this path by every node: a folder, or a Hugging Face id."""
+    reference_model_path: str = str(demo.DENSE)
+    """Unquantized checkpoint of the same model, likewise; only used for the scheduler fp."""
+    model_id: str = "demo"
+    """Name of the model in the results; chooses the conversation template."""
+    bench_name: str = "demo"
+    """demo, mt_bench, cnn_dm, dialogsum or iwslt."""
+    question_file: str | None = None
+    """Local file in the benchmark's published schema, instead of the Hugging Face hub."""
+    validation: bool = False
+    """The validation split instead of the test split."""
+    question_begin: int | None = None
+    """First question, from 0."""
+    question_end: int | None = None
+    """Question to stop before."""
+    num_choices: int = 1
+    """Answers per question (they differ for the random scheduler only)."""
+    schedulers: str = ",".join(SCHEDULER_KINDS)
+    """The sweep, comma-separated: fp (unquantized), uniform (each precision), static, confidence, random,
+    kv_cache."""
+    scheduler: str | None = None
+    """Only this one instead of the sweep (naive = static)."""
+    use_fp: bool = False
+    """The unquantized model: fp alone, or beside what --scheduler names."""
+    precisions: str = "4,3,2"
+    """Precision chain, descending."""
+    high_bit_steps: str | None = None
+    """static: decode forwards at high precision, one number or one per pair ("42,84"); "best": the result of
+    --static-search with this --output-dir; or the path of such a result (best-static-….json). Default: all
+    plans of the four switch classes."""
+    prefill_bit: int | None = None
+    """Precision of the prefill; default the highest of the chain."""
+    classifier_path: str | None = None
+    """kv_cache: folder written by pmpd train; default the embedded demo's."""
+    confidence_threshold: float = 0.7
+    """confidence: top probability that counts as sure."""
+    confidence_patience: int = 2
+    """confidence: sure forwards in a row before the precision drops."""
+    random_prior: tuple[float, float, float, float] | None = None
+    """random: weights of the four switch classes; default equal."""
+    seed: int = 0
+    """random: seed of its draws."""
+    max_new_tokens: int | None = None
+    """New tokens per answer; default the benchmark's own."""
+    conversation_template: str | None = None
+    """A FastChat template, "plain" or "tokenizer"; default by model id."""
+    static_search: bool = False
+    """Try a grid of high-bit steps on the validation split, keep the cheapest within the budget for
+    --high-bit-steps best."""
+    quality_budget: float = 0.02
+    """Static search: share of the uniform highest precision's score that may be lost."""
+    search_points: int = 5
+    """Static search: grid points per pair, from never to always high."""
+    use_multi_model: bool = False
+    """--model-path is a JSON of one checkpoint per precision (GPTQ), not an Any-Precision checkpoint."""
+    batch_size: int | Literal["auto"] = 64
+    """Conversations that decode together in a worker, and per unit of work (and Parquet file); auto: what its
+    memory holds."""
+    reuse_cache: bool = True
+    """Later turns start from the cache of the prompt before."""
+    num_workers: int | None = None
+    """Default: one per GPU; without GPUs one per two cores."""
+    gpus_per_worker: float | None = None
+    """Default: 1 where the cluster has GPUs, else 0; a fraction shares a GPU."""
+    output_dir: str = "results/generate"
+    """Local folder, shared storage of the cluster, or a URI (s3://bucket/folder)."""
+    retry_errors: bool = False
+    """Do conversations again that have an error."""
+    kernel: str | None = None
+    """Force an implementation of the multiplication: reference, cpu, triton."""
+    trust_remote_code: bool = False
+    """Run model code that comes with a checkpoint."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("num_choices", 1), ("max_new_tokens", 4), ("batch_size", 1)):
+            value = getattr(self, name)
+            if isinstance(value, int) and value < least:
+                raise UserError(f"--{name.replace('_', '-')} {value}: at least {least}")
+        if not 0 <= self.quality_budget <= 1:
+            raise UserError(
+                f"--quality-budget {self.quality_budget}: a share, from 0 (nothing may be lost) to 1"
+            )
+        if self.static_search and self.high_bit_steps is not None:
+            raise UserError(
+                f"--high-bit-steps {self.high_bit_steps}: --static-search looks for them; give one of the two"
+            )
+        _ = self.chain
+
+    @property
+    def chain(self) -> tuple[int, ...]:
+        try:
+            return tuple(int(bits) for bits in self.precisions.split(","))
+        except ValueError:
+            raise UserError(
+                f"--precisions {self.precisions}: bit widths with commas between them, descending, e.g. 4,3,2"
+            ) from None
+
+    @property
+    def searched(self) -> bool:
+        """Whether the static setting is a search's choice."""
+        return self.high_bit_steps is not None and (
+            self.high_bit_steps == "best" or self.high_bit_steps.endswith(".json")
+        )
+
+
+def main(job: GenerateJob, console: Console | None = None) -> str:
+    """Generates, prints the table, returns the folder of the results. ValueError for anything the user can
+    cure."""
+    console = console or Console()
+    benchmark = get_benchmark(job.bench_name)
+    split: Split = "validation" if job.validation or job.static_search else "test"
+    length = job.max_new_tokens or benchmark.max_new_tokens
+    chain = job.chain
+    output = output_folder(job.output_dir)
+    names = scheduler_names(job, benchmark.reference)
+    paths = {"fp": job.reference_model_path, "quantized": job.model_path}
+    flags = {"fp": "--reference-model-path", "quantized": "--model-path"}
+    wanted = {group: [name for name in names if (name == "fp") == (group == "fp")] for group in paths}
+    checkpoints = {
+        group: open_checkpoint(
+            local_folder(paths[group], flags[group]),
+            job.trust_remote_code,
+            multi=job.use_multi_model and group == "quantized",
+        )
+        for group in paths
+        if wanted[group]
+    }
+    if "fp" in checkpoints:
+        dense.check(checkpoints["fp"], flags["fp"])
+    if "quantized" in checkpoints:
+        check_precisions(job, precisions_of(checkpoints["quantized"]))
+    tokenizers = [
+        AutoTokenizer.from_pretrained(c.folder, trust_remote_code=job.trust_remote_code)
+        for c in checkpoints.values()
+    ]
+    if len(tokenizers) > 1 and tokenizers[0].get_vocab() != tokenizers[1].get_vocab():
+        raise UserError(
+            f"{job.model_path} and {job.reference_model_path} have different tokenizers; give two "
+            f"checkpoints of one model"
+        )
+    questions = load_questions(
+        benchmark, split=split, question_file=job.question_file, begin=job.question_begin,
+        end=job.question_end,
+        count_tokens=lambda text: len(tokenizers[0](text, add_special_tokens=False)["input_ids"]),
+    )  # fmt: skip
+    template = choose_template(job.model_id, tokenizers[0], job.conversation_template)
+    best_file = (
+        job.high_bit_steps
+        if job.high_bit_steps and job.high_bit_steps.endswith(".json")
+        else best_path(output, benchmark.name, chain)
+    )
+    folder = storage.join(output, folder_name(job, benchmark.name))
+
+    steps = static_steps(job, chain, length, best_file, checkpoints)
+    sweeps = {}
+    for group, checkpoint in checkpoints.items():
+        config = SweepConfig(
+            tuple(wanted[group]), chain, length, job.prefill_bit, steps, job.seed, job.random_prior,
+            job.confidence_threshold,
+            job.confidence_patience,
+            None if job.classifier_path is None else storage.absolute(job.classifier_path), job.searched,
+        )  # fmt: skip
+        runs = tuple(sweep_runs(config))
+        fingerprint = checkpoint.fingerprint()
+        sweeps[group] = Sweep(
+            benchmark,
+            split,
+            questions,
+            runs,
+            job.model_id,
+            fingerprint,
+            template,
+            job.num_choices,
+            job.static_search,
+        )
+    slots, unit_rows = farm.batch_of(job.batch_size)
+    farm.connect()
+    for group, sweep in sweeps.items():
+        widths = sorted(
+            {bits for run in sweep.runs for bits in (*run.precisions, run.prefill_bit)}, reverse=True
+        )
+        model = farm.ModelSource(
+            paths[group], None if group == "fp" else tuple(widths), job.kernel, job.trust_remote_code
+        )
+        options = farm.FarmOptions(
+            job.num_workers, job.gpus_per_worker, sweep.unit_rows(unit_rows), job.retry_errors
+        )
+        generate(sweep, model, storage.join(folder, group), slots, job.reuse_cache, options)
+    rows = [row for _, _, found in read_generations(folder, job.static_search) for row in found]
+    console.print(result_table(rows))
+    if job.static_search:
+        best = choose(
+            compare(rows)[0], benchmark.metric, benchmark.reference, job.quality_budget, length, ScoreConfig()
+        )
+        write_best(best_file, best)
+        chosen = best["best"]
+        console.print(
+            f"best: high_bit_steps {best['high_bit_steps']}: {chosen['average_bits']:.3f} average bits, "
+            f"{best['metric']} {chosen['value']:.4f} "
+            f"({chosen['difference']:+.4f} to uniform {chain[0]} bit), in {best_file}",
+            soft_wrap=True,
+        )
+    console.print(f"Parquet:     {folder}/*/answers/data", soft_wrap=True)
+    if job.static_search:
+        console.print(f"use it next: {best_command(job)}", soft_wrap=True)
+    else:  # what a search chose is worth a look beside the other runs only
+        console.print(
+            f"report next: pmpd report --inputs {output if job.searched else folder}",
+            soft_wrap=True,
+        )
+    if all(row["error"] for row in rows):
+        raise UserError(f"every turn has an error; the first one: {rows[0]['error']}")
+    return folder
+
+
+def scheduler_names(job: GenerateJob, reference: str) -> list[str]:
+    if job.static_search:
+        return ["fp"] * (reference == "reference_output") + ["uniform", "static"]
+    names = (
+        [job.scheduler]
+        if job.scheduler
+        else []
+        if job.use_fp
+        else [name.strip() for name in job.schedulers.split(",")]
+    )
+    return (["fp"] if job.use_fp and "fp" not in names else []) + names
+
+
+def folder_name(job: GenerateJob, benchmark: str) -> str:
+    chain = "-".join(map(str, job.chain))
+    if job.static_search:
+        return f"{benchmark}-search-{chain}"
+    return benchmark + "-validation" * job.validation + f"-best-{chain}" * job.searched
+
+
+def check_precisions(job: GenerateJob, held: tuple[int, ...]) -> None:
+    """ValueError for a precision that the checkpoint does not hold."""
+    for flag, widths in (
+        ("--precisions", job.chain),
+        ("--prefill-bit", () if job.prefill_bit is None else (job.prefill_bit,)),
+    ):
+        absent = [bits for bits in widths if bits not in held]
+        if absent:
+            given, there, lacking = (", ".join(map(str, some)) for some in (widths, held, absent))
+            raise UserError(f"{flag} {given}: {job.model_path} holds {there}, not {lacking}")
+
+
+def best_command(job: GenerateJob) -> str:
+    """The command that answers the test split under what the search of `job` chose: all flags but those of
+    search and questions."""
+    left_out = ("static_search", "search_points", "quality_budget", "scheduler", "schedulers", "use_fp",
+    "high_bit_steps", "validation",
+                "question_file", "question_begin", "question_end")  # fmt: skip
+    words = ["python", "pmpd generate", "--scheduler", "static", "--high-bit-steps", "best"]
+    for field in fields(job):
+        value = getattr(job, field.name)
+        if field.name in left_out or value == field.default:
+            continue
+        flag = field.name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            words += [f"--{flag}", *map(str, value if isinstance(value, tuple) else (value,))]
+    return shlex.join(words) + " --question-file TEST_QUESTIONS" * (job.question_file is not None)
+
+
+def static_steps(
+    job: GenerateJob, chain: tuple[int, ...], length: int, best: str, checkpoints: dict[str, Checkpoint]
+) -> tuple[tuple[int, ...], ...]:
+    """The settings of `static`; () for the default."""
+    if job.static_search:
+        return tuple(grid_plans(len(chain) - 1, length, job.search_points))
+    if job.searched:
+        return (
+            read_best(
+                best,
+                chain,
+                checkpoints["quantized"].fingerprint() if "quantized" in checkpoints else "",
+                length,
+            ),
+        )
+    if job.high_bit_steps is None:
+        return ()
+    try:
+        return (tuple(int(step) for step in job.high_bit_steps.split(",")),)
+    except ValueError:
+        raise UserError(
+            f"--high-bit-steps {job.high_bit_steps}: one number, one per pair (42,84), best, or the .json of "
+            f"a search"
+        ) from None
+
+
+def result_table(rows: list[dict]) -> Table:
+    """Per run: turns, failures, tokens and average bits."""
+    table = Table(title="generated")
+    for column in ("run", "turns", "failed", "new tokens", "average bits"):
+        table.add_column(column, justify="left" if column == "run" else "right")
+    for run in dict.fromkeys(
+        row["run"] for row in sorted(rows, key=lambda row: (row["kind"] != "fp", row["conversation_id"]))
+    ):
+        mine = [row for row in rows if row["run"] == run]
+        good = [row for row in mine if not row["error"]]
+        bits = average_bits(sum((decode_forwards(row["precision_trace"]) for row in good), Counter()))
+        tokens = sum(row["output_tokens"] for row in good)
+        table.add_row(
+            run,
+            str(len(mine)),
+            str(len(mine) - len(good)),
+            str(tokens),
+            "-" if bits is None else f"{bits:.3f}",
+        )
+    return table

@@ -1,0 +1,219 @@
+"""Label prompts with the switch class that keeps their quality: what the KV-cache scheduler is trained on.
+
+    pmpd label                                    # the embedded demo, on this machine
+    ray job submit --working-dir . -- pmpd label --model-path … --output-dir s3://bucket/labels
+
+Prompts, references by the unquantized model, and labels each become a Parquet dataset in the output folder. A
+run that was stopped, in whatever way, goes on where it stopped when the same command is given again.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Literal
+
+from rich.console import Console
+from rich.table import Table
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from pmpd import demo, farm, storage
+from pmpd.errors import UserError
+from pmpd.farm.connection import output_folder
+from pmpd.farm.label_task import LabelTask, ReferenceTask
+from pmpd.farm.worker import FarmTask
+from pmpd.labeling.label import LabelConfig
+from pmpd.labeling.prompts import PromptConfig, write_prompts
+from pmpd.schedulers.chain import NUM_CLASSES, class_steps
+from pmpd.weights import dense
+from pmpd.weights.checkpoint import Checkpoint
+from pmpd.weights.hub import local_folder
+from pmpd.weights.mixed import open_checkpoint, precisions_of
+
+
+@dataclass(frozen=True)
+class LabelJob:
+    """Label prompts with the switch class that keeps their quality. Without flags: the embedded demo."""
+
+    model_path: str = str(demo.ANYPREC)
+    """Any-Precision checkpoint, seen under this path by every node: a folder, or a Hugging Face id."""
+    reference_model_path: str = str(demo.DENSE)
+    """Unquantized checkpoint of the same model, likewise."""
+    dataset: str = "demo"
+    """demo, a Hugging Face id (allenai/c4), a .json[.gz]/.jsonl/.parquet/.txt file, or a folder of C4
+    shards."""
+    dataset_config: str | None = None
+    """Configuration of a Hugging Face dataset (allenai/c4: en)."""
+    split: str | None = None
+    """Split of the dataset; default train, of the demo held_out."""
+    size: int = 96
+    """Prompts; all there are where the dataset holds fewer."""
+    precisions: str = "4,3,2"
+    """Precision chain, descending; neighbours are the pairs that get a label each."""
+    max_new_tokens: int = 256
+    """New tokens per trajectory."""
+    batch_size: int | Literal["auto"] = 32
+    """Trajectories that decode together in a worker, and prompts per unit of work (and Parquet file); auto:
+    what its memory holds."""
+    num_workers: int | None = None
+    """Default: one per GPU; without GPUs one per two cores."""
+    gpus_per_worker: float | None = None
+    """Default: 1 where the cluster has GPUs, else 0; a fraction shares a GPU."""
+    output_dir: str = "results/label"
+    """Local folder, shared storage of the cluster, or a URI (s3://bucket/folder)."""
+    seed: int = 0
+    """Of the prompts' random lengths."""
+    stage: Literal["all", "prompts", "references", "labels"] = "all"
+    """Only this one (prompts are always made first), or all."""
+    use_multi_model: bool = False
+    """--model-path is a JSON of one checkpoint per precision (GPTQ), not an Any-Precision checkpoint."""
+    retry_errors: bool = False
+    """Do rows again that have an error."""
+    kernel: str | None = None
+    """Force an implementation of the multiplication: reference, cpu, triton."""
+    trust_remote_code: bool = False
+    """Run model code that comes with a checkpoint."""
+
+
+def main(job: LabelJob, console: Console | None = None) -> farm.FarmResult | None:
+    """Runs the stages and prints the table; the result of the last one. ValueError for anything the user can
+    cure."""
+    console = console or Console()
+    slots, unit_rows = farm.batch_of(job.batch_size)
+    chain = LabelConfig(chain_of(job.precisions), job.max_new_tokens, slots).precisions
+    options = farm.FarmOptions(job.num_workers, job.gpus_per_worker, unit_rows, job.retry_errors)
+    source = PromptConfig(job.dataset, job.dataset_config, job.split, job.size, job.seed)
+    quantized = open_checkpoint(
+        local_folder(job.model_path), job.trust_remote_code, multi=job.use_multi_model
+    )
+    reference = Checkpoint(
+        local_folder(job.reference_model_path, "--reference-model-path"), job.trust_remote_code
+    )
+    dense.check(reference, "--reference-model-path")
+    absent = sorted(set(chain) - set(precisions_of(quantized)))
+    if absent:
+        held = ", ".join(map(str, precisions_of(quantized)))
+        raise UserError(
+            f"--precisions {job.precisions}: {job.model_path} holds {held}, not {', '.join(map(str, absent))}"
+        )
+    positions = min(
+        getattr(checkpoint.config(), "max_position_embeddings", 2**31)
+        for checkpoint in (quantized, reference)
+    )
+    tokenizer, other = (tokenizer_of(checkpoint) for checkpoint in (reference, quantized))
+    if tokenizer.get_vocab() != other.get_vocab():
+        raise UserError(
+            f"{job.model_path} and {job.reference_model_path} have different tokenizers; give two "
+            f"checkpoints of one model"
+        )
+
+    output = output_folder(job.output_dir)
+    prompts, references, labels = (storage.join(output, name) for name in ("prompts", "references", "labels"))
+    identity = {
+        "dataset": source.name,
+        "dataset_config": source.resolved_config,
+        "split": source.resolved_split,
+        "size": job.size,
+    }
+    identity |= {
+        "seed": job.seed,
+        "max_new_tokens": job.max_new_tokens,
+        "reference_model": reference.fingerprint(),
+    }
+    label_identity = {**identity, "precisions": list(chain), "model": quantized.fingerprint()}
+    for folder, config in ((prompts, identity), (references, identity), (labels, label_identity)):
+        storage.check_config(folder, config)  # before any work
+
+    result = None
+    farm.connect()
+    with storage.Lease(output) as lease:
+        counts = write_prompts(source, tokenizer, positions - job.max_new_tokens, prompts, identity)
+        told = ", ".join(
+            f"{counts[what]} {what}" for what in ("duplicates", "empty", "malformed") if counts.get(what)
+        )
+        console.print(
+            f"{counts['rows']} prompts"
+            + (f" ({told})" if told else "")
+            + f" in {storage.data_folder(prompts)}"
+        )
+        if job.stage in ("all", "references"):
+            model = farm.ModelSource(job.reference_model_path, None, None, job.trust_remote_code)
+            task: FarmTask = ReferenceTask(model, job.max_new_tokens, slots)
+            result = farm.run(task, {"prompts": prompts}, references, identity, options, lease)
+        if job.stage in ("all", "labels"):
+            model = farm.ModelSource(job.model_path, chain, job.kernel, job.trust_remote_code)
+            task = LabelTask(model, chain, job.max_new_tokens, slots)
+            result = farm.run(
+                task, {"prompts": prompts, "references": references}, labels, label_identity, options, lease
+            )
+    if result is not None:
+        if result.dataset == labels:
+            console.print(label_table(labels, job.max_new_tokens))
+        rate = (
+            f", {result.new_items} of them new, {result.rows_per_second:.2f} per second"
+            if result.new_items
+            else ""
+        )
+        console.print(
+            f"{result.rows} rows{rate}; {result.errors} with an error"
+            + ("; --retry-errors does them again" * bool(result.errors))
+        )
+        console.print(f"Parquet:    {storage.data_folder(result.dataset)}", soft_wrap=True)
+        console.print(f"look:       pmpd inspect {result.dataset}", soft_wrap=True)
+        if result.dataset == labels:
+            console.print(
+                f"train next: pmpd train --data-path {labels} --precisions {job.precisions}",
+                soft_wrap=True,
+            )
+        if result.errors == result.rows:
+            raise UserError(f"every row has an error; the first one: {first_error(result.dataset)}")
+    return result
+
+
+def chain_of(precisions: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(bits) for bits in precisions.split(","))
+    except ValueError:
+        raise UserError(
+            f"--precisions {precisions}: bit widths with commas between them, descending, e.g. 4,3,2"
+        ) from None
+
+
+def tokenizer_of(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(
+            checkpoint.folder, trust_remote_code=checkpoint.trust_remote_code, local_files_only=True
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"{checkpoint.folder}: no usable tokenizer ({error}); copy the base model's tokenizer files there"
+        ) from error
+
+
+def label_table(dataset: str, max_new_tokens: int) -> Table:
+    """Rows and share of each class, per pair."""
+    counts: Counter[tuple[str, int]] = Counter()
+    names = ("high", "low", "label")
+    for path in storage.list_shards(
+        dataset
+    ):  # these leaves only: texts, ids and features of all rows would not fit
+        pairs = (
+            storage.read_shard(path, [f"pairs.list.element.{name}" for name in names])["pairs"]
+            .combine_chunks()
+            .flatten()
+        )
+        high, low, label = (pairs.field(name).to_pylist() for name in names)
+        counts.update((f"{h},{lo}", k) for h, lo, k in zip(high, low, label, strict=True))
+    table = Table(title="labels: rows per switch class (high-precision steps)")
+    for column in ("pair", *(f"{k} ({steps})" for k, steps in enumerate(class_steps(max_new_tokens)))):
+        table.add_column(column, justify="right")
+    for name in sorted({name for name, _ in counts}, reverse=True):
+        total = sum(counts[name, k] for k in range(NUM_CLASSES))
+        table.add_row(
+            name, *(f"{counts[name, k]}  {counts[name, k] / total:4.0%}" for k in range(NUM_CLASSES))
+        )
+    return table
+
+
+def first_error(dataset: str) -> str:
+    return next(error for error in storage.read_table(dataset, ["error"])["error"].to_pylist() if error)

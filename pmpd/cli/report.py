@@ -1,0 +1,102 @@
+"""Score what pmpd generate answered and write the report: one HTML page, its figures, Markdown, and the
+scores as Parquet.
+
+pmpd report                                    # everything under results/generate
+pmpd report --inputs results/a results/b       # several folders, e.g. the unquantized answers apart
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from pmpd import storage
+from pmpd.errors import UserError
+from pmpd.evaluation.compare import compare
+from pmpd.evaluation.results import read_generations
+from pmpd.evaluation.score import ScoreConfig, score
+from pmpd.report.build import Report, Source, unfinished, write_report
+
+
+@dataclass(frozen=True)
+class ReportJob:
+    """Score what pmpd generate answered and write the report."""
+
+    inputs: tuple[str, ...] = ("results/generate",)
+    """Output folders of pmpd generate (everything below them is read)."""
+    output_dir: str = "results/report"
+    """Local folder for report.html, report.md, figures/ and scores/."""
+    bert_score: str | None = None
+    """Also BERTScore, with the model in this folder or of this name (needs pip install 'pmpd[bertscore]')."""
+    resamples: int = 2000
+    """Bootstrap resamples behind the 95 % intervals."""
+    seed: int = 0
+    """Seed of the resamples."""
+
+    def __post_init__(self) -> None:
+        if "://" in self.output_dir:
+            raise UserError(
+                f"--output-dir {self.output_dir}: a report is written to a local folder; copy it from there"
+            )
+
+
+def main(job: ReportJob, console: Console | None = None) -> Path:
+    """Writes the report; the path of its page. ValueError for anything the user can cure."""
+    console = console or Console()
+    begin = time.monotonic()
+    config = ScoreConfig(job.resamples, job.seed, job.bert_score)
+    rows: list[dict[str, Any]] = []
+    sources: list[Source] = []
+    run_sources: dict[tuple[str, str, str], list[int]] = {}
+    for folder, manifest, found in (entry for path in job.inputs for entry in read_generations(path)):
+        sources.append(Source(len(sources) + 1, folder, manifest))
+        rows += found
+        for key in {(row["benchmark"], row["split"], row["run"]) for row in found}:
+            run_sources.setdefault(key, []).append(sources[-1].number)
+    comparisons = compare(rows)
+    scores = [row for comparison in comparisons for row in score(comparison, config)]
+    report = Report(comparisons, scores, sources, run_sources, config)
+    output = Path(job.output_dir)
+    written = write_report(report, output)
+    dataset = str(output / "scores")
+    storage.write_shard(
+        storage.to_table(scores, storage.SCORES), storage.join(storage.data_folder(dataset), "part-0.parquet")
+    )
+    settings = {
+        "inputs": [source.folder for source in sources],
+        "resamples": config.resamples,
+        "seed": config.seed,
+        "bert_score": config.bert_score,
+    }
+    counts = {
+        "rows": len(scores),
+        "errors": sum(bool(row["error"]) for row in rows),
+        "generation_rows": len(rows),
+    }
+    seconds = time.monotonic() - begin
+    storage.write_manifest(
+        dataset, storage.SCORES, settings, table="scores", complete=True, counts=counts, seconds=seconds
+    )
+    for folder in unfinished(sources):
+        console.print(
+            f"note: {folder} is not complete; run its pmpd generate again to finish it", soft_wrap=True
+        )
+    for comparison in comparisons:
+        for name, run in comparison.unanswered.items():
+            console.print(
+                f"note: {comparison.benchmark}: all {len(run.errors)} turns of {name} failed; it is in no "
+                f"number of the report"
+            )
+    if counts["errors"]:
+        console.print(
+            f"note: {counts['errors']} of {len(rows)} turns failed and are left out of the scores; the page "
+            f"counts them by run"
+        )
+    console.print(
+        f"report:  {written['report.html']}\nscores:  {storage.data_folder(dataset)}", soft_wrap=True
+    )
+    return written["report.html"]

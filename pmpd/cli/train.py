@@ -1,0 +1,114 @@
+"""Fit the KV-cache scheduler to labels: `pmpd train` after `pmpd label`."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from typing import Any
+
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from pmpd import farm, storage
+from pmpd.errors import UserError
+from pmpd.farm.train import Fleet, LabelSource, fit, read_labels, search
+from pmpd.schedulers.chain import check_chain, pairs_of
+from pmpd.training.config import TrainConfig
+from pmpd.training.result import artefact
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """Fit one classifier per pair of the precision chain to a labels dataset."""
+
+    data_path: str = "results/label"
+    """Labels dataset, or the --output-dir of pmpd label."""
+    output_dir: str = "results/train"
+    """Gets `scheduler/` (the artefact) and `runs/` (checkpoints). The same command goes on where it
+    stopped."""
+    precisions: str | None = None
+    """Precision chain, e.g. 4,3,2; default: every pair in the labels."""
+    num_workers: int = 1
+    """Ray Train workers. Each needs a CPU, and one more is needed to read."""
+    gpus_per_worker: float = 0
+    """0 trains on CPUs."""
+    tune: int = 0
+    """Search learning rate, epochs, accumulation, weight decay and dropout with so many trials first; 0 = as
+    given."""
+    num_heads: int | None = None
+    """KV heads of the labelled model; default: as the labels' manifest says."""
+    training: tyro.conf.OmitArgPrefixes[TrainConfig] = field(default_factory=TrainConfig)
+
+
+def chain_of(precisions: str) -> tuple[int, ...]:
+    try:
+        return check_chain([int(bits) for bits in precisions.split(",")])
+    except ValueError:
+        raise UserError(
+            f"--precisions {precisions}: bit widths with commas between them, descending, e.g. 4,3,2"
+        ) from None
+
+
+def results_table(metrics: dict[str, Any], split: str = "test") -> Table:
+    """One line per pair and policy on the held-out prompts, with 95 % bootstrap intervals."""
+    table = Table(title=f"held-out prompts ({split} split), 95 % bootstrap intervals")
+    for column in ("pair", "policy", "rows", "accuracy", "macro-F1", "average bits", "quality loss"):
+        table.add_column(column)
+    for pair, splits in metrics.items():
+        report = splits.get(split, {"rows": 0, "policies": {}})
+        for name, policy in report["policies"].items():
+            cells = [
+                f"{policy[measure]:.3f} [{policy['interval'][measure][0]:.3f}, "
+                f"{policy['interval'][measure][1]:.3f}]"
+                for measure in ("accuracy", "macro_f1", "average_bits", "quality_loss")
+            ]
+            table.add_row(pair, name, str(report["rows"]), *cells)
+    return table
+
+
+def main(job: TrainJob) -> dict[str, Any]:
+    """Trains, writes the artefact, prints the table; returns the metrics. ValueError for anything the user
+    can cure."""
+    if job.tune < 0:
+        raise UserError(f"--tune {job.tune}: a number of trials, 0 to train as given")
+    output = farm.output_folder(job.output_dir)
+    source = LabelSource.open(farm.output_folder(job.data_path), job.num_heads)
+    labels = read_labels(source.path, pairs_of(chain_of(job.precisions)) if job.precisions else None)
+    for pair in range(len(labels.pairs)):
+        labels.rows(
+            pair, job.training
+        )  # before Ray starts: whether there is something to train and to validate on
+    farm.connect()
+    fleet = Fleet(job.num_workers, gpus_per_worker=job.gpus_per_worker)
+    fleet.check()
+    config, console = job.training, Console()
+    found: dict[str, bytes] = {}
+    if job.tune:
+        config, trials = search(source.path, labels, source.num_heads, config, job.tune, output)
+        found["tune.json"] = json.dumps(trials, indent=1).encode()
+        console.print(f"best of {len(trials)} trials: {trials[0]}")
+    console.print(
+        f"{len(labels.ids)} labelled prompts, pairs {list(labels.pairs)}, {fleet.num_workers} worker(s)"
+    )
+    console.print(
+        f"training, at most {config.num_train_epochs} epochs a pair: {storage.join(output, 'runs')} has the "
+        f"losses as they come"
+    )
+    state = fit(source.path, labels, source.num_heads, config, fleet, output)
+    files, metrics = artefact(labels, state, source.num_heads, config, source.model_fingerprint)
+    folder = storage.join(output, "scheduler")
+    for name in (
+        "config.json",
+        "tune.json",
+    ):  # of an earlier training: its folder is unfinished until ours is written
+        storage.remove(storage.join(folder, name))
+    for name, content in {**found, **files}.items():
+        storage.write_bytes(storage.join(folder, name), content)
+    console.print(results_table(metrics))
+    console.print(f"scheduler: {folder}", soft_wrap=True)
+    console.print(
+        f"next: pmpd generate --model-path MODEL-OF-THE-LABELS --classifier-path {folder}",
+        soft_wrap=True,
+    )
+    return metrics

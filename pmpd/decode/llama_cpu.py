@@ -1,0 +1,202 @@
+"""A lean decode forward for model trees that are recognised exactly: the same arithmetic with fewer, larger
+operations.
+
+A decode step of a small model on a CPU is mostly module overhead. For the plain Llama tree (also Mistral's
+and Qwen2's, which are the same modules) the forward is written out here: one multiplication for q, k and v,
+one for gate and up, fused norms, and, where the dequantized matrices of all precisions fit a budget, weights
+in oneDNN's own layout. The generic path through the model's modules stays the truth: tests compare the two,
+and anything not recognised takes it.
+
+Legend: n tokens of the flat forward, C hidden size, Hq query heads, H KV heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import LlamaForCausalLM, MistralForCausalLM, PreTrainedModel, Qwen2ForCausalLM
+
+from pmpd.decode.slots import Plan, SlotCache, attend_slots
+from pmpd.weights.base import PrecisionLinear, PrecisionState
+
+if TYPE_CHECKING:
+    from transformers.models.llama.modeling_llama import LlamaRMSNorm
+
+DENSE_BYTES = 512 << 20
+"""Dequantized matrices are kept only where those of all layers and precisions fit in here; larger models
+multiply from their codes."""
+
+_TREES = (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM)
+_ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+_MLP = {"gate_proj", "up_proj", "down_proj", "act_fn"}
+_LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
+
+
+class LeanForward:
+    """The written-out forward of one recognised model on a CPU."""
+
+    def __init__(self, model: PreTrainedModel, state: PrecisionState) -> None:
+        self.model = model
+        self.state = state
+        tree, config = model.model, model.config
+        self.embedding = tree.embed_tokens.weight
+        self.rotary = tree.rotary_emb
+        self.norm = tree.norm
+        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.heads = config.num_attention_heads
+        self.kv_heads = config.num_key_value_heads
+        keep = _dense_bytes(model) <= DENSE_BYTES
+        # one precision and no codes, so the head alone is worth a second copy in oneDNN's layout (1.1 B
+        # model: 7 ms a step instead of 10)
+        self.head = _Product([model.lm_head], keep or model.lm_head.weight.nbytes <= DENSE_BYTES)
+        self.layers = [
+            (
+                layer.input_layernorm,
+                _Product([layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj], keep),
+                _window(layer.self_attn),
+                _Product([layer.self_attn.o_proj], keep),
+                layer.post_attention_layernorm,
+                _Product([layer.mlp.gate_proj, layer.mlp.up_proj], keep),
+                _Product([layer.mlp.down_proj], keep),
+            )
+            for layer in tree.layers[: config.num_hidden_layers]
+        ]
+        self.scaling = tree.layers[0].self_attn.scaling
+
+    def __call__(self, input_ids: Tensor, plan: Plan, keep: Tensor | None, cache: SlotCache) -> Tensor:
+        """Logits [len(keep), V] (None: of all tokens) of the flat forward `input_ids` int64 [n]."""
+        segments, n = self.state.segments, len(input_ids)
+        x = self.embedding[input_ids]  # [n, C]
+        cos, sin = (table[0, :, None] for table in self.rotary(x, plan.positions[None]))  # [n, 1, D]
+        half = self.head_dim // 2
+        sin = torch.cat(
+            [-sin[..., :half], sin[..., half:]], dim=-1
+        )  # rotate_half's sign, once a step instead of twice a layer
+        rotated = self.heads + self.kv_heads
+        cache.plan = plan
+        for index, (norm, qkv, window, out, post_norm, gate_up, down) in enumerate(self.layers):
+            h = qkv(_rms_norm(norm, x), segments).view(n, rotated + self.kv_heads, self.head_dim)
+            qk, v = h[:, :rotated], h[:, rotated:]
+            qk = torch.addcmul(qk * cos, torch.cat([qk[..., half:], qk[..., :half]], dim=-1), sin)
+            keys, values = cache.write(qk[:, self.heads :], v, index)
+            attended = attend_slots(plan, qk[:, : self.heads], keys, values, self.scaling, window)
+            x = x + out(attended.reshape(n, -1), segments)
+            gate, up = gate_up(_rms_norm(post_norm, x), segments).chunk(2, dim=-1)
+            x = x + down(nn.functional.silu(gate) * up, segments)
+        return self.head(_rms_norm(self.norm, x if keep is None else x[keep]), ())
+
+
+def recognise(model: PreTrainedModel, state: PrecisionState) -> LeanForward | None:
+    """The lean forward where `model` is exactly a tree it knows, on a CPU; else None."""
+    if type(model) not in _TREES or next(model.parameters()).device.type != "cpu":
+        return None
+    if type(model.lm_head) is not nn.Linear:
+        return None
+    config = model.config
+    if config.hidden_act != "silu" or getattr(config, "pretraining_tp", 1) != 1:
+        return None
+    for layer in model.model.layers:
+        trees = ((layer, _LAYER), (layer.self_attn, _ATTENTION), (layer.mlp, _MLP))
+        if any({name for name, _ in module.named_children()} != names for module, names in trees):
+            return None
+        linears = [
+            child
+            for name, child in (*layer.self_attn.named_children(), *layer.mlp.named_children())
+            if name != "act_fn"
+        ]
+        if any(
+            not isinstance(linear, PrecisionLinear) and type(linear) is not nn.Linear for linear in linears
+        ):
+            return None
+        if type(layer.input_layernorm).__name__ not in ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm"):
+            return None
+    return LeanForward(model, state)
+
+
+class _Product:
+    """x times the concatenated outputs of some linear layers, each token at its precision."""
+
+    def __init__(self, linears: Sequence[PrecisionLinear | nn.Linear], keep_dense: bool) -> None:
+        self.linears = linears
+        self.keep_dense = keep_dense
+        self.precise = any(isinstance(linear, PrecisionLinear) for linear in linears)
+        self._dense: dict[int, tuple[Tensor, Tensor | None]] = {}
+
+    def __call__(self, x: Tensor, segments) -> Tensor:
+        if not self.precise:
+            return self._multiply(x, 0)
+        if len(segments) == 1:
+            return self._multiply(x, segments[0].bits)
+        return torch.cat([self._multiply(x[start:stop], bits) for start, stop, bits in segments])
+
+    def _multiply(self, x: Tensor, bits: int) -> Tensor:
+        if not self.keep_dense:
+            parts = [
+                linear.multiply(x, bits) if isinstance(linear, PrecisionLinear) else linear(x)
+                for linear in self.linears
+            ]
+            return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        if bits not in self._dense:
+            self._dense[bits] = self._concatenate(bits, x.dtype)
+        weight, bias = self._dense[bits]
+        if weight.is_mkldnn:
+            return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return nn.functional.linear(x, weight, bias)
+
+    def _concatenate(self, bits: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        matrices = [
+            linear.dequantize(bits) if isinstance(linear, PrecisionLinear) else linear.weight
+            for linear in self.linears
+        ]
+        biases = [
+            linear.bias_vector() if isinstance(linear, PrecisionLinear) else linear.bias
+            for linear in self.linears
+        ]
+        weight = torch.cat(matrices).to(dtype).contiguous()
+        bias = None
+        if any(part is not None for part in biases):
+            zeros = [
+                weight.new_zeros(len(matrix)) if part is None else part.to(dtype)
+                for part, matrix in zip(biases, matrices, strict=True)
+            ]
+            bias = torch.cat(zeros)
+        if _has_own_layout(dtype):
+            with torch.no_grad():
+                weight = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
+        return weight, bias
+
+
+def _has_own_layout(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies matrices of `dtype` in a layout of its own on this processor."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    return dtype == torch.float32 or (
+        dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    )
+
+
+def _rms_norm(norm: LlamaRMSNorm, x: Tensor) -> Tensor:
+    return nn.functional.rms_norm(x, (x.shape[-1],), norm.weight, norm.variance_epsilon)
+
+
+def _window(attention: nn.Module) -> int | None:
+    """The layer's sliding window as its own forward would pass it."""
+    if hasattr(attention, "sliding_window"):
+        return cast("int | None", attention.sliding_window)
+    return (
+        getattr(attention.config, "sliding_window", None) if "Mistral" in type(attention).__name__ else None
+    )
+
+
+def _dense_bytes(model: PreTrainedModel) -> int:
+    """Memory of the dequantized matrices of all precisions, and of the head."""
+    total = model.lm_head.weight.nbytes
+    for module in model.model.layers.modules():
+        if isinstance(module, PrecisionLinear):
+            total += 4 * module.in_features * module.out_features * len(module.precisions)
+        elif isinstance(module, nn.Linear):
+            total += module.weight.nbytes
+    return total

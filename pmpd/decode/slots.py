@@ -1,0 +1,254 @@
+"""The preallocated KV cache of a batch, and attention over it.
+
+Legend: S slots, n tokens of a forward, Hq query heads, H KV heads, T tokens a slot can hold, D head dim.
+
+A slot holds one sequence, left-aligned: the token at position p lies at index p. A forward is one flat list
+of tokens (decode: one token a row, prefill: whole prompts end to end); a `Plan` says which slot and position
+each token has. Everything in a decoder but attention treats tokens alike, so models run unchanged on [1, n]
+tokens: transformers' attention interface hands queries, keys and values to `attend`, which is the only place
+where rows and slots matter.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, PreTrainedModel
+from transformers.cache_utils import Cache
+
+from pmpd.errors import UserError
+from pmpd.kernels import dispatch
+
+IMPLEMENTATION = "pmpd_slots"
+"""The name under which transformers finds `attend`."""
+
+_active = threading.local()
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """Tokens `start:stop` of a prefill forward: positions `offset`... of `slot`."""
+
+    start: int
+    stop: int
+    slot: int
+    offset: int
+
+
+@dataclass
+class Plan:
+    """Where the tokens of one forward belong. `stretches` is empty for decode: then every token is a row of
+    its own."""
+
+    slots: Tensor  # int64 [n]
+    positions: Tensor  # int64 [n]
+    longest: int
+    """Keys that the longest row sees, the new token included."""
+    used_slots: int
+    """All slots of the forward are below this number."""
+    stretches: Sequence[Stretch] = ()
+    masks: dict[int | None, Tensor] = field(default_factory=dict)
+    """Decode masks bool [used_slots, 1, 1, longest], by window: all layers share them."""
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """Keys that each row of a decode forward sees: int64 [n]."""
+        return self.positions + 1
+
+    def decode_mask(self, window: int | None) -> Tensor:
+        if window not in self.masks:
+            seen = torch.zeros(self.used_slots, dtype=torch.int64, device=self.slots.device)
+            seen[self.slots] = self.positions
+            index = torch.arange(self.longest, device=self.slots.device)
+            mask = index <= seen[:, None]
+            if window is not None:
+                mask &= index > seen[:, None] - window
+            self.masks[window] = mask[:, None, None, :]
+        return self.masks[window]
+
+
+class SlotCache(Cache):
+    """Keys and values [S, H, T, D] of every layer, allocated when a layer first writes."""
+
+    def __init__(self, slots: int, length: int) -> None:
+        super().__init__(layers=[])
+        self.slots = slots
+        self.length = length
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+        self.plan: Plan | None = None
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Writes the new tokens' [1, H, n, D] to their slots and returns the whole layer."""
+        return self.write(key_states[0].transpose(0, 1), value_states[0].transpose(0, 1), layer_idx)
+
+    def write(self, new_keys: Tensor, new_values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """Writes the new tokens' [n, H, D] to their slots and returns the whole layer's keys and values."""
+        assert self.plan is not None
+        self._allocate(layer, new_keys, new_values)
+        keys, values = self.keys[layer], self.values[layer]
+        keys[self.plan.slots, :, self.plan.positions] = new_keys
+        values[self.plan.slots, :, self.plan.positions] = new_values
+        return keys, values
+
+    def _allocate(self, layer: int, keys: Tensor, values: Tensor) -> None:
+        """Makes layers up to `layer` that hold heads like these [n, H, D]."""
+        while len(self.keys) <= layer:
+            self.keys.append(keys.new_zeros(self.slots, keys.shape[1], self.length, keys.shape[2]))
+            self.values.append(values.new_zeros(self.slots, values.shape[1], self.length, values.shape[2]))
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """0: positions are always given explicitly."""
+        return 0
+
+    @torch.inference_mode()
+    def copy_slot(self, source: int, target: int, length: int) -> None:
+        """The first `length` tokens of one slot, to another."""
+        for tensor in (*self.keys, *self.values):
+            tensor[target, :, :length] = tensor[source, :, :length]
+
+    @torch.inference_mode()
+    def clear_slot(self, slot: int) -> None:
+        """Zeros everywhere: what is not finite would reach the slot's next row through the mask (NaN plus
+        -inf is NaN)."""
+        for tensor in (*self.keys, *self.values):
+            tensor[slot] = 0
+
+    def read_slot(self, slot: int, length: int) -> list[tuple[Tensor, Tensor]]:
+        """A copy of the first `length` tokens, per layer keys and values [H, length, D]."""
+        return [
+            (k[slot, :, :length].clone(), v[slot, :, :length].clone())
+            for k, v in zip(self.keys, self.values, strict=True)
+        ]
+
+    @torch.inference_mode()
+    def write_slot(self, slot: int, layers: Sequence[tuple[Tensor, Tensor]]) -> None:
+        for index, (keys, values) in enumerate(layers):
+            self._allocate(index, keys.transpose(0, 1), values.transpose(0, 1))
+            self.keys[index][slot, :, : keys.shape[1]] = keys
+            self.values[index][slot, :, : values.shape[1]] = values
+
+    def mean_features(self, slot: int, length: int) -> tuple[Tensor, Tensor]:
+        """KV features of one prompt: the last layer's keys and values averaged over KV heads, float32
+        [length, D] each."""
+        return self.keys[-1][slot, :, :length].float().mean(0), self.values[-1][
+            slot, :, :length
+        ].float().mean(0)
+
+
+def attend(
+    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None, softcap: float | None = None, s_aux: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """transformers' attention interface over a `SlotCache`: `query` [1, Hq, n, D], `key`/`value` the layer
+    [S, H, T, D]."""
+    if softcap is not None or s_aux is not None:
+        raise UserError(
+            f"{type(module).__name__} is not supported: attention with "
+            f"{'logit soft-capping' if softcap else 'sinks'}"
+        )
+    if not getattr(module, "is_causal", True):
+        raise UserError(
+            f"{type(module).__name__} is not supported: tokens attend to later ones, so no cache can be "
+            f"continued"
+        )
+    _active.calls += 1
+    return attend_slots(_active.plan, query[0].transpose(0, 1), key, value, scaling, sliding_window)[
+        None
+    ], None
+
+
+def attend_slots(
+    plan: Plan, query: Tensor, keys: Tensor, values: Tensor, scaling: float | None, window: int | None
+) -> Tensor:
+    """Attention of the forward's tokens `query` [n, Hq, D] over their own slots of a layer [S, H, T, D]: [n,
+    Hq, D]."""
+    if plan.stretches:
+        return _attend_prefill(plan, query, keys, values, scaling, window)
+    return _attend_decode(plan, query, keys, values, scaling, window)
+
+
+def _attend_decode(
+    plan: Plan, query: Tensor, keys: Tensor, values: Tensor, scaling: float | None, window: int | None
+) -> Tensor:
+    native = (
+        dispatch.native_attention(query.device, query.dtype, query.shape[2])
+        if values.shape == keys.shape
+        else None
+    )
+    if native is not None:
+        scale = query.shape[2] ** -0.5 if scaling is None else scaling
+        return native(query, keys, values, plan.slots, plan.lengths, scale, window)
+    by_slot = query.new_zeros(plan.used_slots, *query.shape[1:])
+    by_slot[plan.slots] = query
+    output = torch.nn.functional.scaled_dot_product_attention(
+        by_slot[:, :, None],
+        keys[: plan.used_slots, :, : plan.longest],
+        values[: plan.used_slots, :, : plan.longest],
+        attn_mask=plan.decode_mask(window),
+        scale=scaling,
+        enable_gqa=query.shape[1] != keys.shape[1],
+    )
+    return output[plan.slots, :, 0]
+
+
+def _attend_prefill(
+    plan: Plan, query: Tensor, keys: Tensor, values: Tensor, scaling: float | None, window: int | None
+) -> Tensor:
+    output = query.new_empty(*query.shape[:2], values.shape[3])
+    for stretch in plan.stretches:
+        seen = stretch.offset + stretch.stop - stretch.start
+        mask = None
+        if stretch.offset > 0 or (window is not None and seen > window):
+            distance = torch.arange(stretch.offset, seen, device=query.device)[:, None] - torch.arange(
+                seen, device=query.device
+            )
+            mask = distance >= 0
+            if window is not None:
+                mask &= distance < window
+        part = torch.nn.functional.scaled_dot_product_attention(
+            query[stretch.start : stretch.stop].transpose(0, 1)[None],
+            keys[stretch.slot : stretch.slot + 1, :, :seen],
+            values[stretch.slot : stretch.slot + 1, :, :seen],
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=scaling,
+            enable_gqa=query.shape[1] != keys.shape[1],
+        )
+        output[stretch.start : stretch.stop] = part[0].transpose(0, 1)
+    return output
+
+
+AttentionInterface.register(IMPLEMENTATION, attend)
+
+
+@contextmanager
+def slot_attention(model: PreTrainedModel, cache: SlotCache, plan: Plan) -> Iterator[None]:
+    """Inside, `model` attends over the slots of `cache` as `plan` says.
+
+    ValueError where the model's attention does not go through transformers' attention interface once a layer.
+    """
+    before = model.config._attn_implementation
+    model.config._attn_implementation = IMPLEMENTATION
+    cache.plan, _active.plan, _active.calls = plan, plan, 0
+    try:
+        yield
+    finally:
+        model.config._attn_implementation = before
+    if _active.calls != len(cache.keys) or not cache.keys:
+        raise UserError(
+            f"models of type {model.config.model_type!r} are not supported: their attention does not go "
+            f"through transformers' "
+            f"attention interface ({_active.calls} of {len(cache.keys)} layers did)"
+        )

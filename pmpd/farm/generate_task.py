@@ -1,0 +1,151 @@
+"""Benchmarks on the farm: the recipe that a worker builds, and the data sets before and after it."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pmpd import storage
+from pmpd.benchmarks import Benchmark, Question
+from pmpd.evaluation.answer import Generator, conversation_rows
+from pmpd.evaluation.sweep import Run
+from pmpd.farm.capacity import FarmOptions
+from pmpd.farm.driver import FarmResult, run
+from pmpd.farm.model_source import ModelSource
+from pmpd.farm.worker import BuiltTask, FarmTask, Item, Place
+from pmpd.storage.lease import Lease
+
+CONVERSATIONS_PER_SHARD = 1024
+
+
+@dataclass(frozen=True)
+class GenerateTask(FarmTask):
+    """CONVERSATIONS -> GENERATIONS: one row per turn; a conversation's turns are one shard's rows, so they
+    stay on one worker."""
+
+    model: ModelSource
+    runs: tuple[Run, ...]
+    slots: int | None
+    reuse_cache: bool = True
+    table = "generations"
+    id_column = "conversation_id"
+    one_row_per_item = False
+
+    def build(self, place: Place) -> BuiltTask:
+        model, device = self.model.load(place)
+        generator = Generator(model, self.runs, self.slots, self.reuse_cache, device)
+
+        def answer(items: list[Item]) -> Iterable[dict[str, Any]]:
+            return generator.answer(item["conversations"] for item in items)
+
+        return BuiltTask(
+            run=answer,
+            schema=storage.GENERATIONS,
+            models={"model": model.fingerprint},
+            device=device,
+            tokens=lambda row: row["output_tokens"],
+        )
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What is to be generated: some runs of one model over one benchmark's questions."""
+
+    benchmark: Benchmark
+    split: str
+    questions: Sequence[Question]
+    runs: tuple[Run, ...]
+    model_id: str
+    model_fingerprint: str
+    template: str
+    choices: int = 1
+    static_search: bool = False
+    """Whether this is the grid of a static search, which the report leaves out."""
+
+    def unit_rows(self, batch_size: int) -> int:
+        """Conversations of a unit of work: at most `batch_size`, and so that units do not straddle runs where
+        that can be had."""
+        count = len(self.questions) * self.choices
+        return -(-count // -(-count // batch_size))
+
+    def identity(self) -> dict[str, Any]:
+        """All that defines the rows: a folder of another identity is refused."""
+        content = [(question.prompt_id, question.turns, question.references) for question in self.questions]
+        return {
+            "benchmark": self.benchmark.name,
+            "benchmark_version": self.benchmark.version,
+            "split": self.split,
+            "questions": len(self.questions),
+            "questions_hash": hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16],
+            "choices": self.choices,
+            "static_search": self.static_search,
+            "template": self.template,
+            "model_id": self.model_id,
+            "model": self.model_fingerprint,
+            "runs": {run.name: json.loads(run.describe()) for run in self.runs},
+        }
+
+
+def generate(
+    sweep: Sweep, model: ModelSource, folder: str, slots: int | None, reuse_cache: bool, options: FarmOptions
+) -> FarmResult:
+    """Answers on the cluster that `farm.connect` joined; continues what an earlier call left undone. The rows
+    are in `folder`."""
+    conversations, identity = storage.join(folder, "conversations"), sweep.identity()
+    answers = storage.join(folder, "answers")
+    for dataset in (conversations, answers):
+        storage.check_config(dataset, identity)  # before any work
+    with Lease(folder) as lease:
+        write_conversations(sweep, conversations)
+        task = GenerateTask(model, sweep.runs, slots, reuse_cache)
+        return run(task, {"conversations": conversations}, answers, identity, options, lease)
+
+
+def write_conversations(sweep: Sweep, dataset: str) -> None:
+    """Writes the CONVERSATIONS data set unless it is there already; one that was cut short is written
+    again."""
+    manifest = storage.check_config(dataset, sweep.identity())
+    if manifest is not None and storage.is_whole(dataset, manifest, "conversation_id"):
+        return
+    begin = time.monotonic()
+    storage.write_manifest(
+        dataset, storage.CONVERSATIONS, sweep.identity(), table="conversations", complete=False
+    )
+    storage.remove_temporary(dataset)
+    for path in storage.list_shards(dataset):
+        storage.remove(path)
+    rows = conversation_rows(
+        sweep.benchmark,
+        sweep.split,
+        sweep.questions,
+        sweep.runs,
+        sweep.model_id,
+        sweep.template,
+        sweep.choices,
+    )
+    count = 0
+    for index in itertools.count():
+        shard = list(itertools.islice(rows, CONVERSATIONS_PER_SHARD))
+        if not shard:
+            break
+        storage.write_shard(
+            storage.to_table(shard, storage.CONVERSATIONS),
+            storage.join(storage.data_folder(dataset), f"part-{index:05}.parquet"),
+        )
+        count += len(shard)
+    seconds = time.monotonic() - begin
+    counts = {"rows": count, "errors": 0}
+    storage.write_manifest(
+        dataset,
+        storage.CONVERSATIONS,
+        sweep.identity(),
+        table="conversations",
+        complete=True,
+        counts=counts,
+        seconds=seconds,
+    )

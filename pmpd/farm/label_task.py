@@ -1,0 +1,63 @@
+"""Labeling on the farm: the recipes that a worker builds for references and labels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from pmpd import storage
+from pmpd.farm.model_source import ModelSource
+from pmpd.farm.worker import BuiltTask, FarmTask, Item, Place
+
+
+@dataclass(frozen=True)
+class ReferenceTask(FarmTask):
+    """PROMPTS -> REFERENCES: the unquantized model's continuations."""
+
+    model: ModelSource
+    max_new_tokens: int
+    slots: int | None
+    table = "references"
+
+    def build(self, place: Place) -> BuiltTask:
+        from pmpd.labeling.label import LabelConfig, reference_prompts
+
+        model, device = self.model.load(place)
+        config = LabelConfig(max_new_tokens=self.max_new_tokens, slots=self.slots)
+        return BuiltTask(
+            run=lambda items: reference_prompts(model, [item["prompts"] for item in items], config),
+            schema=storage.REFERENCES,
+            models={"reference_model": model.fingerprint},
+            device=device,
+            tokens=lambda row: len(row["reference_ids"]),
+        )
+
+
+@dataclass(frozen=True)
+class LabelTask(FarmTask):
+    """PROMPTS and REFERENCES -> LABELS: the label of every pair and the KV features."""
+
+    model: ModelSource
+    precisions: tuple[int, ...]
+    max_new_tokens: int
+    slots: int | None
+    table = "labels"
+
+    def build(self, place: Place) -> BuiltTask:
+        from pmpd.labeling.label import LabelConfig, label_prompts
+
+        model, device = self.model.load(place)
+        config = LabelConfig(self.precisions, self.max_new_tokens, self.slots)
+
+        def label(items: list[Item]) -> Iterable[dict[str, Any]]:
+            references = {item["references"]["prompt_id"]: item["references"] for item in items}
+            return label_prompts(model, [item["prompts"] for item in items], references, config)
+
+        return BuiltTask(
+            run=label,
+            schema=storage.labels_schema(model.head_dim),
+            models={"model": model.fingerprint, "num_key_value_heads": model.kv_heads},
+            device=device,
+            tokens=lambda row: sum(sum(pair["branch_tokens"]) for pair in row["pairs"]),
+        )

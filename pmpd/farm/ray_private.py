@@ -1,0 +1,48 @@
+"""Names of Ray that Ray does not promise to keep (checked with Ray 2.60).
+
+Each is behind a function that says what happens without it.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import ray
+from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+from ray._private.state import actors, state
+from ray._private.utils import read_ray_address
+from ray.experimental.internal_kv import _internal_kv_get
+
+
+def local_address() -> str | None:
+    """Address of the Ray that `ray start` made on this machine. Without it, only RAY_ADDRESS names one."""
+    return read_ray_address()
+
+
+def use_token_file() -> None:
+    """Turns token authentication on where there is a token file. Without it, set RAY_AUTH_MODE=token."""
+    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+
+
+def place_of(actor: ray.actor.ActorHandle) -> tuple[str, str]:
+    """(node id, IP address) of an actor from when it begins to start; "" where it is not placed yet.
+
+    Without it, a node's death is known only for workers that have answered.
+    """
+    address = actors(actor._actor_id.hex()).get("Address", {})
+    return address.get("NodeID", ""), address.get("IPAddress", "")
+
+
+def cluster_config() -> Any:
+    """The autoscaler's configuration, None where there is none. Without it, see `autoscaler_status`."""
+    return state.get_cluster_config()
+
+
+def autoscaler_status() -> dict[str, Any]:
+    """What the autoscaler last reported; {} where there is none.
+
+    Without this and `cluster_config`, a run that could wait for nodes would end instead.
+    """
+    status = _internal_kv_get("__autoscaling_status")
+    return json.loads(status) if status else {}

@@ -1,0 +1,61 @@
+"""The precision chain, its pairs and the switch classes: what the words of a plan mean, defined once.
+
+Legend: B rows, J pairs of the precision chain (chain length - 1).
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+
+from pmpd.errors import UserError
+
+NUM_CLASSES = 4
+"""Switch classes of a pair."""
+
+FRACTIONS = (0.0, 1 / 3, 2 / 3, 1.0)
+"""Share of the decode forwards that run at the high precision, per class."""
+
+
+NEVER = 2**30
+"""A number of steps that no decode reaches."""
+
+
+def check_chain(precisions: Sequence[int]) -> tuple[int, ...]:
+    """The precision chain as a tuple; it must be distinct and descending, with two members at least."""
+    try:
+        chain = tuple(operator.index(bits) for bits in precisions)
+    except TypeError:
+        raise UserError(
+            f"precisions {precisions!r}: a precision chain is a list of bit widths, e.g. [4, 3, 2]"
+        ) from None
+    if len(chain) < 2:
+        raise UserError(
+            f"precisions {list(chain)}: a precision chain needs two members at least, e.g. 4,3 or 4,3,2"
+        )
+    if any(low >= high for high, low in pairwise(chain)):
+        raise UserError(f"precisions {list(chain)}: a precision chain is distinct and descending, e.g. 4,3,2")
+    return chain
+
+
+def pairs_of(chain: Sequence[int]) -> list[tuple[int, int]]:
+    return list(pairwise(chain))
+
+
+def class_steps(max_new_tokens: int) -> tuple[int, int, int, int]:
+    """`high_bit_steps` of the four switch classes: (0, m//3, 2(m//3), m) with m = max_new_tokens - 1 decode
+    forwards."""
+    m = max_new_tokens - 1
+    return 0, m // 3, 2 * (m // 3), m
+
+
+def chain_bits(chain: Sequence[int], switch_steps: np.ndarray, step: np.ndarray) -> np.ndarray:
+    """Precision of decode forward `step` (1-based, int [B]) for rows with `switch_steps` int [B, J]: int [B].
+
+    The lowest p_{i+1} for which every h_j, j <= i, is < step; p_0 where already h_0 is not.
+    """
+    passed = np.logical_and.accumulate(switch_steps < step[:, None], axis=1)
+    return np.asarray(chain)[passed.sum(axis=1)]

@@ -1,0 +1,167 @@
+"""manifest.json: what made a dataset."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import importlib.metadata
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from pmpd.errors import UserError
+from pmpd.storage.dataset import dataset_folder, list_shards, scan
+from pmpd.storage.files import join, read_bytes, write_bytes
+from pmpd.storage.schemas import SCHEMA_VERSION
+
+# ------------------------------------------------------------------------------------------------------------
+
+
+MANIFEST_KEYS = (
+    "table",
+    "schema_version",
+    "complete",
+    "config",
+    "models",
+    "counts",
+    "seconds",
+    "device",
+    "packages",
+    "python",
+    "git_commit",
+)
+
+
+def write_manifest(
+    dataset: str | Path,
+    schema: pa.Schema | None,
+    config: Mapping[str, Any],
+    *,
+    table: str,
+    complete: bool,
+    models: Mapping[str, Any] | None = None,
+    counts: Mapping[str, int] | None = None,
+    seconds: float = 0.0,
+    device: str = "",
+    run: Mapping[str, Any] | None = None,
+) -> None:
+    """`config` is what defines the rows (a folder of another one is refused); `run` is what does not
+    (workers, batch size, …)."""
+    manifest = {
+        "table": table,
+        "schema_version": SCHEMA_VERSION,
+        "complete": complete,
+        "config": dict(config),
+        "models": dict(models or {}),
+        "counts": dict(counts or {}),
+        "seconds": round(seconds, 3),
+        "device": device,
+        "run": dict(run or {}),
+        "packages": package_versions(),
+        "python": ".".join(map(str, sys.version_info[:3])),
+        "git_commit": git_commit(),
+        "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "columns": {} if schema is None else {column.name: str(column.type) for column in schema},
+    }
+    write_bytes(
+        join(dataset, "manifest.json"),
+        json.dumps(manifest, indent=1, sort_keys=False, default=str).encode() + b"\n",
+    )
+
+
+def read_manifest(dataset: str | Path) -> dict[str, Any] | None:
+    """The manifest, None where there is none. ValueError where it is damaged or of another schema version."""
+    path = join(dataset_folder(dataset), "manifest.json")
+    content = read_bytes(path)
+    if content is None:
+        return None
+    try:
+        manifest = json.loads(content)
+    except ValueError as error:
+        raise UserError(
+            f"{path}: damaged ({error}); move the folder away or choose another --output-dir"
+        ) from error
+    if not isinstance(manifest, dict) or manifest.get("schema_version") != SCHEMA_VERSION:
+        version = manifest.get("schema_version") if isinstance(manifest, dict) else None
+        raise UserError(
+            f"{path}: schema version {version}, this program writes {SCHEMA_VERSION}; choose another output "
+            f"folder, or use the version of "
+            "the program that wrote it"
+        )
+    return manifest
+
+
+def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """`key: old -> new` for every key in which two configurations differ (compared as JSON holds them)."""
+    before, after = (json.loads(json.dumps(dict(config), default=str)) for config in (old, new))
+    keys = sorted(set(before) | set(after))
+    return [
+        f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
+        for key in keys
+        if before.get(key) != after.get(key)
+    ]
+
+
+def check_config(dataset: str | Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The manifest of an earlier run into this folder, if any. ValueError, naming the keys, where that had
+    another configuration."""
+    manifest = read_manifest(dataset)
+    if manifest is None:
+        if list_shards(dataset):
+            raise UserError(
+                f"output folder {dataset}: it holds Parquet but no manifest.json, so it can't be continued; "
+                f"choose another --output-dir"
+            )
+        return None
+    different = differing_keys(manifest["config"], config)
+    if different:
+        raise UserError(
+            f"output folder {dataset}: made with another configuration ({'; '.join(different)}); choose "
+            f"another --output-dir, "
+            "or give the same flags to continue it"
+        )
+    return manifest
+
+
+def is_whole(dataset: str | Path, manifest: Mapping[str, Any], id_column: str) -> bool:
+    """Whether the manifest calls the dataset complete and its shards, all readable, hold as many rows as it
+    counts."""
+    if not manifest["complete"]:
+        return False
+    found = scan(dataset, id_column)
+    return not found.unreadable and sum(len(shard.ids) for shard in found.shards) == manifest["counts"].get(
+        "rows"
+    )
+
+
+@cache
+def package_versions() -> dict[str, str]:
+    """Versions of what can change a row."""
+    versions = {}
+    for name in ("pmpd", "torch", "transformers", "tokenizers", "ray", "pyarrow", "numpy", "rouge_score"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
+    return versions
+
+
+@cache
+def git_commit() -> str | None:
+    """Commit of the source tree this module runs from ("+" = with changes), None outside of one."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(Path(__file__).parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + (
+            "+" if git("status", "--porcelain", "--untracked-files=no") else ""
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None

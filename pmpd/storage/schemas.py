@@ -1,0 +1,216 @@
+"""The Arrow schema of every table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+
+import pyarrow as pa
+
+SCHEMA_VERSION = 1
+"""Raised when a column changes its meaning; tables of different versions are never mixed."""
+
+
+_IDS = pa.list_(pa.int32())
+
+
+def table_schema(name: str, fields: Sequence[tuple[str, pa.DataType]], **metadata: str) -> pa.Schema:
+    """A schema that carries its table's name and version. Only the first field, the row's key, can't be
+    null."""
+    columns = [pa.field(column, type_, nullable=index > 0) for index, (column, type_) in enumerate(fields)]
+    return pa.schema(
+        columns, metadata={"pmpd.table": name, "pmpd.schema_version": str(SCHEMA_VERSION), **metadata}
+    )
+
+
+PROMPTS = table_schema(
+    "prompts",
+    [
+        ("prompt_id", pa.string()),  # 16 hex digits, see pmpd.prompts
+        ("source", pa.string()),  # where the record came from, for people: "file.json.gz:17", "topics/if"
+        ("prompt_tokens", pa.int32()),
+        ("document_tokens", pa.int32()),  # of the whole document, before truncation
+        ("prompt_text", pa.string()),
+        ("input_ids", _IDS),
+        ("error", pa.string()),
+    ],
+)
+
+
+REFERENCES = table_schema(
+    "references",
+    [
+        ("prompt_id", pa.string()),
+        ("prompt_tokens", pa.int32()),
+        ("reference_text", pa.string()),
+        ("reference_ids", _IDS),  # new tokens, end-of-sequence included
+        ("finish_reason", pa.string()),  # eos, length, error
+        ("seconds", pa.float32()),
+        ("worker", pa.string()),
+        ("error", pa.string()),
+    ],
+)
+
+
+PAIR = pa.struct(
+    [
+        ("high", pa.int8()),
+        ("low", pa.int8()),
+        ("label", pa.int8()),  # switch class 0..3
+        (
+            "rouge_l",
+            pa.list_(pa.float32()),
+        ),  # of branches 0..3, not rounded (the label rule rounds); null where not computed
+        ("high_rouge_l", pa.float32()),
+        ("high_text", pa.string()),
+        ("high_ids", _IDS),
+        ("branch_tokens", _IDS),  # new tokens of branches 0..3; null where not computed
+    ]
+)
+
+
+def features_type(head_dim: int) -> pa.DataType:
+    """KV features of one row: T prompt tokens of `head_dim` halves."""
+    return pa.list_(pa.list_(pa.float16(), head_dim))
+
+
+@cache
+def labels_schema(head_dim: int) -> pa.Schema:
+    """LABELS: one row per prompt with the labels of every pair and the KV features `keys`, `values` float16
+    [T, head_dim]."""
+    return table_schema(
+        "labels",
+        [
+            ("prompt_id", pa.string()),
+            ("prompt_tokens", pa.int32()),
+            ("prompt_text", pa.string()),
+            ("input_ids", _IDS),
+            ("reference_text", pa.string()),
+            ("reference_ids", _IDS),
+            ("pairs", pa.list_(PAIR)),
+            ("keys", features_type(head_dim)),
+            ("values", features_type(head_dim)),
+            ("feature_tokens", pa.int32()),  # T
+            ("seconds", pa.float32()),
+            ("worker", pa.string()),
+            ("error", pa.string()),
+        ],
+        **{"pmpd.head_dim": str(head_dim)},
+    )
+
+
+TRACE = pa.list_(pa.struct([("bits", pa.int8()), ("count", pa.int32())]))
+"""Run-length encoded precisions of the forwards that produced the tokens, prefill first."""
+
+
+CONVERSATIONS = table_schema(
+    "conversations",
+    [
+        (
+            "conversation_id",
+            pa.string(),
+        ),  # run, question and choice; sorts by run: the farm's item, all turns on one worker
+        ("prompt_id", pa.string()),  # the question, whatever run answers it: what runs are joined by
+        ("benchmark", pa.string()),
+        ("benchmark_version", pa.string()),
+        ("split", pa.string()),
+        ("question_id", pa.string()),  # the record's own key
+        ("category", pa.string()),
+        ("model_id", pa.string()),
+        ("run", pa.string()),  # short name of the scheduler setting: static-42/84
+        ("kind", pa.string()),  # fp, uniform, static, random, confidence, kv_cache
+        ("scheduler", pa.string()),  # JSON: Scheduler.describe(), prefill_bit, max_new_tokens
+        ("choice", pa.int16()),
+        ("template", pa.string()),  # conversation template of the prompts
+        ("turns", pa.list_(pa.string())),
+        ("references", pa.list_(pa.string())),  # one per turn, null where the data set has none
+    ],
+)
+
+
+GENERATIONS = table_schema(
+    "generations",
+    [
+        ("row_id", pa.string()),  # 16 hex digits over conversation, setting and turn: one row each
+        ("conversation_id", pa.string()),
+        ("prompt_id", pa.string()),
+        ("benchmark", pa.string()),
+        ("benchmark_version", pa.string()),
+        ("split", pa.string()),
+        ("question_id", pa.string()),
+        ("category", pa.string()),
+        ("model_id", pa.string()),
+        ("model_fingerprint", pa.string()),
+        ("run", pa.string()),
+        ("kind", pa.string()),
+        ("scheduler", pa.string()),
+        ("choice", pa.int16()),
+        ("turn", pa.int8()),  # 1, 2, …; null where the whole conversation failed
+        ("template", pa.string()),
+        ("prompt_text", pa.string()),
+        ("prompt_tokens", pa.int32()),
+        ("dropped_tokens", pa.int32()),  # cut from the prompt's left to fit the model's positions
+        ("reused_tokens", pa.int32()),  # of the prompt, taken from the cache of the turn before
+        ("input_ids", _IDS),
+        ("reference_text", pa.string()),
+        ("output_text", pa.string()),  # without special tokens, cut at the template's stop string
+        ("output_tokens", pa.int32()),
+        ("output_ids", _IDS),  # new tokens, end-of-sequence included
+        ("output_pieces", pa.list_(pa.string())),  # the text that each new token added
+        ("finish_reason", pa.string()),  # eos, length, error
+        ("precision_trace", TRACE),
+        ("switch_steps", _IDS),  # high_bit_steps per pair, as decided
+        ("classes", pa.list_(pa.int8())),  # switch class per pair, null for schedulers that decide no class
+        ("decision_scores", pa.list_(pa.list_(pa.float32()))),  # logits per pair and class
+        ("prefill_seconds", pa.float32()),
+        ("decode_seconds", pa.float32()),
+        (
+            "forward_seconds",
+            pa.list_(pa.struct([("bits", pa.int8()), ("seconds", pa.float32())])),
+        ),  # of a row alone, by this worker
+        ("device", pa.string()),
+        ("worker", pa.string()),
+        ("error", pa.string()),
+    ],
+)
+
+
+SCORES = table_schema(
+    "scores",
+    [
+        ("benchmark", pa.string()),
+        ("benchmark_version", pa.string()),
+        ("split", pa.string()),
+        ("model_id", pa.string()),
+        ("run", pa.string()),
+        ("kind", pa.string()),
+        ("scheduler", pa.string()),
+        ("turn", pa.int32()),  # null: all turns together
+        ("metric", pa.string()),  # rouge_l, rouge_l_stemmed, bleu, bert_score, exact_match, first_divergence
+        ("against", pa.string()),  # dataset, reference_output
+        ("value", pa.float64()),
+        ("low", pa.float64()),  # 95 % interval by paired bootstrap over questions
+        ("high", pa.float64()),
+        (
+            "difference",
+            pa.float64(),
+        ),  # value minus that of the uniform highest precision, on the same questions
+        ("difference_low", pa.float64()),
+        ("difference_high", pa.float64()),
+        (
+            "nearest_uniform",
+            pa.string(),
+        ),  # the uniform run of the nearest average bits; null for uniform and unquantized runs
+        ("nearest_difference", pa.float64()),  # value minus that run's, paired likewise
+        ("nearest_difference_low", pa.float64()),
+        ("nearest_difference_high", pa.float64()),
+        ("rows", pa.int64()),  # turns scored
+        ("error_rows", pa.int64()),  # turns of this run that failed; excluded from `value`
+        ("unpaired_rows", pa.int64()),  # turns left out because another run has no answer to them
+        ("average_bits", pa.float64()),  # mean over decode forwards of the turns scored
+        ("average_bits_low", pa.float64()),
+        ("average_bits_high", pa.float64()),
+        ("decode_time_ratio", pa.float64()),  # to the uniform highest precision, by the speed model
+        ("decode_time_ratio_16", pa.float64()),  # to the unquantized model
+    ],
+)

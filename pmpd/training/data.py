@@ -1,0 +1,190 @@
+"""Labels and features of a labels table, and the split of its prompts.
+
+Legend: N labelled prompts, T tokens, D head dim, J pairs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from torch import Tensor
+
+from pmpd.errors import UserError
+from pmpd.schedulers.chain import NUM_CLASSES
+from pmpd.training.config import SPLITS, TrainConfig
+
+NO_LABEL = -1
+
+
+# ---- Data
+# ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Ids and labels of all usable rows, ordered by id: what the plan of the training is made from."""
+
+    ids: tuple[str, ...]
+    pairs: tuple[tuple[int, int], ...]
+    labels: np.ndarray
+    """int64 [N, J], NO_LABEL where a row has none for a pair."""
+
+    def fingerprint(self) -> str:
+        """First 16 hex digits of the SHA-256 over ids, pairs and labels: the same for the same labels in any
+        order or sharding."""
+        lines = [
+            f"{key} {' '.join(map(str, row))}"
+            for key, row in zip(self.ids, self.labels.tolist(), strict=True)
+        ]
+        return hashlib.sha256("\n".join([str(self.pairs), *lines]).encode()).hexdigest()[:16]
+
+    def splits(self, config: TrainConfig) -> np.ndarray:
+        """Index into SPLITS per row, int64 [N]: by prompt, from (seed, prompt_id) and the shares alone."""
+        draws = [
+            int.from_bytes(hashlib.sha256(f"split/{config.seed}/{key}".encode()).digest()[:8], "big") / 2**64
+            for key in self.ids
+        ]
+        return np.searchsorted(np.cumsum(config.split_shares)[:-1], np.asarray(draws), side="right")
+
+    def rows(self, pair: int, config: TrainConfig) -> dict[str, np.ndarray]:
+        """Split → rows that have a label for the pair at this position. ValueError where there is nothing to
+        train or to validate on."""
+        splits = self.splits(config)
+        labelled = self.labels[:, pair] != NO_LABEL
+        rows = {name: np.nonzero((splits == i) & labelled)[0] for i, name in enumerate(SPLITS)}
+        for name in ("train", "validation"):
+            if len(rows[name]) == 0:
+                high, low = self.pairs[pair]
+                raise UserError(
+                    f"pair {high}-{low}: its {labelled.sum()} labelled prompts leave the {name} split empty; "
+                    "label more prompts (some hundreds at least)"
+                )
+        return rows
+
+
+def usable(table: pa.Table) -> pa.Table:
+    """The rows of a labels table that have no error and features."""
+    keep = pc.is_valid(table["pairs"])
+    if "error" in table.column_names:
+        keep = pc.and_(keep, pc.is_null(table["error"]))
+    return table.filter(keep)
+
+
+def labels_from_table(table: pa.Table, pairs: Sequence[tuple[int, int]] | None = None) -> Labels:
+    """Ids and labels from a labels table (columns prompt_id, pairs, error). `pairs`: those wanted, None = all
+    that occur.
+
+    ValueError where no row is usable, a pair is not in the table, or a label is no class.
+    """
+    table = usable(table).sort_by("prompt_id")
+    ids = tuple(table["prompt_id"].to_pylist())
+    if len(set(ids)) != len(ids):
+        raise UserError(
+            "labels: a prompt_id occurs twice; each prompt may have one row (two label runs with other "
+            "settings in one folder?)"
+        )
+    rows = [{(int(p["high"]), int(p["low"])): p["label"] for p in row} for row in table["pairs"].to_pylist()]
+    held = sorted({pair for row in rows for pair in row}, reverse=True)
+    wanted = held if pairs is None else list(pairs)
+    missing = [pair for pair in wanted if pair not in held]
+    if not rows or missing:
+        raise UserError(
+            f"labels: {len(rows)} usable rows with the pairs {held}, wanted {wanted or 'any'}; label with "
+            f"--precisions of that chain"
+        )
+    strange = sorted(
+        {
+            label
+            for row in rows
+            for label in row.values()
+            if label is not None and not 0 <= label < NUM_CLASSES
+        }
+    )
+    if strange:
+        raise UserError(
+            f"labels: {strange} are no classes, those are 0 to {NUM_CLASSES - 1}; label these prompts again"
+        )
+    values = [[NO_LABEL if row.get(pair) is None else row[pair] for pair in wanted] for row in rows]
+    return Labels(ids, tuple(wanted), np.asarray(values, dtype=np.int64))
+
+
+@dataclass(frozen=True)
+class Features:
+    """Ragged KV features of some rows, one after the other, on the CPU."""
+
+    ids: tuple[str, ...]
+    keys: Tensor
+    """float16 [sum T, D]"""
+    values: Tensor
+    """float16 [sum T, D]"""
+    lengths: Tensor
+    """int64 [rows]"""
+
+    @property
+    def dim(self) -> int:
+        return self.keys.shape[1]
+
+    def batch(
+        self, rows: Sequence[int] | np.ndarray, device: torch.device | str = "cpu"
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Keys and values float32 [B, T, D], zero-padded on the right, and lengths int64 [B], of the rows at
+        these positions."""
+        index = torch.as_tensor(np.asarray(rows, dtype=np.int64))
+        starts, lengths = (torch.cumsum(self.lengths, 0) - self.lengths)[index], self.lengths[index]
+        offsets = torch.arange(int(lengths.max()))[None, :]
+        valid = offsets < lengths[:, None]
+        flat = torch.where(valid, starts[:, None] + offsets, 0)
+        keys, values = (
+            torch.where(valid[:, :, None], tensor[flat].float(), 0.0) for tensor in (self.keys, self.values)
+        )
+        return keys.to(device), values.to(device), lengths.to(device)
+
+
+def features_from_table(table: pa.Table) -> Features:
+    """KV features of the usable rows of a labels table, in its order. Exact: the stored float16 as they
+    are."""
+    table = usable(table)
+    columns, lengths = [], []
+    for name in ("keys", "values"):
+        column = table[name].combine_chunks()
+        column = (
+            column
+            if isinstance(column, pa.ListArray | pa.LargeListArray)
+            else pa.concat_arrays(column.chunks)
+        )
+        dim = column.type.value_type.list_size
+        flat = column.flatten().flatten().to_numpy(zero_copy_only=False)
+        columns.append(torch.from_numpy(np.array(flat).reshape(-1, dim)))
+        lengths.append(pc.list_value_length(column).to_numpy(zero_copy_only=False).astype(np.int64))
+    if not np.array_equal(lengths[0], lengths[1]) or (lengths[0] < 1).any():
+        raise UserError(
+            "labels: keys and values of a row have different or zero lengths; label these prompts again"
+        )
+    return Features(
+        tuple(table["prompt_id"].to_pylist()), columns[0], columns[1], torch.from_numpy(lengths[0].copy())
+    )
+
+
+def join_features(parts: Sequence[Features]) -> Features:
+    """Several parts as one, ordered by id."""
+    ids = [key for part in parts for key in part.ids]
+    order = np.argsort(np.asarray(ids))
+    rows = [
+        part_rows
+        for part in parts
+        for part_rows in zip(
+            part.keys.split(part.lengths.tolist()), part.values.split(part.lengths.tolist()), strict=True
+        )
+    ]
+    return Features(
+        tuple(ids[i] for i in order),
+        torch.cat([rows[i][0] for i in order]),
+        torch.cat([rows[i][1] for i in order]),
+        torch.cat([part.lengths for part in parts])[torch.from_numpy(order)],
+    )
