@@ -25,7 +25,6 @@ from pmpd.evaluation.static_search import best_path, choose, read_best, write_be
 from pmpd.evaluation.sweep import Run, SweepConfig, class_plans, grid_plans, sweep_runs
 from pmpd.schedulers.base import PrefillState, Scheduler
 from pmpd.schedulers.chain import class_steps
-from pmpd.schedulers.kv_cache import DEMO_ARTEFACT
 from tests.generation_rows import generation_rows
 from tests.helpers import byte_tokenizer
 from tests.ray_sessions import local_ray
@@ -194,13 +193,11 @@ def test_the_workers_own_speed_is_on_every_row(rows: list[dict]) -> None:
     assert all(part["seconds"] > 0 for part in rows[0]["forward_seconds"])
 
 
-@pytest.mark.skipif(not DEMO_ARTEFACT.is_dir(), reason="the demo's scheduler is not here")
 def test_a_learned_scheduler_of_another_model_is_refused_before_anything_runs(model) -> None:
     with pytest.raises(ValueError, match="dim"):
         Generator(model, runs("kv_cache"))
 
 
-@pytest.mark.skipif(not DEMO_ARTEFACT.is_dir(), reason="the demo's scheduler is not here")
 def test_the_demos_learned_scheduler_decides_with_scores_for_every_turn() -> None:
     chosen = sweep_runs(SweepConfig(schedulers=("kv_cache",), max_new_tokens=LENGTH))
     found = answer(PMPDForCausalLM(ANYPREC, kernel="reference").eval(), chosen)

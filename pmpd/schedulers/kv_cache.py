@@ -15,7 +15,7 @@ from pmpd.schedulers.base import PrefillState
 from pmpd.schedulers.chain import FRACTIONS, NUM_CLASSES, class_steps
 from pmpd.schedulers.random import ClassScheduler
 
-DEMO_ARTEFACT = Path(__file__).parent / "demo" / "scheduler"
+DEMO_ARTEFACT = Path(__file__).parents[1] / "demo" / "scheduler"
 
 
 class KVCacheScheduler(ClassScheduler):
