@@ -18,6 +18,7 @@ import pytest
 import ray
 
 from pmpd import farm, storage
+from pmpd.cli.main import main as pmpd_command
 from pmpd.farm import capacity, driver, ledger, ray_private
 from pmpd.farm.capacity import check_capacity, node_types_in, plan
 from pmpd.farm.pool import NODE_LOSSES_BEFORE_BLAME, Pool
@@ -101,7 +102,7 @@ def test_every_item_once_and_a_second_run_does_nothing(work, prompts, tmp_path):
     again, _, _ = work(FakeTask())
     assert again.new_items == 0
     assert shards(tmp_path / "out") == before
-    assert storage.main([str(tmp_path / "out")]) == 0
+    assert pmpd_command(["inspect", str(tmp_path / "out")]) == 0
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["data", "manifest.json"], (
         "no lease, nothing temporary"
     )
@@ -622,4 +623,4 @@ def test_a_driver_killed_in_mid_run_and_run_again_with_other_settings_gives_the_
         assert again.returncode == 0, complaints
     assert json.loads(printed.splitlines()[-1])["new_items"] <= COUNT - done
     assert answers(rows_of(out)) == expected(prompts)
-    assert storage.main([str(out)]) == 0
+    assert pmpd_command(["inspect", str(out)]) == 0

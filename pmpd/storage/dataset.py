@@ -95,8 +95,8 @@ def to_table(rows: Sequence[Mapping[str, Any]], schema: pa.Schema) -> pa.Table:
 
 def _is_features(type_: pa.DataType) -> bool:
     return (
-        pa.types.islist_files(type_)
-        and pa.types.is_fixed_sizelist_files(type_.value_type)
+        pa.types.is_list(type_)
+        and pa.types.is_fixed_size_list(type_.value_type)
         and pa.types.is_float16(type_.value_type.value_type)
     )
 
