@@ -1,4 +1,4 @@
-"""The flags of jobs/generate.py, down to the rows, in this process: what the farm would do is done here,
+"""The flags of pmpd generate, down to the rows, in this process: what the farm would do is done here,
 without Ray."""
 
 from __future__ import annotations

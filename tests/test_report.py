@@ -196,7 +196,7 @@ def test_a_run_that_failed_as_a_whole_is_named_and_the_others_are_reported(tmp_p
 
 def test_a_benchmark_without_anything_to_compare_with_says_what_to_run(tmp_path: Path) -> None:
     rows = [row for row in generation_rows(questions=3, two_turns=3) if row["kind"] != "fp"]
-    with pytest.raises(ValueError, match=r"run jobs/generate\.py --schedulers fp"):
+    with pytest.raises(ValueError, match=r"run pmpd generate --schedulers fp"):
         make_report(tmp_path, rows)
 
 

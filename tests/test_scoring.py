@@ -204,7 +204,7 @@ def test_missing_references_are_counted_with_three_examples(rows: list[dict]) ->
     with pytest.raises(
         ValueError,
         match=r"no answer to 3 turns that others answered, e\.g\. (\w{16} \(choice 0, turn \d\)(, )?){3}; "
-        r"run jobs",
+        r"run pmpd",
     ):
         compare(partial)
 

@@ -1,4 +1,4 @@
-"""jobs/train.py on a local Ray: what it writes, what it refuses, and that a killed worker or driver costs
+"""pmpd train on a local Ray: what it writes, what it refuses, and that a killed worker or driver costs
 only an epoch."""
 
 from __future__ import annotations
@@ -124,7 +124,7 @@ def test_a_labels_folder_without_kv_heads_asks_for_them(dataset, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"data_path": "nothing"}, r"--data-path .*nothing: no labels there; .*jobs/label\.py"),
+        ({"data_path": "nothing"}, r"--data-path .*nothing: no labels there; .*pmpd label"),
         ({"precisions": "4,x"}, r"--precisions 4,x: bit widths"),
         ({"precisions": "3,4"}, r"--precisions 3,4: bit widths"),
         ({"precisions": "4,2"}, r"wanted \[\(4, 2\)\]"),
