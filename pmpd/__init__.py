@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pmpd.schedulers.base import Scheduler
 
 __all__ = ["PMPDForCausalLM", "Scheduler"]
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 _HOMES = {"PMPDForCausalLM": "pmpd.model", "Scheduler": "pmpd.schedulers"}
 
