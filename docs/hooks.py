@@ -1,0 +1,46 @@
+"""Pages of the reference that come from the code: the flags of the commands, the columns of the tables."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+
+from pmpd.cli.main import COMMANDS, main
+from pmpd.storage import schemas
+
+TABLES = {
+    "prompts": schemas.PROMPTS,
+    "references": schemas.REFERENCES,
+    "labels": schemas.labels_schema(64),
+    "conversations": schemas.CONVERSATIONS,
+    "generations": schemas.GENERATIONS,
+    "scores": schemas.SCORES,
+}
+
+
+def on_page_markdown(markdown: str, page, **_) -> str:
+    """Puts the generated part where the page says `<!-- generated -->`."""
+    make = {"reference/commands.md": commands, "reference/tables.md": tables}.get(page.file.src_uri)
+    return markdown.replace("<!-- generated -->", make()) if make else markdown
+
+
+def commands() -> str:
+    return "\n\n".join(f"## pmpd {name}\n\n```text\n{help_of(name)}\n```" for name in COMMANDS)
+
+
+def help_of(name: str) -> str:
+    os.environ["COLUMNS"] = "100"
+    os.environ["NO_COLOR"] = "1"
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
+        main([name, "--help"])
+    return out.getvalue().strip()
+
+
+def tables() -> str:
+    return "\n\n".join(
+        f"## {name}\n\n| column | type |\n|---|---|\n"
+        + "\n".join(f"| `{field.name}` | `{str(field.type).replace('|', '/')}` |" for field in schema)
+        for name, schema in TABLES.items()
+    )
