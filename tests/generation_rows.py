@@ -6,7 +6,10 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+from pathlib import Path
 from typing import Any
+
+from pmpd import storage
 
 TEXT = (
     "the statement of a value is an object that returns its name when called with no argument and raises "
@@ -137,3 +140,11 @@ def _runs(bits: list[int]) -> list[dict[str, int]]:
         else:
             trace.append({"bits": width, "count": 1})
     return trace
+
+
+def write_generations(folder: Path, rows: list[dict[str, Any]], **config: Any) -> None:
+    """A data set of generations, complete."""
+    storage.write_shard(storage.to_table(rows, storage.GENERATIONS), folder / "data" / "part-0.parquet")
+    storage.write_manifest(
+        folder, storage.GENERATIONS, config, table="generations", complete=True, counts={"rows": len(rows)}
+    )

@@ -300,55 +300,6 @@ def test_the_static_search_keeps_its_choice_and_what_it_chose_from(tmp_path: Pat
 # ------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def fastchat(monkeypatch: pytest.MonkeyPatch):
-    """FastChat's own loaders. What they only need for calling a judge over the network is replaced by
-    nothing."""
-    for name in ("openai", "anthropic"):
-        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
-    adapter = types.ModuleType("fastchat.model.model_adapter")
-    adapter.get_conversation_template, adapter.ANTHROPIC_MODEL_LIST, adapter.OPENAI_MODEL_LIST = None, (), ()
-    package = types.ModuleType("fastchat.model")
-    package.model_adapter = adapter
-    monkeypatch.setitem(sys.modules, "fastchat.model", package)
-    monkeypatch.setitem(sys.modules, "fastchat.model.model_adapter", adapter)
-    for name in ("fastchat.llm_judge.common", "fastchat.llm_judge.gen_judgment"):
-        monkeypatch.delitem(sys.modules, name, raising=False)
-    import fastchat.llm_judge.common as common
-    import fastchat.llm_judge.gen_judgment as judgment
-
-    yield common, judgment
-    for name in ("fastchat.llm_judge.common", "fastchat.llm_judge.gen_judgment"):
-        sys.modules.pop(name, None)
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_fastchats_own_loaders_and_match_maker_read_the_export(tmp_path: Path, fastchat) -> None:
-    common, judgment = fastchat
-    rows = [
-        {**row, "question_id": str(81 + int(row["question_id"][1:]))}
-        for row in generation_rows(questions=4, two_turns=4)
-    ]
-    folder = write_answers(tmp_path / "in", rows)
-    written = export(str(folder), str(tmp_path / "model_answer"))
-    answers = common.load_model_answers(str(tmp_path / "model_answer"))
-    models = common.get_model_list(str(tmp_path / "model_answer"))
-    assert {path.stem for path in written} == set(models) == set(answers)
-    assert "demo-static-13_26" in models
-    questions = [
-        {"question_id": number, "category": "writing", "turns": ["a", "b"]} for number in (81, 82, 83, 84)
-    ]
-    judge = common.Judge("gpt-4", {}, multi_turn=True)
-    common.check_data(questions, answers, {}, models, {"default": judge})
-    matches = judgment.make_match_single(questions, models, answers, judge, multi_turn=True)
-    assert len(matches) == 4 * len(models)
-    (fp,) = [match for match in matches if match.model == "demo-fp" and match.question["question_id"] == 81]
-    expected = {
-        row["turn"]: row["output_text"] for row in rows if row["run"] == "fp" and row["question_id"] == "81"
-    }
-    assert fp.answer["choices"][0]["turns"] == [expected[1], expected[2]]
-
-
 def test_a_failed_turn_is_never_exported_as_an_answer(tmp_path: Path) -> None:
     rows = generation_rows(questions=2, two_turns=2)
     rows[3] = {**rows[3], "error": "RuntimeError: boom", "output_text": None}

@@ -3,6 +3,8 @@ from the network."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
 import os
 import re
@@ -18,7 +20,9 @@ from pmpd import storage
 from pmpd.cli.main import main as run_command
 from pmpd.evaluation.compare import compare
 from pmpd.evaluation.score import ScoreConfig, score
-from pmpd.report.build import Report, Source, unfinished, write_report
+from pmpd.report.build import unfinished, write_report
+from pmpd.report.page import StyleSheet
+from pmpd.report.source import Report, Source
 from tests.generation_rows import generation_rows
 
 CHROMIUM = shutil.which("chromium")
@@ -122,21 +126,18 @@ def test_mixing_is_compared_with_uniform_at_nearest_bits_on_page_and_in_markdown
             f"{row[f'nearest_difference{end}']:+.3f}".replace("-", "−") for end in ("_low", "", "_high")
         )
         to = f"to {other['run']} ({bits - other['average_bits']:+.3f} bits)".replace("-0", "−0")
-        assert (
-            f">{value}</span><br><span class='ci'>{low} to {high}</span><br><span class='ci'>{to}</span>"
-            in line
-        )
-        assert f"| {value} [{low}, {high}] {to} |" in listed
+        shown = f'<span class="ci">{low} to {high}</span><br><span class="ci">{to}</span>'
+        assert re.search(rf">{re.escape(value)}(</span>)?<br>{re.escape(shown)}", line)
+        assert f"| {value} [{low}, {high}] {to} |" in listed.replace("\\", "")
 
 
 def test_every_precision_has_its_own_colour() -> None:
-    from pmpd.report.page import CSS
-
+    css = StyleSheet().text()
     rules = {
-        bits: re.search(rf"\.b{bits} {{ background: (var\(--p{bits}\));", CSS) for bits in (*range(2, 9), 16)
+        bits: re.search(rf"\.b{bits} {{ background: (var\(--p{bits}\));", css) for bits in (*range(2, 9), 16)
     }
     assert all(rules.values()), rules
-    for scheme in CSS.split("@media (prefers-color-scheme: dark)")[:2]:
+    for scheme in css.split("@media (prefers-color-scheme: dark)")[:2]:
         colours = dict(re.findall(r"--p(\d+): (#\w+);", scheme))
         assert len(set(colours.values())) == len(rules)
 
@@ -144,7 +145,7 @@ def test_every_precision_has_its_own_colour() -> None:
 def test_every_number_has_its_source_and_the_manifest_is_there(page: str) -> None:
     assert page.count('<a href="#source-1">[1]</a>') == 11, "all runs but the oracle, which is derived"
     assert 'id="source-1"' in page
-    assert "&quot;git_commit&quot;: &quot;0123abc&quot;" in page
+    assert "&#34;git_commit&#34;: &#34;0123abc&#34;" in page
     assert "signature nrefs:1" in page
 
 
@@ -159,6 +160,65 @@ def test_text_of_prompts_and_answers_cannot_become_markup(tmp_path: Path) -> Non
     assert page.count("<script>") == 1
     data = re.search(r'<script type="application/json">(.*?)</script>', page, flags=re.DOTALL).group(1)
     assert json.loads(data)["questions"][0]["prompt"] == rows[0]["prompt_text"]
+
+
+NAMES = ('"><script>document.title = "mine"</script>', "../../x", "/_/x")
+"""Names of benchmarks that nobody should trust."""
+
+
+def hostile_rows() -> list[dict]:
+    rows = [
+        row
+        for name in NAMES
+        for row in generation_rows(questions=2, two_turns=1, benchmark=name)
+        if row["kind"] in ("fp", "uniform", "static", "kv_cache")
+    ]
+    for row in rows:
+        row["run"] += r' $\frac{$ <i>"x"</i>'
+        row["model_id"] = "<script>document.title = 1</script>"
+    return rows
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory) -> tuple[Path, dict[str, Path]]:
+    folder = tmp_path_factory.mktemp("hostile")
+    return folder, make_report(folder / "a" / "b" / "report", hostile_rows())[1]
+
+
+def test_names_of_benchmarks_and_runs_are_text_and_write_nothing_outside(hostile) -> None:
+    folder, written = hostile
+    page = written["report.html"].read_text()
+    assert page.count("<script>") == 1
+    assert "<i>" not in page
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert {path.resolve() for path in files} == {path.resolve() for path in written.values()}
+    assert all(path.is_relative_to(folder / "a" / "b" / "report") for path in files)
+    assert all(re.fullmatch(r"[A-Za-z0-9_-]+\.(png|svg|html|md)", path.name) for path in files)
+    anchors = re.findall(r'<section id="([^"]*)"', page)
+    assert len(set(anchors)) == len(NAMES) + 1, "every benchmark has its own, and the provenance"
+    assert r"$\frac{$" in page
+    assert re.search(r"<text[^>]*>[^<]*\$\\frac\{\$", page), "the figures name the run as it is called"
+
+
+def test_the_policy_names_the_one_script_and_style_sheet_by_hash(page: str) -> None:
+    policy = re.search(r'Content-Security-Policy" content="([^"]+)"', page).group(1)
+    assert "unsafe" not in policy
+    for tag in ("style", "script"):
+        (text,) = re.findall(rf"<{tag}>(.*?)</{tag}>", page, flags=re.DOTALL)
+        assert f"{tag}-src {hash_of(text)}" in policy
+    assert not re.findall(r"<[^>]+\sstyle=", page), "no attribute that the policy would have to allow"
+    assert not re.findall(r"<[^>]+\son\w+=", page)
+
+
+def hash_of(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def allow(page: str, script: str) -> str:
+    """The page with a further script that its policy lets run."""
+    return page.replace("script-src ", f"script-src {hash_of(script)} ").replace(
+        "</body>", f"<script>{script}</script></body>"
+    )
 
 
 def test_excluded_turns_are_told_at_the_top(tmp_path: Path) -> None:
@@ -196,7 +256,7 @@ def test_a_run_that_failed_as_a_whole_is_named_and_the_others_are_reported(tmp_p
 
 def test_a_benchmark_without_anything_to_compare_with_says_what_to_run(tmp_path: Path) -> None:
     rows = [row for row in generation_rows(questions=3, two_turns=3) if row["kind"] != "fp"]
-    with pytest.raises(ValueError, match=r"run pmpd generate --schedulers fp"):
+    with pytest.raises(ValueError, match="run pmpd generate --schedulers fp"):
         make_report(tmp_path, rows)
 
 
@@ -293,21 +353,21 @@ def test_chromium_shows_figures_table_and_answers_and_requests_nothing_else(
     page: str, tmp_path: Path
 ) -> None:
     # What the script itself sees, written into the page, so that it is part of the dump.
-    probe = """<script>
+    probe = """
     const seen = {figures: [...document.querySelectorAll("figure svg")]
         .filter(s => s.getBoundingClientRect().height > 80).length,
       rows: document.querySelectorAll("#demo-runs tbody tr").length,
       tokens: document.querySelectorAll(".answer .text span").length,
       loaded: performance.getEntriesByType("resource").map(e => e.name),
       wide: document.documentElement.scrollWidth - innerWidth,
-      widest: [...document.querySelectorAll("body *")].
+      widest: [...document.querySelectorAll("body *")]
         .filter(e => e.getBoundingClientRect().right > innerWidth).map(e => e.outerHTML)};
     document.body.append(
       Object.assign(document.createElement("pre"), {id: "probe", textContent: JSON.stringify(seen)}));
-    </script></body>"""
+    """
     keep = Path(os.environ.get("PMPD_SCREENSHOTS", tmp_path))
     keep.mkdir(parents=True, exist_ok=True)
-    server = Server(page.replace("</body>", probe).encode())
+    server = Server(allow(page, probe).encode())
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         for name, size in (("desktop", "1280,2400"), ("phone", "500,2400")):
@@ -329,6 +389,17 @@ def test_chromium_shows_figures_table_and_answers_and_requests_nothing_else(
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed (apt-get install chromium)")
+def test_chromium_runs_no_script_but_the_pages_own(hostile, tmp_path: Path) -> None:
+    page = hostile[1]["report.html"].read_text()
+    planted = page.replace("</main>", "<script>document.title = 'mine'</script></main>")
+    (tmp_path / "planted.html").write_text(planted, encoding="utf-8")
+    dump = browse((tmp_path / "planted.html").as_uri(), tmp_path / "profile", "--dump-dom")
+    title = re.search("<title>(.*?)</title>", dump, flags=re.DOTALL).group(1)
+    assert title.startswith("Precision and quality: &lt;script&gt;")
+    assert '<option value="0"' in dump, "the page's own script fills the lists"
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="chromium is not installed (apt-get install chromium)")
 def test_chromium_prints_the_page_with_all_columns(page: str, tmp_path: Path) -> None:
     (tmp_path / "report.html").write_text(page, encoding="utf-8")
     printed = tmp_path / "report.pdf"
@@ -339,16 +410,15 @@ def test_chromium_prints_the_page_with_all_columns(page: str, tmp_path: Path) ->
         "figures, tables and provenance do not fit on fewer"
     )
     # As wide as A4 less its margins, and with the rules of print: what is wider would be cut off.
-    probe = """<script>
+    probe = """
+    document.body.style.width = "700px";
     const widest = Math.max(
       ...[...document.querySelectorAll("table")].map(e => e.getBoundingClientRect().right));
     document.body.append(Object.assign(document.createElement("pre"), {id: "probe", textContent: widest}));
-    </script></body>"""
-    narrow = (
-        page.replace("@media print", "@media screen")
-        .replace("</body>", probe)
-        .replace("<body>", '<body style="width: 700px">')
-    )
+    """
+    css = re.search("<style>(.*?)</style>", page, flags=re.DOTALL).group(1)
+    screen = css.replace("@media print", "@media screen")
+    narrow = allow(page.replace(css, screen).replace(hash_of(css), hash_of(screen)), probe)
     (tmp_path / "narrow.html").write_text(narrow, encoding="utf-8")
     dump = browse(
         (tmp_path / "narrow.html").as_uri(), tmp_path / "profile2", "--window-size=1280,2400", "--dump-dom"

@@ -20,7 +20,7 @@ from pmpd.metrics.bootstrap import bootstrap_weights
 from pmpd.metrics.precision import average_bits, decode_forwards
 from pmpd.metrics.rouge import rouge_l
 from pmpd.metrics.text import bert_scores, bleu_of_statistics, bleu_statistics, first_divergence
-from tests.generation_rows import SECONDS, WORDS, generation_rows
+from tests.generation_rows import SECONDS, WORDS, generation_rows, write_generations
 
 QUICK = ScoreConfig(resamples=200)
 
@@ -191,20 +191,13 @@ def test_the_grid_of_a_static_search_is_read_only_when_it_is_asked_for(
     assert [len(found) for _, _, found in read_generations(str(tmp_path), static_search=True)] == [5]
 
 
-def write_generations(folder: Path, rows: list[dict], **config) -> None:
-    storage.write_shard(storage.to_table(rows, storage.GENERATIONS), folder / "data" / "part-0.parquet")
-    storage.write_manifest(
-        folder, storage.GENERATIONS, config, table="generations", complete=True, counts={"rows": len(rows)}
-    )
-
-
 def test_missing_references_are_counted_with_three_examples(rows: list[dict]) -> None:
     gone = {row["prompt_id"] for row in rows[:1]} | {rows[-1]["prompt_id"]}
     partial = [row for row in rows if not (row["kind"] == "fp" and row["prompt_id"] in gone)]
     with pytest.raises(
         ValueError,
         match=r"no answer to 3 turns that others answered, e\.g\. (\w{16} \(choice 0, turn \d\)(, )?){3}; "
-        r"run pmpd",
+        r"run pmpd generate",
     ):
         compare(partial)
 
@@ -383,7 +376,7 @@ def test_bert_score_without_its_package_or_model_says_so(
 ) -> None:
     monkeypatch.setitem(sys.modules, "bert_score", None)
     with pytest.raises(ValueError, match=r"pip install 'pmpd\[bertscore\]'"):
-        bert_scores(["a"], ["b"], "roberta-large")
+        bert_scores([("a", "b")], "roberta-large")
     (comparison,) = compare(rows)
     with pytest.raises(ValueError, match="bert-score"):
         score(comparison, ScoreConfig(resamples=200, bert_score="roberta-large"))
@@ -420,14 +413,14 @@ def bert_score_fake(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
 def test_bert_score_scores_an_empty_text_as_0_and_the_others_in_their_places(
     bert_score_fake, rows: list[dict]
 ) -> None:
-    assert bert_scores(["", "a", " ", "abc", "x"], ["a", "ab", "b", "ab", "\n"], "known") == [
+    assert bert_scores([("", "a"), ("a", "ab"), (" ", "b"), ("abc", "ab"), ("x", "\n")], "known") == [
         0.0,
         0.5,
         0.0,
         1.5,
         0.0,
     ]
-    assert bert_scores([""], [""], "known") == [0.0]
+    assert bert_scores([("", "")], "known") == [0.0]
     changed = [{**row, "output_text": ""} if row["run"] == "uniform-2" else row for row in rows]
     (comparison,) = compare(changed)
     found = score(comparison, ScoreConfig(resamples=200, bert_score="known"))
@@ -443,14 +436,14 @@ def test_bert_score_says_which_model_is_absent_or_fails(
         ValueError,
         match=r"--bert-score absent: its model could not be loaded \(OSError: absent is not a local folder\)",
     ):
-        bert_scores(["a"], ["b"], "absent")
+        bert_scores([("a", "b")], "absent")
     with pytest.raises(ValueError, match="no such model"):
-        bert_scores(["a"], ["b"], str(tmp_path))
+        bert_scores([("a", "b")], str(tmp_path))
     monkeypatch.setattr(FakeScorer, "score", lambda *_: [][0])
     with pytest.raises(
         ValueError, match=r"--bert-score known: its model can't score these texts \(IndexError"
     ):
-        bert_scores(["a"], ["b"], "known")
+        bert_scores([("a", "b")], "known")
 
 
 @pytest.mark.skipif(importlib.util.find_spec("bert_score") is None, reason="bert-score is an extra")
@@ -474,7 +467,7 @@ def test_the_real_bert_score_takes_long_and_empty_texts(tmp_path: Path, longest:
     BertModel(config).save_pretrained(tmp_path)
     long = " ".join(WORDS * 20)
     same, different, empty = bert_scores(
-        [long, "the value", ""], [long, "error object", "the"], str(tmp_path)
+        [(long, long), ("the value", "error object"), ("", "the")], str(tmp_path)
     )
     assert same == pytest.approx(1.0, abs=1e-5)
     assert 0 < different < 1
@@ -487,5 +480,7 @@ def test_scores_fit_their_table(scored: list[dict]) -> None:
 
     table = to_table(scored, SCORES)
     assert len(table) == len(scored)
-    assert {row["metric"] for row in scored} == {metric.name for metric in METRICS}
+    assert {row["metric"] for row in scored} == {
+        name for name, metric in METRICS.items() if not metric.option
+    }
     assert json.loads(scored[0]["scheduler"])

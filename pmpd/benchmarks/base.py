@@ -69,8 +69,8 @@ class Benchmark:
     name: str
     version: str
     make: MakeQuestion
-    metric: Literal["rouge_l", "rouge_l_stemmed", "bleu"]
-    """The score on the vertical axis of its quality figure."""
+    metric: str
+    """The score on the vertical axis of its quality figure: a name in `metrics.base.METRICS`."""
     reference: Reference
     """What that score compares with: the data set's references or the unquantized model's answers."""
     max_new_tokens: int

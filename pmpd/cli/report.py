@@ -19,7 +19,9 @@ from pmpd.errors import UserError
 from pmpd.evaluation.compare import compare
 from pmpd.evaluation.results import read_generations
 from pmpd.evaluation.score import ScoreConfig, score
-from pmpd.report.build import Report, Source, unfinished, write_report
+from pmpd.metrics.base import get_metric
+from pmpd.report.build import unfinished, write_report
+from pmpd.report.source import Report, Source
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class ReportJob:
     """Local folder for report.html, report.md, figures/ and scores/."""
     bert_score: str | None = None
     """Also BERTScore, with the model in this folder or of this name (needs pip install 'pmpd[bertscore]')."""
+    metric: str | None = None
+    """The metric of headlines, figure and table; default each benchmark's own."""
     resamples: int = 2000
     """Bootstrap resamples behind the 95 % intervals."""
     seed: int = 0
@@ -49,6 +53,8 @@ def main(job: ReportJob, console: Console | None = None) -> Path:
     console = console or Console()
     begin = time.monotonic()
     config = ScoreConfig(job.resamples, job.seed, job.bert_score)
+    if job.metric is not None:
+        get_metric(job.metric)
     rows: list[dict[str, Any]] = []
     sources: list[Source] = []
     run_sources: dict[tuple[str, str, str], list[int]] = {}
@@ -59,7 +65,7 @@ def main(job: ReportJob, console: Console | None = None) -> Path:
             run_sources.setdefault(key, []).append(sources[-1].number)
     comparisons = compare(rows)
     scores = [row for comparison in comparisons for row in score(comparison, config)]
-    report = Report(comparisons, scores, sources, run_sources, config)
+    report = Report(comparisons, scores, sources, run_sources, config, job.metric)
     output = Path(job.output_dir)
     written = write_report(report, output)
     dataset = str(output / "scores")

@@ -11,6 +11,7 @@ from typing import Any
 from pmpd.errors import UserError
 from pmpd.metrics.base import Row
 from pmpd.metrics.precision import SpeedModel, decode_forwards, mean_bits, speed_model
+from pmpd.metrics.quality import as_good
 from pmpd.metrics.rouge import rouge_l
 
 TurnKey = tuple[str, int, int]
@@ -216,9 +217,9 @@ def _add_oracle(runs: dict[str, Run]) -> None:
     """Adds the run `oracle`: per conversation the cheapest fixed plan that is as good as never switching,
     chosen with hindsight.
 
-    As good: in every turn round(ROUGE-L F1 vs the reference output, 3) is at least that of the uniform
-    highest precision (the rule by which labels are made, applied to whole conversations). It costs no further
-    generation: the plans are the static runs at hand.
+    As good: in every turn ROUGE-L F1 against the reference output is, by `metrics.quality.as_good`, that of
+    the uniform highest precision (the rule by which labels are made, applied to whole conversations). It
+    costs no further generation: the plans are the static runs at hand.
     """
     unquantized = next((run for run in runs.values() if run.kind == "fp"), None)
     uniform = [run for run in runs.values() if run.kind == "uniform"]
@@ -235,12 +236,13 @@ def _add_oracle(runs: dict[str, Run]) -> None:
         json.dumps({"name": "oracle", "plans": [high.name, *sorted(run.name for run in static)]}),
     )
     for turns in conversations.values():
-        wanted = [_label_score(high, unquantized, key) for key in turns]
+        wanted = [_agreement(high, unquantized, key) for key in turns]
         good = [
             run
             for run in static
             if all(
-                _label_score(run, unquantized, key) >= least for key, least in zip(turns, wanted, strict=True)
+                as_good(_agreement(run, unquantized, key), least)
+                for key, least in zip(turns, wanted, strict=True)
             )
         ]
         chosen = min((high, *good), key=lambda run: (mean_bits(run.rows[key] for key in turns), run.name))
@@ -251,5 +253,5 @@ def _add_oracle(runs: dict[str, Run]) -> None:
     runs["oracle"] = oracle
 
 
-def _label_score(run: Run, unquantized: Run, key: TurnKey) -> float:
-    return round(rouge_l(run.rows[key]["output_text"], unquantized.rows[key]["output_text"]), 3)
+def _agreement(run: Run, unquantized: Run, key: TurnKey) -> float:
+    return rouge_l(run.rows[key]["output_text"], unquantized.rows[key]["output_text"])

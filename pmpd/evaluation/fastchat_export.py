@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,14 +21,19 @@ from pmpd.errors import UserError
 def answer_files(rows: Iterable[Mapping[str, Any]], timestamp: float) -> dict[str, list[dict[str, Any]]]:
     """FastChat model id -> its answers (rows of GENERATIONS, in any order), sorted by question.
 
-    ValueError: a turn that is there twice, or that failed. A failure is no answer, and FastChat would judge
-    it as one.
+    ValueError: a turn that is there twice, or that failed (a failure is no answer, and FastChat would judge
+    it as one); two runs whose file names are the same.
     """
-    turns: dict[tuple[str, str, int], dict[int, str]] = defaultdict(dict)
-    ids: dict[tuple[str, str, int], str] = {}
+    turns: dict[tuple[str, str, int], dict[int, Mapping[str, Any]]] = defaultdict(dict)
+    runs: dict[str, tuple[str, str]] = {}
     failed = []
     for row in rows:
-        model = file_name(row["model_id"], row["run"])
+        model, run = file_name(row["model_id"], row["run"]), (row["model_id"], row["run"])
+        if runs.setdefault(model, run) != run:
+            raise UserError(
+                f"{' and '.join(map(' '.join, (runs[model], run)))} would both be written as {model}.jsonl; "
+                f"export them to folders of their own with --runs"
+            )
         if row["error"] is not None:
             failed.append(f"{row['run']} question {row['question_id']}")
             continue
@@ -38,8 +43,7 @@ def answer_files(rows: Iterable[Mapping[str, Any]], timestamp: float) -> dict[st
                 f"{model}: question {row['question_id']}, turn {row['turn']} is there twice; give the folder "
                 f"of one run"
             )
-        turns[key][row["turn"]] = row["output_text"]
-        ids.setdefault(key, row["conversation_id"])
+        turns[key][row["turn"]] = row
     if failed:
         raise UserError(
             f"{len(failed)} turns failed, e.g. {', '.join(failed[:3])}; FastChat knows no failed answer: do "
@@ -47,19 +51,39 @@ def answer_files(rows: Iterable[Mapping[str, Any]], timestamp: float) -> dict[st
             "pmpd generate --retry-errors, or leave those runs out with --runs"
         )
     answers: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
-    for (model, question, choice), texts in sorted(turns.items(), key=lambda item: item[0]):
+    for (model, question, choice), found in sorted(turns.items(), key=lambda item: item[0]):
+        in_order = [found[turn] for turn in sorted(found)]
         entry = answers[model].setdefault(
             question,
             {
                 "question_id": int(question) if question.isdigit() else question,
-                "answer_id": ids[model, question, choice],
+                "answer_id": in_order[0]["conversation_id"],
                 "model_id": model,
                 "choices": [],
                 "tstamp": timestamp,
             },
         )
-        entry["choices"].append({"index": choice, "turns": [texts[turn] for turn in sorted(texts)]})
+        entry["choices"].append(_choice(choice, in_order))
     return {model: sorted(found.values(), key=_question_order) for model, found in answers.items()}
+
+
+def _choice(index: int, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """A choice of FastChat's, with what scorers of published speeds read beside it: of each turn the decode
+    forwards (`idxs`), new tokens, seconds, and the precision of every token's forward, prefill first."""
+    choice = {
+        "index": index,
+        "turns": [row["output_text"] for row in rows],
+        "idxs": [max(row["output_tokens"] - 1, 0) for row in rows],
+        "new_tokens": [row["output_tokens"] for row in rows],
+        "wall_time": [row["prefill_seconds"] + row["decode_seconds"] for row in rows],
+        "precision_log": [
+            [part["bits"] for part in row["precision_trace"] for _ in range(part["count"])] for row in rows
+        ],
+    }
+    references = [row["reference_text"] for row in rows]
+    if any(text is not None for text in references):
+        choice["reference"] = references[0] if len(references) == 1 else references
+    return choice
 
 
 def _question_order(answer: Mapping[str, Any]) -> tuple[bool, Any]:

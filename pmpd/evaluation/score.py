@@ -21,10 +21,18 @@ import numpy as np
 
 from pmpd.errors import UserError
 from pmpd.evaluation.compare import Comparison, Run, TurnKey
-from pmpd.metrics.base import DATASET, METRICS, REFERENCE_OUTPUT, Metric, mean_of, mean_statistic
+from pmpd.metrics.base import (
+    AGAINST,
+    METRICS,
+    REFERENCE_OUTPUT,
+    Components,
+    Metric,
+    get_metric,
+    mean_of,
+    mean_statistic,
+)
 from pmpd.metrics.bootstrap import bootstrap_weights, interval
 from pmpd.metrics.precision import average_bits, decode_forwards
-from pmpd.metrics.text import bert_scores
 
 
 @dataclass(frozen=True)
@@ -48,16 +56,24 @@ def score(comparison: Comparison, config: ScoreConfig) -> list[dict[str, Any]]:
     turns: list[int | None] = [None]
     if config.by_turn and len(comparison.turns()) > 1:
         turns += comparison.turns()
-    metrics = [*METRICS, *(_bert_metrics(comparison, config.bert_score) if config.bert_score else ())]
+    metrics = [
+        (metric, _components(metric, comparison, config))
+        for metric in METRICS.values()
+        if metric.scores(comparison.benchmark) and (metric.option is None or getattr(config, metric.option))
+    ]
     return [row for turn in turns for row in _score_turns(comparison, config, metrics, turn)]
 
 
+Scored = tuple[Metric, Components]
+"""A metric, and how it scores a turn."""
+
+
 def _score_turns(
-    comparison: Comparison, config: ScoreConfig, metrics: Sequence[Metric], turn: int | None
+    comparison: Comparison, config: ScoreConfig, metrics: Sequence[Scored], turn: int | None
 ) -> list[dict[str, Any]]:
     keys = [key for key in comparison.shared if turn in (None, key[2])]
     result = []
-    for against in (DATASET, REFERENCE_OUTPUT):
+    for against in AGAINST:
         pairs = _reference_of(comparison, against, keys)
         if not pairs:
             continue
@@ -67,18 +83,18 @@ def _score_turns(
             run.name: _costs(comparison, run, keys, pairs, questions, weights, turn)
             for run in comparison.runs.values()
         }
-        for metric in metrics:
-            if metric.against == against:
-                result += _score_metric(comparison, metric, pairs, questions, weights, costs, turn)
+        for scored in metrics:
+            if against in scored[0].against:
+                result += _score_metric(comparison, scored, against, pairs, questions, weights, costs, turn)
     return result
 
 
 def _score_metric(
-    comparison: Comparison, metric: Metric, pairs: Pairs, questions: Mapping[str, int], weights: np.ndarray,
-    costs: Mapping[str, Any],
-    turn: int | None,
+    comparison: Comparison, scored: Scored, against: str, pairs: Pairs, questions: Mapping[str, int],
+    weights: np.ndarray, costs: Mapping[str, Any], turn: int | None,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    sums = {run.name: _sums(run, pairs, metric, questions) for run in comparison.runs.values()}
+    metric, components = scored
+    sums = {run.name: _sums(run, pairs, components, questions) for run in comparison.runs.values()}
     values = {name: float(metric.statistic(total.sum(axis=0))) for name, total in sums.items()}
     samples = {name: metric.statistic(weights @ total) for name, total in sums.items()}
     base = comparison.uniform_high.name if comparison.uniform_high else None
@@ -91,7 +107,7 @@ def _score_metric(
             "split": comparison.split,
             "model_id": comparison.model_id, "run": run.name, "kind": run.kind, "scheduler": run.scheduler,
             "turn": turn,
-            "metric": metric.name, "against": metric.against, "value": values[run.name], "low": low,
+            "metric": metric.name, "against": against, "value": values[run.name], "low": low,
             "high": high,
             "rows": len(pairs), "nearest_uniform": nearest.get(run.name), **costs[run.name],
         }  # fmt: skip
@@ -140,14 +156,14 @@ def _reference_of(comparison: Comparison, against: str, keys: Sequence[TurnKey])
     }
 
 
-def _sums(run: Run, pairs: Pairs, metric: Metric, questions: Mapping[str, int]) -> np.ndarray:
+def _sums(run: Run, pairs: Pairs, components: Components, questions: Mapping[str, int]) -> np.ndarray:
     """Components summed per question: [Q, C]."""
-    components = {
-        key: np.asarray(metric.of_pair(run.rows[key], *reference), dtype=np.float64)
+    of_turn = {
+        key: np.asarray(components(run.rows[key], *reference), dtype=np.float64)
         for key, reference in pairs.items()
     }
-    sums = np.zeros((len(questions), len(next(iter(components.values())))))
-    for key, values in components.items():
+    sums = np.zeros((len(questions), len(next(iter(of_turn.values())))))
+    for key, values in of_turn.items():
         sums[questions[key[0]]] += values
     return sums
 
@@ -183,19 +199,21 @@ def _costs(
     }
 
 
-def _bert_metrics(comparison: Comparison, model: str) -> list[Metric]:
-    """BERTScore as metrics: all pairs are scored in one pass first, since the model wants batches."""
-    wanted: dict[tuple[str, str], float] = {}
-    for against in (DATASET, REFERENCE_OUTPUT):
-        for key, (text, _) in _reference_of(comparison, against, comparison.shared).items():
-            for run in comparison.runs.values():
-                wanted[(run.rows[key]["output_text"], text)] = 0.0
+def _components(metric: Metric, comparison: Comparison, config: ScoreConfig) -> Components:
+    """How the metric scores a turn of this comparison; what wants batches scores all texts here, once."""
+    if metric.of_texts is None:
+        assert metric.of_pair is not None
+        return metric.of_pair
+    wanted = {
+        (run.rows[key]["output_text"], text)
+        for against in metric.against
+        for key, (text, _) in _reference_of(comparison, against, comparison.shared).items()
+        for run in comparison.runs.values()
+    }
     pairs = sorted(wanted)
-    scores = dict(
-        zip(pairs, bert_scores([pair[0] for pair in pairs], [pair[1] for pair in pairs], model), strict=True)
-    )
-    of_pair = mean_of(lambda row, text, _: scores[(row["output_text"], text)])
-    return [Metric("bert_score", against, mean_statistic, of_pair) for against in (DATASET, REFERENCE_OUTPUT)]
+    setting = getattr(config, metric.option) if metric.option else None
+    scores = dict(zip(pairs, metric.of_texts(pairs, setting), strict=True))
+    return mean_of(lambda row, text, _: scores[(row["output_text"], text)])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -204,8 +222,8 @@ def _bert_metrics(comparison: Comparison, model: str) -> list[Metric]:
 def pick_static(
     scores: Iterable[Mapping[str, Any]], metric: str, against: str, budget: float
 ) -> dict[str, Any]:
-    """The cheapest static setting whose score loses at most `budget` (a share of the uniform highest
-    precision's score) to it.
+    """The cheapest static setting whose score is worse by at most `budget` (a share of the uniform highest
+    precision's score) than that one's.
 
     Cheapest: fewest average bits, then the better score. The setting of never switching always qualifies.
     ValueError where the scores hold no static run or no uniform one to compare with.
@@ -218,11 +236,13 @@ def pick_static(
         raise UserError(
             f"static search: no static and uniform runs with {metric} against {against} were scored"
         )
-    least = (static[0]["value"] - static[0]["difference"]) * (1 - budget)
-    good = [row for row in static if row["value"] >= least]
+    sign = 1 if get_metric(metric).higher_is_better else -1
+    high = static[0]["value"] - static[0]["difference"]
+    limit = high - sign * budget * abs(high)
+    good = [row for row in static if sign * row["value"] >= sign * limit]
     if not good:
         raise UserError(
-            f"static search: no setting keeps {metric} >= {least:.4f}; raise --quality-budget ({budget}) or "
-            f"widen the grid"
+            f"static search: no setting keeps {metric} {'at least' if sign > 0 else 'at most'} {limit:.4f}; "
+            f"raise --quality-budget ({budget}) or widen the grid"
         )
-    return dict(min(good, key=lambda row: (row["average_bits"], -row["value"])))
+    return dict(min(good, key=lambda row: (row["average_bits"], -sign * row["value"])))

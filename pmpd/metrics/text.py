@@ -43,8 +43,8 @@ def _bleu() -> Any:
     return BLEU(effective_order=True)
 
 
-def bert_scores(predictions: Sequence[str], references: Sequence[str], model: str) -> list[float]:
-    """BERTScore F1 of each pair (Zhang et al. 2020); 0 where a text is empty.
+def bert_scores(pairs: Sequence[tuple[str, str]], model: str) -> list[float]:
+    """BERTScore F1 of each (answer, reference) (Zhang et al. 2020); 0 where a text is empty.
 
     ValueError where the package or its model is missing or can't score: never a silent skip.
     """
@@ -69,7 +69,6 @@ def bert_scores(predictions: Sequence[str], references: Sequence[str], model: st
         scorer._tokenizer.model_max_length > positions
     ):  # a tokenizer that does not say: texts would not be cut to what the model holds
         scorer._tokenizer.model_max_length = positions - 2  # RoBERTa keeps two positions to itself
-    pairs = list(zip(predictions, references, strict=True))
     full = [pair for pair in pairs if all(text.strip() for text in pair)]
     try:
         scores = iter(scorer.score(*map(list, zip(*full, strict=True)))[2].tolist() if full else ())

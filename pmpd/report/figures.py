@@ -1,111 +1,19 @@
-"""The figures of the report, as matplotlib figures: no files, no global state.
-
-Colours are Okabe and Ito's, which people with any colour vision tell apart; every kind of run also has its
-own marker.
-"""
+"""The figures of the report, as matplotlib figures: no files, no global state."""
 
 from __future__ import annotations
 
-import io
 import itertools
 import json
-import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
-from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from pmpd.evaluation.compare import Comparison, Run
-
-if TYPE_CHECKING:
-    from matplotlib.typing import RcKeyType
-
-INK, GRID = "#1c2733", "#d5dbe1"
-"""Text and grid lines; inside the page they become CSS variables, so that they follow its light or dark
-scheme."""
-
-KINDS: dict[str, tuple[str, str, str]] = {
-    "fp": ("unquantized", "#5f6b76", "_"),
-    "uniform": ("uniform", "#0072b2", "s"),
-    "static": ("static", "#56b4e9", "o"),
-    "kv_cache": ("learned (kv_cache)", "#d55e00", "D"),
-    "confidence": ("confidence", "#009e73", "^"),
-    "random": ("random", "#cc79a7", "X"),
-    "oracle": ("oracle (hindsight)", "#e69f00", "*"),
-}
-"""Kind of run -> its name in a legend, colour, marker."""
-
-METRIC_LABELS: dict[str, str] = {
-    "rouge_l": "ROUGE-L F1",
-    "rouge_l_stemmed": "ROUGE-L F1, stemmed",
-    "bleu": "SacreBLEU",
-    "bert_score": "BERTScore F1",
-    "exact_match": "exact match",
-    "first_divergence": "tokens before first divergence",
-}
-AGAINST_LABELS: dict[str, str] = {
-    "dataset": "data set's references",
-    "reference_output": "unquantized model's answers",
-}
-
-WIDTH = 5.2
-"""Inches. Narrow on purpose: on a phone the text stays near its nominal size."""
-
-_STYLE: dict[RcKeyType, Any] = {
-    "font.size": 9.5, "axes.titlesize": 10, "axes.labelsize": 9.5, "xtick.labelsize": 9, "ytick.labelsize": 9,
-    "legend.fontsize": 9,
-    "font.family": "sans-serif", "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK,
-    "xtick.color": INK, "ytick.color": INK,
-    "grid.color": GRID, "grid.linewidth": 0.7, "axes.grid": True, "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False, "legend.frameon": False, "svg.fonttype": "none", "svg.hashsalt": "pmpd",
-    "figure.facecolor": "none",
-    "axes.facecolor": "none", "axes.linewidth": 0.8,
-}  # fmt: skip
-
-
-def draw(make: Callable[[], Figure]) -> Figure:
-    """The figure that `make` returns, in the report's style."""
-    with rc_context(_STYLE):
-        return make()
-
-
-def to_png(figure: Figure) -> bytes:
-    return _save(figure, "png", facecolor="white", dpi=180)
-
-
-def to_svg(figure: Figure) -> bytes:
-    return _save(figure, "svg", facecolor="white", metadata={"Date": None})
-
-
-def to_inline_svg(figure: Figure, identifier: str, description: str) -> str:
-    """An SVG element for the page: colours that follow its scheme, ids that no other figure has, no width of
-    its own."""
-    text = _save(figure, "svg", metadata={"Date": None}).decode()
-    text = text[text.index("<svg") :]
-    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r'\bid="([^"]+)"', rf'id="{identifier}-\1"', text)
-    text = re.sub(r'href="#([^"]+)"', rf'href="#{identifier}-\1"', text)
-    text = re.sub(r"url\(#([^)]+)\)", rf"url(#{identifier}-\1)", text)
-    text = text.replace(INK, "var(--ink)").replace(GRID, "var(--grid)").replace(KINDS["fp"][1], "var(--soft)")
-    text = re.sub(r"'DejaVu Sans'[^;\"]*", "system-ui, sans-serif", text)
-    width, height = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', text).groups()  # type: ignore[union-attr]
-    head = (
-        f'<svg role="img" aria-label="{description}" viewBox="0 0 {width} {height}" '
-        f'xmlns:xlink="http://www.w3.org/1999/xlink">'
-    )
-    return head + text[text.index(">") + 1 :]
-
-
-def _save(figure: Figure, kind: str, **options: Any) -> bytes:
-    buffer = io.BytesIO()
-    with rc_context(_STYLE):
-        figure.savefig(buffer, format=kind, **options)
-    return buffer.getvalue()
-
+from pmpd.metrics.base import AGAINST, get_metric
+from pmpd.report.style import INK, KINDS, WIDTH, kind_of
 
 # ------------------------------------------------------------------------------------------------------------
 
@@ -116,9 +24,11 @@ def quality(comparison: Comparison, scores: Sequence[Mapping[str, Any]], metric:
     rows = [
         row for row in scores if row["metric"] == metric and row["against"] == against and row["turn"] is None
     ]
+    higher = get_metric(metric).higher_is_better
     figure = Figure(figsize=(WIDTH, 4.3), layout="constrained")
     axes = figure.add_subplot()
-    for kind, (label, color, marker) in KINDS.items():
+    for kind in dict.fromkeys((*KINDS, *(row["kind"] for row in rows))):
+        label, color, marker = kind_of(kind)
         chosen = sorted(
             (row for row in rows if row["kind"] == kind and row["average_bits"] is not None),
             key=lambda row: row["average_bits"],
@@ -130,7 +40,7 @@ def quality(comparison: Comparison, scores: Sequence[Mapping[str, Any]], metric:
             continue
         bits, values = [row["average_bits"] for row in chosen], [row["value"] for row in chosen]
         if kind in ("uniform", "static"):
-            line = _frontier(bits, values) if kind == "static" else (bits, values)
+            line = _frontier(bits, values, higher) if kind == "static" else (bits, values)
             axes.plot(
                 *line,
                 color=color,
@@ -182,17 +92,21 @@ def quality(comparison: Comparison, scores: Sequence[Mapping[str, Any]], metric:
                     fontsize=8,
                 )
     axes.set_xlabel("average bits per decode forward")
-    axes.set_ylabel(f"{METRIC_LABELS[metric]} against the\n{AGAINST_LABELS[against]}")
+    axes.set_ylabel(f"{get_metric(metric).label} against the\n{AGAINST[against]}")
+    if not higher:
+        axes.invert_yaxis()
     axes.margins(x=0.08, y=0.1)
     figure.legend(loc="outside lower center", ncols=3, columnspacing=1.2, handletextpad=0.4)
     return figure
 
 
-def _frontier(bits: Sequence[float], values: Sequence[float]) -> tuple[list[float], list[float]]:
+def _frontier(
+    bits: Sequence[float], values: Sequence[float], higher: bool
+) -> tuple[list[float], list[float]]:
     """Of points in ascending order of bits, those that no cheaper point equals: a chain of three has many
     plans at similar bits."""
-    best = list(itertools.accumulate(values, max))
-    kept = [index for index in range(len(bits)) if index == 0 or best[index] > best[index - 1]]
+    best = list(itertools.accumulate(values, max if higher else min))
+    kept = [index for index in range(len(bits)) if index == 0 or best[index] != best[index - 1]]
     return [bits[index] for index in kept], [values[index] for index in kept]
 
 
@@ -210,13 +124,12 @@ def _unquantized_line(axes: Axes, row: Mapping[str, Any], against: str) -> None:
     axes.axhspan(row["low"], row["high"], color=color, alpha=0.1, linewidth=0, zorder=0)
 
 
-SWITCHING = ("kv_cache", "confidence", "random", "oracle")
 _BINS = 12
 
 
 def switching_runs(comparison: Comparison) -> list[Run]:
-    """The runs whose switch steps differ between rows."""
-    return [run for run in comparison.runs.values() if run.kind in SWITCHING]
+    """The runs whose switch steps may differ between rows."""
+    return [run for run in comparison.runs.values() if run.kind not in ("fp", "uniform", "static")]
 
 
 def switch_shares(run: Run) -> dict[tuple[int, int], np.ndarray]:
@@ -251,7 +164,7 @@ def switches(comparison: Comparison) -> Figure:
     figure = Figure(figsize=(WIDTH, 0.75 + 0.95 * len(shares)), layout="constrained")
     grid = figure.subplots(len(shares), len(pairs), sharex=True, sharey=True, squeeze=False)
     for line, (name, share) in zip(grid, shares.items(), strict=True):
-        _, color, _ = KINDS[comparison.runs[name].kind]
+        color = kind_of(comparison.runs[name].kind).color
         for axes, pair in zip(line, pairs, strict=True):
             if pair in share:
                 axes.bar(np.arange(_BINS + 1), 100 * share[pair], width=0.85, color=color)
@@ -280,7 +193,7 @@ def speed(comparison: Comparison) -> Figure:
             [1e3 * (model.high[bits] - model.seconds[bits]) for bits in widths],
         ]
     )
-    colors = [KINDS["fp" if bits == 16 else "uniform"][1] for bits in widths]
+    colors = [KINDS["fp" if bits == 16 else "uniform"].color for bits in widths]
     places = np.arange(len(widths))[::-1]
     axes.barh(
         places,
@@ -321,7 +234,7 @@ def lengths(comparison: Comparison) -> Figure:
         medianprops={"color": INK, "linewidth": 1.4}, whiskerprops={"color": INK}, capprops={"color": INK},
     )  # fmt: skip
     for box, run in zip(boxes["boxes"], runs, strict=True):
-        box.set(facecolor=KINDS[run.kind][1], edgecolor=INK, linewidth=0.7, alpha=0.75)
+        box.set(facecolor=kind_of(run.kind).color, edgecolor=INK, linewidth=0.7, alpha=0.75)
     axes.set_yticks(places, [run.name for run in runs], fontsize=8.5)
     axes.set_xlabel("new tokens per answer (median, quartiles, 5–95 %)")
     axes.set_xlim(left=0)
