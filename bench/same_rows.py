@@ -1,0 +1,88 @@
+"""Compares the results of two versions of this program, row by row: `python -m bench.same_rows BEFORE AFTER`.
+
+BEFORE and AFTER are folders of results that the same commands made with the two versions. Every Parquet
+dataset and every checkpoint below them is compared: rows by their id, in all columns that both versions have
+but those that measure time or name a worker; tensors bit by bit. Exit code 1 if anything differs.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+from safetensors.numpy import load_file
+
+MEASURED = ("seconds", "worker", "forward_seconds", "fingerprint")
+"""Columns with one of these words in their name differ from run to run, or name the code."""
+
+
+def rows_of(folder: Path) -> dict[str, dict[str, object]]:
+    """Row id -> row, without what is measured."""
+    rows = {}
+    for path in sorted(folder.glob("*.parquet")):
+        table = pq.read_table(path)
+        kept = [name for name in table.column_names if not any(word in name for word in MEASURED)]
+        for row in table.select(kept).to_pylist():
+            rows[str(row[table.column_names[0]])] = row
+    return rows
+
+
+def equal(a: object, b: object) -> bool:
+    if isinstance(a, dict) and isinstance(b, dict):
+        shared = set(a) & set(b)
+        return all(equal(a[key], b[key]) for key in shared)
+    if isinstance(a, list) and isinstance(b, list):
+        return len(a) == len(b) and all(map(equal, a, b))
+    return a == b or (isinstance(a, float) and isinstance(b, float) and bool(np.isclose(a, b, rtol=1e-12)))
+
+
+def compare_datasets(before: Path, after: Path) -> tuple[int, list[str]]:
+    """Rows compared, and what differs."""
+    old, new = rows_of(before), rows_of(after)
+    problems = [f"{key}: only in one of the two" for key in sorted(set(old) ^ set(new))]
+    for key in sorted(set(old) & set(new)):
+        columns = [
+            name for name in old[key] if name in new[key] and not equal(old[key][name], new[key][name])
+        ]
+        problems += [f"{key}: {', '.join(columns)}"] if columns else []
+    return len(old), problems
+
+
+def compare_tensors(before: Path, after: Path) -> tuple[int, list[str]]:
+    """Tensors compared, and what differs."""
+    old, new = load_file(before), load_file(after)
+    names = sorted(set(old) | set(new))
+    same = [name in old and name in new and old[name].tobytes() == new[name].tobytes() for name in names]
+    return len(names), [name for name, is_same in zip(names, same, strict=True) if not is_same]
+
+
+def main(before: str, after: str) -> int:
+    failed = False
+    paths = {path.parent for path in Path(before).rglob("*.parquet")} | set(
+        Path(before).rglob("*.safetensors")
+    )
+    for path in sorted(paths):
+        other = Path(after) / path.relative_to(before)
+        if not other.exists():
+            print(f"{other}: missing")
+            failed = True
+            continue
+        compare = compare_datasets if path.is_dir() else compare_tensors
+        count, problems = compare(path, other)
+        what = "rows" if path.is_dir() else "tensors"
+        print(
+            f"{path.relative_to(before)}: {count} {what}, {len(problems)} differ"
+            + "".join(f"\n  {p}" for p in problems[:5])
+        )
+        failed |= bool(problems)
+    if not paths:
+        print(f"{before}: no results in it")
+    return int(failed or not paths)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
+    sys.exit(main(*sys.argv[1:]))
