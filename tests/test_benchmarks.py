@@ -3,6 +3,7 @@
 import dataclasses
 import gzip
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -70,7 +71,7 @@ def test_dialogsum_reads_the_csv_that_is_published(tmp_path: Path) -> None:
     path.write_text('id,dialogue,summary,topic\ntest_0,"#A#: Hi, you.\n#B#: Hello.",They greet.,greeting\n')
     assert load_questions(get_benchmark("dialogsum"), question_file=path)[0].references == ("They greet.",)
     path.write_text("id,dialogue,summary,topic\ntest_0,only two\n")
-    with pytest.raises(ValueError, match=r"test\.csv line 2: not 4 columns"):
+    with pytest.raises(ValueError, match=r"test\.csv:2: 2 columns in place of 4"):
         load_questions(get_benchmark("dialogsum"), question_file=path)
 
 
@@ -127,34 +128,45 @@ def test_iwslt_keeps_only_long_sources(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("bad", "said"),
     [
-        ('{"question_id": 1, "category": "c", "turns": ["a"', r"line 3: not valid JSON"),
-        ('["a"]', r"line 3: a JSON object is wanted, got list"),
-        ('{"question_id": 1, "category": "c", "turns": "a"}', r"line 3: 'turns' .* must be a list of texts"),
-        ('{"question_id": 1, "category": "c", "turns": ["a", " "]}', r"line 3: 'turns'"),
-        ('{"category": "c", "turns": ["a"]}', r"line 3: 'question_id'"),
-        ('{"question_id": 1, "turns": ["a"]}', r"line 3: field 'category'"),
-        ('{"question_id": 81, "category": "c", "turns": ["a"]}', r"line 3: the id '81' is taken by line 1"),
+        ('{"question_id": 1, "category": "c", "turns": ["a"', "malformed JSON"),
+        ('["a"]', "an object with named fields, it is a list"),
+        ('{"question_id": 1, "category": "c", "turns": "a"}', "'turns' .* must be a list of texts"),
+        ('{"question_id": 1, "category": "c", "turns": ["a", " "]}', "'turns'"),
+        ('{"question_id": 1, "category": "c", "turns": ["a", null]}', "'turns'"),
+        ('{"category": "c", "turns": ["a"]}', "'question_id'"),
+        ('{"question_id": 1, "turns": ["a"]}', "field 'category'"),
+        (
+            '{"question_id": 81, "category": "c", "turns": ["a"]}',
+            r"the id '81' is taken by question\.jsonl:1",
+        ),
+        ('{"question_id": 1, "category": "c", "turns": ["half \\ud83d"]}', "half of a surrogate pair"),
+        (json.dumps({"question_id": 1, "category": "c", "turns": ["x" * 2**21]}), "2,097,152 characters"),
     ],
 )
-def test_a_malformed_line_is_named_with_the_schema(tmp_path: Path, bad: str, said: str) -> None:
+def test_a_record_that_is_no_question_is_left_out_and_told(tmp_path: Path, bad: str, said: str) -> None:
     path = tmp_path / "question.jsonl"
-    path.write_text(json.dumps(RECORDS["mt_bench"]) + "\n\n" + bad + "\n")
-    with pytest.raises(ValueError, match=rf"question\.jsonl {said}"):
-        load_questions(BENCHMARKS["mt_bench"], question_file=path)
+    good = RECORDS["mt_bench"]
+    path.write_text(f"{json.dumps(good)}\n\n{bad}\n{json.dumps({**good, 'question_id': 82})}\n")
+    told: list[str] = []
+    questions = load_questions(BENCHMARKS["mt_bench"], question_file=path, left_out=told)
+    assert [question.key for question in questions] == ["81", "82"]
+    assert re.search(rf"^question\.jsonl:3: .*{said}", told[0])
+    assert len(told) == 1
+    if "taken" not in said and not bad.startswith("["):
+        path.write_text(bad + "\n")
+        schema = 'Expected: {"question_id": 81'
+        with pytest.raises(ValueError, match=f"no usable question in 1 records.*{said}.*{schema}"):
+            load_questions(BENCHMARKS["mt_bench"], question_file=path)
 
 
-def test_a_malformed_element_of_an_array_is_named_as_that(tmp_path: Path) -> None:
+def test_an_element_of_an_array_is_named_as_that(tmp_path: Path) -> None:
     path = tmp_path / "question.json"
     good = RECORDS["mt_bench"]
-    path.write_text("\n" + json.dumps([good, {**good, "question_id": None}], indent=1))
-    with pytest.raises(ValueError, match=r"question\.json element 2: 'question_id'"):
-        load_questions(BENCHMARKS["mt_bench"], question_file=path)
-    path.write_text(json.dumps([good, good]))
-    with pytest.raises(ValueError, match=r"element 2: the id '81' is taken by element 1"):
-        load_questions(BENCHMARKS["mt_bench"], question_file=path)
-    path.write_text(json.dumps([good, "text"]))
-    with pytest.raises(ValueError, match=r"element 2: a JSON object is wanted, got str"):
-        load_questions(BENCHMARKS["mt_bench"], question_file=path)
+    path.write_text("\n" + json.dumps([good, {**good, "question_id": None}, good, "text"], indent=1))
+    told: list[str] = []
+    assert len(load_questions(BENCHMARKS["mt_bench"], question_file=path, left_out=told)) == 1
+    assert [place.split(":")[1] for place in told] == ["element 2", "element 3", "element 4"]
+    assert "taken by question.json:element 1" in told[1]
 
 
 def test_a_byte_order_mark_is_no_part_of_the_text(tmp_path: Path) -> None:
@@ -174,7 +186,7 @@ def test_a_damaged_file_is_named_and_no_traceback(tmp_path: Path, damage: str) -
             damage, b"plain text"
         )
     )
-    with pytest.raises(ValueError, match=rf"--question-file .*{path.name}: can't be read"):
+    with pytest.raises(ValueError, match=rf"{path.name}: can't be read"):
         load_questions(BENCHMARKS["mt_bench"], question_file=path)
 
 
@@ -211,8 +223,7 @@ def test_a_hub_that_cannot_be_reached_names_the_way_around(monkeypatch: pytest.M
     monkeypatch.setattr("datasets.load_dataset", offline)
     with pytest.raises(
         ValueError,
-        match=r"abisee/cnn_dailymail .* \(ConnectionError: no route\); give a local copy with "
-        r"--question-file",
+        match=r"abisee/cnn_dailymail .*: ConnectionError: no route; give a local copy with --question-file",
     ):
         load_questions(BENCHMARKS["cnn_dm"])
 

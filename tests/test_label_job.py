@@ -236,15 +236,16 @@ def test_rows_with_an_error_are_kept_until_they_are_asked_for_again(cluster, job
     assert_same_labels(labels_of(job.output_dir), good)
 
 
-def run_as_script(monkeypatch, *arguments: str) -> object:
-    """What `pmpd label` leaves with: a text is printed and makes the exit code 1."""
+def run_as_script(monkeypatch, capsys, *arguments: str) -> str:
+    """What a failing `jobs/label.py` says."""
     monkeypatch.setattr(sys, "argv", ["jobs/label.py", *arguments])
     with pytest.raises(SystemExit) as left:
         runpy.run_path(str(ROOT / "jobs/label.py"), run_name="__main__")
-    return left.value.code
+    assert left.value.code == 1
+    return capsys.readouterr().err.strip()
 
 
-def test_a_run_with_nothing_but_errors_fails(cluster, job, monkeypatch):
+def test_a_run_with_nothing_but_errors_fails(cluster, job, monkeypatch, capsys):
     def run(task, inputs, dataset, config, options, lease):
         assert options.retry_errors
         rows = [
@@ -263,11 +264,11 @@ def test_a_run_with_nothing_but_errors_fails(cluster, job, monkeypatch):
         "--dataset",
         job.dataset,
     ]
-    told = run_as_script(monkeypatch, *paths, "--output-dir", job.output_dir, "--retry-errors")
+    told = run_as_script(monkeypatch, capsys, *paths, "--output-dir", job.output_dir, "--retry-errors")
     assert told == "error: every row has an error; the first one: RuntimeError: x"
 
 
-def test_an_output_that_is_not_complete_fails(cluster, job, monkeypatch):
+def test_an_output_that_is_not_complete_fails(cluster, job, monkeypatch, capsys):
     def run(*_, **__):
         raise farm.ReconcileError("1 missing")
 
@@ -280,7 +281,7 @@ def test_an_output_that_is_not_complete_fails(cluster, job, monkeypatch):
         "--dataset",
         job.dataset,
     ]
-    assert run_as_script(monkeypatch, *paths, "--output-dir", job.output_dir) == "error: 1 missing"
+    assert run_as_script(monkeypatch, capsys, *paths, "--output-dir", job.output_dir) == "error: 1 missing"
 
 
 def test_the_label_table_counts_pairs_over_all_shards(tmp_path):

@@ -132,38 +132,34 @@ def test_half_a_surrogate_pair_is_an_error_row_and_counted(tokenizer, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("lines", "told"),
+    ("bad", "told"),
     [
-        ([{"text": "a"}, '{"text": "b"'], r"d\.jsonl:2: malformed JSON line"),
-        (
-            [{"text": "a"}, {"txt": "b", "url": "u"}],
-            r"d\.jsonl:2: a record needs the field 'text'; it has txt, url",
-        ),
-        ([{"text": "a"}, {"text": None}], r"d\.jsonl:2: the field 'text' must be a string, it is None"),
-        ([{"text": "a"}, "17"], r"d\.jsonl:2: .*it is a int"),
+        ('{"text": "b"', "malformed JSON"),
+        ({"txt": "b", "url": "u"}, "a record needs the field 'text'; it has txt, url"),
+        ({"text": None}, "the field 'text' must be a string, it is None"),
+        ("17", "it is a int"),
+        ('{"text": "caf\udce9"}', "a byte 0xE9 that is not UTF-8"),
     ],
 )
-def test_a_malformed_record_is_named_by_file_and_line(tokenizer, tmp_path, lines, told):
-    with pytest.raises(ValueError, match=told):
-        made(tokenizer, write_lines(tmp_path / "d.jsonl", lines))
+def test_an_unusable_record_is_an_error_row_that_names_its_place(tokenizer, tmp_path, bad, told):
+    lines = [json.dumps({"text": "a"}), bad if isinstance(bad, str) else json.dumps(bad), '{"text": "z"}']
+    path = tmp_path / "d.jsonl"
+    path.write_bytes("\n".join([*lines, lines[1]]).encode("utf-8", "surrogateescape"))
+    counts: Counter[str] = Counter()
+    rows = list(make_prompts(PromptConfig(str(path)), tokenizer, 512, counts))
+    assert [row["error"] is None for row in rows] == [True, False, True]
+    assert told in rows[1]["error"]
+    assert rows[1]["source"] == "d.jsonl:2"
+    assert counts == {"records": 4, "malformed": 1, "duplicates": 1}
+    assert storage.to_table(rows, storage.PROMPTS).num_rows == 3
 
 
-def test_damaged_files_are_named(tokenizer, tmp_path):
-    (tmp_path / "latin.jsonl").write_bytes('{"text": "a"}\n{"text": "café"}\n'.encode("latin-1"))
-    with pytest.raises(ValueError, match=r"latin\.jsonl:2: not UTF-8"):
-        made(tokenizer, tmp_path / "latin.jsonl")
-    whole = write_lines(
-        tmp_path / "d.json.gz", c4([f"{i} {hash(str(i))}" for i in range(5000)]), compress=True
-    ).read_bytes()
-    (tmp_path / "d.json.gz").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=r"d\.json\.gz: can't be read after line|d\.json\.gz:\d+: malformed"):
-        made(tokenizer, tmp_path / "d.json.gz", size=10**6)
-    (tmp_path / "d.parquet").write_bytes(b"PAR1 no")
-    with pytest.raises(ValueError, match=r"d\.parquet: can't be read as Parquet"):
-        made(tokenizer, tmp_path / "d.parquet")
-    pq.write_table(pa.table({"article": ["x"]}), tmp_path / "a.parquet")
-    with pytest.raises(ValueError, match="the file has article"):
-        made(tokenizer, tmp_path / "a.parquet")
+def test_a_dataset_of_unusable_records_is_refused_with_the_first(tokenizer, tmp_path):
+    lines = [{"text": None}] + [{"article": str(i)} for i in range(500)]
+    with pytest.raises(ValueError, match=r"no usable record in 2; the first one is d\.jsonl:1: the field"):
+        made(tokenizer, write_lines(tmp_path / "d.jsonl", lines[:2]))
+    with pytest.raises(ValueError, match="no usable record in 100"):
+        made(tokenizer, write_lines(tmp_path / "d.jsonl", lines), size=400)
 
 
 def test_an_empty_dataset_is_refused(tokenizer, tmp_path):
@@ -171,7 +167,7 @@ def test_an_empty_dataset_is_refused(tokenizer, tmp_path):
     with pytest.raises(ValueError, match="holds no record"):
         made(tokenizer, tmp_path / "empty.jsonl")
     (tmp_path / "folder").mkdir()
-    with pytest.raises(ValueError, match="no text file in the folder"):
+    with pytest.raises(ValueError, match="no file of records in the folder"):
         made(tokenizer, tmp_path / "folder")
 
 

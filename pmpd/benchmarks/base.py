@@ -7,27 +7,26 @@ differently worded prompts can never be compared by accident: whoever changes a 
 
 from __future__ import annotations
 
-import csv
-import gzip
 import hashlib
 import json
-import zlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from pmpd.errors import UserError
+from pmpd.storage.records import Record, hub_records, source_of, text_problem
 
 Split = Literal["test", "validation"]
 Reference = Literal["dataset", "reference_output"]
 
-PlacedRecords = Iterator[tuple[str, Mapping[str, Any]]]
-"""(where it is, record): "line 3" of a text file, "element 3" of a JSON array, "row 3" of a table; all count
-from 1."""
-
 CountTokens = Callable[[str], int]
 """Length of a text in the model's tokens, without special tokens."""
+
+MAX_CHARACTERS = 2**20
+"""Of one text of a question: more than any model reads, and what a table of thousands of rows holds."""
+_PATIENCE = 100
+"""Records that may be unusable before the first question."""
 
 
 @dataclass(frozen=True)
@@ -114,27 +113,33 @@ def load_questions(
     begin: int | None = None,
     end: int | None = None,
     count_tokens: CountTokens | None = None,
+    left_out: list[str] | None = None,
 ) -> list[Question]:
     """The questions [begin, end) of a split, in the data set's order.
 
-    `begin` and `end` count the questions that the benchmark keeps. A malformed record is a ValueError that
-    names its place; two records with one key too.
+    `begin` and `end` count the questions that the benchmark keeps. A record that is no question, or whose
+    id was there before, is left out; `left_out` receives "place: what is wrong with it". UserError: no
+    question at all, a file that can't be read.
     """
-    records, where = _open_records(benchmark, split, question_file)
+    where = f"{benchmark.name} ({split})" if question_file is None else str(question_file)
     questions: list[Question] = []
+    left_out = [] if left_out is None else left_out
     seen: dict[str, str] = {}
-    for place, record in records:
+    read = 0
+    for read, record in enumerate(_open_records(benchmark, split, question_file), start=1):
         try:
-            parsed = benchmark.make(record, count_tokens or _count_words)
+            parsed = _parse(benchmark, record, count_tokens or _count_words)
         except ValueError as error:
-            raise UserError(f"{where} {place}: {error}. Expected: {benchmark.schema}") from None
+            left_out.append(f"{record.place}: {error}")
+            if len(left_out) == read == _PATIENCE:
+                break
+            continue
         if parsed is None:
             continue
         if parsed.key in seen:
-            raise UserError(
-                f"{where} {place}: the id {parsed.key!r} is taken by {seen[parsed.key]}; ids must be unique"
-            )
-        seen[parsed.key] = place
+            left_out.append(f"{record.place}: the id {parsed.key!r} is taken by {seen[parsed.key]}")
+            continue
+        seen[parsed.key] = record.place
         questions.append(
             Question(
                 prompt_id(benchmark, split, parsed.key),
@@ -148,125 +153,58 @@ def load_questions(
         if end is not None and end >= 0 and len(questions) >= end:
             break
     chosen = questions[slice(begin, end)]
-    if not chosen:
+    if chosen:
+        return chosen
+    if left_out and not questions:
         raise UserError(
-            f"{where}: no question left ({len(questions)} read, --question-begin {begin}, --question-end "
-            f"{end}); "
-            "widen the range or check the file"
+            f"{where}: no usable question in {read} records; the first one is {left_out[0]}. "
+            f"Expected: {benchmark.schema}"
         )
-    return chosen
+    raise UserError(
+        f"{where}: no question left ({len(questions)} of {read} records are questions, "
+        f"--question-begin {begin}, "
+        f"--question-end {end}); widen the range or check the file"
+    )
+
+
+def _parse(benchmark: Benchmark, record: Record, count_tokens: CountTokens) -> Parsed | None:
+    """The question of one record, None where the benchmark does not keep it. ValueError: what is wrong with
+    it."""
+    if record.fields is None:
+        raise UserError(record.problem)
+    parsed = benchmark.make(record.fields, count_tokens)
+    if parsed is None:
+        return None
+    texts = (*parsed.turns, parsed.key, parsed.category, *(text for text in parsed.references if text))
+    for text in texts:
+        if told := text_problem(text):
+            raise UserError(f"{told}, in {text[:40]!r}")
+        if len(text) > MAX_CHARACTERS:
+            raise UserError(f"a text of {len(text):,} characters; {MAX_CHARACTERS:,} at most")
+    return parsed
 
 
 def _count_words(text: str) -> int:
     return len(text.split())
 
 
-def _open_records(
-    benchmark: Benchmark, split: Split, question_file: str | Path | None
-) -> tuple[PlacedRecords, str]:
+def _open_records(benchmark: Benchmark, split: Split, question_file: str | Path | None) -> Iterable[Record]:
+    hub = benchmark.hub or {}
+    hub_split = (benchmark.splits or {}).get(split)
     if question_file is not None:
-        return read_records(Path(question_file), benchmark.schema), str(question_file)
+        config = hub.get("name") or hub.get("data_dir")
+        return source_of(
+            question_file, split=hub_split or split, config=config, flag="--question-file", strict=False
+        )
     if benchmark.records is not None:
-        return _rows(benchmark.records(split)), f"{benchmark.name} ({split})"
-    if benchmark.hub is None or split not in (benchmark.splits or {}):
+        name = f"{benchmark.name} ({split})"
+        return (
+            Record(name, f"row {n}", fields) for n, fields in enumerate(benchmark.records(split), start=1)
+        )
+    if not hub or hub_split is None:
         raise UserError(
             f"--validation: {benchmark.name} has no {split} split; give one as a local file with "
             f"--question-file ({benchmark.schema})"
         )
-    return _rows(_hub_records(benchmark, split)), f"{benchmark.hub['path']} ({split})"
-
-
-def _rows(records: Iterable[Mapping[str, Any]]) -> PlacedRecords:
-    return ((f"row {number}", record) for number, record in enumerate(records, start=1))
-
-
-def _hub_records(benchmark: Benchmark, split: Split) -> Iterator[Mapping[str, Any]]:
-    from datasets import load_dataset
-
-    assert benchmark.hub is not None
-    assert benchmark.splits is not None
-    try:
-        yield from load_dataset(**benchmark.hub, split=benchmark.splits[split], streaming=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise UserError(
-            f"--bench-name {benchmark.name}: {benchmark.hub['path']} could not be read from the Hugging Face "
-            f"hub "
-            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}); "
-            f"give a local copy with --question-file ({benchmark.schema})"
-        ) from error
-
-
-def read_records(path: Path, schema: str = "one JSON object per line") -> PlacedRecords:
-    """The records of a .jsonl, .json (an array, or lines), .csv or .parquet file; the text ones also as .gz.
-    ValueError where it is damaged."""
-    if not path.is_file():
-        raise UserError(f"--question-file {path}: no such file. Expected: {schema}")
-    suffixes = [suffix for suffix in path.suffixes if suffix != ".gz"]
-    kind = suffixes[-1] if suffixes else ""
-    if kind == ".parquet":
-        import pyarrow as pa
-        import pyarrow.parquet as pq
-
-        try:
-            yield from _rows(pq.read_table(path).to_pylist())
-        except (pa.ArrowException, OSError) as error:
-            raise UserError(
-                f"--question-file {path}: can't be read as Parquet ({error}); copy it again"
-            ) from None
-        return
-    if kind not in (".jsonl", ".json", ".csv"):
-        raise UserError(f"--question-file {path}: known are .jsonl, .json, .csv (each also .gz) and .parquet")
-    opener = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opener(path, "rt", encoding="utf-8-sig", newline="" if kind == ".csv" else None) as file:
-            if kind == ".csv":
-                yield from _csv_records(file, path)
-            else:
-                yield from _json_records(file, path, schema, array_allowed=kind == ".json")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error}). Expected: {schema}") from None
-    except (OSError, EOFError, zlib.error) as error:  # what is wrong with a gzip file can be any of the three
-        raise UserError(f"--question-file {path}: can't be read ({error}); copy it again") from None
-
-
-def _csv_records(file: Any, path: Path) -> PlacedRecords:
-    reader = csv.DictReader(file)
-    for record in reader:
-        if None in record or None in record.values():
-            raise UserError(
-                f"{path} line {reader.line_num}: not {len(reader.fieldnames or [])} columns "
-                f"({', '.join(reader.fieldnames or [])})"
-            )
-        yield f"line {reader.line_num}", record
-
-
-def _json_records(file: Any, path: Path, schema: str, array_allowed: bool) -> PlacedRecords:
-    lines: Iterable[tuple[int, str]] = enumerate(file, start=1)
-    for number, line in lines:
-        if not line.strip():
-            continue
-        if array_allowed and line.lstrip().startswith("["):
-            array = _parse_json(line + file.read(), path, number, schema)
-            places = ((f"element {index}", record) for index, record in enumerate(array, start=1))
-            yield from ((place, _checked_object(record, path, place, schema)) for place, record in places)
-            return
-        place = f"line {number}"
-        yield place, _checked_object(_parse_json(line.rstrip(), path, number, schema), path, place, schema)
-
-
-def _parse_json(text: str, path: Path, number: int, schema: str) -> Any:
-    try:
-        return json.loads(text)
-    except json.JSONDecodeError as error:
-        line = number + error.lineno - 1
-        raise UserError(
-            f"{path} line {line}: not valid JSON ({error.msg} at column {error.colno}). Expected: {schema}"
-        ) from None
-
-
-def _checked_object(record: Any, path: Path, place: str, schema: str) -> Mapping[str, Any]:
-    if not isinstance(record, dict):
-        raise UserError(
-            f"{path} {place}: a JSON object is wanted, got {type(record).__name__}. Expected: {schema}"
-        )
-    return record
+    told = f"--bench-name {benchmark.name}: {hub['path']} could not be read from the Hugging Face hub"
+    return hub_records(hub, hub_split, told, f"give a local copy with --question-file ({benchmark.schema})")

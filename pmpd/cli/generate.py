@@ -53,7 +53,7 @@ class GenerateJob:
     bench_name: str = "demo"
     """demo, mt_bench, cnn_dm, dialogsum or iwslt."""
     question_file: str | None = None
-    """Local file in the benchmark's published schema, instead of the Hugging Face hub."""
+    """File or folder in the benchmark's published schema, local or a URI, instead of the Hugging Face hub."""
     validation: bool = False
     """The validation split instead of the test split."""
     question_begin: int | None = None
@@ -185,11 +185,15 @@ def main(job: GenerateJob, console: Console | None = None) -> str:
             f"{job.model_path} and {job.reference_model_path} have different tokenizers; give two "
             f"checkpoints of one model"
         )
+    left_out: list[str] = []
     questions = load_questions(
         benchmark, split=split, question_file=job.question_file, begin=job.question_begin,
         end=job.question_end,
         count_tokens=lambda text: len(tokenizers[0](text, add_special_tokens=False)["input_ids"]),
+        left_out=left_out,
     )  # fmt: skip
+    if left_out:
+        console.print(f"{len(left_out)} records left out; the first one is {left_out[0]}", soft_wrap=True)
     template = choose_template(job.model_id, tokenizers[0], job.conversation_template)
     best_file = (
         job.high_bit_steps

@@ -40,12 +40,14 @@ class LabelJob:
     reference_model_path: str = str(demo.DENSE)
     """Unquantized checkpoint of the same model, likewise."""
     dataset: str = "demo"
-    """demo, a Hugging Face id (allenai/c4), a .json[.gz]/.jsonl/.parquet/.txt file, or a folder of C4
-    shards."""
+    """demo, a Hugging Face id (allenai/c4), a file of records with a field `text` (.json, .jsonl, .csv,
+    each also .gz; .txt, .parquet, .arrow), or a folder of such files: shards, a clone of a hub data set,
+    what save_to_disk wrote. A URI too."""
     dataset_config: str | None = None
-    """Configuration of a Hugging Face dataset (allenai/c4: en)."""
+    """Configuration of a Hugging Face dataset (allenai/c4: en), or a folder of that name."""
     split: str | None = None
-    """Split of the dataset; default train, of the demo held_out."""
+    """Split of the dataset; default train, of the demo held_out, of files without a split in their names
+    all."""
     size: int = 96
     """Prompts; all there are where the dataset holds fewer."""
     precisions: str = "4,3,2"
@@ -107,6 +109,13 @@ def main(job: LabelJob, console: Console | None = None) -> farm.FarmResult | Non
             f"checkpoints of one model"
         )
 
+    files = (
+        source.source if source.kind == "local" else None
+    )  # refused before any work where a split is missing
+    if files is not None and files.skipped:
+        console.print(
+            f"{len(files.files)} files read, {files.skipped} of other splits or configurations left out"
+        )
     output = output_folder(job.output_dir)
     prompts, references, labels = (storage.join(output, name) for name in ("prompts", "references", "labels"))
     identity = {
@@ -136,6 +145,10 @@ def main(job: LabelJob, console: Console | None = None) -> farm.FarmResult | Non
             + (f" ({told})" if told else "")
             + f" in {storage.data_folder(prompts)}"
         )
+        if counts.get("errors"):
+            console.print(
+                f"the first one that is unusable: {first_error(prompts, ('source', 'error'))}", soft_wrap=True
+            )
         if job.stage in ("all", "references"):
             model = farm.ModelSource(job.reference_model_path, None, None, job.trust_remote_code)
             task: FarmTask = ReferenceTask(model, job.max_new_tokens, slots)
@@ -215,5 +228,7 @@ def label_table(dataset: str, max_new_tokens: int) -> Table:
     return table
 
 
-def first_error(dataset: str) -> str:
-    return next(error for error in storage.read_table(dataset, ["error"])["error"].to_pylist() if error)
+def first_error(dataset: str, columns: tuple[str, ...] = ("error",)) -> str:
+    """The first error of a table, with what else these columns say of its row."""
+    rows = storage.read_table(dataset, columns).to_pylist()
+    return next(": ".join(row[name] for name in columns) for row in rows if row["error"])

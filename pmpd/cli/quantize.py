@@ -67,7 +67,7 @@ def main(config: QuantizeJob, console: Console | None = None) -> Summary:
         config.dataset, config.dataset_config, config.split or ("train" if config.dataset == "demo" else None)
     )
     source.kind  # noqa: B018 - raises for a dataset that is not there, before any work
-    texts = (record.text for record in records(source))
+    texts = (text for _, text, problem in records(source) if problem is None)
     settings = QuantizeConfig(
         **{key: value for key, value in asdict(config).items() if key in QuantizeConfig.__dataclass_fields__}
     )

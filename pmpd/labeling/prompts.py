@@ -13,27 +13,24 @@ counted.
 from __future__ import annotations
 
 import hashlib
-import io
 import itertools
 import json
 import posixpath
 import re
 import time
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.fs as pafs
-import pyarrow.parquet as pq
-
 from pmpd import storage
 from pmpd.errors import UserError
+from pmpd.storage.records import SUFFIXES, Record, RecordSource, hub_records, source_of, text_problem
 
 MAX_DOCUMENT_TOKENS = 2048
+MAX_DOCUMENT_CHARACTERS = 2**20
+"""What follows is not tokenized: a record of 50 MB would take minutes and gigabytes."""
 MIN_PROMPT_TOKENS = 32
 """Shorter cuts are made only where the document itself has fewer than twice as many tokens."""
 
@@ -41,8 +38,9 @@ ROWS_PER_SHARD = 1024
 ROWS_PER_GROUP = 64
 """Workers read whole row groups, and a unit's prompts, neighbours in length, lie all over the file."""
 
-_SUFFIXES = (".json", ".json.gz", ".jsonl", ".jsonl.gz", ".parquet", ".txt", ".txt.gz")
-_SURROGATE = re.compile("[\ud800-\udfff]")
+_PATIENCE = 100
+"""Records that may be unusable before the first usable one."""
+_UNUSABLE = "\0unusable\0"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _DEFAULT_CONFIGS = {"allenai/c4": "en"}
 
@@ -55,7 +53,7 @@ class PromptConfig:
     config: str | None = None
     """Configuration of a Hugging Face dataset (`allenai/c4`: en)."""
     split: str | None = None
-    """Default: train; of the demo: held_out."""
+    """Default: train; of the demo: held_out; of local files without a split in their names: all of them."""
     size: int = 64
     """Number of prompts; all there are where the dataset holds fewer."""
     seed: int = 0
@@ -86,14 +84,19 @@ class PromptConfig:
         looks_local = (
             "://" in self.dataset
             or self.dataset.startswith((".", "/", "~"))
-            or self.dataset.endswith(_SUFFIXES)
+            or self.dataset.endswith(SUFFIXES)
         )
         if not looks_local and _HUB_ID.fullmatch(self.dataset):
             return "hub"
         raise UserError(
             f"--dataset {self.dataset}: no such file or folder; give demo, a Hugging Face id (allenai/c4), "
-            f"a file ({', '.join(_SUFFIXES)}) or a folder of such files"
+            f"a file ({', '.join(SUFFIXES)}) or a folder of such files"
         )
+
+    @cached_property
+    def source(self) -> RecordSource:
+        """The files of a local dataset."""
+        return source_of(self.dataset, split=self.split, config=self.config, columns=("text",))
 
     @cached_property
     def name(self) -> str:
@@ -103,13 +106,6 @@ class PromptConfig:
             if self.kind == "local"
             else self.dataset
         )
-
-
-@dataclass(frozen=True)
-class Record:
-    source: str
-    """For people: `c4-train.00000.json.gz:17`, `topics/if`."""
-    text: str
 
 
 def prompt_id(config: PromptConfig, text: str) -> str:
@@ -140,9 +136,10 @@ def make_prompts(
     """The first `config.size` prompts as PROMPTS rows. Memory grows with the ids only.
 
     `max_prompt_tokens`: what the model's positions leave (positions - max_new_tokens); documents are
-    truncated to the smaller of it and 2048 tokens. A document without a token, or one that is no text (half a
-    surrogate pair), becomes a row with `error` set. `counts` receives records, duplicates, empty and
-    malformed. ValueError: malformed record (names file and line), no record at all, no room for a prompt.
+    truncated to the smaller of it and 2048 tokens. A document without a token, and a record that is no text
+    (malformed, null, half a surrogate pair), becomes a row with `error` set. `counts` receives records,
+    duplicates, empty and malformed. UserError: no usable record (names file and line of the first), no room
+    for a prompt, a file that can't be read.
     """
     if max_prompt_tokens < 1:
         raise UserError(
@@ -153,47 +150,50 @@ def make_prompts(
     limit = min(MAX_DOCUMENT_TOKENS, max_prompt_tokens)
     special = set(tokenizer.all_special_ids)
     seen: set[bytes] = set()
-    for record in records(config):
+    first_problem = None
+    for source, text, problem in records(config):
         counts["records"] += 1
-        key = prompt_id(config, record.text)
+        key = prompt_id(config, text)
         if bytes.fromhex(key) in seen:
             counts["duplicates"] += 1
             continue
         seen.add(bytes.fromhex(key))
-        half = _SURROGATE.search(record.text)
-        input_ids = (
-            tokenizer(record.text, truncation=False, verbose=False)["input_ids"]
-            if record.text.strip() and not half
-            else []
-        )
-        row = {"prompt_id": key, "source": record.source, "document_tokens": len(input_ids)}
-        if half:
+        ids: list[int] = []
+        if problem is not None:
             counts["malformed"] += 1
-            told = (
-                f"the document is no text: character {half.start()} is U+{ord(half[0]):X}, half of a "
-                f"surrogate pair"
-            )
-            yield {**row, "prompt_tokens": 0, "prompt_text": "", "input_ids": [], "error": told}
-        elif all(token in special for token in input_ids):
-            counts["empty"] += 1
-            yield {
-                **row,
-                "prompt_tokens": 0,
-                "prompt_text": "",
-                "input_ids": [],
-                "error": "the document tokenizes to nothing",
-            }
+            first_problem = first_problem or f"{source}: {problem}"
+            if counts["malformed"] == len(seen) == _PATIENCE:
+                break
         else:
-            truncated = input_ids[:limit]
-            cut = truncated[: cut_length(len(truncated), config.seed, key)]
+            ids = _tokens(tokenizer, text)
+            if all(token in special for token in ids):
+                counts["empty"] += 1
+                problem = "the document tokenizes to nothing"
+        row = {"prompt_id": key, "source": source, "document_tokens": len(ids), "error": problem}
+        if problem is None:
+            cut = ids[: cut_length(min(len(ids), limit), config.seed, key)]
             text = tokenizer.decode(cut, skip_special_tokens=True)
-            yield {**row, "prompt_tokens": len(cut), "prompt_text": text, "input_ids": cut, "error": None}
+            yield {**row, "prompt_tokens": len(cut), "prompt_text": text, "input_ids": cut}
+        else:
+            yield {**row, "prompt_tokens": 0, "prompt_text": "", "input_ids": []}
         if len(seen) == config.size:
-            return
+            break
     if not seen:
         raise UserError(
             f"--dataset {config.dataset}: it holds no record; give a dataset with at least one text"
         )
+    if counts["malformed"] == len(seen):
+        raise UserError(
+            f"--dataset {config.dataset}: no usable record in {len(seen)}; the first one is {first_problem}"
+        )
+
+
+def _tokens(tokenizer: Any, text: str) -> list[int]:
+    """Tokens of a document; of one that is longer than any model reads, of its beginning."""
+    if not text.strip():
+        return []
+    beginning = text[:MAX_DOCUMENT_CHARACTERS]
+    return tokenizer(beginning, truncation=False, verbose=False)["input_ids"]
 
 
 def write_prompts(
@@ -231,12 +231,32 @@ def write_prompts(
     return dict(counts)
 
 
-def records(config: PromptConfig) -> Iterator[Record]:
-    """The records of a dataset in a fixed order."""
-    return {"demo": _demo, "local": _local, "hub": _hub}[config.kind](config)
+def records(config: PromptConfig) -> Iterator[tuple[str, str, str | None]]:
+    """(source, text, problem) of a dataset's records in a fixed order. Where there is a problem, the text
+    stands for the record in its id only."""
+    if config.kind == "demo":
+        yield from ((source, text, None) for source, text in _demo(config))
+        return
+    found: Iterable[Record] = config.source if config.kind == "local" else _hub(config)
+    for record in found:
+        text = record.fields.get("text") if record.fields is not None else None
+        if isinstance(text, str):
+            told = text_problem(text)
+            yield record.place, text, f"the document is no text: {told}" if told else None
+        elif record.fields is None:
+            yield record.place, _UNUSABLE + record.identity, record.problem
+        elif "text" not in record.fields:
+            told = f"a record needs the field 'text'; it has {', '.join(map(str, record.fields))}"
+            yield record.place, _UNUSABLE + record.identity, told
+        else:
+            yield (
+                record.place,
+                _UNUSABLE + record.identity,
+                f"the field 'text' must be a string, it is {text!r:.80}",
+            )
 
 
-def _demo(config: PromptConfig) -> Iterator[Record]:
+def _demo(config: PromptConfig) -> Iterator[tuple[str, str]]:
     from pmpd.demo import texts
 
     usable = [
@@ -246,147 +266,11 @@ def _demo(config: PromptConfig) -> Iterator[Record]:
     ]
     # Sorted by a hash, so that a small --size is a fair sample and not the first topics of the alphabet.
     for document in sorted(usable, key=lambda document: prompt_id(config, document.text)):
-        yield Record(document.key, document.text)
+        yield document.key, document.text
 
 
 def _hub(config: PromptConfig) -> Iterator[Record]:
-    for index, row in enumerate(_hub_rows(config)):
-        yield Record(f"{config.resolved_split}:{index}", _text_of(row, f"{config.dataset} record {index}"))
-
-
-def _hub_rows(config: PromptConfig) -> Iterator[Any]:
-    import datasets
-
-    where = f"--dataset {config.dataset}"
-    try:
-        yield from datasets.load_dataset(
-            config.dataset, config.resolved_config, split=config.resolved_split, streaming=True
-        )
-    except (
-        Exception
-    ) as error:  # the hub client has its own zoo of exceptions: no network, no such id, gated, …
-        raise UserError(
-            f"{where} (config {config.resolved_config}, split {config.resolved_split}): "
-            f"{type(error).__name__}: {error}; "
-            "check the id, --dataset-config and --split, and that the hub can be reached"
-        ) from error
-
-
-def _local(config: PromptConfig) -> Iterator[Record]:
-    file_system, inner = storage.resolve(config.dataset)
-    if file_system.get_file_info(inner).type == pafs.FileType.Directory:
-        infos = file_system.get_file_info(pafs.FileSelector(inner, recursive=True))
-        paths = sorted(
-            info.path for info in infos if info.type == pafs.FileType.File and _is_text_file(info.path)
-        )
-        if not paths:
-            raise UserError(
-                f"--dataset {config.dataset}: no text file in the folder; looked for {', '.join(_SUFFIXES)}"
-            )
-    else:
-        paths = [inner]
-        if not inner.endswith(_SUFFIXES):
-            raise UserError(
-                f"--dataset {config.dataset}: unknown kind of file; known are {', '.join(_SUFFIXES)}"
-            )
-    for path in paths:
-        yield from _reader(path)(file_system, path)
-
-
-def _is_text_file(path: str) -> bool:
-    name = posixpath.basename(path)
-    return name.endswith(_SUFFIXES) and not name.startswith((".", "_")) and name != "manifest.json"
-
-
-def _reader(path: str) -> Callable[[pafs.FileSystem, str], Iterator[Record]]:
-    if path.endswith(".parquet"):
-        return _parquet
-    return _paragraphs if path.endswith((".txt", ".txt.gz")) else _json
-
-
-def _text_of(row: Any, where: str) -> str:
-    if not isinstance(row, dict) or "text" not in row:
-        has = (
-            f"it has {', '.join(map(str, row))}" if isinstance(row, dict) else f"it is a {type(row).__name__}"
-        )
-        raise UserError(f"{where}: a record needs the field 'text'; {has}")
-    if not isinstance(row["text"], str):
-        raise UserError(f"{where}: the field 'text' must be a string, it is {row['text']!r:.80}")
-    return row["text"]
-
-
-def _lines(file_system: pafs.FileSystem, path: str) -> Iterator[tuple[int, str]]:
-    """Numbered lines of a text file, plain or gzip. ValueError where it is damaged, naming the line."""
-    number = 0
-    try:
-        with file_system.open_input_stream(
-            path, compression="gzip" if path.endswith(".gz") else None
-        ) as stream:
-            for number, line in enumerate(io.BufferedReader(stream, 1 << 20), start=1):
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{path}:{number}: not UTF-8 ({error.reason} at byte {error.start} of the line); convert the file"
-        ) from error
-    except (OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: can't be read after line {number}: {error}") from error
-
-
-def _json(file_system: pafs.FileSystem, path: str) -> Iterator[Record]:
-    """JSON lines, whatever the suffix (C4's `.json.gz` are that); a file that starts with `[` is one JSON
-    array."""
-    name = posixpath.basename(path)
-    lines = _lines(file_system, path)
-    first = next(lines, None)
-    if first is None:
-        return
-    if first[1].lstrip().startswith("["):
-        try:
-            rows = json.loads("".join(line for _, line in itertools.chain([first], lines)))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}:{error.lineno}: malformed JSON: {error.msg}") from error
-        for index, row in enumerate(rows):
-            yield Record(f"{name}:{index}", _text_of(row, f"{path}, record {index}"))
-        return
-    for number, line in itertools.chain([first], lines):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(
-                f"{path}:{number}: malformed JSON line: {error.msg} (column {error.colno})"
-            ) from error
-        yield Record(f"{name}:{number}", _text_of(row, f"{path}:{number}"))
-
-
-def _paragraphs(file_system: pafs.FileSystem, path: str) -> Iterator[Record]:
-    """A text file holds documents separated by blank lines."""
-    name, start = posixpath.basename(path), 1
-    block: list[str] = []
-    for number, line in itertools.chain(_lines(file_system, path), [(0, "")]):
-        if line.strip():
-            start = start if block else number
-            block.append(line)
-        elif block:
-            yield Record(f"{name}:{start}", "".join(block).strip())
-            block = []
-
-
-def _parquet(file_system: pafs.FileSystem, path: str) -> Iterator[Record]:
-    name = posixpath.basename(path)
-    try:
-        with file_system.open_input_file(path) as file:
-            parquet = pq.ParquetFile(file)
-            if "text" not in parquet.schema_arrow.names:
-                raise UserError(
-                    f"{path}: a record needs the field 'text'; the file has "
-                    f"{', '.join(parquet.schema_arrow.names)}"
-                )
-            row = 0
-            for batch in parquet.iter_batches(batch_size=1024, columns=["text"]):
-                for text in batch.column(0).to_pylist():
-                    yield Record(f"{name}:{row}", _text_of({"text": text}, f"{path}, row {row}"))
-                    row += 1
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{path}: can't be read as Parquet: {error}") from error
+    named = {"name": config.resolved_config} if config.resolved_config else {}
+    told = f"--dataset {config.dataset} (config {config.resolved_config}, split {config.resolved_split})"
+    cure = "check the id, --dataset-config and --split, and that the hub can be reached"
+    return hub_records({"path": config.dataset, **named}, config.resolved_split, told, cure)
