@@ -172,7 +172,10 @@ def _parse(benchmark: Benchmark, record: Record, count_tokens: CountTokens) -> P
     it."""
     if record.fields is None:
         raise UserError(record.problem)
-    parsed = benchmark.make(record.fields, count_tokens)
+    try:
+        parsed = benchmark.make(record.fields, count_tokens)
+    except UnicodeEncodeError as error:  # a text that was to be hashed
+        raise UserError(f"{text_problem(error.object)}, in {error.object[:40]!r}") from None
     if parsed is None:
         return None
     texts = (*parsed.turns, parsed.key, parsed.category, *(text for text in parsed.references if text))
