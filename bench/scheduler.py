@@ -28,7 +28,7 @@ from transformers import DynamicCache
 
 from pmpd import PMPDForCausalLM, demo, storage, training
 from pmpd.decode.requests import Request
-from pmpd.farm.model_source import cpu_name
+from pmpd.farm.load_model import cpu_name
 from pmpd.farm.train import FEATURE_COLUMNS
 from pmpd.schedulers.kv_cache import DEMO_ARTEFACT, KVCacheScheduler
 from pmpd.schedulers.static import StaticScheduler
@@ -71,8 +71,7 @@ class Cost:
     def run(self) -> None:
         torch.set_num_threads(self.threads)
         model = PMPDForCausalLM(self.model_path, self.precisions).eval()
-        config = model.model.config
-        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        dim = model.head_dim
         print(
             f"# decision of the learned scheduler, chain {self.precisions}, {self.prompt_tokens} prompt "
             f"tokens\n{header(self.threads)}\n"
@@ -81,12 +80,10 @@ class Cost:
         generator = torch.Generator().manual_seed(0)
         for rows in self.batches:
             prompts = torch.randint(
-                0, config.vocab_size, (rows, self.prompt_tokens), generator=generator
+                0, model.model.config.vocab_size, (rows, self.prompt_tokens), generator=generator
             ).tolist()
             engine = model.engine(rows, self.prompt_tokens + 256)
-            scheduler = _Timed(
-                self.precisions, save_dir=self.save_dir, dim=dim, num_heads=config.num_key_value_heads
-            )
+            scheduler = _Timed(self.precisions, save_dir=self.save_dir, dim=dim, num_heads=model.kv_heads)
             decisions, decodes = [], []
             for _ in range(self.repeats):
                 requests = [Request(f"{row:016x}", prompt, 256) for row, prompt in enumerate(prompts)]

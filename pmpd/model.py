@@ -14,7 +14,7 @@ from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pmpd import gpu
 from pmpd.decode.engine import Engine
@@ -22,10 +22,9 @@ from pmpd.decode.requests import Completion, Prefix, Request, TokenEvent
 from pmpd.errors import UserError
 from pmpd.schedulers.base import Scheduler
 from pmpd.weights import anyprec, dense, mixed
-from pmpd.weights.base import PrecisionLinear, compute_dtype
-from pmpd.weights.checkpoint import Checkpoint
-from pmpd.weights.hub import local_folder
+from pmpd.weights.base import PrecisionLinear, compute_dtype, head_dim, kv_heads
 from pmpd.weights.mixed import MultiCheckpoint
+from pmpd.weights.model_spec import ModelSpec
 
 _log = logging.getLogger(__name__)
 
@@ -88,8 +87,10 @@ class PMPDForCausalLM(nn.Module):
                 f"holds"
             )
         dtype = dtype or compute_dtype(torch.device("cpu"))
-        folder = local_folder(model_path, "model_path") if use_anyprec else model_path
-        checkpoint = mixed.open_checkpoint(folder, trust_remote_code, multi=not use_anyprec)
+        spec = ModelSpec(
+            str(model_path), not use_anyprec, trust_remote_code=trust_remote_code, flag="model_path"
+        )
+        checkpoint = spec.open()
         self.model_path = Path(model_path)
         self.fingerprint = checkpoint.fingerprint()
         self.model: PreTrainedModel
@@ -108,7 +109,7 @@ class PMPDForCausalLM(nn.Module):
             self.model = dense.load(checkpoint, dtype)
         else:
             anyprec.precisions_of(checkpoint)  # raises: says that the folder holds no precisions
-        self.tokenizer = _load_tokenizer(checkpoint)
+        self.tokenizer = checkpoint.tokenizer()
         self.eos_token_ids = _eos_token_ids(self.model, self.tokenizer)
         self.scheduler: Scheduler | None = None
         self._engine: Engine | None = None
@@ -120,6 +121,19 @@ class PMPDForCausalLM(nn.Module):
     ) -> PMPDForCausalLM:
         """The same as the constructor, under the name that transformers users look for."""
         return cls(model_path, precisions, **options)
+
+    @classmethod
+    def from_spec(cls, spec: ModelSpec, device: torch.device) -> PMPDForCausalLM:
+        """The model of `spec` on `device`."""
+        model = cls(
+            spec.path,
+            spec.precisions,
+            not spec.multi_model,
+            dtype=spec.compute_dtype(device),
+            kernel=spec.kernel,
+            trust_remote_code=spec.trust_remote_code,
+        )
+        return model.to(device)
 
     @property
     def device(self) -> torch.device:
@@ -205,13 +219,11 @@ class PMPDForCausalLM(nn.Module):
 
     @property
     def kv_heads(self) -> int:
-        config = self.model.config
-        return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        return kv_heads(self.model.config)
 
     @property
     def head_dim(self) -> int:
-        config = self.model.config
-        return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return head_dim(self.model.config)
 
     def _planned_slots(self, max_length: int) -> int:
         if self.device.type != "cuda":
@@ -361,18 +373,6 @@ def _raise_error(completion: Completion) -> None:
     """ValueError where the row failed; its text names that class already."""
     if completion.error:
         raise UserError(completion.error.removeprefix("ValueError: "))
-
-
-def _load_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
-    try:
-        return AutoTokenizer.from_pretrained(
-            checkpoint.folder, trust_remote_code=checkpoint.trust_remote_code, local_files_only=True
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"checkpoint {checkpoint.folder}: no usable tokenizer in it ({error}); copy the base model's "
-            f"tokenizer files there"
-        ) from error
 
 
 def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:

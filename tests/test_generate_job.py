@@ -20,17 +20,18 @@ from pmpd.cli.report import main as report
 from pmpd.evaluation.answer import Generator
 from pmpd.evaluation.results import read_generations
 from pmpd.farm.generate_task import Sweep, write_conversations
+from pmpd.weights.model_spec import ModelSpec
 from tests.gptq_writer import write_chain
 
 
 @pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Sweep, farm.ModelSource]]:
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Sweep, ModelSpec]]:
     """What the job hands to the farm, in order."""
-    calls: list[tuple[Sweep, farm.ModelSource]] = []
+    calls: list[tuple[Sweep, ModelSpec]] = []
 
     def generate(
         sweep: Sweep,
-        source: farm.ModelSource,
+        source: ModelSpec,
         folder: str,
         slots: int,
         reuse_cache: bool,
@@ -204,7 +205,7 @@ def test_workers_get_absolute_paths_and_the_rows_identity_does_not_know_them(
     run(relative)
     run({**relative, "model_path": flags["model_path"]})
     assert [source.path for _, source in asked] == [flags["model_path"]] * 2
-    assert farm.ModelSource("owner/name").path == "owner/name"
+    assert ModelSpec("owner/name").path == "owner/name"
 
 
 @pytest.mark.parametrize(

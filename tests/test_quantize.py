@@ -19,10 +19,11 @@ from transformers import AutoModelForCausalLM
 
 from pmpd.cli.quantize import QuantizeJob, main
 from pmpd.quantize import convert
-from pmpd.quantize.convert import QuantizeConfig, local_folder, quantize_checkpoint
+from pmpd.quantize.convert import QuantizeConfig, quantize_checkpoint
 from pmpd.quantize.importance import calibration_samples, squared_gradients
 from pmpd.weights import anyprec
 from pmpd.weights.checkpoint import Checkpoint
+from pmpd.weights.hub import local_folder
 from tests.helpers import byte_tokenizer, write_dense
 from tests.test_bitplanes import pack_by_the_text
 

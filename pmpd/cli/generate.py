@@ -13,12 +13,11 @@ from __future__ import annotations
 
 import shlex
 from collections import Counter
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoTokenizer
 
 from pmpd import demo, farm, storage
 from pmpd.benchmarks import get_benchmark, load_questions
@@ -33,10 +32,9 @@ from pmpd.evaluation.sweep import SCHEDULER_KINDS, SweepConfig, grid_plans, swee
 from pmpd.farm.connection import output_folder
 from pmpd.farm.generate_task import Sweep, generate
 from pmpd.metrics.precision import average_bits, decode_forwards
-from pmpd.weights import dense
+from pmpd.schedulers.chain import parse_chain
 from pmpd.weights.checkpoint import Checkpoint
-from pmpd.weights.hub import local_folder
-from pmpd.weights.mixed import open_checkpoint, precisions_of
+from pmpd.weights.model_spec import Dtype, ModelSpec, check_held, shared_tokenizer
 
 
 @dataclass(frozen=True)
@@ -115,6 +113,9 @@ class GenerateJob:
     """Do conversations again that have an error."""
     kernel: str | None = None
     """Force an implementation of the multiplication: reference, cpu, triton."""
+    dtype: Dtype = "auto"
+    """What activations and unquantized weights are; auto: float32 on a CPU, float16 on a GPU. Where float16
+    overflows, bfloat16 does not."""
     trust_remote_code: bool = False
     """Run model code that comes with a checkpoint."""
 
@@ -135,12 +136,7 @@ class GenerateJob:
 
     @property
     def chain(self) -> tuple[int, ...]:
-        try:
-            return tuple(int(bits) for bits in self.precisions.split(","))
-        except ValueError:
-            raise UserError(
-                f"--precisions {self.precisions}: bit widths with commas between them, descending, e.g. 4,3,2"
-            ) from None
+        return parse_chain(self.precisions)
 
     @property
     def searched(self) -> bool:
@@ -160,41 +156,44 @@ def main(job: GenerateJob, console: Console | None = None) -> str:
     chain = job.chain
     output = output_folder(job.output_dir)
     names = scheduler_names(job, benchmark.reference)
-    paths = {"fp": job.reference_model_path, "quantized": job.model_path}
-    flags = {"fp": "--reference-model-path", "quantized": "--model-path"}
-    wanted = {group: [name for name in names if (name == "fp") == (group == "fp")] for group in paths}
-    checkpoints = {
-        group: open_checkpoint(
-            local_folder(paths[group], flags[group]),
+    models = {
+        "fp": ModelSpec(
+            job.reference_model_path,
+            dtype=job.dtype,
+            trust_remote_code=job.trust_remote_code,
+            flag="--reference-model-path",
+        ),
+        "quantized": ModelSpec(
+            job.model_path,
+            job.use_multi_model,
+            None,
+            job.kernel,
+            job.dtype,
             job.trust_remote_code,
-            multi=job.use_multi_model and group == "quantized",
-        )
-        for group in paths
+        ),
+    }
+    wanted = {group: [name for name in names if (name == "fp") == (group == "fp")] for group in models}
+    checkpoints = {
+        group: model.open_unquantized() if group == "fp" else model.open()
+        for group, model in models.items()
         if wanted[group]
     }
-    if "fp" in checkpoints:
-        dense.check(checkpoints["fp"], flags["fp"])
     if "quantized" in checkpoints:
-        check_precisions(job, precisions_of(checkpoints["quantized"]))
-    tokenizers = [
-        AutoTokenizer.from_pretrained(c.folder, trust_remote_code=job.trust_remote_code)
-        for c in checkpoints.values()
-    ]
-    if len(tokenizers) > 1 and tokenizers[0].get_vocab() != tokenizers[1].get_vocab():
-        raise UserError(
-            f"{job.model_path} and {job.reference_model_path} have different tokenizers; give two "
-            f"checkpoints of one model"
+        prefill = () if job.prefill_bit is None else (job.prefill_bit,)
+        check_held(
+            checkpoints["quantized"], job.model_path, {"--precisions": chain, "--prefill-bit": prefill}
         )
+    tokenizer = shared_tokenizer(list(checkpoints.values()))
     left_out: list[str] = []
     questions = load_questions(
         benchmark, split=split, question_file=job.question_file, begin=job.question_begin,
         end=job.question_end,
-        count_tokens=lambda text: len(tokenizers[0](text, add_special_tokens=False)["input_ids"]),
+        count_tokens=lambda text: len(tokenizer(text, add_special_tokens=False)["input_ids"]),
         left_out=left_out,
     )  # fmt: skip
     if left_out:
         console.print(f"{len(left_out)} records left out; the first one is {left_out[0]}", soft_wrap=True)
-    template = choose_template(job.model_id, tokenizers[0], job.conversation_template)
+    template = choose_template(job.model_id, tokenizer, job.conversation_template)
     best_file = (
         job.high_bit_steps
         if job.high_bit_steps and job.high_bit_steps.endswith(".json")
@@ -223,6 +222,7 @@ def main(job: GenerateJob, console: Console | None = None) -> str:
             template,
             job.num_choices,
             job.static_search,
+            job.dtype,
         )
     slots, unit_rows = farm.batch_of(job.batch_size)
     farm.connect()
@@ -230,9 +230,7 @@ def main(job: GenerateJob, console: Console | None = None) -> str:
         widths = sorted(
             {bits for run in sweep.runs for bits in (*run.precisions, run.prefill_bit)}, reverse=True
         )
-        model = farm.ModelSource(
-            paths[group], None if group == "fp" else tuple(widths), job.kernel, job.trust_remote_code
-        )
+        model = models[group] if group == "fp" else replace(models[group], precisions=tuple(widths))
         options = farm.FarmOptions(
             job.num_workers, job.gpus_per_worker, sweep.unit_rows(unit_rows), job.retry_errors
         )
@@ -282,18 +280,6 @@ def folder_name(job: GenerateJob, benchmark: str) -> str:
     if job.static_search:
         return f"{benchmark}-search-{chain}"
     return benchmark + "-validation" * job.validation + f"-best-{chain}" * job.searched
-
-
-def check_precisions(job: GenerateJob, held: tuple[int, ...]) -> None:
-    """ValueError for a precision that the checkpoint does not hold."""
-    for flag, widths in (
-        ("--precisions", job.chain),
-        ("--prefill-bit", () if job.prefill_bit is None else (job.prefill_bit,)),
-    ):
-        absent = [bits for bits in widths if bits not in held]
-        if absent:
-            given, there, lacking = (", ".join(map(str, some)) for some in (widths, held, absent))
-            raise UserError(f"{flag} {given}: {job.model_path} holds {there}, not {lacking}")
 
 
 def best_command(job: GenerateJob) -> str:

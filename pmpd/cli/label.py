@@ -15,7 +15,6 @@ from typing import Literal
 
 from rich.console import Console
 from rich.table import Table
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from pmpd import demo, farm, storage
 from pmpd.errors import UserError
@@ -24,11 +23,8 @@ from pmpd.farm.label_task import LabelTask, ReferenceTask
 from pmpd.farm.worker import FarmTask
 from pmpd.labeling.label import LabelConfig
 from pmpd.labeling.prompts import PromptConfig, write_prompts
-from pmpd.schedulers.chain import NUM_CLASSES, class_steps
-from pmpd.weights import dense
-from pmpd.weights.checkpoint import Checkpoint
-from pmpd.weights.hub import local_folder
-from pmpd.weights.mixed import open_checkpoint, precisions_of
+from pmpd.schedulers.chain import NUM_CLASSES, class_steps, parse_chain
+from pmpd.weights.model_spec import Dtype, ModelSpec, check_held, shared_tokenizer
 
 
 @dataclass(frozen=True)
@@ -73,6 +69,9 @@ class LabelJob:
     """Do rows again that have an error."""
     kernel: str | None = None
     """Force an implementation of the multiplication: reference, cpu, triton."""
+    dtype: Dtype = "auto"
+    """What activations and unquantized weights are; auto: float32 on a CPU, float16 on a GPU. Where float16
+    overflows, bfloat16 does not."""
     trust_remote_code: bool = False
     """Run model code that comes with a checkpoint."""
 
@@ -82,32 +81,25 @@ def main(job: LabelJob, console: Console | None = None) -> farm.FarmResult | Non
     cure."""
     console = console or Console()
     slots, unit_rows = farm.batch_of(job.batch_size)
-    chain = LabelConfig(chain_of(job.precisions), job.max_new_tokens, slots).precisions
+    chain = LabelConfig(parse_chain(job.precisions), job.max_new_tokens, slots).precisions
     options = farm.FarmOptions(job.num_workers, job.gpus_per_worker, unit_rows, job.retry_errors)
     source = PromptConfig(job.dataset, job.dataset_config, job.split, job.size, job.seed)
-    quantized = open_checkpoint(
-        local_folder(job.model_path), job.trust_remote_code, multi=job.use_multi_model
+    model = ModelSpec(
+        job.model_path, job.use_multi_model, chain, job.kernel, job.dtype, job.trust_remote_code
     )
-    reference = Checkpoint(
-        local_folder(job.reference_model_path, "--reference-model-path"), job.trust_remote_code
+    reference_model = ModelSpec(
+        job.reference_model_path,
+        dtype=job.dtype,
+        trust_remote_code=job.trust_remote_code,
+        flag="--reference-model-path",
     )
-    dense.check(reference, "--reference-model-path")
-    absent = sorted(set(chain) - set(precisions_of(quantized)))
-    if absent:
-        held = ", ".join(map(str, precisions_of(quantized)))
-        raise UserError(
-            f"--precisions {job.precisions}: {job.model_path} holds {held}, not {', '.join(map(str, absent))}"
-        )
+    quantized, reference = model.open(), reference_model.open_unquantized()
+    check_held(quantized, job.model_path, {"--precisions": chain})
     positions = min(
         getattr(checkpoint.config(), "max_position_embeddings", 2**31)
         for checkpoint in (quantized, reference)
     )
-    tokenizer, other = (tokenizer_of(checkpoint) for checkpoint in (reference, quantized))
-    if tokenizer.get_vocab() != other.get_vocab():
-        raise UserError(
-            f"{job.model_path} and {job.reference_model_path} have different tokenizers; give two "
-            f"checkpoints of one model"
-        )
+    tokenizer = shared_tokenizer([reference, quantized])
 
     files = (
         source.source if source.kind == "local" else None
@@ -129,6 +121,8 @@ def main(job: LabelJob, console: Console | None = None) -> farm.FarmResult | Non
         "max_new_tokens": job.max_new_tokens,
         "reference_model": reference.fingerprint(),
     }
+    if job.dtype != "auto":
+        identity["dtype"] = job.dtype
     label_identity = {**identity, "precisions": list(chain), "model": quantized.fingerprint()}
     for folder, config in ((prompts, identity), (references, identity), (labels, label_identity)):
         storage.check_config(folder, config)  # before any work
@@ -150,11 +144,9 @@ def main(job: LabelJob, console: Console | None = None) -> farm.FarmResult | Non
                 f"the first one that is unusable: {first_error(prompts, ('source', 'error'))}", soft_wrap=True
             )
         if job.stage in ("all", "references"):
-            model = farm.ModelSource(job.reference_model_path, None, None, job.trust_remote_code)
-            task: FarmTask = ReferenceTask(model, job.max_new_tokens, slots)
+            task: FarmTask = ReferenceTask(reference_model, job.max_new_tokens, slots)
             result = farm.run(task, {"prompts": prompts}, references, identity, options, lease)
         if job.stage in ("all", "labels"):
-            model = farm.ModelSource(job.model_path, chain, job.kernel, job.trust_remote_code)
             task = LabelTask(model, chain, job.max_new_tokens, slots)
             result = farm.run(
                 task, {"prompts": prompts, "references": references}, labels, label_identity, options, lease
@@ -181,26 +173,6 @@ def main(job: LabelJob, console: Console | None = None) -> farm.FarmResult | Non
         if result.errors == result.rows:
             raise UserError(f"every row has an error; the first one: {first_error(result.dataset)}")
     return result
-
-
-def chain_of(precisions: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(bits) for bits in precisions.split(","))
-    except ValueError:
-        raise UserError(
-            f"--precisions {precisions}: bit widths with commas between them, descending, e.g. 4,3,2"
-        ) from None
-
-
-def tokenizer_of(checkpoint: Checkpoint) -> PreTrainedTokenizerBase:
-    try:
-        return AutoTokenizer.from_pretrained(
-            checkpoint.folder, trust_remote_code=checkpoint.trust_remote_code, local_files_only=True
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"{checkpoint.folder}: no usable tokenizer ({error}); copy the base model's tokenizer files there"
-        ) from error
 
 
 def label_table(dataset: str, max_new_tokens: int) -> Table:

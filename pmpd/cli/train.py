@@ -13,7 +13,7 @@ from rich.table import Table
 from pmpd import farm, storage
 from pmpd.errors import UserError
 from pmpd.farm.train import Fleet, LabelSource, fit, read_labels, search
-from pmpd.schedulers.chain import check_chain, pairs_of
+from pmpd.schedulers.chain import pairs_of, parse_chain
 from pmpd.training.config import TrainConfig
 from pmpd.training.result import artefact
 
@@ -41,15 +41,6 @@ class TrainJob:
     training: tyro.conf.OmitArgPrefixes[TrainConfig] = field(default_factory=TrainConfig)
 
 
-def chain_of(precisions: str) -> tuple[int, ...]:
-    try:
-        return check_chain([int(bits) for bits in precisions.split(",")])
-    except ValueError:
-        raise UserError(
-            f"--precisions {precisions}: bit widths with commas between them, descending, e.g. 4,3,2"
-        ) from None
-
-
 def results_table(metrics: dict[str, Any], split: str = "test") -> Table:
     """One line per pair and policy on the held-out prompts, with 95 % bootstrap intervals."""
     table = Table(title=f"held-out prompts ({split} split), 95 % bootstrap intervals")
@@ -74,7 +65,7 @@ def main(job: TrainJob) -> dict[str, Any]:
         raise UserError(f"--tune {job.tune}: a number of trials, 0 to train as given")
     output = farm.output_folder(job.output_dir)
     source = LabelSource.open(farm.output_folder(job.data_path), job.num_heads)
-    labels = read_labels(source.path, pairs_of(chain_of(job.precisions)) if job.precisions else None)
+    labels = read_labels(source.path, pairs_of(parse_chain(job.precisions)) if job.precisions else None)
     for pair in range(len(labels.pairs)):
         labels.rows(
             pair, job.training

@@ -52,6 +52,17 @@ class _Row:
     prefill_seconds: float = 0.0
 
 
+def not_finite(dtype: torch.dtype) -> str:
+    """What it means that logits are not finite, and the cure."""
+    name = str(dtype).removeprefix("torch.")
+    if dtype == torch.float16:
+        return (
+            "the model's logits are not finite in float16, where activations overflow past 65504; load it "
+            "as bfloat16 or float32 (--dtype, dtype=)"
+        )
+    return f"the model's logits are not finite in {name}; its weights may be damaged: make or copy them again"
+
+
 class Engine:
     """Decodes requests for one model. Not thread-safe; one `run` at a time.
 
@@ -78,6 +89,7 @@ class Engine:
         self.state = shared_state(model)
         self.cache_argument = cache_argument(model)
         self.device = next(model.parameters()).device
+        self.dtype = cast(Tensor, model.get_input_embeddings().weight).dtype
         self.vocabulary = len(cast(Tensor, model.get_input_embeddings().weight))
         self.lean = recognise(model, self.state) if lean else None
         self.steps = GraphSteps.of(model) if lean and self.device.type == "cuda" else None
@@ -393,7 +405,7 @@ class _Run:
             if self.stream:
                 self._stream_tokens(slot, seen, new[: produced - seen])
             if fetched[slot, -1]:
-                self._finish(slot, "error", "FloatingPointError: the model's logits are not finite")
+                self._finish(slot, "error", f"FloatingPointError: {not_finite(self.engine.dtype)}")
             elif ended:
                 self._finish(slot, "eos")
             elif produced >= self.limit[slot]:

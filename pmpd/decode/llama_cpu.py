@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM, MistralForCausalLM, PreTrainedModel, Qwen2ForCausalLM
 
 from pmpd.decode.slots import Plan, SlotCache, attend_slots
-from pmpd.weights.base import PrecisionLinear, PrecisionState
+from pmpd.weights.base import PrecisionLinear, PrecisionState, head_dim
 
 if TYPE_CHECKING:
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -45,7 +45,7 @@ class LeanForward:
         self.embedding = tree.embed_tokens.weight
         self.rotary = tree.rotary_emb
         self.norm = tree.norm
-        self.head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        self.head_dim = head_dim(config)
         self.heads = config.num_attention_heads
         self.kv_heads = config.num_key_value_heads
         keep = _dense_bytes(model) <= DENSE_BYTES

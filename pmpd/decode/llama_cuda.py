@@ -34,7 +34,7 @@ from pmpd.kernels.triton import (
     padded_rows,
     split_activations,
 )
-from pmpd.weights.base import PrecisionLinear, Segment
+from pmpd.weights.base import PrecisionLinear, Segment, head_dim
 
 
 class Dense(NamedTuple):
@@ -136,7 +136,7 @@ def llama_weights(model: PreTrainedModel) -> LlamaWeights | str:
         inverse_frequencies=rotary.inv_freq.float(),
         heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
-        head_dim=getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads,
+        head_dim=head_dim(config),
         epsilon=config.rms_norm_eps,
         rope_scale=float(rotary.attention_scaling),
     )

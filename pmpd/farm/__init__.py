@@ -9,12 +9,10 @@ from pmpd.farm.capacity import FarmOptions
 from pmpd.farm.connection import connect, output_folder
 from pmpd.farm.driver import FarmResult, batch_of, run
 from pmpd.farm.ledger import ReconcileError
-from pmpd.farm.model_source import ModelSource
 
 __all__ = [
     "FarmOptions",
     "FarmResult",
-    "ModelSource",
     "ReconcileError",
     "batch_of",
     "connect",

@@ -16,9 +16,10 @@ from pmpd.evaluation.answer import Generator, conversation_rows
 from pmpd.evaluation.sweep import Run
 from pmpd.farm.capacity import FarmOptions
 from pmpd.farm.driver import FarmResult, run
-from pmpd.farm.model_source import ModelSource
+from pmpd.farm.load_model import load_model
 from pmpd.farm.worker import BuiltTask, FarmTask, Item, Place
 from pmpd.storage.lease import Lease
+from pmpd.weights.model_spec import Dtype, ModelSpec
 
 CONVERSATIONS_PER_SHARD = 1024
 
@@ -28,7 +29,7 @@ class GenerateTask(FarmTask):
     """CONVERSATIONS -> GENERATIONS: one row per turn; a conversation's turns are one shard's rows, so they
     stay on one worker."""
 
-    model: ModelSource
+    model: ModelSpec
     runs: tuple[Run, ...]
     slots: int | None
     reuse_cache: bool = True
@@ -37,7 +38,7 @@ class GenerateTask(FarmTask):
     one_row_per_item = False
 
     def build(self, place: Place) -> BuiltTask:
-        model, device = self.model.load(place)
+        model, device = load_model(self.model, place)
         generator = Generator(model, self.runs, self.slots, self.reuse_cache, device)
 
         def answer(items: list[Item]) -> Iterable[dict[str, Any]]:
@@ -66,6 +67,8 @@ class Sweep:
     choices: int = 1
     static_search: bool = False
     """Whether this is the grid of a static search, which the report leaves out."""
+    dtype: Dtype = "auto"
+    """What activations are, where that was asked for."""
 
     def unit_rows(self, batch_size: int) -> int:
         """Conversations of a unit of work: at most `batch_size`, and so that units do not straddle runs where
@@ -88,11 +91,12 @@ class Sweep:
             "model_id": self.model_id,
             "model": self.model_fingerprint,
             "runs": {run.name: json.loads(run.describe()) for run in self.runs},
+            **({} if self.dtype == "auto" else {"dtype": self.dtype}),
         }
 
 
 def generate(
-    sweep: Sweep, model: ModelSource, folder: str, slots: int | None, reuse_cache: bool, options: FarmOptions
+    sweep: Sweep, model: ModelSpec, folder: str, slots: int | None, reuse_cache: bool, options: FarmOptions
 ) -> FarmResult:
     """Answers on the cluster that `farm.connect` joined; continues what an earlier call left undone. The rows
     are in `folder`."""

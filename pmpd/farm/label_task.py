@@ -7,15 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from pmpd import storage
-from pmpd.farm.model_source import ModelSource
+from pmpd.farm.load_model import load_model
 from pmpd.farm.worker import BuiltTask, FarmTask, Item, Place
+from pmpd.weights.model_spec import ModelSpec
 
 
 @dataclass(frozen=True)
 class ReferenceTask(FarmTask):
     """PROMPTS -> REFERENCES: the unquantized model's continuations."""
 
-    model: ModelSource
+    model: ModelSpec
     max_new_tokens: int
     slots: int | None
     table = "references"
@@ -23,7 +24,7 @@ class ReferenceTask(FarmTask):
     def build(self, place: Place) -> BuiltTask:
         from pmpd.labeling.label import LabelConfig, reference_prompts
 
-        model, device = self.model.load(place)
+        model, device = load_model(self.model, place)
         config = LabelConfig(max_new_tokens=self.max_new_tokens, slots=self.slots)
         return BuiltTask(
             run=lambda items: reference_prompts(model, [item["prompts"] for item in items], config),
@@ -38,7 +39,7 @@ class ReferenceTask(FarmTask):
 class LabelTask(FarmTask):
     """PROMPTS and REFERENCES -> LABELS: the label of every pair and the KV features."""
 
-    model: ModelSource
+    model: ModelSpec
     precisions: tuple[int, ...]
     max_new_tokens: int
     slots: int | None
@@ -47,7 +48,7 @@ class LabelTask(FarmTask):
     def build(self, place: Place) -> BuiltTask:
         from pmpd.labeling.label import LabelConfig, label_prompts
 
-        model, device = self.model.load(place)
+        model, device = load_model(self.model, place)
         config = LabelConfig(self.precisions, self.max_new_tokens, self.slots)
 
         def label(items: list[Item]) -> Iterable[dict[str, Any]]:

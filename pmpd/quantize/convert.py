@@ -24,7 +24,6 @@ import transformers
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoTokenizer
 
 from pmpd import gpu
 from pmpd.errors import UserError
@@ -34,7 +33,6 @@ from pmpd.quantize.kmeans import check_precisions, quantize_rows, weighted_error
 from pmpd.quantize.layers import LayerPlan, find_layers
 from pmpd.weights import dense
 from pmpd.weights.checkpoint import Checkpoint, build_skeleton
-from pmpd.weights.hub import local_folder as local_folder
 
 _LAYOUT = 1
 """Raised when what is computed or stored changes, so that an older work folder is not taken up."""
@@ -197,17 +195,8 @@ def _samples(checkpoint: Checkpoint, config: QuantizeConfig, texts: Iterable[str
             f"--calibration-length {config.calibration_length}: the model has {positions} positions; give at "
             f"most as many"
         )
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            checkpoint.folder, trust_remote_code=checkpoint.trust_remote_code, local_files_only=True
-        )
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"checkpoint {checkpoint.folder}: no usable tokenizer in it ({error}); copy the model's "
-            f"tokenizer files there"
-        ) from error
     return calibration_samples(
-        texts, tokenizer, config.num_calibration_samples, config.calibration_length, config.seed
+        texts, checkpoint.tokenizer(), config.num_calibration_samples, config.calibration_length, config.seed
     )
 
 

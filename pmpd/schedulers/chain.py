@@ -41,6 +41,17 @@ def check_chain(precisions: Sequence[int]) -> tuple[int, ...]:
     return chain
 
 
+def parse_chain(text: str, flag: str = "--precisions") -> tuple[int, ...]:
+    """The precision chain of a flag like `4,3,2`."""
+    try:
+        chain = [int(bits) for bits in text.split(",")]
+    except ValueError:
+        raise UserError(
+            f"{flag} {text}: bit widths with commas between them, descending, e.g. 4,3,2"
+        ) from None
+    return check_chain(chain)
+
+
 def pairs_of(chain: Sequence[int]) -> list[tuple[int, int]]:
     return list(pairwise(chain))
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 
 class Segment(NamedTuple):
@@ -106,6 +107,16 @@ def shared_state(model: nn.Module) -> PrecisionState:
         if isinstance(module, PrecisionLinear):
             return module.state
     return PrecisionState()
+
+
+def head_dim(config: PreTrainedConfig) -> int:
+    """Width of one attention head."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def kv_heads(config: PreTrainedConfig) -> int:
+    """Heads of keys and values, which several heads of queries may share."""
+    return getattr(config, "num_key_value_heads", None) or config.num_attention_heads
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:

@@ -21,7 +21,15 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from pmpd.errors import UserError
 
@@ -98,6 +106,18 @@ class Checkpoint:
                     f"then pass --trust-remote-code"
                 ) from error
             raise
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """UserError where the checkpoint has none that can be read."""
+        try:
+            return AutoTokenizer.from_pretrained(
+                self.folder, trust_remote_code=self.trust_remote_code, local_files_only=True
+            )
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"checkpoint {self.folder}: no usable tokenizer in it ({error}); copy the base model's "
+                f"tokenizer files there"
+            ) from error
 
     @cached_property
     def _index(self) -> dict[str, Path]:

@@ -1,0 +1,97 @@
+"""Which model, and how it is loaded: what a command's flags say, and all a worker needs to load it.
+
+Importing this is cheap: a command line that only wants to know the flags waits for no torch, and a worker
+sets its threads before anything starts some.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, get_args
+
+from pmpd.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
+
+    from pmpd.weights.checkpoint import Checkpoint
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+"""What activations and unquantized weights are; auto: float32 on a CPU, float16 on a GPU."""
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A model by its path, with all that decides how it is loaded. Opening and loading are left to whoever
+    holds it, on whatever machine: it is small, picklable, and equal where its fields are."""
+
+    path: str
+    """A checkpoint folder, a JSON of one folder per precision, or a Hugging Face id."""
+    multi_model: bool = False
+    """The path must be such a JSON."""
+    precisions: tuple[int, ...] | None = None
+    """Those to load; None: all that the checkpoint holds."""
+    kernel: str | None = None
+    """Forces an implementation of the multiplication."""
+    dtype: Dtype = "auto"
+    trust_remote_code: bool = False
+    """Runs model code that comes with the checkpoint."""
+    flag: str = "--model-path"
+    """What the user gave the path as; errors name it."""
+
+    def __post_init__(self) -> None:
+        if self.dtype not in get_args(Dtype):
+            raise UserError(f"--dtype {self.dtype}: choose one of {', '.join(get_args(Dtype))}")
+        if os.path.exists(self.path):  # a worker's working directory may be another; an id stays as it is
+            object.__setattr__(self, "path", os.path.abspath(self.path))
+
+    def open(self) -> Checkpoint:
+        """The checkpoint; a Hugging Face id is downloaded. UserError: there is none, or it is damaged."""
+        from pmpd.weights.hub import local_folder
+        from pmpd.weights.mixed import open_checkpoint
+
+        folder = self.path if self.multi_model else local_folder(self.path, self.flag)
+        return open_checkpoint(folder, self.trust_remote_code, self.multi_model)
+
+    def open_unquantized(self) -> Checkpoint:
+        """As `open`. UserError where it is a quantized one."""
+        from pmpd.weights import dense
+
+        checkpoint = self.open()
+        dense.check(checkpoint, self.flag)
+        return checkpoint
+
+    def compute_dtype(self, device: torch.device) -> torch.dtype:
+        import torch
+
+        from pmpd.weights.base import compute_dtype
+
+        return compute_dtype(device) if self.dtype == "auto" else getattr(torch, self.dtype)
+
+
+def check_held(checkpoint: Checkpoint, given: str, asked: dict[str, Sequence[int]]) -> None:
+    """UserError, which calls the checkpoint `given`, for a precision that it does not hold. `asked`: flag ->
+    the precisions that it names."""
+    from pmpd.weights.mixed import precisions_of
+
+    held = precisions_of(checkpoint)
+    for flag, widths in asked.items():
+        absent = [bits for bits in widths if bits not in held]
+        if absent:
+            named, there, lacking = (", ".join(map(str, some)) for some in (widths, held, absent))
+            raise UserError(f"{flag} {named}: {given} holds {there}, not {lacking}")
+
+
+def shared_tokenizer(checkpoints: Sequence[Checkpoint]) -> PreTrainedTokenizerBase:
+    """The tokenizer of checkpoints of one model, the first one's. UserError where they differ."""
+    first, *others = (checkpoint.tokenizer() for checkpoint in checkpoints)
+    for checkpoint, other in zip(checkpoints[1:], others, strict=True):
+        if other.get_vocab() != first.get_vocab():
+            raise UserError(
+                f"{checkpoints[0].folder} and {checkpoint.folder} have different tokenizers; give two "
+                f"checkpoints of one model"
+            )
+    return first

@@ -1,0 +1,84 @@
+"""A model spec says which model, and loads the same one wherever it is taken to."""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from pmpd import PMPDForCausalLM
+from pmpd.farm.load_model import load_model
+from pmpd.farm.worker import Place
+from pmpd.weights.model_spec import ModelSpec, check_held, shared_tokenizer
+from tests.helpers import write_dense
+from tests.test_checkpoint import copied
+
+PROMPT = torch.tensor([[5, 66, 7, 201]])
+PLACE = Place("here", 2)
+
+
+def test_a_worker_elsewhere_loads_the_model_that_the_command_opened(anyprec_folder, monkeypatch, tmp_path):
+    folder = anyprec_folder()
+    monkeypatch.chdir(folder.parent)
+    spec = ModelSpec(folder.name, precisions=(4, 2), kernel="reference")
+    sent = pickle.dumps(spec)
+    monkeypatch.chdir(tmp_path)
+    model, _ = load_model(pickle.loads(sent), PLACE)
+    assert model.precisions == (4, 2)
+    assert model.fingerprint == spec.open().fingerprint()
+    expected = PMPDForCausalLM(folder, kernel="reference").eval()
+    for bits in (4, 2):
+        found = model.generate(PROMPT, 8, bits).input_ids
+        assert torch.equal(found, expected.generate(PROMPT, 8, bits).input_ids)
+
+
+def test_a_spec_is_known_without_torch():
+    """A command's flags are parsed before anything heavy is imported."""
+    code = "import sys; import pmpd.weights.model_spec; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, check=True)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_activations_are_what_dtype_says(anyprec_folder, dtype):
+    model, _ = load_model(ModelSpec(str(anyprec_folder()), dtype=dtype), PLACE)
+    assert next(model.model.parameters()).dtype == getattr(torch, dtype)
+    assert len(model.generate(PROMPT, 4, 3).input_ids[0]) == 8
+
+
+def test_an_unknown_dtype_is_refused_with_those_that_are_known():
+    with pytest.raises(ValueError, match=r"--dtype fp8: choose one of auto, float32, bfloat16, float16"):
+        ModelSpec("model", dtype="fp8")  # type: ignore[arg-type]
+
+
+def test_overflow_of_float16_is_an_error_that_names_the_cure_and_bfloat16_is_one(dense_folder, tmp_path):
+    folder = copied(dense_folder(), tmp_path)
+    tensors = load_file(folder / "model.safetensors")
+    for name in tensors:
+        if name.endswith("mlp.down_proj.weight"):
+            tensors[name] *= 3e4  # finite as float16, its products are not
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    half, _ = load_model(ModelSpec(str(folder), dtype="float16"), PLACE)
+    with pytest.raises(ValueError, match=r"not finite in float16.* as bfloat16 or float32 \(--dtype"):
+        half.generate(PROMPT, 4)
+    model, _ = load_model(ModelSpec(str(folder), dtype="bfloat16"), PLACE)
+    assert len(model.generate(PROMPT, 4).input_ids[0]) == 8
+
+
+def test_precisions_and_tokenizers_that_do_not_fit_are_refused(anyprec_folder, tmp_path):
+    checkpoint = ModelSpec(str(anyprec_folder())).open()
+    check_held(checkpoint, "model", {"--precisions": (4, 3), "--prefill-bit": ()})
+    with pytest.raises(ValueError, match=r"--prefill-bit 8: model holds 4, 3, 2, not 8"):
+        check_held(checkpoint, "model", {"--precisions": (4, 3), "--prefill-bit": (8,)})
+    other = write_dense(tmp_path / "other")
+    text = (other / "tokenizer.json").read_text()
+    (other / "tokenizer.json").write_text(text.replace('"<pad>"', '"<filler>"'))
+    (other / "tokenizer_config.json").write_text(
+        (other / "tokenizer_config.json").read_text().replace('"<pad>"', '"<filler>"')
+    )
+    with pytest.raises(ValueError, match="have different tokenizers; give two checkpoints of one model"):
+        shared_tokenizer([checkpoint, ModelSpec(str(other)).open()])
