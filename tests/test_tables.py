@@ -314,7 +314,10 @@ class PutOnly(pafs.FileSystemHandler):
 def test_an_object_store_gets_one_put_and_no_rename(monkeypatch):
     store = PutOnly()
     file_system = pafs.PyFileSystem(store)
-    monkeypatch.setattr(storage, "resolve", lambda path: (file_system, str(path).removeprefix("store://")))
+    for module in ("files", "dataset", "parquet"):
+        monkeypatch.setattr(
+            f"pmpd.storage.{module}.resolve", lambda path: (file_system, str(path).removeprefix("store://"))
+        )
     write_dataset(Path("labels"), label_rows(6))
     assert sorted(store.objects) == [
         "labels/data/part-0.parquet",

@@ -86,6 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     import tyro
 
     try:
+        rest = _without_secrets(rest)
         module = importlib.import_module(command.module)
         config = tyro.cli(
             getattr(module, command.config), prog=f"pmpd {name}", description=module.__doc__, args=rest
@@ -93,9 +94,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         result = module.main(config)
         return result if isinstance(result, int) else 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {_without_secrets([str(error)], redact=True)[0]}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         again = f"; {command.kept}: run the same command again to go on" if command.kept else ""
         print(f"stopped{again}", file=sys.stderr)
         return INTERRUPTED
+
+
+def _without_secrets(texts: list[str], redact: bool = False) -> list[str]:
+    """Keys and endpoints of URIs are taken off before anything can print or store them. Only where there is a
+    URI: pyarrow, which storage needs, takes a while to import."""
+    if not any("://" in text for text in texts):
+        return texts
+    from pmpd.storage.uri import redacted, without_secrets
+
+    return [redacted(text) if redact else without_secrets(text) for text in texts]

@@ -23,6 +23,7 @@ from rich.progress import (
 from rich.table import Table
 
 import pmpd
+from pmpd import storage
 from pmpd.labeling.prompts import PromptConfig, records
 from pmpd.quantize.convert import QuantizeConfig, Summary, quantize_checkpoint
 from pmpd.weights.hub import local_folder
@@ -38,7 +39,8 @@ class QuantizeJob(QuantizeConfig):
     model_path: str = str(DEMO)
     """Unquantized checkpoint: a folder, or a Hugging Face id."""
     output_dir: str | None = None
-    """Folder to write; default: anyprec-NAME-PARENT-SEED in the current folder."""
+    """Folder to write, or a URI (s3://bucket/folder); default: anyprec-NAME-PARENT-SEED in the current
+    folder."""
     dataset: str = "demo"
     """Calibration texts: demo, a local .json[.gz]/.jsonl/.parquet/.txt file, a folder of such, or a Hugging
     Face id (allenai/c4)."""
@@ -82,7 +84,7 @@ def main(config: QuantizeJob, console: Console | None = None) -> Summary:
         tasks = {stage: bar.add_task(text, total=None, visible=False) for stage, text in _STAGES.items()}
         summary = quantize_checkpoint(
             folder,
-            output,
+            storage.cache_folder(output) if storage.is_uri(output) else output,
             settings,
             texts,
             trust_remote_code=config.trust_remote_code,
@@ -90,6 +92,8 @@ def main(config: QuantizeJob, console: Console | None = None) -> Summary:
                 tasks[stage], completed=done, total=total, visible=True
             ),
         )
+    if storage.is_uri(output):
+        storage.upload_folder(storage.cache_folder(output), output)
     report(summary, output, console)
     return summary
 

@@ -7,15 +7,15 @@ pmpd report --inputs results/a results/b       # several folders, e.g. the unqua
 
 from __future__ import annotations
 
+import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from pmpd import storage
-from pmpd.errors import UserError
 from pmpd.evaluation.compare import compare
 from pmpd.evaluation.results import read_generations
 from pmpd.evaluation.score import ScoreConfig, score
@@ -31,7 +31,7 @@ class ReportJob:
     inputs: tuple[str, ...] = ("results/generate",)
     """Output folders of pmpd generate (everything below them is read)."""
     output_dir: str = "results/report"
-    """Local folder for report.html, report.md, figures/ and scores/."""
+    """Folder or URI (s3://bucket/folder) for report.html, report.md, figures/ and scores/."""
     bert_score: str | None = None
     """Also BERTScore, with the model in this folder or of this name (needs pip install 'pmpd[bertscore]')."""
     metric: str | None = None
@@ -41,16 +41,22 @@ class ReportJob:
     seed: int = 0
     """Seed of the resamples."""
 
-    def __post_init__(self) -> None:
-        if "://" in self.output_dir:
-            raise UserError(
-                f"--output-dir {self.output_dir}: a report is written to a local folder; copy it from there"
-            )
-
 
 def main(job: ReportJob, console: Console | None = None) -> Path:
-    """Writes the report; the path of its page. ValueError for anything the user can cure."""
+    """Writes the report; the path of its page (of a local copy, where the report is written to a URI).
+    UserError for anything the user can cure."""
     console = console or Console()
+    if not storage.is_uri(job.output_dir):
+        return _write(job, job.output_dir, console)
+    local = storage.cache_folder(job.output_dir)
+    shutil.rmtree(local, ignore_errors=True)
+    page = _write(replace(job, output_dir=str(local)), job.output_dir, console)
+    storage.upload_folder(local, job.output_dir)
+    return page
+
+
+def _write(job: ReportJob, told: str, console: Console) -> Path:
+    """Writes into a local folder, and calls it by `told`."""
     begin = time.monotonic()
     config = ScoreConfig(job.resamples, job.seed, job.bert_score)
     if job.metric is not None:
@@ -103,6 +109,7 @@ def main(job: ReportJob, console: Console | None = None) -> Path:
             f"counts them by run"
         )
     console.print(
-        f"report:  {written['report.html']}\nscores:  {storage.data_folder(dataset)}", soft_wrap=True
+        f"report:  {storage.join(told, 'report.html')}\nscores:  {storage.join(told, 'scores', 'data')}",
+        soft_wrap=True,
     )
     return written["report.html"]

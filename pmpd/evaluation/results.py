@@ -54,7 +54,7 @@ def _by_turn(folder: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     if all(row["turn"] is not None for row in rows):
         return rows
     asked = storage.read_table(
-        storage.join(storage.absolute(folder).rpartition("/")[0], "conversations"),
+        storage.join(storage.parent(storage.absolute(folder)), "conversations"),
         ["conversation_id", "turns"],
     )
     turns = {row["conversation_id"]: range(1, len(row["turns"]) + 1) for row in asked.to_pylist()}

@@ -125,7 +125,7 @@ class Pool:
         while len(self.slots) < min(self.wanted, units):
             actor: Any = self._actor.options(
                 num_cpus=self.demand.cpus, num_gpus=self.demand.gpus, scheduling_strategy="SPREAD"
-            ).remote()
+            ).remote(storage.connections())
             arguments = (
                 self.task,
                 self.dataset,

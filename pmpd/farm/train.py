@@ -172,6 +172,7 @@ def _all_reduce(device: torch.device) -> Any:
 
 def _worker(loop: dict[str, Any]) -> None:
     """What each Ray Train worker runs."""
+    storage.connect(loop["connections"])
     context = ray.train.get_context()
     rank, count = context.get_world_rank(), context.get_world_size()
     labels: Labels = loop["labels"]
@@ -245,6 +246,7 @@ def fit(
     if content is not None:
         return _state(content)
     file_system, _ = storage.resolve(data_path)
+    storage.check_tables(storage.list_shards(data_path))  # Ray Data registers types that run code
     shards = [storage.resolve(path)[1] for path in storage.list_shards(data_path)]
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
@@ -259,6 +261,7 @@ def fit(
             "labels": labels,
             "num_heads": num_heads,
             "config": config,
+            "connections": storage.connections(),
             "history_path": storage.join(storage.absolute(output_dir), "runs", f"{name}.jsonl"),
         },
         scaling_config=ray.train.ScalingConfig(
@@ -302,8 +305,14 @@ SPACE = {
 
 
 def _trial(
-    space: dict[str, Any], data_path: str, labels: Labels, num_heads: int, config: TrainConfig
+    space: dict[str, Any],
+    data_path: str,
+    labels: Labels,
+    num_heads: int,
+    config: TrainConfig,
+    connections: dict[str, tuple[str, str]],
 ) -> None:
+    storage.connect(connections)
     torch.set_num_threads(1)
     features = join_features([features_from_table(storage.read_table(data_path, FEATURE_COLUMNS))])
     state = train(labels, features, num_heads, dataclasses.replace(config, **space), heads=["kv_cache"])
@@ -357,7 +366,12 @@ def search(
             seed=config.seed + len(known),  # the same numbers again would try the same settings again
         )
         trainable = tune.with_parameters(
-            _trial, data_path=storage.absolute(data_path), labels=labels, num_heads=num_heads, config=config
+            _trial,
+            data_path=storage.absolute(data_path),
+            labels=labels,
+            num_heads=num_heads,
+            config=config,
+            connections=storage.connections(),
         )
         file_system, output = storage.resolve(output_dir)
         tuner = tune.Tuner(

@@ -152,6 +152,9 @@ def poisons_process(error: BaseException | None) -> bool:
 class Worker:
     """The actor: a loop around a task. Its methods return numbers only; rows go straight to storage."""
 
+    def __init__(self, connections: Mapping[str, tuple[str, str]] | None = None) -> None:
+        storage.connect(connections or {})
+
     def start(
         self,
         task: FarmTask,

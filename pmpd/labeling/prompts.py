@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import posixpath
 import re
 import time
 from collections import Counter
@@ -101,11 +100,7 @@ class PromptConfig:
     @cached_property
     def name(self) -> str:
         """What stands for the dataset in a prompt_id."""
-        return (
-            posixpath.basename(storage.absolute(self.dataset).rstrip("/"))
-            if self.kind == "local"
-            else self.dataset
-        )
+        return storage.base_name(storage.absolute(self.dataset)) if self.kind == "local" else self.dataset
 
 
 def prompt_id(config: PromptConfig, text: str) -> str:

@@ -7,6 +7,7 @@ takes it as it is) and `manifest.json` beside it (what made it). Paths are local
 
 from __future__ import annotations
 
+from pmpd.storage.copies import cache_folder, download_folder, upload_folder
 from pmpd.storage.dataset import (
     Scan,
     Shard,
@@ -25,9 +26,9 @@ from pmpd.storage.dataset import (
 )
 from pmpd.storage.files import (
     ShardWriteError,
+    StorageError,
     absolute,
     exists,
-    join,
     read_bytes,
     remove,
     resolve,
@@ -44,6 +45,7 @@ from pmpd.storage.manifest import (
     read_manifest,
     write_manifest,
 )
+from pmpd.storage.parquet import ForeignTypeError, check_tables, open_parquet, parquet_of
 from pmpd.storage.schemas import (
     CONVERSATIONS,
     GENERATIONS,
@@ -54,6 +56,17 @@ from pmpd.storage.schemas import (
     labels_schema,
     table_schema,
 )
+from pmpd.storage.uri import (
+    base_name,
+    connect,
+    connections,
+    is_uri,
+    join,
+    parent,
+    redacted,
+    shown,
+    without_secrets,
+)
 
 __all__ = [
     "CONVERSATIONS",
@@ -63,36 +76,52 @@ __all__ = [
     "REFERENCES",
     "SCHEMA_VERSION",
     "SCORES",
+    "ForeignTypeError",
     "Lease",
     "LeaseLostError",
     "Scan",
     "Shard",
     "ShardWriteError",
+    "StorageError",
     "absolute",
+    "base_name",
+    "cache_folder",
     "check_config",
+    "check_tables",
+    "connect",
+    "connections",
     "data_folder",
     "differing_keys",
+    "download_folder",
     "drop_rows",
     "exists",
     "git_commit",
     "inspect_shard",
+    "is_uri",
     "is_whole",
     "join",
     "labels_schema",
     "list_shards",
+    "open_parquet",
     "package_versions",
+    "parent",
+    "parquet_of",
     "read_bytes",
     "read_manifest",
     "read_rows",
     "read_shard",
     "read_table",
+    "redacted",
     "remove",
     "remove_temporary",
     "resolve",
     "scan",
     "set_aside",
+    "shown",
     "table_schema",
     "to_table",
+    "upload_folder",
+    "without_secrets",
     "write_bytes",
     "write_manifest",
     "write_shard",

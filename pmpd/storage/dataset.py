@@ -17,8 +17,11 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from pmpd.errors import UserError
-from pmpd.storage.files import exists, join, list_files, remove, resolve, write_bytes
+from pmpd.storage.files import StorageError, exists, list_files, remove, resolve, write_bytes
+from pmpd.storage.multipart import abort_uploads
+from pmpd.storage.parquet import ForeignTypeError, open_parquet
 from pmpd.storage.schemas import features_type
+from pmpd.storage.uri import base_name, join, parent, shown
 
 
 def data_folder(dataset: str | Path) -> str:
@@ -29,16 +32,13 @@ def data_folder(dataset: str | Path) -> str:
 def dataset_folder(path: str | Path) -> str:
     """The dataset's own folder, for this or for its data folder: people pass the one they were shown last."""
     text = str(path).rstrip("/")
-    return (
-        posixpath.dirname(text)
-        if posixpath.basename(text) == "data" and not exists(join(text, "data")) and "/" in text
-        else text
-    )
+    below = base_name(text) == "data" and "/" in shown(text) and not exists(join(text, "data"))
+    return parent(text) if below else text
 
 
 def list_shards(dataset: str | Path) -> list[str]:
     """Full paths of the dataset's shards, sorted; [] where there is none."""
-    return sorted(path for path in list_files(data_folder(dataset)) if path.endswith(".parquet"))
+    return sorted(path for path in list_files(data_folder(dataset)) if shown(path).endswith(".parquet"))
 
 
 def remove_temporary(dataset: str | Path) -> None:
@@ -46,8 +46,9 @@ def remove_temporary(dataset: str | Path) -> None:
     that holds the folder."""
     for folder in (str(dataset), data_folder(dataset)):
         for path in list_files(folder, hidden=True):
-            if path.endswith(".tmp"):
+            if shown(path).endswith(".tmp"):
                 remove(path)
+    abort_uploads(dataset)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -120,11 +121,8 @@ def write_shard(table: pa.Table, path: str | Path, row_group_rows: int | None = 
 
 def read_shard(path: str | Path, columns: Sequence[str] | None = None) -> pa.Table:
     """One shard with its checksums verified."""
-    file_system, inner = resolve(path)
-    with file_system.open_input_file(inner) as file:
-        return pq.ParquetFile(file, page_checksum_verification=True).read(
-            columns=None if columns is None else list(columns)
-        )
+    with open_parquet(path) as parquet:
+        return parquet.read(columns=None if columns is None else list(columns))
 
 
 def read_table(dataset: str | Path, columns: Sequence[str] | None = None) -> pa.Table:
@@ -133,7 +131,7 @@ def read_table(dataset: str | Path, columns: Sequence[str] | None = None) -> pa.
     shards = list_shards(dataset)
     if not shards:
         raise UserError(
-            f"{dataset}: no Parquet in {data_folder(dataset)}; give a dataset folder, e.g. "
+            f"{shown(dataset)}: no Parquet in {shown(data_folder(dataset))}; give a dataset folder, e.g. "
             f"results/label/labels"
         )
     return pa.concat_tables([read_shard(path, columns) for path in shards])
@@ -141,9 +139,7 @@ def read_table(dataset: str | Path, columns: Sequence[str] | None = None) -> pa.
 
 def read_rows(path: str | Path, rows: Sequence[int]) -> list[dict[str, Any]]:
     """The given rows of one shard as dicts, in the given order; reads only the row groups they are in."""
-    file_system, inner = resolve(path)
-    with file_system.open_input_file(inner) as file:
-        parquet = pq.ParquetFile(file, page_checksum_verification=True)
+    with open_parquet(path) as parquet:
         ends = np.cumsum(
             [parquet.metadata.row_group(group).num_rows for group in range(parquet.num_row_groups)]
         )
@@ -175,10 +171,8 @@ def inspect_shard(path: str | Path, id_column: str, full: bool = True) -> Shard:
 
     ValueError where the shard is damaged or has no such column.
     """
-    file_system, inner = resolve(path)
     try:
-        with file_system.open_input_file(inner) as file:
-            parquet = pq.ParquetFile(file, page_checksum_verification=True)
+        with open_parquet(path) as parquet:
             schema = parquet.schema_arrow
             if id_column not in schema.names:
                 raise UserError(f"no column {id_column}")
@@ -187,8 +181,10 @@ def inspect_shard(path: str | Path, id_column: str, full: bool = True) -> Shard:
                 for group in range(parquet.num_row_groups):
                     parquet.read_row_group(group)
             table = parquet.read(columns=wanted)
+    except (StorageError, ForeignTypeError):
+        raise
     except (pa.ArrowException, OSError, ValueError, EOFError) as error:
-        raise UserError(f"shard {path} can't be read: {error}") from error
+        raise UserError(f"shard {shown(path)} can't be read: {error}") from error
     count = len(table)
     errors = table["error"].is_valid().to_pylist() if "error" in wanted else [False] * count
     lengths = (
@@ -223,6 +219,8 @@ def scan(dataset: str | Path, id_column: str = "prompt_id", full: bool = True) -
     def look(path: str) -> Shard | str:
         try:
             return inspect_shard(path, id_column, full)
+        except (StorageError, ForeignTypeError):  # no damage: nothing of it may be set aside
+            raise
         except ValueError as error:
             return str(error)
 
@@ -238,7 +236,7 @@ def scan(dataset: str | Path, id_column: str = "prompt_id", full: bool = True) -
 
 def set_aside(path: str, dataset: str | Path) -> str:
     """Moves an unreadable shard out of the data, into `unreadable/`, and returns its new path."""
-    target = join(dataset, "unreadable", f"{int(time.time())}-{posixpath.basename(path)}")
+    target = join(dataset, "unreadable", f"{int(time.time())}-{base_name(path)}")
     file_system, inner = resolve(path)
     target_inner = resolve(target)[1]
     file_system.create_dir(posixpath.dirname(target_inner), recursive=True)

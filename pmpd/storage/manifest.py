@@ -18,8 +18,9 @@ import pyarrow as pa
 
 from pmpd.errors import UserError
 from pmpd.storage.dataset import dataset_folder, list_shards, scan
-from pmpd.storage.files import join, read_bytes, write_bytes
+from pmpd.storage.files import read_bytes, write_bytes
 from pmpd.storage.schemas import SCHEMA_VERSION
+from pmpd.storage.uri import join, redacted, shown
 
 # ------------------------------------------------------------------------------------------------------------
 
@@ -72,7 +73,7 @@ def write_manifest(
     }
     write_bytes(
         join(dataset, "manifest.json"),
-        json.dumps(manifest, indent=1, sort_keys=False, default=str).encode() + b"\n",
+        redacted(json.dumps(manifest, indent=1, sort_keys=False, default=str)).encode() + b"\n",
     )
 
 
@@ -86,14 +87,13 @@ def read_manifest(dataset: str | Path) -> dict[str, Any] | None:
         manifest = json.loads(content)
     except ValueError as error:
         raise UserError(
-            f"{path}: damaged ({error}); move the folder away or choose another --output-dir"
+            f"{shown(path)}: damaged ({error}); move the folder away or choose another --output-dir"
         ) from error
     if not isinstance(manifest, dict) or manifest.get("schema_version") != SCHEMA_VERSION:
         version = manifest.get("schema_version") if isinstance(manifest, dict) else None
         raise UserError(
-            f"{path}: schema version {version}, this program writes {SCHEMA_VERSION}; choose another output "
-            f"folder, or use the version of "
-            "the program that wrote it"
+            f"{shown(path)}: schema version {version}, this program writes {SCHEMA_VERSION}; choose another "
+            "output folder, or use the version of the program that wrote it"
         )
     return manifest
 
@@ -116,15 +116,15 @@ def check_config(dataset: str | Path, config: Mapping[str, Any]) -> dict[str, An
     if manifest is None:
         if list_shards(dataset):
             raise UserError(
-                f"output folder {dataset}: it holds Parquet but no manifest.json, so it can't be continued; "
-                f"choose another --output-dir"
+                f"output folder {shown(dataset)}: it holds Parquet but no manifest.json, so it can't be "
+                f"continued; choose another --output-dir"
             )
         return None
     different = differing_keys(manifest["config"], config)
     if different:
         raise UserError(
-            f"output folder {dataset}: made with another configuration ({'; '.join(different)}); choose "
-            f"another --output-dir, "
+            f"output folder {shown(dataset)}: made with another configuration ({'; '.join(different)}); "
+            f"choose another --output-dir, "
             "or give the same flags to continue it"
         )
     return manifest

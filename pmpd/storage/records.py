@@ -28,10 +28,10 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.fs as pafs
-import pyarrow.parquet as pq
 
 from pmpd.errors import UserError
 from pmpd.storage import files
+from pmpd.storage.parquet import batches_of, parquet_of
 
 SUFFIXES = (
     ".json",
@@ -494,7 +494,7 @@ def _table_rows(file_system: pafs.FileSystem, path: str, columns: Sequence[str] 
 
 def _batches(file: Any, path: str, columns: Sequence[str] | None) -> Iterator[pa.RecordBatch]:
     if path.endswith(".parquet"):
-        parquet = pq.ParquetFile(file)
+        parquet = parquet_of(file, path)
         _check_columns(path, parquet.schema_arrow.names, columns)
         for index in range(parquet.num_row_groups):
             group = parquet.metadata.row_group(index)
@@ -503,17 +503,11 @@ def _batches(file: Any, path: str, columns: Sequence[str] | None) -> Iterator[pa
                 max(1, min(_BATCH_ROWS, fit)), row_groups=[index], columns=columns
             )
         return
-    try:
-        batches: Iterable[pa.RecordBatch] = pa.ipc.open_stream(file)  # what `datasets` writes
-        schema = batches.schema  # type: ignore[attr-defined]
-    except pa.ArrowInvalid:
-        file.seek(0)
-        opened = pa.ipc.open_file(file)
-        schema = opened.schema
-        batches = (opened.get_batch(index) for index in range(opened.num_record_batches))
-    _check_columns(path, schema.names, columns)
-    for batch in batches:
-        yield batch if columns is None else batch.select(list(columns))
+    for schema, batch in batches_of(file, path):  # a stream is what `datasets` writes
+        if batch is None:
+            _check_columns(path, schema.names, columns)
+        else:
+            yield batch if columns is None else batch.select(list(columns))
 
 
 def _batch_rows(batch: pa.RecordBatch) -> Iterator[tuple[Any, str | None]]:

@@ -14,8 +14,13 @@ CONFIG_FILES = ("*.json", "*.jinja", "*.model", "*.py", "*.tiktoken", "*.txt")
 
 
 def local_folder(model_path: str | Path, name: str = "--model-path") -> Path:
-    """The checkpoint folder, or the JSON file that names several; a Hugging Face id that is neither is
-    downloaded. ValueError where there is none, which calls the path by `name`: what the user gave it as."""
+    """The checkpoint folder, or the JSON file that names several; a Hugging Face id that is neither, or a
+    URI, is downloaded. ValueError where there is none, which calls the path by `name`: what the user gave it
+    as."""
+    if "://" in str(model_path):
+        from pmpd.storage.copies import download_folder
+
+        return download_folder(str(model_path), name)
     folder = Path(model_path)
     if folder.is_dir() or (folder.suffix == ".json" and folder.is_file()):
         return folder
