@@ -190,7 +190,7 @@ def test_a_cut_off_gzip_file_is_never_taken_for_a_short_one(tmp_path):
 def test_rows_of_any_length_are_read_in_bounded_batches(tmp_path, monkeypatch):
     monkeypatch.setattr(reader, "_BATCH_BYTES", 10_000)
     pq.write_table(pa.table({"text": [f"{i}" * 4000 for i in range(10)]}), tmp_path / "a.parquet")
-    with open(tmp_path / "a.parquet", "rb") as file:
+    with pa.OSFile(str(tmp_path / "a.parquet")) as file:
         sizes = [batch.num_rows for batch in reader._batches(file, "a.parquet", ["text"])]
     assert max(sizes) <= 4
     assert sum(sizes) == 10
