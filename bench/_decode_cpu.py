@@ -25,7 +25,7 @@ from bench.linear import copy_bandwidth
 from pmpd import PMPDForCausalLM, Scheduler, demo
 from pmpd.decode.requests import Request
 from pmpd.demo.texts import MIN_PROMPT_CHARACTERS, documents_of
-from pmpd.kernels import cpu
+from pmpd.kernels import native
 from pmpd.schedulers.artefact import ArtefactConfig, save_artefact
 from pmpd.schedulers.base import Scheduler as AnyScheduler
 from pmpd.schedulers.chain import class_steps
@@ -206,7 +206,7 @@ def main(config: DecodeCpuConfig, output: Path = _record.RESULTS) -> None:
     shape = _random_llama.Shape(**{**vars(_random_llama.LLAMA_1B), "num_hidden_layers": config.layers})
     mib = {str(bits): shape.step_bytes(bits) / 2**20 for bits in (16, *PRECISIONS)}
     print(
-        f"{_record.hardware()}; {cpu.describe()}\nroof: a copy moves {bandwidth / 1e9:.1f} GB/s (read + "
+        f"{_record.hardware()}; {native.describe()}\nroof: a copy moves {bandwidth / 1e9:.1f} GB/s (read + "
         f"written)"
     )
     print(
@@ -222,7 +222,7 @@ def main(config: DecodeCpuConfig, output: Path = _record.RESULTS) -> None:
         print(f"{'met   ' if bar['met'] else 'MISSED'} {bar['bar']}: {bar['measured']:.2f}")
     settings = {
         "threads": config.threads, "rounds": config.rounds, "dtype": "bfloat16",
-        "kernel": cpu.LEVELS[cpu.active_level()],
+        "kernel": native.LEVELS[native.active_level()],
         "prompt_tokens": config.prompt_tokens,
         "new_tokens": {"demo": config.demo_tokens, "1.1B": config.tokens},
     }  # fmt: skip

@@ -10,7 +10,6 @@ them. Weights rotate over copies, so they come from memory, not from a cache.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import statistics
 import time
 from collections.abc import Callable
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from bench import _record
 from pmpd.kernels import cpu
+from pmpd.kernels import native as library
 from pmpd.kernels.base import PackedWeights
 
 BITS = (4, 3, 2)
@@ -59,7 +59,7 @@ def main(config: LinearBenchConfig) -> None:
     clock = time.thread_time if config.clock == "cpu" else time.perf_counter
     bandwidth = copy_bandwidth(clock)
     print(
-        f"{_record.hardware()}; {cpu.describe()}\nroof: a copy moves {bandwidth / 1e9:.1f} GB/s (read + "
+        f"{_record.hardware()}; {library.describe()}\nroof: a copy moves {bandwidth / 1e9:.1f} GB/s (read + "
         f"written)"
     )
     rows = []
@@ -74,7 +74,7 @@ def main(config: LinearBenchConfig) -> None:
         "threads": config.threads,
         "clock": config.clock,
         "rounds": config.rounds,
-        "kernel": cpu.LEVELS[cpu.active_level()],
+        "kernel": library.LEVELS[library.active_level()],
     }
     print(
         _record.write(
@@ -115,11 +115,15 @@ def measure(
     tables = {
         b: (0.02 * torch.randn(out_features, 2**b, generator=generator)).sort(1).values.half() for b in BITS
     }
-    native = cpu.NativeMatrix(PackedWeights(planes, tables), dtype)
-    exact = {b: cpu.NativeMatrix(PackedWeights(planes, tables), torch.float32).dequantize(b) for b in BITS}
+    packed = PackedWeights(planes, tables)
+    native = cpu.build(packed, dtype)
+    exact = {b: cpu.NativeMatrix(packed, torch.float32).dequantize(b) for b in BITS}
     copies = [
         native,
-        *(twin(native) for _ in range(config.rotate_bytes // (out_features * in_features * 2 // 8))),
+        *(
+            cpu.build(packed, dtype)
+            for _ in range(config.rotate_bytes // (out_features * in_features * 2 // 8))
+        ),
     ]
     dense = [native.dequantize(4)]
     dense += [dense[0].clone() for _ in range(config.rotate_bytes // dense[0].nbytes)]
@@ -167,17 +171,6 @@ def measure(
                 + (f", error {row['relative_error']:.1e}" if "relative_error" in row else "")
             )
     return rows
-
-
-def twin(matrix: cpu.NativeMatrix) -> cpu.NativeMatrix:
-    """The same matrix at another address."""
-    copy = object.__new__(cpu.NativeMatrix)
-    copy.__dict__.update(matrix.__dict__, _levels=[level.clone() for level in matrix._levels])
-    copy._matrix = type(matrix._matrix).from_buffer_copy(matrix._matrix)
-    for index, level in enumerate(copy._levels):
-        copy._matrix.level[index] = level.data_ptr()
-    copy._address = ctypes.addressof(copy._matrix)
-    return copy
 
 
 def check_bars(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -12,17 +12,18 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pmpd.kernels import cpu
+from pmpd.kernels import cpu, native
 from pmpd.kernels.base import PackedWeights
 from pmpd.kernels.bitplanes import pack
+from pmpd.kernels.cpu_fixed import ByteMatrix, FixedMatrix
 from pmpd.kernels.reference import ReferenceMatrix
 
 CPU = torch.device("cpu")
 PROBLEM = cpu.unavailable(CPU, torch.float32)
 pytestmark = pytest.mark.skipif(PROBLEM is not None, reason=str(PROBLEM))
 
-HIGHEST = -1 if PROBLEM else cpu._library().functions.pmpd_highest_level()
-LEVELS = cpu.LEVELS[: HIGHEST + 1]
+HIGHEST = -1 if PROBLEM else native.functions().pmpd_highest_level()
+LEVELS = native.LEVELS[: HIGHEST + 1]
 
 # Errors are measured against sum(|x| |w|), what a sum of products can be off by whatever its own size.
 FLOAT32_TOLERANCE = 2e-6
@@ -63,16 +64,22 @@ def relative_error(
 
 
 def fixed_point_error(x: torch.Tensor, w: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """[M, N], as NativeMatrix states it: 2⁻¹⁴ of the largest value of the row, and of the largest of 512
+    """[M, N], as `pmpd.kernels.cpu_fixed` states it: 1/254 of the row's range, and of the largest of 256
     columns of the token."""
-    x, w = x.double().abs(), w.double().abs()
-    largest = torch.cat([part.amax(1, keepdim=True).expand_as(part) for part in x.split(512, dim=1)], dim=1)
-    return (x.sum(1, keepdim=True) * table.double().abs().amax(1) + largest @ w.T) / 2**14
+    x, w, table = x.double().abs(), w.double().abs(), table.double()
+    largest = torch.cat([part.amax(1, keepdim=True).expand_as(part) for part in x.split(256, dim=1)], dim=1)
+    # the token's own rounding meets the rounded table, whose values are at most half a step larger
+    reach = table.amax(1) - table.amin(1)
+    return (x.sum(1, keepdim=True) * reach + largest @ w.T + largest.sum(1, keepdim=True) * reach / 254) / 254
+
+
+def allowed(matrix, x: torch.Tensor, w: torch.Tensor, packed: PackedWeights, bits: int):
+    return fixed_point_error(x, w, packed.tables[bits]) if isinstance(matrix, FixedMatrix) else 0.0
 
 
 @pytest.fixture(params=LEVELS)
 def level(request, monkeypatch) -> str:
-    monkeypatch.setenv(cpu.LEVEL_VARIABLE, request.param)
+    monkeypatch.setenv(native.LEVEL_VARIABLE, request.param)
     return request.param
 
 
@@ -80,13 +87,14 @@ def level(request, monkeypatch) -> str:
 @pytest.mark.parametrize("parent", range(2, 9))
 def test_every_level_equals_the_reference_at_every_precision(level, dtype, parent):
     packed = random_packed(7, 1056, parent, seed=parent, bias=True)
-    native, reference = cpu.NativeMatrix(packed, dtype), ReferenceMatrix(packed, dtype)
+    matrix, reference = cpu.build(packed, dtype), ReferenceMatrix(packed, dtype)
     for bits in packed.tables:
         w = reference.dequantize(bits)
-        assert torch.equal(native.dequantize(bits), w)
+        assert torch.equal(matrix.dequantize(bits), w)
         x = torch.randn(3, 1056).to(dtype)
         tolerance = FLOAT32_TOLERANCE if dtype == torch.float32 else BFLOAT16_TOLERANCE
-        assert relative_error(native.multiply(x, bits), x, w, packed.bias) < tolerance
+        beside = allowed(matrix, x, w, packed, bits)
+        assert relative_error(matrix.multiply(x, bits), x, w, packed.bias, beside) < tolerance
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -115,12 +123,11 @@ def test_any_shape_multiplies_as_the_reference(
     tolerance = FLOAT32_TOLERANCE if dtype == torch.float32 else BFLOAT16_TOLERANCE
     for name in LEVELS:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setenv(cpu.LEVEL_VARIABLE, name)
-            native = cpu.NativeMatrix(packed, dtype)
-        assert torch.equal(native.dequantize(bits), w), name
-        fixed = name == "avx512vnni" and dtype == torch.bfloat16
-        beside = fixed_point_error(x, w, packed.tables[bits]) if fixed else 0.0
-        assert relative_error(native.multiply(x, bits), x, w, packed.bias, beside) < tolerance, name
+            patch.setenv(native.LEVEL_VARIABLE, name)
+            matrix = cpu.build(packed, dtype)
+        assert torch.equal(matrix.dequantize(bits), w), name
+        beside = allowed(matrix, x, w, packed, bits)
+        assert relative_error(matrix.multiply(x, bits), x, w, packed.bias, beside) < tolerance, name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -128,7 +135,7 @@ def test_any_shape_multiplies_as_the_reference(
 @pytest.mark.parametrize("tokens", [1, 5, 16, 17, 32])
 def test_bits_of_a_result_do_not_depend_on_threads(level, dtype, bits, tokens):
     packed = random_packed(301, 704, bits, seed=1, bias=True)
-    matrix, x = cpu.NativeMatrix(packed, dtype), torch.randn(tokens, 704).to(dtype)
+    matrix, x = cpu.build(packed, dtype), torch.randn(tokens, 704).to(dtype)
     before, results = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
@@ -144,7 +151,7 @@ def test_bits_of_a_result_do_not_depend_on_threads(level, dtype, bits, tokens):
 @pytest.mark.parametrize("bits", [2, 4, 5])
 def test_bits_of_a_token_do_not_depend_on_its_batch_mates(level, dtype, bits):
     packed = random_packed(9, 1120, bits, seed=2, bias=False)
-    matrix, x = cpu.NativeMatrix(packed, dtype), torch.randn(16, 1120).to(dtype)
+    matrix, x = cpu.build(packed, dtype), torch.randn(16, 1120).to(dtype)
     alone = torch.cat([matrix.multiply(x[i : i + 1], bits) for i in range(16)])
     for tokens in (2, 3, 5, 8, 11, 16):
         assert torch.equal(matrix.multiply(x[:tokens], bits), alone[:tokens]), (
@@ -154,7 +161,7 @@ def test_bits_of_a_token_do_not_depend_on_its_batch_mates(level, dtype, bits):
 
 def test_many_tokens_and_leading_dimensions_work(level):
     packed = random_packed(37, 96, 4, seed=3, bias=True)
-    matrix = cpu.NativeMatrix(packed, torch.float32)
+    matrix = cpu.build(packed, torch.float32)
     x = torch.randn(4, 20, 96)
     y = matrix.multiply(x, 3)
     assert y.shape == (4, 20, 37)
@@ -172,7 +179,7 @@ def test_many_tokens_and_leading_dimensions_work(level):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_not_finite_is_not_hidden(level, dtype, bad):
-    matrix = cpu.NativeMatrix(random_packed(4, 544, 2, seed=4, bias=False), dtype)
+    matrix = cpu.build(random_packed(4, 544, 2, seed=4, bias=False), dtype)
     x = torch.randn(2, 544).to(dtype)
     x[1, 530] = bad
     y = matrix.multiply(x, 2)
@@ -182,7 +189,7 @@ def test_what_is_not_finite_is_not_hidden(level, dtype, bad):
 
 def test_nothing_of_the_source_is_kept():
     packed = random_packed(8, 512, 4, seed=5, bias=True)
-    matrix = cpu.NativeMatrix(packed, torch.float32)
+    matrix = cpu.build(packed, torch.float32)
     x = torch.randn(1, 512)
     before = matrix.multiply(x, 4)
     packed.planes.zero_()
@@ -193,7 +200,7 @@ def test_nothing_of_the_source_is_kept():
 
 
 def test_wrong_inputs_are_refused_with_what_is_allowed():
-    matrix = cpu.NativeMatrix(random_packed(4, 64, 3, seed=6, bias=False), torch.float32)
+    matrix = cpu.build(random_packed(4, 64, 3, seed=6, bias=False), torch.float32)
     with pytest.raises(ValueError, match="at 3, 2"):
         matrix.multiply(torch.zeros(1, 64), 4)
     with pytest.raises(ValueError, match="64"):
@@ -203,24 +210,59 @@ def test_wrong_inputs_are_refused_with_what_is_allowed():
     assert "float16" in cpu.unavailable(CPU, torch.float16)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_gets_no_memory_says_so_instead_of_answering(level, dtype):
+    packed, x = random_packed(8, 512, 4, seed=8, bias=False), torch.randn(2, 512).to(dtype)
+    matrix = cpu.build(packed, dtype)
+    cache, one = torch.randn(1, 2, 16, 32), torch.tensor([1])
+    calls = {"pack": lambda: cpu.build(packed, dtype)}
+    calls["attention"] = lambda: cpu.decode_attention(cache[:, :, 0], cache, cache, one - 1, one, 1.0)
+    if dtype == torch.bfloat16:
+        calls["multiply"] = lambda: matrix.multiply(x, 3)
+    if isinstance(matrix, FixedMatrix):
+        calls["dequantize"] = lambda: matrix.dequantize(3)
+    native.functions().pmpd_limit_memory(0)
+    try:
+        for name, call in calls.items():
+            with pytest.raises(MemoryError, match=name):
+                call()
+    finally:
+        native.functions().pmpd_limit_memory(-1)
+    for call in calls.values():
+        call()
+
+
+@pytest.mark.skipif("avx2" not in LEVELS, reason="fixed point needs AVX2")
+def test_a_matrix_of_bytes_multiplies_as_stated():
+    weight, x = torch.randn(37, 416) + 0.3, torch.randn(9, 416).bfloat16()
+    matrix = ByteMatrix(weight.bfloat16())
+    w = matrix.dequantize()
+    reach = weight.amax(1) - weight.amin(1)
+    assert ((w - weight.bfloat16().float()).abs() <= reach[:, None] / 500).all()
+    y = matrix.multiply(x)
+    beside = fixed_point_error(x, w, torch.zeros(37, 2))
+    assert relative_error(y, x, w, None, beside) < BFLOAT16_TOLERANCE
+    assert torch.equal(torch.cat([matrix.multiply(row[None]) for row in x]), y)
+
+
 def test_a_forced_level_that_does_not_exist_is_refused(monkeypatch):
-    monkeypatch.setenv(cpu.LEVEL_VARIABLE, "avx9000")
+    monkeypatch.setenv(native.LEVEL_VARIABLE, "avx9000")
     with pytest.raises(ValueError, match="portable"):
-        cpu.active_level()
+        native.active_level()
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs /proc")
 def test_the_library_brings_no_second_openmp_runtime():
     script = (
         "import torch\n"
-        "from pmpd.kernels import cpu\n"
+        "from pmpd.kernels import cpu, native\n"
         "from tests.test_kernels_cpu import random_packed\n"
         "torch.set_num_threads(2)\n"
-        "cpu.NativeMatrix(random_packed(1024, 1024, 4, 0, False), torch.float32).multiply(torch.zeros(1, "
+        "cpu.build(random_packed(1024, 1024, 4, 0, False), torch.float32).multiply(torch.zeros(1, "
         "1024), 4)\n"
         "lines = open('/proc/self/maps').read().split()\n"
         "print(len({w for w in lines if any(n in w for n in ('libgomp', 'libomp', 'libiomp'))}), "
-        "cpu._library().threads)\n"
+        "native.library().threads)\n"
     )
     root = Path(__file__).parent.parent
     out = subprocess.run(
@@ -234,8 +276,8 @@ def test_the_library_brings_no_second_openmp_runtime():
 
 
 def test_a_library_of_other_sources_is_refused(monkeypatch):
-    monkeypatch.setattr(cpu._sources, "fingerprint", lambda: "0" * 16)
-    path, problem = cpu._find()
+    monkeypatch.setattr(native._sources, "fingerprint", lambda: "0" * 16)
+    path, problem = native._find()
     assert path is None
     assert "pip install" in problem
 

@@ -14,7 +14,7 @@ import torch
 
 from pmpd import gpu
 from pmpd.cli import kernels
-from pmpd.kernels import cpu, dispatch
+from pmpd.kernels import cpu, dispatch, native
 
 CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[1]
@@ -24,10 +24,10 @@ COMPILERS = (os.environ.get("CXX", "c++"), "g++", "clang++")
 @pytest.fixture
 def no_library(monkeypatch):
     """A process that has not looked for the library yet, and will find none."""
-    monkeypatch.setattr(cpu._sources, "LIBRARY", "absent.so")
-    cpu._library.cache_clear()
+    monkeypatch.setattr(native._sources, "LIBRARY", "absent.so")
+    native.library.cache_clear()
     yield
-    cpu._library.cache_clear()
+    native.library.cache_clear()
 
 
 @pytest.mark.skipif(not any(map(shutil.which, COMPILERS)), reason="no C++ compiler")
@@ -77,7 +77,7 @@ def test_the_page_says_what_is_in_use(monkeypatch, capsys):
         dispatch.explain(CPU, dtype) in line
         for dtype, line in zip((torch.float32, torch.bfloat16), lines, strict=False)
     )
-    assert cpu.describe() in lines[3]
+    assert native.describe() in lines[3]
     assert lines[4].startswith("cuda")
 
 
@@ -87,7 +87,7 @@ def test_the_page_says_what_is_in_use(monkeypatch, capsys):
         (dispatch.ENVIRONMENT, "cpu", "float16   error: kernel 'cpu' was asked for, but"),
         (dispatch.ENVIRONMENT, "abacus", "known are cpu, triton, reference"),
         pytest.param(
-            *(cpu.LEVEL_VARIABLE, "avx9000", "error: PMPD_CPU_LEVEL=avx9000"),
+            *(native.LEVEL_VARIABLE, "avx9000", "error: PMPD_CPU_LEVEL=avx9000"),
             marks=pytest.mark.skipif(
                 cpu.unavailable(CPU, torch.float32) is not None, reason="no library, no levels"
             ),

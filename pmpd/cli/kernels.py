@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from pmpd import gpu
-from pmpd.kernels import cpu, dispatch
+from pmpd.kernels import dispatch, native
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class KernelsJob:
 
 def main(job: KernelsJob) -> None:
     _explain("cpu", torch.float32, torch.bfloat16, torch.float16)
-    print(f"native CPU library: {_say(cpu.describe)}; torch uses {torch.get_num_threads()} threads")
+    print(f"native CPU library: {_say(native.describe)}; torch uses {torch.get_num_threads()} threads")
     if gpu.available():
         _explain("cuda", torch.float16, torch.bfloat16, torch.float32)
     else:

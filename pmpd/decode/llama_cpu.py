@@ -4,8 +4,9 @@ operations.
 A decode step of a small model on a CPU is mostly module overhead. For the plain Llama tree (also Mistral's
 and Qwen2's, which are the same modules) the forward is written out here: one multiplication for q, k and v,
 one for gate and up, fused norms, and, where the dequantized matrices of all precisions fit a budget, weights
-in oneDNN's own layout. The generic path through the model's modules stays the truth: tests compare the two,
-and anything not recognised takes it.
+in oneDNN's own layout. Where all matrices are in fixed point, a decode step is one call of the native library
+(`pmpd.kernels.llama_step`). The generic path through the model's modules stays the truth: tests compare the
+two, and anything not recognised takes it.
 
 Legend: n tokens of the flat forward, C hidden size, Hq query heads, H KV heads, D head dim.
 """
@@ -20,6 +21,8 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM, MistralForCausalLM, PreTrainedModel, Qwen2ForCausalLM
 
 from pmpd.decode.slots import Plan, SlotCache, attend_slots
+from pmpd.kernels.cpu_fixed import ByteMatrix, FixedMatrix
+from pmpd.kernels.llama_step import COLUMNS_MULTIPLE, LayerWeights, NativeStep
 from pmpd.weights.base import PrecisionLinear, PrecisionState, head_dim
 
 if TYPE_CHECKING:
@@ -36,9 +39,12 @@ _LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 
 
 class LeanForward:
-    """The written-out forward of one recognised model on a CPU."""
+    """The written-out forward of one recognised model on a CPU.
 
-    def __init__(self, model: PreTrainedModel, state: PrecisionState) -> None:
+    `head_bits` 8: the head multiplies from signed bytes, where the decode step is native.
+    """
+
+    def __init__(self, model: PreTrainedModel, state: PrecisionState, head_bits: int = 16) -> None:
         self.model = model
         self.state = state
         tree, config = model.model, model.config
@@ -48,10 +54,13 @@ class LeanForward:
         self.head_dim = head_dim(config)
         self.heads = config.num_attention_heads
         self.kv_heads = config.num_key_value_heads
-        keep = _dense_bytes(model) <= DENSE_BYTES
+        self.scaling = tree.layers[0].self_attn.scaling
+        self.native = _native_step(self, head_bits)
+        keep = self.native is None and _dense_bytes(model) <= DENSE_BYTES
         # one precision and no codes, so the head alone is worth a second copy in oneDNN's layout (1.1 B
         # model: 7 ms a step instead of 10)
-        self.head = _Product([model.lm_head], keep or model.lm_head.weight.nbytes <= DENSE_BYTES)
+        keep_head = self.native is None and model.lm_head.weight.nbytes <= DENSE_BYTES
+        self.head = _Product([model.lm_head], keep or keep_head)
         self.layers = [
             (
                 layer.input_layernorm,
@@ -64,11 +73,12 @@ class LeanForward:
             )
             for layer in tree.layers[: config.num_hidden_layers]
         ]
-        self.scaling = tree.layers[0].self_attn.scaling
 
     def __call__(self, input_ids: Tensor, plan: Plan, keep: Tensor | None, cache: SlotCache) -> Tensor:
         """Logits [len(keep), V] (None: of all tokens) of the flat forward `input_ids` int64 [n]."""
         segments, n = self.state.segments, len(input_ids)
+        if self.native is not None and not plan.stretches and keep is None:
+            return self._native(self.native, input_ids, plan, cache)
         x = self.embedding[input_ids]  # [n, C]
         cos, sin = (table[0, :, None] for table in self.rotary(x, plan.positions[None]))  # [n, 1, D]
         half = self.head_dim // 2
@@ -86,10 +96,62 @@ class LeanForward:
             x = x + out(attended.reshape(n, -1), segments)
             gate, up = gate_up(_rms_norm(post_norm, x), segments).chunk(2, dim=-1)
             x = x + down(nn.functional.silu(gate) * up, segments)
-        return self.head(_rms_norm(self.norm, x if keep is None else x[keep]), ())
+        x = _rms_norm(self.norm, x if keep is None else x[keep])
+        if self.native is not None and self.native.byte_head is not None:
+            return self.native.byte_head.multiply(x)
+        return self.head(x, ())
+
+    def _native(self, step: NativeStep, input_ids: Tensor, plan: Plan, cache: SlotCache) -> Tensor:
+        """A decode step: float32 logits [n, V]."""
+        some = self.embedding.new_empty(1, 0, dtype=torch.float32)
+        cos, sin = (table[0] for table in self.rotary(some, plan.positions[None]))  # [n, D]
+        like = self.embedding.new_empty(0, self.kv_heads, self.head_dim)
+        cache.allocate(len(self.layers) - 1, like, like)
+        return step(
+            input_ids, plan.slots, plan.lengths, cos, sin, self.state.segments, cache.keys, cache.values
+        )
 
 
-def recognise(model: PreTrainedModel, state: PrecisionState) -> LeanForward | None:
+def _native_step(forward: LeanForward, head_bits: int) -> NativeStep | None:
+    """The whole step in the native library where every matrix is in fixed point, else None."""
+    model = forward.model
+    config, tree = model.config, model.model
+    sizes = (config.hidden_size, config.intermediate_size, 2 * forward.head_dim)
+    if any(size % COLUMNS_MULTIPLE for size in sizes):
+        return None
+    if forward.embedding.dtype != torch.bfloat16 or model.lm_head.bias is not None:
+        return None
+    layers = []
+    for layer in tree.layers[: config.num_hidden_layers]:
+        attention, mlp = layer.self_attn, layer.mlp
+        linears = (
+            *(attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj),
+            *(mlp.gate_proj, mlp.up_proj, mlp.down_proj),
+        )
+        matrices = [
+            matrix for linear in linears if isinstance(matrix := getattr(linear, "matrix", None), FixedMatrix)
+        ]
+        if len(matrices) < len(linears):
+            return None
+        norms = layer.input_layernorm, layer.post_attention_layernorm
+        if any(norm.variance_epsilon != forward.norm.variance_epsilon for norm in norms):
+            return None
+        layers.append(LayerWeights(norms[0].weight, norms[1].weight, matrices, _window(attention)))
+    head = model.lm_head.weight
+    return NativeStep(
+        layers,
+        forward.embedding.detach().contiguous(),
+        forward.norm.weight,
+        ByteMatrix(head) if head_bits == 8 else head.detach().contiguous(),
+        forward.heads,
+        forward.kv_heads,
+        forward.head_dim,
+        forward.norm.variance_epsilon,
+        forward.scaling,
+    )
+
+
+def recognise(model: PreTrainedModel, state: PrecisionState, head_bits: int = 16) -> LeanForward | None:
     """The lean forward where `model` is exactly a tree it knows, on a CPU; else None."""
     if type(model) not in _TREES or next(model.parameters()).device.type != "cpu":
         return None
@@ -113,7 +175,7 @@ def recognise(model: PreTrainedModel, state: PrecisionState) -> LeanForward | No
             return None
         if type(layer.input_layernorm).__name__ not in ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm"):
             return None
-    return LeanForward(model, state)
+    return LeanForward(model, state, head_bits)
 
 
 class _Product:

@@ -94,13 +94,13 @@ class SlotCache(Cache):
     def write(self, new_keys: Tensor, new_values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """Writes the new tokens' [n, H, D] to their slots and returns the whole layer's keys and values."""
         assert self.plan is not None
-        self._allocate(layer, new_keys, new_values)
+        self.allocate(layer, new_keys, new_values)
         keys, values = self.keys[layer], self.values[layer]
         keys[self.plan.slots, :, self.plan.positions] = new_keys
         values[self.plan.slots, :, self.plan.positions] = new_values
         return keys, values
 
-    def _allocate(self, layer: int, keys: Tensor, values: Tensor) -> None:
+    def allocate(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """Makes layers up to `layer` that hold heads like these [n, H, D]."""
         while len(self.keys) <= layer:
             self.keys.append(keys.new_zeros(self.slots, keys.shape[1], self.length, keys.shape[2]))
@@ -133,7 +133,7 @@ class SlotCache(Cache):
     @torch.inference_mode()
     def write_slot(self, slot: int, layers: Sequence[tuple[Tensor, Tensor]]) -> None:
         for index, (keys, values) in enumerate(layers):
-            self._allocate(index, keys.transpose(0, 1), values.transpose(0, 1))
+            self.allocate(index, keys.transpose(0, 1), values.transpose(0, 1))
             self.keys[index][slot, :, : keys.shape[1]] = keys
             self.values[index][slot, :, : values.shape[1]] = values
 

@@ -15,6 +15,17 @@ INLINE Floats load_floats_at(const float* at) {
     return v;
 }
 
+INLINE Floats load_floats_at(const uint16_t* at) {  // bfloat16
+    typedef uint16_t Halves __attribute__((vector_size(32)));
+    typedef uint32_t Words __attribute__((vector_size(64)));
+    Halves halves;
+    __builtin_memcpy(&halves, at, sizeof(halves));
+    const Words words = __builtin_convertvector(halves, Words) << 16;
+    Floats v;
+    __builtin_memcpy(&v, &words, sizeof(v));
+    return v;
+}
+
 INLINE float sum_lanes(const Floats& v) {
     typedef float Eight __attribute__((vector_size(32)));
     typedef float Four __attribute__((vector_size(16)));
@@ -48,14 +59,15 @@ INLINE Floats exponential(const Floats& x) {
     return x < -87.0f ? Floats{} : p * power;
 }
 
-// Items begin..end of [rows, key heads].
-void attend(const Attention* a, float* scores, int64_t begin, int64_t end) {
+// Items begin..end of [rows, key heads]; caches of T, float or (as uint16_t) bfloat16.
+template <class T>
+INLINE void attend_items(const Attention* a, float* scores, int64_t begin, int64_t end) {
     const int64_t group = a->query_heads / a->key_heads, dim = a->dim;
     for (int64_t item = begin; item < end; ++item) {
         const int64_t row = item / a->key_heads, head = item % a->key_heads, length = a->lengths[row];
         const int64_t first = a->window > 0 && length > a->window ? length - a->window : 0, count = length - first;
-        const float* keys = a->keys + a->slots[row] * a->slot_stride + head * a->head_stride + first * a->position_stride;
-        const float* values = a->values + a->slots[row] * a->slot_stride + head * a->head_stride + first * a->position_stride;
+        const T* keys = (const T*)a->keys + a->slots[row] * a->slot_stride + head * a->head_stride + first * a->position_stride;
+        const T* values = (const T*)a->values + a->slots[row] * a->slot_stride + head * a->head_stride + first * a->position_stride;
         const int64_t room = (count + LANES - 1) / LANES * LANES;
         for (int64_t g = 0; g < group; ++g) {
             const float* q = a->queries + (row * a->query_heads + head * group + g) * dim;
@@ -89,5 +101,7 @@ void attend(const Attention* a, float* scores, int64_t begin, int64_t end) {
         }
     }
 }
+
+void attend(const Attention* a, float* scores, int64_t begin, int64_t end) { attend_items<float>(a, scores, begin, end); }
 
 }  // namespace

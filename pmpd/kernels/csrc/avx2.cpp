@@ -55,7 +55,7 @@ struct Sums {
 };
 
 template <int B, int R, int MT, int QUARTER>
-INLINE void quarter(const uint8_t* const (&pairs)[R], const uint8_t* const (&plane)[R][MAX_LEVELS], const float* const (&table)[R],
+INLINE void quarter(const uint8_t* const (&pairs)[R], const uint8_t* const (&plane)[R][MAX_STREAMS], const float* const (&table)[R],
                     const float* const (&x)[MT], int runs, int64_t column, Sums<R, MT>& sums) {
     __m256 first[R], second[R];
     for (int r = 0; r < R; ++r) {
@@ -111,14 +111,14 @@ void dot_group(const Job* job, const Shape& s, int64_t group, int64_t token, int
         for (int64_t block = 0; block < s.full_blocks + (s.tail_runs > 0); ++block) {
             const int runs = block < s.full_blocks ? BLOCK_RUNS : s.tail_runs;
             const int64_t pair_bytes = block < s.full_blocks ? 128 : s.tail_pair_bytes, column = block * BLOCK_COLUMNS;
-            const uint8_t *pairs[R], *plane[R][MAX_LEVELS] = {};
+            const uint8_t *pairs[R], *plane[R][MAX_STREAMS] = {};
             for (int r = 0; r < R; ++r) {
-                pairs[r] = m->level[0] + group * s.group_bytes[0] + block * GROUP_ROWS * 128 + (row + r) * pair_bytes;
+                pairs[r] = m->stream[0] + group * s.group_bytes[0] + block * GROUP_ROWS * 128 + (row + r) * pair_bytes;
                 _mm_prefetch((const char*)pairs[r] + 4096, _MM_HINT_T0);
                 _mm_prefetch((const char*)pairs[r] + 4160, _MM_HINT_T0);
-                for (int level = 1; level < B - 1; ++level) {
-                    plane[r][level] = m->level[level] + group * s.group_bytes[1] + (block * GROUP_ROWS + row + r) * 64;
-                    _mm_prefetch((const char*)plane[r][level] + 2048, _MM_HINT_T0);
+                for (int stream = 1; stream < B - 1; ++stream) {
+                    plane[r][stream] = m->stream[stream] + group * s.group_bytes[1] + (block * GROUP_ROWS + row + r) * 64;
+                    _mm_prefetch((const char*)plane[r][stream] + 2048, _MM_HINT_T0);
                 }
             }
             quarter<B, R, MT, 0>(pairs, plane, table, x, runs < 8 ? runs : 8, column, sums);
@@ -152,7 +152,7 @@ void linear(const Job* job, int64_t begin, int64_t end) {
 
 }  // namespace
 
-const Level avx2_level = {"avx2", linear, nullptr, nullptr, nullptr, attend};
+const Level avx2_level = {"avx2", linear, nullptr, attend};
 
 #if defined(__clang__)
 #pragma clang attribute pop

@@ -238,7 +238,7 @@ void dequantize(const Job* job, int64_t begin, int64_t end) {
 
 }  // namespace
 
-const Level avx512_level = {"avx512", linear, nullptr, nullptr, dequantize, attend};
+const Level avx512_level = {"avx512", linear, dequantize, attend};
 
 #if defined(__clang__)
 #pragma clang attribute pop

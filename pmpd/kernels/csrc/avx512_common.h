@@ -12,7 +12,7 @@ INLINE __m512i shift_bits(__m512i value) {
     else return value;
 }
 
-// Where one row of one block lies: level 0, and the higher levels by number.
+// Where one row of one block lies: stream 0, and the higher streams by number.
 template <int B>
 struct Source {
     const uint8_t* pairs;
@@ -48,19 +48,19 @@ INLINE __m512i trailing_bits(const Source<B>& source) {
 template <int B>
 INLINE Source<B> source_of(const PmpdMatrix* m, const Shape& s, int64_t group, int row, int64_t block, int64_t pair_bytes) {
     Source<B> source;
-    source.pairs = m->level[0] + group * s.group_bytes[0] + block * GROUP_ROWS * 128 + row * pair_bytes;
-    for (int level = 1; level < B - 1; ++level)
-        source.plane[level] = m->level[level] + group * s.group_bytes[1] + (block * GROUP_ROWS + row) * 64;
+    source.pairs = m->stream[0] + group * s.group_bytes[0] + block * GROUP_ROWS * 128 + row * pair_bytes;
+    for (int stream = 1; stream < B - 1; ++stream)
+        source.plane[stream] = m->stream[stream] + group * s.group_bytes[1] + (block * GROUP_ROWS + row) * 64;
     return source;
 }
 
-// Asks for what this row needs some blocks later: levels are read from front to back, across rows, but by more streams, and faster,
-// than the processor's own prefetching keeps up with. Past the end of a level this does nothing.
+// Asks for what this row needs some blocks later: streams are read from front to back, across rows, but by more streams, and faster,
+// than the processor's own prefetching keeps up with. Past the end of a stream this does nothing.
 template <int B>
 INLINE void prefetch(const Source<B>& source) {
     constexpr int blocks = 8;
     _mm_prefetch((const char*)source.pairs + blocks * GROUP_ROWS * 128, _MM_HINT_T0);
     _mm_prefetch((const char*)source.pairs + blocks * GROUP_ROWS * 128 + 64, _MM_HINT_T0);
 #pragma GCC unroll 8
-    for (int level = 1; level < B - 1; ++level) _mm_prefetch((const char*)source.plane[level] + blocks * GROUP_ROWS * 64, _MM_HINT_T0);
+    for (int stream = 1; stream < B - 1; ++stream) _mm_prefetch((const char*)source.plane[stream] + blocks * GROUP_ROWS * 64, _MM_HINT_T0);
 }

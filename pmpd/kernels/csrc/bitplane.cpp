@@ -1,73 +1,15 @@
 // The C interface: packing, choice of the level, threads; and the portable level, which says what the others must compute.
 #include "attention.h"
 #include "bitplane.h"
+#include "threads.h"
 
-#include <stdlib.h>
 #include <string.h>
-
-#define EXPORT extern "C" __attribute__((visibility("default")))
-
-// ---------------------------------------------------------------------------------------------------------------- threads
-// The caller's OpenMP runtime, found at run time: linking one would bring a second pool of threads beside torch's.
-
-typedef void (*ParallelFn)(void (*body)(void*), void* data, unsigned threads, unsigned flags);  // GOMP_parallel
-typedef int (*CountFn)(void);
-static ParallelFn gomp_parallel;
-static CountFn thread_number, thread_count;
-
-EXPORT void pmpd_set_threads(void* parallel, void* number, void* count) {
-    gomp_parallel = (ParallelFn)parallel;
-    thread_number = (CountFn)number;
-    thread_count = (CountFn)count;
-}
-
-typedef void (*RangeFn)(const void* context, int64_t begin, int64_t end);
-struct Range {
-    RangeFn body;
-    const void* context;
-    int64_t items;
-};
-
-static void run_share(void* data) {
-    const Range* range = (const Range*)data;
-    const int64_t count = thread_count(), number = thread_number();
-    const int64_t begin = range->items * number / count, end = range->items * (number + 1) / count;
-    if (begin < end) range->body(range->context, begin, end);
-}
-
-static void parallel(int64_t items, int threads, RangeFn body, const void* context) {
-    if (threads > items) threads = (int)items;
-    if (threads <= 1 || !gomp_parallel) {
-        body(context, 0, items);
-        return;
-    }
-    Range range = {body, context, items};
-    gomp_parallel(run_share, &range, (unsigned)threads, 0);
-}
-
-// ------------------------------------------------------------------------------------------------------------------ scratch
-
-struct Scratch {  // one per thread, freed with it
-    void* data = nullptr;
-    size_t bytes = 0;
-    ~Scratch() { free(data); }
-    void* get(size_t wanted) {
-        if (wanted > bytes) {
-            free(data);
-            bytes = (wanted + 4095) / 4096 * 4096;
-            data = aligned_alloc(64, bytes);
-            if (!data) bytes = 0;
-        }
-        return data;
-    }
-};
-static thread_local Scratch scratch;
 
 // ------------------------------------------------------------------------------------------------------------------ packing
 
-static int plane_shift(int level, int quarter) {  // where in a nibble a plane of `level` >= 1 has the bit of `quarter`
-    static const int level1[4] = {2, 0, 3, 1}, level2[4] = {3, 1, 2, 0};
-    return level == 1 ? level1[quarter] : level == 2 ? level2[quarter] : quarter;
+static int plane_shift(int stream, int quarter) {  // where in a nibble a plane of `stream` >= 1 has the bit of `quarter`
+    static const int stream1[4] = {2, 0, 3, 1}, stream2[4] = {3, 1, 2, 0};
+    return stream == 1 ? stream1[quarter] : stream == 2 ? stream2[quarter] : quarter;
 }
 
 struct PackJob {
@@ -75,8 +17,7 @@ struct PackJob {
     const int32_t* planes;  // [P, N, K/32], the order of Any-Precision checkpoints
 };
 
-// One row of one plane in the file's order -> one byte per column.
-static void expand_row(const int32_t* words, int64_t count, uint8_t* bits) {
+void unpack_row(const int32_t* words, int64_t count, uint8_t* bits) {
     for (int64_t first = 0; first < count; first += 32) {
         const int64_t size = count - first < 32 ? count - first : 32;
         for (int64_t t = 0; t < size; ++t) {
@@ -90,37 +31,37 @@ static void expand_row(const int32_t* words, int64_t count, uint8_t* bits) {
     }
 }
 
-static void pack_groups(const void* context, int64_t begin, int64_t end) {
+static int pack_groups(const void* context, int64_t begin, int64_t end) {
     const PackJob* job = (const PackJob*)context;
     const PmpdMatrix* m = job->matrix;
     const Shape s = shape_of(m);
     const int64_t words = m->columns / 32, blocks = s.full_blocks + (s.tail_runs > 0);
-    uint8_t* bits = (uint8_t*)malloc((size_t)m->columns);
-    if (!bits) return;
+    uint8_t* bits = (uint8_t*)scratch_bytes((size_t)m->columns);
+    if (!bits) return 1;
     for (int64_t group = begin; group < end; ++group)
         for (int row = 0; row < GROUP_ROWS; ++row) {
             const int64_t n = group * GROUP_ROWS + row;
             for (int plane = 0; plane < m->planes; ++plane) {
-                const int level = plane < 2 ? 0 : plane - 1;
-                uint8_t* base = const_cast<uint8_t*>(m->level[level]) + group * s.group_bytes[level > 0];
+                const int stream = plane < 2 ? 0 : plane - 1;
+                uint8_t* base = const_cast<uint8_t*>(m->stream[stream]) + group * s.group_bytes[stream > 0];
                 if (n < m->rows)
-                    expand_row(job->planes + ((int64_t)plane * m->rows + n) * words, words, bits);
+                    unpack_row(job->planes + ((int64_t)plane * m->rows + n) * words, words, bits);
                 else
                     memset(bits, 0, (size_t)m->columns);
                 for (int64_t block = 0; block < blocks; ++block) {
                     const int runs = block < s.full_blocks ? BLOCK_RUNS : s.tail_runs;
                     const int64_t pair_bytes = block < s.full_blocks ? 128 : s.tail_pair_bytes;
-                    uint8_t* at = level == 0 ? base + block * GROUP_ROWS * 128 + row * pair_bytes : base + (block * GROUP_ROWS + row) * 64;
+                    uint8_t* at = stream == 0 ? base + block * GROUP_ROWS * 128 + row * pair_bytes : base + (block * GROUP_ROWS + row) * 64;
                     uint32_t dwords[32] = {};
                     for (int run = 0; run < runs; ++run) {
                         const int quarter = run / 8, nibble = run % 8;
                         const uint8_t* in = bits + block * BLOCK_COLUMNS + run * RUN_COLUMNS;
-                        const int shift = 4 * nibble + (level == 0 ? (quarter & 1) * 2 + (plane == 0) : plane_shift(level, quarter));
-                        uint32_t* out = dwords + (level == 0 ? (quarter >> 1) * 16 : 0);
+                        const int shift = 4 * nibble + (stream == 0 ? (quarter & 1) * 2 + (plane == 0) : plane_shift(stream, quarter));
+                        uint32_t* out = dwords + (stream == 0 ? (quarter >> 1) * 16 : 0);
                         for (int lane = 0; lane < 16; ++lane) out[lane] |= (uint32_t)in[lane] << shift;
                     }
-                    const int64_t size = level == 0 ? pair_bytes : 64;
-                    if (plane == 1) {  // the second plane of level 0 joins the first
+                    const int64_t size = stream == 0 ? pair_bytes : 64;
+                    if (plane == 1) {  // the second plane of stream 0 joins the first
                         uint32_t first[32];
                         memcpy(first, at, (size_t)size);
                         for (int64_t i = 0; i < size / 4; ++i) dwords[i] |= first[i];
@@ -129,10 +70,10 @@ static void pack_groups(const void* context, int64_t begin, int64_t end) {
                 }
             }
         }
-    free(bits);
+    return 0;
 }
 
-EXPORT void pmpd_level_bytes(int64_t rows, int64_t columns, int64_t* first, int64_t* other) {
+EXPORT void pmpd_plane_bytes(int64_t rows, int64_t columns, int64_t* first, int64_t* other) {
     PmpdMatrix matrix = {};
     matrix.columns = columns;
     const Shape s = shape_of(&matrix);
@@ -141,10 +82,10 @@ EXPORT void pmpd_level_bytes(int64_t rows, int64_t columns, int64_t* first, int6
     *other = groups * s.group_bytes[1];
 }
 
-// Fills matrix->level[0 .. planes - 2] from `planes` int32 [P, N, K/32].
-EXPORT void pmpd_pack(const PmpdMatrix* matrix, const int32_t* planes, int threads) {
+// Fills matrix->stream[0 .. planes - 2] from `planes` int32 [P, N, K/32]. As all that follows: 0, or 1 where memory ran out.
+EXPORT int pmpd_pack(const PmpdMatrix* matrix, const int32_t* planes, int threads) {
     PackJob job = {matrix, planes};
-    parallel((matrix->rows + GROUP_ROWS - 1) / GROUP_ROWS, threads, pack_groups, &job);
+    return parallel((matrix->rows + GROUP_ROWS - 1) / GROUP_ROWS, threads, pack_groups, &job);
 }
 
 // ----------------------------------------------------------------------------------------------------------- portable level
@@ -153,10 +94,10 @@ EXPORT void pmpd_pack(const PmpdMatrix* matrix, const int32_t* planes, int threa
 static void decode_block(const PmpdMatrix* m, const Shape& s, int bits, int64_t group, int row, int64_t block, float* out) {
     const int runs = block < s.full_blocks ? BLOCK_RUNS : s.tail_runs;
     const int64_t pair_bytes = block < s.full_blocks ? 128 : s.tail_pair_bytes;
-    uint32_t dwords[MAX_LEVELS][32] = {};
-    memcpy(dwords[0], m->level[0] + group * s.group_bytes[0] + block * GROUP_ROWS * 128 + row * pair_bytes, (size_t)pair_bytes);
-    for (int level = 1; level < bits - 1; ++level)
-        memcpy(dwords[level], m->level[level] + group * s.group_bytes[1] + (block * GROUP_ROWS + row) * 64, 64);
+    uint32_t dwords[MAX_STREAMS][32] = {};
+    memcpy(dwords[0], m->stream[0] + group * s.group_bytes[0] + block * GROUP_ROWS * 128 + row * pair_bytes, (size_t)pair_bytes);
+    for (int stream = 1; stream < bits - 1; ++stream)
+        memcpy(dwords[stream], m->stream[stream] + group * s.group_bytes[1] + (block * GROUP_ROWS + row) * 64, 64);
     const int64_t table_row = (group * GROUP_ROWS + row) << bits;
     const float* table = (const float*)m->table[bits] + table_row;
     const uint16_t* table_bfloat16 = (const uint16_t*)m->table[bits] + table_row;
@@ -165,9 +106,9 @@ static void decode_block(const PmpdMatrix* m, const Shape& s, int bits, int64_t 
         uint32_t index[RUN_COLUMNS];
         for (int lane = 0; lane < RUN_COLUMNS; ++lane)
             index[lane] = (dwords[0][(quarter >> 1) * 16 + lane] >> (4 * nibble + (quarter & 1) * 2)) & 3;
-        for (int level = 1; level < bits - 1; ++level) {
-            const int shift = 4 * nibble + plane_shift(level, quarter);
-            for (int lane = 0; lane < RUN_COLUMNS; ++lane) index[lane] |= ((dwords[level][lane] >> shift) & 1) << (level + 1);
+        for (int stream = 1; stream < bits - 1; ++stream) {
+            const int shift = 4 * nibble + plane_shift(stream, quarter);
+            for (int lane = 0; lane < RUN_COLUMNS; ++lane) index[lane] |= ((dwords[stream][lane] >> shift) & 1) << (stream + 1);
         }
         float* at = out + run * RUN_COLUMNS;
         if (m->bfloat16)
@@ -224,14 +165,14 @@ static void portable_dequantize(const Job* job, int64_t begin, int64_t end) {
             }
 }
 
-const Level portable_level = {"portable", portable_linear, nullptr, nullptr, portable_dequantize, attend};
+const Level portable_level = {"portable", portable_linear, portable_dequantize, attend};
 
 // ------------------------------------------------------------------------------------------------------------------- levels
 
 static const Level* const levels[] = {
     &portable_level,
 #ifdef PMPD_X86
-    &avx2_level, &avx512_level, &avx512vnni_level,
+    &avx2_level, &avx512_level, &avx512_level,  // the last differs in fixed point only: fixed.cpp
 #endif
 };
 enum { LEVELS = sizeof(levels) / sizeof(levels[0]) };
@@ -250,8 +191,6 @@ static int highest_level() {
 }
 
 EXPORT int pmpd_highest_level() { return highest_level(); }
-
-EXPORT const char* pmpd_level_name(int level) { return level >= 0 && level < LEVELS ? levels[level]->name : nullptr; }
 
 // The hash of the sources that this library was built from (cpu.py refuses a library of other sources).
 #ifndef PMPD_SOURCES
@@ -273,38 +212,25 @@ struct LevelJob {
     GroupsFn body;
 };
 
-static void run_level(const void* context, int64_t begin, int64_t end) {
+static int run_level(const void* context, int64_t begin, int64_t end) {
     const LevelJob* work = (const LevelJob*)context;
     work->body(&work->job, begin, end);
+    return 0;
 }
 
-// y [tokens, N] = x [tokens, K] Wᵀ + bias; x and y float32, or bfloat16 where matrix->bfloat16. 0, or 1 where memory ran out.
+// y [tokens, N] = x [tokens, K] Wᵀ + bias; x and y float32, or bfloat16 where matrix->bfloat16.
 EXPORT int pmpd_linear(const PmpdMatrix* matrix, int level, int bits, int64_t tokens, const void* x, int64_t x_stride, void* y, int threads) {
-    LevelJob work = {{matrix, bits, tokens, x, x_stride, y, matrix->rows, 0, nullptr, 0}, best(level, &Level::linear)};
-    Job* job = &work.job;
+    LevelJob work = {{matrix, bits, tokens, x, x_stride, y, matrix->rows, 0}, best(level, &Level::linear)};
     if (matrix->bfloat16) {
-        const Level* chosen = levels[level];
         const uint16_t* in = (const uint16_t*)x;
-        const int64_t blocks = (matrix->columns + BLOCK_COLUMNS - 1) / BLOCK_COLUMNS;
-        const int64_t pairs = (matrix->columns + 127) / 128 * 64;
-        char* room = (char*)scratch.get((size_t)(tokens * (chosen->linear_fixed ? (pairs + blocks) * 4 : matrix->columns * 4)));
+        float* room = (float*)scratch_bytes((size_t)(tokens * matrix->columns) * 4);
         if (!room) return 1;
-        job->x = room;
-        if (chosen->linear_fixed) {
-            float* scales = (float*)(room + tokens * pairs * 4);
-            job->x_stride = pairs;
-            job->scales = scales;
-            job->scales_stride = blocks;
-            chosen->prepare(job, in, x_stride, (uint32_t*)room, scales);
-            work.body = chosen->linear_fixed;
-        } else {
-            for (int64_t token = 0; token < tokens; ++token)
-                for (int64_t i = 0; i < matrix->columns; ++i) ((float*)room)[token * matrix->columns + i] = from_bfloat16(in[token * x_stride + i]);
-            job->x_stride = matrix->columns;
-        }
+        for (int64_t token = 0; token < tokens; ++token)
+            for (int64_t i = 0; i < matrix->columns; ++i) room[token * matrix->columns + i] = from_bfloat16(in[token * x_stride + i]);
+        work.job.x = room;
+        work.job.x_stride = matrix->columns;
     }
-    parallel((matrix->rows + GROUP_ROWS - 1) / GROUP_ROWS, threads, run_level, &work);
-    return 0;
+    return parallel((matrix->rows + GROUP_ROWS - 1) / GROUP_ROWS, threads, run_level, &work);
 }
 
 struct RowsJob {
@@ -312,17 +238,18 @@ struct RowsJob {
     int64_t first_group;
 };
 
-static void run_rows(const void* context, int64_t begin, int64_t end) {
+static int run_rows(const void* context, int64_t begin, int64_t end) {
     const RowsJob* rows = (const RowsJob*)context;
     rows->work.body(&rows->work.job, rows->first_group + begin, rows->first_group + end);
+    return 0;
 }
 
 // Rows first_row (a multiple of 4) .. last_row - 1 of the matrix -> y [last_row - first_row, K], float32 or bfloat16 as the matrix is.
-EXPORT void pmpd_dequantize(const PmpdMatrix* matrix, int level, int bits, int64_t first_row, int64_t last_row, void* y, int threads) {
+EXPORT int pmpd_dequantize(const PmpdMatrix* matrix, int level, int bits, int64_t first_row, int64_t last_row, void* y, int threads) {
     PmpdMatrix part = *matrix;
     part.rows = last_row;
-    RowsJob job = {{{&part, bits, 0, nullptr, 0, y, matrix->columns, first_row, nullptr, 0}, best(level, &Level::dequantize)}, first_row / GROUP_ROWS};
-    parallel((last_row + GROUP_ROWS - 1) / GROUP_ROWS - job.first_group, threads, run_rows, &job);
+    RowsJob job = {{{&part, bits, 0, nullptr, 0, y, matrix->columns, first_row}, best(level, &Level::dequantize)}, first_row / GROUP_ROWS};
+    return parallel((last_row + GROUP_ROWS - 1) / GROUP_ROWS - job.first_group, threads, run_rows, &job);
 }
 
 // ----------------------------------------------------------------------------------------------------------------- attention
@@ -333,18 +260,20 @@ struct AttentionJob {
     int64_t longest;
 };
 
-static void run_attention(const void* context, int64_t begin, int64_t end) {
+static int run_attention(const void* context, int64_t begin, int64_t end) {
     const AttentionJob* job = (const AttentionJob*)context;
     int level = job->level;
     while (!levels[level]->attend) --level;
-    float* scores = (float*)scratch.get((size_t)(job->longest + LANES) * 4);
-    if (scores) levels[level]->attend(job->attention, scores, begin, end);
+    float* scores = (float*)scratch_bytes((size_t)(job->longest + LANES) * 4);
+    if (!scores) return 1;
+    levels[level]->attend(job->attention, scores, begin, end);
+    return 0;
 }
 
-EXPORT void pmpd_attention(int level, const float* queries, const float* keys, const float* values, const int64_t* slots, const int64_t* lengths,
+EXPORT int pmpd_attention(int level, const float* queries, const float* keys, const float* values, const int64_t* slots, const int64_t* lengths,
                            float* out, int64_t rows, int64_t query_heads, int64_t key_heads, int64_t dim, int64_t slot_stride,
                            int64_t head_stride, int64_t position_stride, int64_t longest, int64_t window, float scale, int threads) {
     const Attention attention = {queries, keys, values, slots, lengths, out, query_heads, key_heads, dim, slot_stride, head_stride, position_stride, window, scale};
     const AttentionJob job = {&attention, level, longest};
-    parallel(rows * key_heads, threads, run_attention, &job);
+    return parallel(rows * key_heads, threads, run_attention, &job);
 }

@@ -4,14 +4,14 @@
 //
 // Memory layout. Rows go in groups of GROUP_ROWS, columns in blocks of BLOCK_COLUMNS = 512, the last block may be shorter. In a
 // block, 16 consecutive columns are a run: run = quarter * 8 + nibble (quarter 0..3, nibble 0..7), lane = column % 16.
-//   level 0 holds planes 0 and 1: 16 dwords for quarters 0, 1, then 16 dwords for quarters 2, 3. Dword `lane`, bits 4*nibble + 0,1
+//   stream 0 holds planes 0 and 1: 16 dwords for quarters 0, 1, then 16 dwords for quarters 2, 3. Dword `lane`, bits 4*nibble + 0,1
 //     are quarter 0's (or 2's) two leading bits of the code, the less significant one first; bits 4*nibble + 2,3 are quarter 1's (3's).
-//   level i >= 1 holds plane i + 1: 16 dwords; in dword `lane`, bit 4*nibble + s is the quarter's bit, with
-//     s = 2,0,3,1 for quarters 0..3 (level 1), 3,1,2,0 (level 2), 0,1,2,3 (levels 3 and up).
-// A masked merge of one level-0 dword with those of levels 1 and 2 thus gives four-bit codes of a quarter, eight to a dword; levels 3
-// and up give the next four bits the same way. In memory, level by level: [group][block][row of the group][dwords], so every level
-// is read from front to back, and b bits read the first b - 1 levels and nothing else.
-// A last block of at most 256 columns leaves out the second 16 dwords of level 0.
+//   stream i >= 1 holds plane i + 1: 16 dwords; in dword `lane`, bit 4*nibble + s is the quarter's bit, with
+//     s = 2,0,3,1 for quarters 0..3 (stream 1), 3,1,2,0 (stream 2), 0,1,2,3 (streams 3 and up).
+// A masked merge of one stream-0 dword with those of streams 1 and 2 thus gives four-bit codes of a quarter, eight to a dword; streams 3
+// and up give the next four bits the same way. In memory, stream by stream: [group][block][row of the group][dwords], so every stream
+// is read from front to back, and b bits read the first b - 1 streams and nothing else.
+// A last block of at most 256 columns leaves out the second 16 dwords of stream 0.
 //
 // The code that comes out of the merge ("index") has the bits in another order than the file's code: bit 0 = plane 1, bit 1 = plane 0,
 // bit p = plane p. Tables are stored in the order of the index. In quarters 1 and 3 the merge gives bits 2,3 and 0,1 swapped, and
@@ -19,7 +19,9 @@
 #pragma once
 #include <stdint.h>
 
-enum { GROUP_ROWS = 4, BLOCK_COLUMNS = 512, RUN_COLUMNS = 16, BLOCK_RUNS = 32, MAX_LEVELS = 7, MAX_BITS = 8, MAX_PASS_TOKENS = 8, TILE_GROUPS = 8, FIXED_MAX = 8191 };
+enum { GROUP_ROWS = 4, BLOCK_COLUMNS = 512, RUN_COLUMNS = 16, BLOCK_RUNS = 32, MAX_STREAMS = 7, MAX_BITS = 8, MAX_PASS_TOKENS = 8, TILE_GROUPS = 8 };
+// Products in fixed point (fixed.h).
+enum { UNIT_COLUMNS = 256, HALF_COLUMNS = 128, FIXED_PLANES = 4, TABLE_MAX = 127, TOKEN_MAX = 127, FIXED_TILE_ROWS = 16, FIXED_TILE_TOKENS = 32 };
 
 #define INLINE static inline __attribute__((always_inline))
 #define INLINE_MEMBER inline __attribute__((always_inline))
@@ -28,32 +30,33 @@ extern "C" struct PmpdMatrix {  // mirrored in cpu.py
     int64_t rows, columns;
     int32_t planes;
     int32_t bfloat16;                   // tables and dense values are bfloat16 (else float32)
-    const uint8_t* level[MAX_LEVELS];
+    const uint8_t* stream[MAX_STREAMS];
     const void* table[MAX_BITS + 1];    // by bits: [rows rounded up to GROUP_ROWS, 2**bits]
     const float* bias;                  // [rows] or null
-    // The same tables in fixed point, value = integer * scale, integers within +-FIXED_MAX; null where the level has no use for them.
-    const int16_t* fixed_table[MAX_BITS + 1];  // [rows rounded up, 2**bits]
-    const float* fixed_scale[MAX_BITS + 1];    // [rows rounded up]
+    // In fixed point the streams hold the layout of fixed.h instead, `table` is in the order of the codes, and these are set:
+    const uint8_t* fixed_table[MAX_BITS + 1];  // by bits: [rows rounded up, 16], integers 0..TABLE_MAX
+    const float* fixed_scale[MAX_BITS + 1];    // by bits: [rows rounded up, 2], value = integer * first + second
 };
 
 struct Job {
     const PmpdMatrix* matrix;
     int bits;
     int64_t tokens;
-    const void* x;   // [tokens, x_stride]: float32, or what `prepare` of the level made of it
+    const void* x;   // [tokens, x_stride] float32
     int64_t x_stride;
     void* y;         // [tokens, y_stride], or, dequantized, [rows from first_row, y_stride]; in the type of the matrix
     int64_t y_stride;
     int64_t first_row;
-    const float* scales;  // [tokens, scales_stride]: what a unit of x is worth, by block, where x was made fixed point
-    int64_t scales_stride;
 };
+
+// One row of one plane of a checkpoint, `count` words -> one byte per column.
+void unpack_row(const int32_t* words, int64_t count, uint8_t* bits);
 
 struct Shape {
     int64_t full_blocks;
     int tail_runs;               // runs of the shorter last block, 0 where there is none
-    int64_t tail_pair_bytes;     // its bytes of level 0 per row
-    int64_t group_bytes[2];      // bytes of a group of rows in level 0, in any other level
+    int64_t tail_pair_bytes;     // its bytes of stream 0 per row
+    int64_t group_bytes[2];      // bytes of a group of rows in stream 0, in any other stream
 };
 
 static inline Shape shape_of(const PmpdMatrix* matrix) {
@@ -99,18 +102,59 @@ struct Attention {
     float scale;
 };
 
+enum Output { OUT_FLOAT32, OUT_BFLOAT16, OUT_ADD };  // OUT_ADD: float32, added to what is there
+
+struct FixedJob {
+    const PmpdMatrix* matrix;
+    int bits;                // 8: stream 0 holds [rows rounded up, halves * 128] int8, and no table is used
+    int64_t tokens;
+    const int8_t* x;         // [tokens, x_stride], as `prepare_token` leaves it
+    int64_t x_stride;
+    const float* scales;     // [tokens, scales_stride], by unit
+    int64_t scales_stride;
+    const float* sums;       // [tokens]
+    void* y;                 // [tokens, y_stride]
+    int64_t y_stride;
+    int kind;                // Output
+};
+
+struct FixedShape {
+    int64_t halves, units, full_units;
+    int64_t group_bytes[2];  // bytes of a group of rows in stream 0, in any other stream
+};
+
+static inline FixedShape fixed_shape_of(int64_t columns) {
+    FixedShape s;
+    s.halves = (columns + HALF_COLUMNS - 1) / HALF_COLUMNS;
+    s.units = (s.halves + 1) / 2;
+    s.full_units = s.halves / 2;
+    s.group_bytes[0] = GROUP_ROWS * s.halves * 32;
+    s.group_bytes[1] = GROUP_ROWS * s.units * 32;
+    return s;
+}
+
+struct PmpdStep;
+struct StepRoom;
+
 // The implementation for one class of processors. A function works on groups begin..end of rows; null: that of the next lower level.
 struct Level {
     const char* name;
-    void (*linear)(const Job*, int64_t begin, int64_t end);        // x float32
-    void (*linear_fixed)(const Job*, int64_t begin, int64_t end);  // x as `prepare` leaves it; null: bfloat16 tokens become float32
-    void (*prepare)(const Job*, const uint16_t* x, int64_t x_stride, uint32_t* pairs, float* scales);
-    void (*dequantize)(const Job*, int64_t begin, int64_t end);    // to y
+    void (*linear)(const Job*, int64_t begin, int64_t end);      // x float32
+    void (*dequantize)(const Job*, int64_t begin, int64_t end);  // to y
     void (*attend)(const Attention*, float* scores, int64_t begin, int64_t end);
+};
+
+// Products in fixed point and the decode step, for one class of processors.
+struct Fixed {
+    void (*prepare_token)(const float* x, int64_t columns, int8_t* out, float* scales, float* sum);
+    void (*multiply)(const FixedJob*, int64_t begin, int64_t end, uint8_t* room);
+    void (*dequantize)(const PmpdMatrix*, int bits, int64_t begin, int64_t end, uint16_t* out, uint8_t* room);
+    void (*step)(const PmpdStep*, const StepRoom*, int thread, int threads);
 };
 
 extern const Level portable_level;
 #if defined(__x86_64__)
 #define PMPD_X86 1
-extern const Level avx2_level, avx512_level, avx512vnni_level;
+extern const Level avx2_level, avx512_level;
+extern const Fixed fixed_avx2, fixed_vnni;
 #endif

@@ -13,9 +13,14 @@ from pmpd.decode import llama_cpu
 from pmpd.decode.engine import Engine
 from pmpd.decode.requests import Request
 from pmpd.decode.slots import Plan, Stretch
-from pmpd.kernels import cpu
+from pmpd.kernels import cpu, native
+from pmpd.kernels.cpu_fixed import fixed_unavailable
 from pmpd.schedulers.base import Scheduler
 from tests.test_engine import random_prompts
+
+NO_LIBRARY = cpu.unavailable(torch.device("cpu"), torch.bfloat16)
+NO_FIXED_POINT = NO_LIBRARY or fixed_unavailable(torch.bfloat16, 4)
+needs_fixed_point = pytest.mark.skipif(NO_FIXED_POINT is not None, reason=str(NO_FIXED_POINT))
 
 
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2"])
@@ -66,6 +71,70 @@ def test_lean_forward_in_bfloat16_is_as_near_to_float32_as_the_modules(
     )
     assert written_out < max(2 * modules, 1e-2)
     assert modules < 0.1
+
+
+def prefilled(engine: Engine, rows: int) -> list[int]:
+    """Lengths of `rows` slots of `engine` that hold random prompts."""
+    prompts = random_prompts(rows, 30, seed=5)
+    for slot, prompt in enumerate(prompts):
+        tokens = torch.tensor(prompt)
+        where = torch.full_like(tokens, slot)
+        plan = Plan(where, torch.arange(len(tokens)), len(tokens), rows, [Stretch(0, len(tokens), slot, 0)])
+        engine.state.set_uniform(4)
+        engine.forward(tokens, plan, torch.tensor([len(tokens) - 1]))
+    return [len(prompt) for prompt in prompts]
+
+
+def decode(engine: Engine, slots: list[int], lengths: list[int], bits: list[int]) -> torch.Tensor:
+    """Logits of one step: slot `s` consumes token 7 + s."""
+    positions = torch.tensor([lengths[slot] for slot in slots])
+    plan = Plan(torch.tensor(slots), positions, int(positions.max()) + 1, max(slots) + 1)
+    engine.state.set_tokens(bits)
+    return engine.forward(torch.tensor(slots) + 7, plan, None).float()
+
+
+@needs_fixed_point
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2"])
+@pytest.mark.parametrize("head_bits", [16, 8])
+def test_the_native_step_is_near_the_modules_in_float32(anyprec_folder, architecture, head_bits):
+    folder, bits = anyprec_folder(architecture), [4, 4, 3, 3, 2]
+
+    def logits(dtype: torch.dtype, use_lean: bool) -> torch.Tensor:
+        engine = Engine(
+            PMPDForCausalLM(folder, dtype=dtype).eval().model, 5, 64, lean=use_lean, head_bits=head_bits
+        )
+        assert (engine.lean is not None and engine.lean.native is not None) == use_lean
+        return decode(engine, [0, 1, 2, 3, 4], prefilled(engine, 5), bits)
+
+    exact = logits(torch.float32, False)
+    error = (logits(torch.bfloat16, True) - exact).norm(dim=1) / exact.norm(dim=1)
+    assert error.max() < 0.08, error  # a wrong angle, head or position gives about 1
+
+
+@needs_fixed_point
+def test_a_row_of_the_native_step_depends_on_neither_batch_mates_nor_threads(anyprec_folder):
+    engine = Engine(PMPDForCausalLM(anyprec_folder("llama"), dtype=torch.bfloat16).eval().model, 7, 64)
+    lengths, bits = prefilled(engine, 7), [4, 4, 4, 3, 3, 2, 2]
+    alone = torch.cat([decode(engine, [slot], lengths, [bits[slot]]) for slot in range(7)])
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            assert torch.equal(decode(engine, list(range(7)), lengths, bits), alone), f"{threads} threads"
+    finally:
+        torch.set_num_threads(before)
+
+
+@needs_fixed_point
+def test_a_step_that_gets_no_memory_says_so(anyprec_folder):
+    engine = Engine(PMPDForCausalLM(anyprec_folder("llama"), dtype=torch.bfloat16).eval().model, 1, 64)
+    lengths = prefilled(engine, 1)
+    native.functions().pmpd_limit_memory(0)
+    try:
+        with pytest.raises(MemoryError, match="a step of 1 tokens"):
+            decode(engine, [0], lengths, [4])
+    finally:
+        native.functions().pmpd_limit_memory(-1)
 
 
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux's list of mapped files")

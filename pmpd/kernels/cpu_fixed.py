@@ -1,0 +1,162 @@
+"""Products in fixed point for bfloat16 models on a CPU with AVX2: table values of 7 bits times tokens of 8
+bits.
+
+Legend: M tokens, N out_features, K in_features, b a precision.
+
+What is stored is one copy for all precisions (csrc/fixed.h): b bits read b/8 bytes a weight. A product
+differs from that of the exact tables and tokens by at most 1/254 of a row's range of table values (times the
+token's sum of absolute values), and by 1/254 of the token's largest value in 256 columns (times the row's).
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor
+
+from pmpd.errors import UserError
+from pmpd.kernels import native
+from pmpd.kernels.base import BitplaneMatrix, PackedWeights
+from pmpd.kernels.cpu import pack_streams, unavailable
+
+MAX_PLANES, TABLE_MAX = 4, 127  # as in csrc/bitplane.h
+_HALF_COLUMNS = 128
+
+
+def fixed_unavailable(dtype: torch.dtype, planes: int) -> str | None:
+    """None where matrices of so many planes can multiply in fixed point, else the reason in words."""
+    if dtype != torch.bfloat16:
+        return "only bfloat16 models multiply in fixed point"
+    if planes > MAX_PLANES:
+        return f"{planes} planes; fixed point has at most {MAX_PLANES}"
+    if native.active_level() < native.LEVELS.index("avx2"):
+        return "fixed point needs AVX2"
+    return None
+
+
+class _Fixed:
+    """What the two kinds of matrices share."""
+
+    def __init__(self, rows: int, columns: int, planes: int) -> None:
+        self.library = native.functions()
+        self.level = native.active_level()
+        self.fields = native.Matrix(rows=rows, columns=columns, planes=planes, bfloat16=1)
+        self.address = ctypes.addressof(self.fields)
+
+    def multiply(self, x: Tensor, bits: int) -> Tensor:
+        """`x` bfloat16 [..., K] -> [..., N]."""
+        rows, columns = self.fields.rows, self.fields.columns
+        x_MK = x.reshape(-1, columns)
+        if x_MK.stride(1) != 1:
+            x_MK = x_MK.contiguous()
+        tokens = x_MK.shape[0]
+        y = x.new_empty(*x.shape[:-1], rows)
+        if tokens:
+            threads = torch.get_num_threads() if rows * columns * tokens >= native.MIN_PARALLEL_WORK else 1
+            room = torch.empty(self.library.pmpd_tokens_bytes(tokens, columns), dtype=torch.uint8)
+            failed = self.library.pmpd_linear_fixed(
+                *(self.address, self.level, bits, tokens, x_MK.data_ptr(), x_MK.stride(0), y.data_ptr()),
+                *(room.data_ptr(), threads),
+            )
+            native.check(failed, f"multiply {tokens} tokens of {columns} columns")
+        return y
+
+
+class FixedMatrix(BitplaneMatrix):
+    """`packed` in the layout of csrc/fixed.h; nothing of `packed` is kept. `dequantize` gives the tables' own
+    values, rounded to bfloat16."""
+
+    def __init__(self, packed: PackedWeights) -> None:
+        super().__init__(packed.shape, packed.precisions)
+        problem = unavailable(packed.planes.device, torch.bfloat16) or fixed_unavailable(
+            torch.bfloat16, packed.planes.shape[0]
+        )
+        if problem:
+            raise UserError(problem)
+        self.fixed = _Fixed(*packed.shape, packed.planes.shape[0])
+        fields = self.fixed.fields
+        self._streams = pack_streams(packed.planes, fixed=True)
+        for index, stream in enumerate(self._streams):
+            fields.stream[index] = stream.data_ptr()
+        self._tables = {bits: table.bfloat16().contiguous() for bits, table in packed.tables.items()}
+        self._integers = {bits: quantize_tables(table) for bits, table in packed.tables.items()}
+        for bits, (integers, lines) in self._integers.items():
+            fields.table[bits] = self._tables[bits].data_ptr()
+            fields.fixed_table[bits], fields.fixed_scale[bits] = integers.data_ptr(), lines.data_ptr()
+        self._bias = None if packed.bias is None else packed.bias.to(torch.float32).contiguous()
+        if self._bias is not None:
+            fields.bias = self._bias.data_ptr()
+
+    def multiply(self, x: Tensor, bits: int) -> Tensor:
+        if x.dtype != torch.bfloat16 or x.shape[-1] != self.shape[1] or bits not in self._tables:
+            raise UserError(
+                f"multiply: {x.dtype} {list(x.shape)} at {bits} bits; this matrix takes torch.bfloat16 [..., "
+                f"{self.shape[1]}] at {', '.join(map(str, self.precisions))}"
+            )
+        return self.fixed.multiply(x, bits)
+
+    def dequantize(self, bits: int) -> Tensor:
+        if bits not in self._tables:
+            raise UserError(
+                f"dequantize: {bits} bits; this matrix holds {', '.join(map(str, self.precisions))}"
+            )
+        dense = torch.empty(*self.shape, dtype=torch.bfloat16)
+        failed = self.fixed.library.pmpd_dequantize_fixed(
+            *(self.fixed.address, self.fixed.level, bits, 0, self.shape[0], dense.data_ptr()),
+            torch.get_num_threads(),
+        )
+        native.check(failed, f"dequantize {self.shape[0]} rows")
+        return dense
+
+    def packed_bytes(self) -> int:
+        tables = (tensor for pair in self._integers.values() for tensor in pair)
+        return sum(tensor.nbytes for tensor in (*self._streams, *self._tables.values(), *tables))
+
+
+class ByteMatrix:
+    """`weight` [N, K] as signed bytes with a scale and an offset per row (the largest error of a weight is
+    1/508 of its row's range), multiplied with tokens of 8 bits: a head at half the memory traffic."""
+
+    def __init__(self, weight: Tensor) -> None:
+        rows, columns = weight.shape
+        self.fixed = _Fixed(rows, columns, 8)
+        exact = weight.detach().float()
+        low, high = exact.amin(1), exact.amax(1)
+        scale, middle = (high - low).clamp(min=1e-30) / 254, (high + low) / 2
+        padded = (
+            -(-rows // native.GROUP_ROWS) * native.GROUP_ROWS,
+            -(-columns // _HALF_COLUMNS) * _HALF_COLUMNS,
+        )
+        self._bytes = torch.zeros(padded, dtype=torch.int8)
+        self._bytes[:rows, :columns] = ((exact - middle[:, None]) / scale[:, None]).round().to(torch.int8)
+        self._lines = torch.zeros(padded[0], 2)
+        self._lines[:rows] = torch.stack([scale, middle], dim=1)
+        self.fixed.fields.stream[0] = self._bytes.data_ptr()
+        self.fixed.fields.fixed_scale[8] = self._lines.data_ptr()
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """`x` bfloat16 [..., K] -> [..., N]."""
+        return self.fixed.multiply(x, 8)
+
+    def dequantize(self) -> Tensor:
+        """float32 [N, K]."""
+        rows, columns = self.fixed.fields.rows, self.fixed.fields.columns
+        scale, middle = self._lines[:rows].unbind(1)
+        return self._bytes[:rows, :columns].float() * scale[:, None] + middle[:, None]
+
+
+def quantize_tables(table: Tensor) -> tuple[Tensor, Tensor]:
+    """`table` [N, 2**bits] -> integers uint8 [N rounded up, 16], each at most TABLE_MAX, and float32 [N
+    rounded up, 2] of a scale and an offset: table ≈ integers * scale + offset, to half a scale."""
+    exact = table.float()
+    low = exact.amin(1)
+    scale = (exact.amax(1) - low).clamp(min=1e-30) / TABLE_MAX
+    rows = -(-len(table) // native.GROUP_ROWS) * native.GROUP_ROWS
+    integers = torch.zeros(rows, 16, dtype=torch.uint8)
+    integers[: len(table), : table.shape[1]] = (
+        ((exact - low[:, None]) / scale[:, None]).round().to(torch.uint8)
+    )
+    lines = torch.zeros(rows, 2)
+    lines[: len(table)] = torch.stack([scale, low], dim=1)
+    return integers, lines
