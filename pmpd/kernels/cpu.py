@@ -20,6 +20,8 @@ from torch import Tensor
 from pmpd.errors import UserError
 from pmpd.kernels import native
 from pmpd.kernels.base import BitplaneMatrix, PackedWeights
+from pmpd.kernels.cpu_fixed import FixedMatrix, fixed_unavailable
+from pmpd.kernels.native import unavailable as unavailable
 
 FUSED_TOKENS = 16
 """Up to so many tokens are multiplied straight from the codes; for more, tiles of rows are dequantized and
@@ -31,25 +33,9 @@ TILE_BYTES = 4 << 20
 ATTENTION_LANES = 16
 """Head dims that `decode_attention` works on are multiples of this."""
 
-_DTYPES = (torch.float32, torch.bfloat16)
-
-
-def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
-    """None where this implementation can be used, else the reason in words."""
-    if device.type != "cpu":
-        return f"the native CPU kernels need tensors on the CPU, not on {device.type}"
-    if dtype not in _DTYPES:
-        return (
-            f"the native CPU kernels compute in float32 and bfloat16, not in "
-            f"{str(dtype).removeprefix('torch.')}"
-        )
-    return native.library().problem
-
 
 def build(packed: PackedWeights, dtype: torch.dtype) -> BitplaneMatrix:
     """`packed` in the layout that is the fastest for `dtype` on this processor."""
-    from pmpd.kernels.cpu_fixed import FixedMatrix, fixed_unavailable
-
     if fixed_unavailable(dtype, packed.planes.shape[0]) is None:
         return FixedMatrix(packed)
     return NativeMatrix(packed, dtype)
@@ -73,7 +59,7 @@ class NativeMatrix(BitplaneMatrix):
         self._library = native.functions()
         self._level = native.active_level()
         self._planes = packed.planes.shape[0]
-        self._streams = pack_streams(packed.planes, fixed=False)
+        self._streams = native.pack_streams(packed.planes, fixed=False)
         self._tables = {bits: _index_order(table, bits, dtype) for bits, table in packed.tables.items()}
         self._bias = None if packed.bias is None else packed.bias.to(torch.float32).contiguous()
         self._matrix = native.Matrix(
@@ -243,28 +229,6 @@ def decode_attention(
     )
     native.check(failed, f"attention to {longest} positions")
     return out
-
-
-def pack_streams(planes: Tensor, fixed: bool) -> list[Tensor]:
-    """`planes` int32 [P, N, K/32] in the file's order -> one uint8 tensor per stream of csrc/bitplane.h, or
-    with `fixed` of csrc/fixed.h."""
-    count, rows, words = planes.shape
-    planes, library = planes.contiguous(), native.functions()
-    sizes, pack = (
-        (library.pmpd_fixed_bytes, library.pmpd_pack_fixed)
-        if fixed
-        else (library.pmpd_plane_bytes, library.pmpd_pack)
-    )
-    first, other = ctypes.c_int64(), ctypes.c_int64()
-    sizes(rows, words * 32, ctypes.byref(first), ctypes.byref(other))
-    streams = [torch.zeros(first.value, dtype=torch.uint8)]
-    streams += [torch.zeros(other.value, dtype=torch.uint8) for _ in range(count - 2)]
-    matrix = native.Matrix(rows=rows, columns=words * 32, planes=count)
-    for index, stream in enumerate(streams):
-        matrix.stream[index] = stream.data_ptr()
-    failed = pack(ctypes.byref(matrix), planes.data_ptr(), torch.get_num_threads())
-    native.check(failed, f"pack {rows} rows of {words * 32} columns")
-    return streams
 
 
 def _index_order(table: Tensor, bits: int, dtype: torch.dtype) -> Tensor:

@@ -18,7 +18,6 @@ from torch import Tensor
 from pmpd.errors import UserError
 from pmpd.kernels import native
 from pmpd.kernels.base import BitplaneMatrix, PackedWeights
-from pmpd.kernels.cpu import pack_streams, unavailable
 
 MAX_PLANES, TABLE_MAX = 4, 127  # as in csrc/bitplane.h
 _HALF_COLUMNS = 128
@@ -69,14 +68,14 @@ class FixedMatrix(BitplaneMatrix):
 
     def __init__(self, packed: PackedWeights) -> None:
         super().__init__(packed.shape, packed.precisions)
-        problem = unavailable(packed.planes.device, torch.bfloat16) or fixed_unavailable(
+        problem = native.unavailable(packed.planes.device, torch.bfloat16) or fixed_unavailable(
             torch.bfloat16, packed.planes.shape[0]
         )
         if problem:
             raise UserError(problem)
         self.fixed = _Fixed(*packed.shape, packed.planes.shape[0])
         fields = self.fixed.fields
-        self._streams = pack_streams(packed.planes, fixed=True)
+        self._streams = native.pack_streams(packed.planes, fixed=True)
         for index, stream in enumerate(self._streams):
             fields.stream[index] = stream.data_ptr()
         self._tables = {bits: table.bfloat16().contiguous() for bits, table in packed.tables.items()}

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from pmpd.errors import UserError
 from pmpd.kernels import _sources
@@ -30,6 +31,7 @@ GROUP_ROWS, MAX_STREAMS, MAX_BITS = 4, 7, 8  # as in csrc/bitplane.h
 MIN_PARALLEL_WORK = 1 << 17
 """Weights times tokens: below, waking another thread costs more than it saves."""
 
+_DTYPES = (torch.float32, torch.bfloat16)
 _log = logging.getLogger(__name__)
 
 
@@ -58,6 +60,18 @@ class Library(NamedTuple):
     threads: str
 
 
+def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
+    """None where this implementation can be used, else the reason in words."""
+    if device.type != "cpu":
+        return f"the native CPU kernels need tensors on the CPU, not on {device.type}"
+    if dtype not in _DTYPES:
+        return (
+            f"the native CPU kernels compute in float32 and bfloat16, not in "
+            f"{str(dtype).removeprefix('torch.')}"
+        )
+    return library().problem
+
+
 def describe() -> str:
     """Which library, instruction set and threads are in use; or why there are none."""
     found = library()
@@ -65,6 +79,28 @@ def describe() -> str:
         return found.problem
     usable = ", ".join(LEVELS[: functions().pmpd_highest_level() + 1])
     return f"instruction set {LEVELS[active_level()]} of {usable}; {found.threads}; {found.path}"
+
+
+def pack_streams(planes: Tensor, fixed: bool) -> list[Tensor]:
+    """`planes` int32 [P, N, K/32] in the file's order -> one uint8 tensor per stream of csrc/bitplane.h, or
+    with `fixed` of csrc/fixed.h."""
+    count, rows, words = planes.shape
+    planes, library = planes.contiguous(), functions()
+    sizes, pack = (
+        (library.pmpd_fixed_bytes, library.pmpd_pack_fixed)
+        if fixed
+        else (library.pmpd_plane_bytes, library.pmpd_pack)
+    )
+    first, other = ctypes.c_int64(), ctypes.c_int64()
+    sizes(rows, words * 32, ctypes.byref(first), ctypes.byref(other))
+    streams = [torch.zeros(first.value, dtype=torch.uint8)]
+    streams += [torch.zeros(other.value, dtype=torch.uint8) for _ in range(count - 2)]
+    matrix = Matrix(rows=rows, columns=words * 32, planes=count)
+    for index, stream in enumerate(streams):
+        matrix.stream[index] = stream.data_ptr()
+    failed = pack(ctypes.byref(matrix), planes.data_ptr(), torch.get_num_threads())
+    check(failed, f"pack {rows} rows of {words * 32} columns")
+    return streams
 
 
 def active_level() -> int:
