@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from pmpd.benchmarks import get_benchmark, load_questions
 from pmpd.benchmarks.mt_bench import FASTCHAT_IDS, turns_hash
 from pmpd.evaluation.fastchat_export import answer_files, export
+from pmpd.evaluation.judge import PROMPT_FILE
 from tests.generation_rows import generation_rows, write_generations
 from tests.judge_stub import rating_of, stub_judge
 
@@ -84,7 +86,7 @@ def test_fastchats_programs_judge_the_export_and_show_its_results(tmp_path: Path
     (data / "question.jsonl").write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
     reference = {"question_id": 82, "choices": [{"index": 0, "turns": ["one", "two"]}]}
     (data / "reference_answer" / "gpt-4.jsonl").write_text(json.dumps(reference) + "\n")
-    (tmp_path / "data" / "judge_prompts.jsonl").write_text(judge_prompts())
+    shutil.copy(PROMPT_FILE, tmp_path / "data")
     written = export(str(tmp_path / "in"), str(data / "model_answer"))
     models = {"demo-fp", "demo-uniform-4", "demo-static-13_26"}
     assert {path.stem for path in written} == models
@@ -101,21 +103,6 @@ def test_fastchats_programs_judge_the_export_and_show_its_results(tmp_path: Path
     first = next(row for row in rows if (row["run"], row["question_id"], row["turn"]) == ("fp", "81", 1))
     assert any(first["output_text"] in text for text in asked), "the judge sees the first choice's answer"
     assert all(model in shown for model in models)
-
-
-def judge_prompts() -> str:
-    """Prompts under the names that FastChat's program asks for, in its file's form."""
-    lines = []
-    for name in ("single-v1", "single-math-v1", "single-v1-multi-turn", "single-math-v1-multi-turn"):
-        fields = (
-            ["{question_1} {answer_1} {question_2} {answer_2}"]
-            if "multi" in name
-            else ["{question} {answer}"]
-        )
-        fields += ["{ref_answer_1}"] * ("math" in name)
-        prompt = {"name": name, "type": "single", "system_prompt": "Be just.", "output_format": "[[rating]]"}
-        lines.append(json.dumps({**prompt, "prompt_template": " ".join(fields)}) + "\n")
-    return "".join(lines)
 
 
 def test_choices_carry_what_published_scorers_read() -> None:

@@ -42,6 +42,9 @@ COMMANDS = {
         "answers of a benchmark under schedulers",
         "finished conversations are kept",
     ),
+    "judge": Command(
+        "pmpd.cli.judge", "JudgeJob", "ratings of answers by a judge model", "finished judgments are kept"
+    ),
     "report": Command("pmpd.cli.report", "ReportJob", "scores, figures and a page from answers"),
     "inspect": Command("pmpd.cli.inspect", "InspectJob", "schema, row counts and nulls of results"),
     "export-fastchat": Command(

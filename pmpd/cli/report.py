@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ from typing import Any
 from rich.console import Console
 
 from pmpd import storage
-from pmpd.evaluation.compare import compare
-from pmpd.evaluation.results import read_generations
+from pmpd.errors import UserError
+from pmpd.evaluation.compare import Comparison, compare
+from pmpd.evaluation.judge_scores import JudgeTable, judge_table
+from pmpd.evaluation.results import datasets_at, read_generations, read_judgments
 from pmpd.evaluation.score import ScoreConfig, score
 from pmpd.metrics.base import get_metric
 from pmpd.report.build import unfinished, write_report
@@ -29,7 +32,7 @@ class ReportJob:
     """Score what pmpd generate answered and write the report."""
 
     inputs: tuple[str, ...] = ("results/generate",)
-    """Output folders of pmpd generate (everything below them is read)."""
+    """Output folders of pmpd generate and pmpd judge (everything below them is read)."""
     output_dir: str = "results/report"
     """Folder or URI (s3://bucket/folder) for report.html, report.md, figures/ and scores/."""
     bert_score: str | None = None
@@ -64,14 +67,26 @@ def _write(job: ReportJob, told: str, console: Console) -> Path:
     rows: list[dict[str, Any]] = []
     sources: list[Source] = []
     run_sources: dict[tuple[str, str, str], list[int]] = {}
-    for folder, manifest, found in (entry for path in job.inputs for entry in read_generations(path)):
-        sources.append(Source(len(sources) + 1, folder, manifest))
-        rows += found
-        for key in {(row["benchmark"], row["split"], row["run"]) for row in found}:
-            run_sources.setdefault(key, []).append(sources[-1].number)
+    verdicts: list[tuple[int, list[dict[str, Any]]]] = []
+    for path in job.inputs:
+        before = len(verdicts)
+        for folder, manifest, found in read_judgments(path):
+            sources.append(Source(len(sources) + 1, folder, manifest))
+            verdicts.append((sources[-1].number, found))
+        if len(verdicts) > before and not any(datasets_at(path, "generations")):
+            continue
+        for folder, manifest, found in read_generations(path):
+            sources.append(Source(len(sources) + 1, folder, manifest))
+            rows += found
+            for key in {(row["benchmark"], row["split"], row["run"]) for row in found}:
+                run_sources.setdefault(key, []).append(sources[-1].number)
+    if not rows:
+        given = " ".join(job.inputs)
+        raise UserError(f"--inputs {given}: no generations in it; give the folder of the answers, too")
     comparisons = compare(rows)
     scores = [row for comparison in comparisons for row in score(comparison, config)]
-    report = Report(comparisons, scores, sources, run_sources, config, job.metric)
+    judged = [judged_table(number, found, sources, comparisons, config) for number, found in verdicts]
+    report = Report(comparisons, scores, sources, run_sources, config, judged, job.metric)
     output = Path(job.output_dir)
     written = write_report(report, output)
     dataset = str(output / "scores")
@@ -113,3 +128,17 @@ def _write(job: ReportJob, told: str, console: Console) -> Path:
         soft_wrap=True,
     )
     return written["report.html"]
+
+
+def judged_table(
+    number: int,
+    rows: list[dict[str, Any]],
+    sources: Sequence[Source],
+    comparisons: Sequence[Comparison],
+    config: ScoreConfig,
+) -> tuple[str, int, JudgeTable]:
+    """(benchmark, source, scores) of a data set of judgments; differences are to the uniform highest
+    precision."""
+    benchmark = sources[number - 1].manifest["config"]["benchmark"]
+    base = next((c.uniform_high for c in comparisons if c.benchmark == benchmark), None)
+    return benchmark, number, judge_table(rows, config.resamples, config.seed, base.name if base else None)

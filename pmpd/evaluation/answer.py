@@ -178,12 +178,7 @@ class Generator:
     def _prepare(self, conversation: _Conversation, row: dict[str, Any], number: int) -> _Turn:
         source = conversation.source
         answers = [earlier["output_text"] for earlier in conversation.rows[:number]]
-        text = render(source["template"], source["turns"][: number + 1], answers, self.model.tokenizer)
-        ids = list(
-            self.model.tokenizer(text, add_special_tokens=not has_special_tokens(source["template"]))[
-                "input_ids"
-            ]
-        )
+        text, ids = encode(self.model, source["template"], source["turns"][: number + 1], answers)
         ids, dropped = cut_left(ids, self.max_prompt, getattr(self.model.tokenizer, "bos_token_id", None))
         prefix = self._reusable(conversation.prefix, ids)
         row |= {
@@ -220,22 +215,14 @@ class Generator:
             for key, (_, turn) in ordered
         ]
         stop = {name: stops(name) for name in {turn.row["template"] for _, turn in turns.values()}}
-        ends = self.model.eos_token_ids.union(*(self._end_tokens(entry) for entry in stop.values()))
+        ends = self.model.eos_token_ids.union(
+            *(end_tokens(self.model.tokenizer, entry) for entry in stop.values())
+        )
         slots = None if self.slots is None else min(self.slots, len(requests))
         for completion in self.model.complete(requests, scheduler, run.prefill_bit, slots, ends):
             conversation, turn = turns[completion.key]
             conversation.prefix = completion.prefix.head(len(turn.ids)) if completion.prefix else None
             turn.row |= self._result(run, completion, stop[turn.row["template"]].cut, scheduler)
-
-    def _end_tokens(self, stop: Stops) -> set[int]:
-        """Tokens that end an answer. A stop string that is a special token is one: it has no text to be cut
-        at."""
-        special = {
-            entry.content: token
-            for token, entry in self.model.tokenizer.added_tokens_decoder.items()
-            if entry.special
-        }
-        return {*stop.token_ids, *(special[string] for string in stop.strings if string in special)}
 
     def _result(
         self, run: Run, completion: Completion, cut: Any, scheduler: _Recorder | None
@@ -257,6 +244,23 @@ class Generator:
             "prefill_seconds": completion.prefill_seconds,
             "decode_seconds": completion.decode_seconds,
         }
+
+
+def encode(
+    model: PMPDForCausalLM, template: str, turns: Sequence[str], answers: Sequence[str]
+) -> tuple[str, list[int]]:
+    """Text and tokens of the prompt for the next answer; see `conversation.render`."""
+    text = render(template, turns, answers, model.tokenizer)
+    return text, list(model.tokenizer(text, add_special_tokens=not has_special_tokens(template))["input_ids"])
+
+
+def end_tokens(tokenizer: Any, stop: Stops) -> set[int]:
+    """Tokens that end an answer. A stop string that is a special token is one: it has no text to be cut
+    at."""
+    special = {
+        entry.content: token for token, entry in tokenizer.added_tokens_decoder.items() if entry.special
+    }
+    return {*stop.token_ids, *(special[string] for string in stop.strings if string in special)}
 
 
 def _classes(run: Run, completion: Completion, scores: np.ndarray | None) -> list[int] | None:

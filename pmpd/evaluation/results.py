@@ -11,13 +11,12 @@ from pmpd import storage
 from pmpd.errors import UserError
 
 
-def generation_datasets(path: str, static_search: bool = False) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """(folder, manifest) of every GENERATIONS data set at or below `path`, in order; see `read_generations`.
-    ValueError where there is none."""
+def datasets_at(path: str, table: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(folder, manifest) of every data set of that table at or below `path`, in order. ValueError where there
+    is no such folder."""
     file_system, inner = storage.resolve(path)
     if not storage.exists(path):
         raise UserError(f"{path}: no such folder; run pmpd generate first, or give its output folder")
-    found = False
     infos = file_system.get_file_info(pafs.FileSelector(inner, recursive=True))
     for info in sorted(infos, key=lambda info: info.path):
         if info.base_name != "manifest.json":
@@ -25,8 +24,15 @@ def generation_datasets(path: str, static_search: bool = False) -> Iterator[tupl
         relative = info.path[len(inner.rstrip("/")) + 1 :].rpartition("/")[0]
         folder = storage.join(path, relative) if relative else str(path)
         manifest = storage.read_manifest(folder)
-        if manifest is None or manifest.get("table") != "generations" or not storage.list_shards(folder):
-            continue
+        if manifest is not None and manifest.get("table") == table and storage.list_shards(folder):
+            yield folder, manifest
+
+
+def generation_datasets(path: str, static_search: bool = False) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """(folder, manifest) of every GENERATIONS data set at or below `path`, in order; see `read_generations`.
+    ValueError where there is none."""
+    found = False
+    for folder, manifest in datasets_at(path, "generations"):
         if bool(manifest["config"].get("static_search")) == static_search:
             found = True
             yield folder, manifest
@@ -35,6 +41,12 @@ def generation_datasets(path: str, static_search: bool = False) -> Iterator[tupl
             f"{path}: no generations in it (the grid of a static search does not count); give the output "
             f"folder of pmpd generate"
         )
+
+
+def read_judgments(path: str) -> Iterator[tuple[str, Mapping[str, Any], list[dict[str, Any]]]]:
+    """(folder, manifest, rows) of every JUDGMENTS data set at or below `path`."""
+    for folder, manifest in datasets_at(path, "judgments"):
+        yield folder, manifest, storage.read_table(folder).to_pylist()
 
 
 def read_generations(

@@ -16,6 +16,7 @@ from markupsafe import Markup
 from pmpd.evaluation.compare import Comparison
 from pmpd.report import figures, markdown, provenance, style
 from pmpd.report.browser import browser
+from pmpd.report.judged import judged_of
 from pmpd.report.page import StyleSheet, render
 from pmpd.report.source import Report, Source, slugs_of
 from pmpd.report.view import Section, section_of
@@ -40,9 +41,11 @@ def write_report(report: Report, folder: Path) -> dict[str, Path]:
                 written[stem + suffix] = path
             shown = sheet.lift(style.for_page(svg, stem, caption))
             graphics.append({"id": stem, "caption": caption, "svg": Markup(shown)})
-        sections.append({**vars(section), "slug": slug, "figures": graphics, "browser": browser(comparison)})
+        judged = judged_of(comparison, report)
+        more = {"slug": slug, "figures": graphics, "browser": browser(comparison), "judged": judged}
+        sections.append({**vars(section), **more})
         captions = {f"{slug}-{name}": caption for name, (_, caption) in drawn.items()}
-        texts.append(markdown.section_text(section, captions))
+        texts.append(markdown.section_text(section, captions, judged))
     models = ", ".join(sorted({comparison.model_id for comparison in report.comparisons}))
     values = {
         "title": f"Precision and quality: {models}",

@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pmpd.report.judged import Judged
 from pmpd.report.view import Section, TableRow
 
 COLUMNS = (0, 1, 2, 3, 4, 5, 8, 9)
@@ -17,7 +18,7 @@ def plain(text: str) -> str:
     return re.sub(r"([\\`*\[\]<>|])", r"\\\1", " ".join(text.split()))
 
 
-def section_text(section: Section, captions: Mapping[str, str]) -> str:
+def section_text(section: Section, captions: Mapping[str, str], judged: Sequence[Judged]) -> str:
     """A benchmark's part. `captions`: figure's file name without ending -> what is under it."""
     titles = [section.table.titles[0].plain(), *(section.table.titles[i + 1].plain() for i in COLUMNS)]
     lines = [
@@ -33,9 +34,24 @@ def section_text(section: Section, captions: Mapping[str, str]) -> str:
         "|---" + "|---:" * (len(titles) - 1) + "|",
         *(f"| {plain(row.name)} | {' | '.join(_cells(row))} |" for row in section.table.rows),
         "",
+        *_judged_lines(judged),
         *(f"![{plain(caption)}](figures/{name}.png)\n" for name, caption in captions.items()),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _judged_lines(judged: Sequence[Judged]) -> list[str]:
+    lines: list[str] = []
+    for one in judged:
+        titles = [title.plain() for title in one.table.titles[:-1]]
+        lines += [f"### {plain(one.title)}", "", one.table.note, "", f"| {' | '.join(map(plain, titles))} |"]
+        lines.append("|---" + "|---:" * (len(titles) - 1) + "|")
+        lines += [
+            f"| {plain(row.name)} | {' | '.join(cell.plain() for cell in row.cells)} |"
+            for row in one.table.rows
+        ]
+        lines.append("")
+    return lines
 
 
 def _cells(row: TableRow) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 from pmpd.benchmarks import BENCHMARKS
 from pmpd.errors import UserError
 from pmpd.evaluation.compare import Comparison
+from pmpd.evaluation.judge_scores import JudgeTable
 from pmpd.evaluation.score import ScoreConfig
 from pmpd.metrics.base import DATASET, REFERENCE_OUTPUT
 
@@ -35,6 +36,8 @@ class Report:
     run_sources: Mapping[tuple[str, str, str], Sequence[int]]
     """(benchmark, split, run) -> numbers of the sources its rows came from."""
     config: ScoreConfig
+    judged: Sequence[tuple[str, int, JudgeTable]] = ()
+    """(benchmark, number of the source, what a judge said)."""
     metric: str | None = None
     """The metric of cards, figure and table; None: each benchmark's own."""
 

@@ -49,6 +49,8 @@ from pmpd.storage.parquet import ForeignTypeError, check_tables, open_parquet, p
 from pmpd.storage.schemas import (
     CONVERSATIONS,
     GENERATIONS,
+    JUDGMENTS,
+    MATCHES,
     PROMPTS,
     REFERENCES,
     SCHEMA_VERSION,
@@ -71,7 +73,9 @@ from pmpd.storage.uri import (
 __all__ = [
     "CONVERSATIONS",
     "GENERATIONS",
+    "JUDGMENTS",
     "MANIFEST_KEYS",
+    "MATCHES",
     "PROMPTS",
     "REFERENCES",
     "SCHEMA_VERSION",

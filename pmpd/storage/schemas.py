@@ -175,6 +175,42 @@ GENERATIONS = table_schema(
 )
 
 
+_MATCH_FIELDS = [
+    ("judgment_id", pa.string()),  # 16 hex digits over all that the judge is asked
+    ("mode", pa.string()),  # single (a rating) or pair (a comparison)
+    ("run", pa.string()),
+    ("other_run", pa.string()),  # pair: what `run` is compared with
+    ("position", pa.string()),  # pair: first, second: where the answer of `run` is shown
+    ("prompt_id", pa.string()),
+    ("question_id", pa.string()),
+    ("category", pa.string()),
+    ("choice", pa.int16()),
+    ("turn", pa.int8()),
+    ("prompt_name", pa.string()),  # of the judge's prompts
+]
+
+
+MATCHES = table_schema(
+    "matches",
+    [*_MATCH_FIELDS, ("system_text", pa.string()), ("prompt_text", pa.string())],
+)
+
+
+JUDGMENTS = table_schema(
+    "judgments",
+    [
+        *_MATCH_FIELDS,
+        ("judge", pa.string()),
+        ("judgment_text", pa.string()),  # what the judge said
+        ("score", pa.float32()),  # single: 1 to 10
+        ("winner", pa.string()),  # pair: run, other, tie
+        ("seconds", pa.float32()),
+        ("worker", pa.string()),
+        ("error", pa.string()),  # also where the judge gave no verdict
+    ],
+)
+
+
 SCORES = table_schema(
     "scores",
     [

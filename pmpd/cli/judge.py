@@ -1,0 +1,237 @@
+"""Have a judge model rate the answers of pmpd generate (MT-Bench), alone or in pairs.
+
+    pmpd judge --judge-url https://api.openai.com/v1 --judge-model gpt-4o     # key: $OPENAI_API_KEY
+    pmpd judge --judge-model-path models/judge --mode pair                    # a checkpoint, on the farm
+
+Every judgment is a row: done once, kept when the command is stopped, with an error where the judge gave none.
+`pmpd report --inputs results/generate/mt_bench results/judge` shows the scores.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from rich.console import Console
+
+from pmpd import farm, storage
+from pmpd.benchmarks.base import read_records
+from pmpd.errors import UserError
+from pmpd.evaluation.judge import (
+    REFERENCE_CATEGORIES,
+    Answered,
+    answered,
+    load_judge_prompts,
+    pair_matches,
+    single_matches,
+)
+from pmpd.evaluation.judge_endpoint import Endpoint
+from pmpd.evaluation.results import read_generations
+from pmpd.farm.connection import output_folder
+from pmpd.farm.judge_task import EndpointJudgeTask, ModelJudgeTask, judge
+
+
+@dataclass(frozen=True)
+class JudgeJob:
+    """Have a judge model rate answers. One of --judge-url and --judge-model-path is needed."""
+
+    input: str = "results/generate/mt_bench"
+    """Output folder of pmpd generate, of one benchmark."""
+    judge_url: str | None = None
+    """An OpenAI-compatible endpoint, up to its version: https://host/v1."""
+    judge_model: str | None = None
+    """Name of the judge: what the endpoint is asked for, and what results call it."""
+    judge_key_variable: str = "OPENAI_API_KEY"
+    """Environment variable that holds the endpoint's key (of the workers, too)."""
+    judge_model_path: str | None = None
+    """A checkpoint that judges on the farm, instead of an endpoint."""
+    mode: Literal["single", "pair", "pair-all"] = "single"
+    """single: every answer is rated 1 to 10. pair: every run is compared with --baseline. pair-all: every run
+    with every other."""
+    baseline: str | None = None
+    """pair: the run that all others are compared with; default the highest uniform one."""
+    runs: str | None = None
+    """Only these runs, comma-separated."""
+    judge_prompts: str | None = None
+    """FastChat's judge_prompts.jsonl, or a file in its form; default prompts in our own words."""
+    judge_references: str | None = None
+    """Reference answers for math, reasoning and coding: FastChat's reference_answer/MODEL.jsonl, or its
+    question.jsonl."""
+    parallel: int = 8
+    """Requests to the endpoint at a time."""
+    timeout_seconds: float = 120.0
+    """Of one request."""
+    attempts: int = 6
+    """Requests per judgment before it becomes an error row."""
+    max_new_tokens: int = 2048
+    """Tokens of a judgment at most."""
+    conversation_template: str | None = None
+    """Template of the judging checkpoint; default by its name."""
+    batch_size: int = 16
+    """Judgments per unit of work, and that a checkpoint decodes together."""
+    num_workers: int | None = None
+    """Checkpoint: default one per GPU; without GPUs one per two cores. An endpoint needs one."""
+    gpus_per_worker: float | None = None
+    """Checkpoint: default 1 where the cluster has GPUs, else 0."""
+    output_dir: str = "results/judge"
+    """Local folder, shared storage of the cluster, or a URI; a folder for the judge and mode is made in
+    it."""
+    retry_errors: bool = False
+    """Do judgments again that have an error."""
+    trust_remote_code: bool = False
+    """Run model code that comes with the judging checkpoint."""
+
+    def __post_init__(self) -> None:
+        if (self.judge_url is None) == (self.judge_model_path is None):
+            raise UserError("--judge-url or --judge-model-path: give one of the two, and not both")
+        if self.judge_url is not None and not self.judge_model:
+            raise UserError("--judge-url: also give --judge-model, the name that the endpoint knows")
+        for name, least in (("parallel", 1), ("attempts", 1), ("batch_size", 1), ("max_new_tokens", 16)):
+            if getattr(self, name) < least:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: at least {least}")
+        if not self.timeout_seconds > 0:
+            raise UserError(f"--timeout-seconds {self.timeout_seconds}: more than 0")
+
+    @property
+    def name(self) -> str:
+        """What results call the judge."""
+        return self.judge_model or Path(str(self.judge_model_path)).name
+
+    @property
+    def prompt_mode(self) -> str:
+        return "single" if self.mode == "single" else "pair"
+
+
+def main(job: JudgeJob, console: Console | None = None) -> str:
+    """Judges, prints what came of it, returns the folder of the judgments."""
+    console = console or Console()
+    prompts = load_judge_prompts(job.judge_prompts, job.prompt_mode)
+    references = read_references(job.judge_references) if job.judge_references else {}
+    answers, failed, benchmark = read_answers(job)
+    without = {
+        one.question_id
+        for one in answers
+        if one.category in REFERENCE_CATEGORIES and one.question_id not in references
+    }
+    if failed:
+        console.print(f"note: {failed} conversations with a failed turn are not judged")
+    if without:
+        console.print(
+            f"note: {len(without)} questions of {', '.join(REFERENCE_CATEGORIES)} are judged without a "
+            f"reference answer; --judge-references gives them"
+        )
+    pairs = pairs_of_runs(job, sorted({one.run for one in answers}))
+    matches = list(
+        single_matches(answers, references, prompts)
+        if job.mode == "single"
+        else pair_matches(answers, pairs, references, prompts)
+    )
+    identity = {
+        "benchmark": benchmark,
+        "judge": job.name,
+        "mode": job.mode,
+        "pairs": pairs,
+        "prompts": prompts.digest,
+        "matches": hashlib.sha256("".join(sorted(m["judgment_id"] for m in matches)).encode()).hexdigest(),
+        "max_new_tokens": job.max_new_tokens,
+    }
+    folder = storage.join(output_folder(job.output_dir), folder_name(benchmark, job.name, job.mode))
+    farm.connect()
+    task, options = recipe(job)
+    result = judge(task, matches, folder, identity, options)
+    console.print(
+        f"{result.rows} judgments by {job.name}, {result.new_items} of them new; {result.errors} with an "
+        f"error" + ("; --retry-errors does them again" * bool(result.errors))
+    )
+    console.print(f"Parquet:     {storage.data_folder(result.dataset)}", soft_wrap=True)
+    console.print(f"report next: pmpd report --inputs {job.input} {folder}", soft_wrap=True)
+    if result.errors == result.rows:
+        errors = storage.read_table(result.dataset, ["error"])["error"].to_pylist()
+        raise UserError(f"every judgment has an error; the first one: {errors[0]}")
+    return str(result.dataset)
+
+
+def folder_name(benchmark: str, judge_name: str, mode: str) -> str:
+    clean = "".join(c if c.isalnum() or c in "-_." else "_" for c in f"{benchmark}-{judge_name}-{mode}")
+    return clean.lstrip(".")
+
+
+def recipe(job: JudgeJob) -> tuple[EndpointJudgeTask | ModelJudgeTask, farm.FarmOptions]:
+    """The task of the farm, and how it is spread."""
+    if job.judge_url is not None:
+        endpoint = Endpoint(
+            job.judge_url, job.name, job.judge_key_variable, job.timeout_seconds, job.attempts,
+            max_tokens=job.max_new_tokens,
+        )  # fmt: skip
+        options = farm.FarmOptions(1, 0, max(job.batch_size, job.parallel), job.retry_errors)
+        return EndpointJudgeTask(endpoint, job.parallel), options
+    from transformers import AutoTokenizer
+
+    from pmpd.benchmarks.conversation import choose_template
+    from pmpd.weights.hub import local_folder
+
+    path = str(job.judge_model_path)
+    tokenizer = AutoTokenizer.from_pretrained(
+        local_folder(path, "--judge-model-path"), trust_remote_code=job.trust_remote_code
+    )
+    template = choose_template(job.name, tokenizer, job.conversation_template)
+    source = farm.ModelSource(path, None, None, job.trust_remote_code)
+    options = farm.FarmOptions(job.num_workers, job.gpus_per_worker, job.batch_size, job.retry_errors)
+    return ModelJudgeTask(source, job.name, template, job.max_new_tokens, job.batch_size), options
+
+
+def read_answers(job: JudgeJob) -> tuple[list[Answered], int, str]:
+    """(answers, conversations with a failed turn, the benchmark). ValueError for a run that is not there."""
+    rows: list[dict[str, Any]] = []
+    turns: dict[str, Sequence[str]] = {}
+    for folder, _, found in read_generations(job.input):
+        rows += found
+        beside = storage.join(storage.absolute(folder).rpartition("/")[0], "conversations")
+        asked = storage.read_table(beside, ["prompt_id", "turns"]).to_pylist()
+        turns |= {row["prompt_id"]: row["turns"] for row in asked}
+    benchmarks = sorted({f"{row['benchmark']}" for row in rows})
+    if len(benchmarks) > 1:
+        raise UserError(f"--input {job.input}: answers of {', '.join(benchmarks)}; give the folder of one")
+    known = sorted({row["run"] for row in rows})
+    if job.runs is not None:
+        wanted = [name.strip() for name in job.runs.split(",")]
+        absent = sorted(set(wanted) - set(known))
+        if absent:
+            raise UserError(f"--runs {', '.join(absent)}: {job.input} holds {', '.join(known)}")
+        rows = [row for row in rows if row["run"] in wanted]
+    answers, failed = answered(rows, turns)
+    return answers, failed, benchmarks[0]
+
+
+def pairs_of_runs(job: JudgeJob, runs: Sequence[str]) -> list[tuple[str, str]]:
+    """(run, other run) of every comparison; [] for ratings."""
+    if job.mode == "single":
+        return []
+    if job.mode == "pair-all":
+        return [(run, other) for index, run in enumerate(runs) for other in runs[index + 1 :]]
+    uniform = [run for run in runs if run.removeprefix("uniform-").isdigit()]
+    baseline = job.baseline or max(uniform, key=lambda run: int(run.removeprefix("uniform-")), default=None)
+    if baseline not in runs:
+        raise UserError(f"--baseline {baseline}: answers are there of {', '.join(runs)}")
+    return [(run, baseline) for run in runs if run != baseline]
+
+
+def read_references(path: str) -> Mapping[str, Sequence[str]]:
+    """question_id -> reference answers by turn."""
+    references = {}
+    for place, record in read_records(Path(path), "FastChat's reference_answer or question.jsonl"):
+        try:
+            texts = record["choices"][0]["turns"] if "choices" in record else record.get("reference") or []
+            if not all(isinstance(text, str) for text in texts):
+                raise TypeError("a reference that is no text")
+            references[str(record["question_id"])] = list(texts)
+        except (LookupError, TypeError) as error:
+            raise UserError(
+                f"--judge-references {path} {place}: {type(error).__name__}: {error}; wanted are lines of "
+                f"FastChat's reference_answer/MODEL.jsonl or question.jsonl: {json.dumps(record)[:100]}"
+            ) from None
+    return references
