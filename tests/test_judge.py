@@ -156,7 +156,7 @@ def test_references_are_read_from_both_of_fastchats_files(tmp_path: Path) -> Non
     )
     assert read_references(str(path)) == {"82": ["a", "b"], "83": ["c"]}
     path.write_text('{"reference": ["c"]}\n')
-    with pytest.raises(ValueError, match="line 1: KeyError"):
+    with pytest.raises(ValueError, match=r"references\.jsonl:1: KeyError\('question_id'\)"):
         read_references(str(path))
 
 

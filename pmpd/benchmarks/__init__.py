@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pmpd.benchmarks import cnn_dm, demo, dialogsum, iwslt, mt_bench
+from pmpd.benchmarks import cnn_dm, demo, dialogsum, gsm8k, humaneval, iwslt, mt_bench, passkey
 from pmpd.benchmarks.base import Benchmark, Question, load_questions
 from pmpd.errors import UserError
 
@@ -12,6 +12,9 @@ BENCHMARKS: dict[str, Benchmark] = {
     "cnn_dm": cnn_dm.BENCHMARK,
     "dialogsum": dialogsum.BENCHMARK,
     "iwslt": iwslt.BENCHMARK,
+    "gsm8k": gsm8k.BENCHMARK,
+    "passkey": passkey.BENCHMARK,
+    "humaneval": humaneval.BENCHMARK,
 }
 
 

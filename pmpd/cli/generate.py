@@ -49,7 +49,7 @@ class GenerateJob:
     model_id: str = "demo"
     """Name of the model in the results; chooses the conversation template."""
     bench_name: str = "demo"
-    """demo, mt_bench, cnn_dm, dialogsum or iwslt."""
+    """demo, mt_bench, cnn_dm, dialogsum, iwslt, gsm8k, passkey or humaneval."""
     question_file: str | None = None
     """File or folder in the benchmark's published schema, local or a URI, instead of the Hugging Face hub."""
     validation: bool = False

@@ -10,7 +10,6 @@ Every judgment is a row: done once, kept when the command is stopped, with an er
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,6 @@ from typing import Any, Literal
 from rich.console import Console
 
 from pmpd import farm, storage
-from pmpd.benchmarks.base import read_records
 from pmpd.errors import UserError
 from pmpd.evaluation.judge import (
     REFERENCE_CATEGORIES,
@@ -33,6 +31,7 @@ from pmpd.evaluation.judge_endpoint import Endpoint
 from pmpd.evaluation.results import read_generations
 from pmpd.farm.connection import output_folder
 from pmpd.farm.judge_task import EndpointJudgeTask, ModelJudgeTask, judge
+from pmpd.storage.records import source_of
 
 
 @dataclass(frozen=True)
@@ -223,7 +222,8 @@ def pairs_of_runs(job: JudgeJob, runs: Sequence[str]) -> list[tuple[str, str]]:
 def read_references(path: str) -> Mapping[str, Sequence[str]]:
     """question_id -> reference answers by turn."""
     references = {}
-    for place, record in read_records(Path(path), "FastChat's reference_answer or question.jsonl"):
+    for found in source_of(path, flag="--judge-references"):
+        record = found.fields or {}
         try:
             texts = record["choices"][0]["turns"] if "choices" in record else record.get("reference") or []
             if not all(isinstance(text, str) for text in texts):
@@ -231,7 +231,7 @@ def read_references(path: str) -> Mapping[str, Sequence[str]]:
             references[str(record["question_id"])] = list(texts)
         except (LookupError, TypeError) as error:
             raise UserError(
-                f"--judge-references {path} {place}: {type(error).__name__}: {error}; wanted are lines of "
-                f"FastChat's reference_answer/MODEL.jsonl or question.jsonl: {json.dumps(record)[:100]}"
+                f"--judge-references {path} {found.place}: {found.problem or repr(error)}; wanted are "
+                f"lines of FastChat's reference_answer/MODEL.jsonl or question.jsonl"
             ) from None
     return references

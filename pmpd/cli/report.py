@@ -39,6 +39,9 @@ class ReportJob:
     """Also BERTScore, with the model in this folder or of this name (needs pip install 'pmpd[bertscore]')."""
     metric: str | None = None
     """The metric of headlines, figure and table; default each benchmark's own."""
+    run_code: bool = False
+    """Run generated code against its tests (humaneval), each program in a limited process of its own. It
+    still runs as you: use a container."""
     resamples: int = 2000
     """Bootstrap resamples behind the 95 % intervals."""
     seed: int = 0
@@ -61,7 +64,7 @@ def main(job: ReportJob, console: Console | None = None) -> Path:
 def _write(job: ReportJob, told: str, console: Console) -> Path:
     """Writes into a local folder, and calls it by `told`."""
     begin = time.monotonic()
-    config = ScoreConfig(job.resamples, job.seed, job.bert_score)
+    config = ScoreConfig(job.resamples, job.seed, job.bert_score, job.run_code)
     if job.metric is not None:
         get_metric(job.metric)
     rows: list[dict[str, Any]] = []

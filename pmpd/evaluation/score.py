@@ -43,6 +43,8 @@ class ScoreConfig:
     """Seed of the resamples."""
     bert_score: str | None = None
     """Folder or name of the model for BERTScore; none: BERTScore is not computed."""
+    run_code: bool = False
+    """Whether generated code is run, for benchmarks that test it."""
     by_turn: bool = True
     """Also score each turn by itself, where a benchmark has several."""
 

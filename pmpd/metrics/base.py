@@ -12,7 +12,9 @@ from typing import Any, Protocol
 import numpy as np
 
 from pmpd.errors import UserError
+from pmpd.metrics.code import pass_tests
 from pmpd.metrics.rouge import rouge_l
+from pmpd.metrics.tasks import final_number_right, key_found
 from pmpd.metrics.text import bert_scores, bleu_of_statistics, bleu_statistics, first_divergence
 
 DATASET = "dataset"
@@ -105,6 +107,28 @@ METRICS: dict[str, Metric] = {
             scale="0 to 100",
         ),
         Metric("bert_score", "BERTScore F1", of_texts=bert_scores, option="bert_score"),
+        Metric(
+            "final_number",
+            "final number right",
+            mean_of(lambda row, text, _: final_number_right(row["output_text"], text)),
+            against=(DATASET,),
+            benchmarks=frozenset({"gsm8k"}),
+        ),
+        Metric(
+            "passkey",
+            "pass key found",
+            mean_of(lambda row, text, _: key_found(row["output_text"], text)),
+            against=(DATASET,),
+            benchmarks=frozenset({"passkey"}),
+        ),
+        Metric(
+            "tests_passed",
+            "tests passed",
+            of_texts=pass_tests,
+            against=(DATASET,),
+            benchmarks=frozenset({"humaneval"}),
+            option="run_code",
+        ),
         Metric(
             "exact_match",
             "exact match",
