@@ -237,12 +237,13 @@ def test_every_match_gives_one_row_and_a_row_without_verdict_says_why() -> None:
 
 
 def test_a_local_checkpoint_judges_every_match_once() -> None:
-    from pmpd import demo, farm
+    from pmpd import demo
     from pmpd.farm.judge_task import ModelJudgeTask
+    from pmpd.weights.model_spec import ModelSpec
 
     matches = [match for match in matches_of("single") if match["run"] == "fp"]
     long = {**matches[0], "judgment_id": "long", "prompt_text": "word " * 3000}
-    task = ModelJudgeTask(farm.ModelSource(str(demo.DENSE)), "demo", "plain", 4, 4)
+    task = ModelJudgeTask(ModelSpec(str(demo.DENSE)), "demo", "plain", 4, 4)
     rows = list(task.build(Place("w", 1)).run([{"matches": match} for match in [*matches, long]]))
     found = {row["judgment_id"]: row for row in rows}
     assert set(found) == {match["judgment_id"] for match in matches} | {"long"}

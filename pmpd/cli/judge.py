@@ -32,6 +32,7 @@ from pmpd.evaluation.results import read_generations
 from pmpd.farm.connection import output_folder
 from pmpd.farm.judge_task import EndpointJudgeTask, ModelJudgeTask, judge
 from pmpd.storage.records import source_of
+from pmpd.weights.model_spec import ModelSpec
 
 
 @dataclass(frozen=True)
@@ -168,19 +169,14 @@ def recipe(job: JudgeJob) -> tuple[EndpointJudgeTask | ModelJudgeTask, farm.Farm
         )  # fmt: skip
         options = farm.FarmOptions(1, 0, max(job.batch_size, job.parallel), job.retry_errors)
         return EndpointJudgeTask(endpoint, job.parallel), options
-    from transformers import AutoTokenizer
-
     from pmpd.benchmarks.conversation import choose_template
-    from pmpd.weights.hub import local_folder
 
-    path = str(job.judge_model_path)
-    tokenizer = AutoTokenizer.from_pretrained(
-        local_folder(path, "--judge-model-path"), trust_remote_code=job.trust_remote_code
+    model = ModelSpec(
+        str(job.judge_model_path), trust_remote_code=job.trust_remote_code, flag="--judge-model-path"
     )
-    template = choose_template(job.name, tokenizer, job.conversation_template)
-    source = farm.ModelSource(path, None, None, job.trust_remote_code)
+    template = choose_template(job.name, model.open().tokenizer(), job.conversation_template)
     options = farm.FarmOptions(job.num_workers, job.gpus_per_worker, job.batch_size, job.retry_errors)
-    return ModelJudgeTask(source, job.name, template, job.max_new_tokens, job.batch_size), options
+    return ModelJudgeTask(model, job.name, template, job.max_new_tokens, job.batch_size), options
 
 
 def read_answers(job: JudgeJob) -> tuple[list[Answered], int, str]:

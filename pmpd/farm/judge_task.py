@@ -14,9 +14,10 @@ from pmpd.evaluation.judge import judgment
 from pmpd.evaluation.judge_endpoint import Endpoint
 from pmpd.farm.capacity import FarmOptions
 from pmpd.farm.driver import FarmResult, run
-from pmpd.farm.model_source import ModelSource
+from pmpd.farm.load_model import load_model
 from pmpd.farm.worker import BuiltTask, FarmTask, Item, Place
 from pmpd.storage.lease import Lease
+from pmpd.weights.model_spec import ModelSpec
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class EndpointJudgeTask(FarmTask):
 class ModelJudgeTask(FarmTask):
     """MATCHES -> JUDGMENTS, by a checkpoint that each worker loads, greedily at its highest precision."""
 
-    model: ModelSource
+    model: ModelSpec
     name: str
     template: str
     max_new_tokens: int
@@ -65,7 +66,7 @@ class ModelJudgeTask(FarmTask):
         from pmpd.decode.requests import Request
         from pmpd.evaluation.answer import encode, end_tokens
 
-        model, device = self.model.load(place)
+        model, device = load_model(self.model, place)
         stop = stops(self.template)
         ends = model.eos_token_ids | end_tokens(model.tokenizer, stop)
 
