@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pmpd import gpu
 from pmpd.decode.engine import Engine
+from pmpd.decode.pulse import Pulse
 from pmpd.decode.requests import Completion, Prefix, Request, TokenEvent
 from pmpd.errors import UserError
 from pmpd.schedulers.base import Scheduler
@@ -113,6 +114,7 @@ class PMPDForCausalLM(nn.Module):
         self.eos_token_ids = _eos_token_ids(self.model, self.tokenizer)
         self.scheduler: Scheduler | None = None
         self._engine: Engine | None = None
+        self.pulse = Pulse()
         self._most_slots = 2**31  # more ran out of memory
 
     @classmethod
@@ -174,6 +176,7 @@ class PMPDForCausalLM(nn.Module):
         """The kept engine, for one decode: whoever wants to decode before that has ended gets another one,
         since its cache is in use."""
         engine = self.engine(slots, max_length)
+        engine.pulse = self.pulse
         self._engine = None
         try:
             yield engine

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import ray
 
 from pmpd import farm, storage
-from pmpd.farm.worker import BuiltTask, FarmTask, Item, Place
+from pmpd.decode.pulse import Pulse
+from pmpd.farm.task import BuiltTask, FarmTask, Item, Place
 
 SCHEMA = storage.table_schema(
     "fakes",
@@ -43,8 +43,11 @@ class FakeTask(FarmTask):
     kills: tuple[str, ...] = ()
     raises: tuple[str, ...] = ()
     poisons: tuple[str, ...] = ()
+    hangs: tuple[str, ...] = ()
+    """Rows after which nothing moves for `hang_seconds`."""
+    hang_seconds: float = 3600.0
     once: str = ""
-    """Folder in which rows of `kills` leave a mark, and then kill no more."""
+    """Folder in which rows of `kills` and `hangs` leave a mark, and then do it no more."""
     too_large: tuple[str, ...] = ()
     """Rows whose answer no column can hold."""
     start_error: str = ""
@@ -59,9 +62,13 @@ class FakeTask(FarmTask):
     table = "fakes"
 
     def build(self, place: Place) -> BuiltTask:
-        bad = not self.bad_nodes or ray.get_runtime_context().get_node_id() in self.bad_nodes
+        if self.bad_nodes or self.start_marks:
+            import ray
+
+        node = ray.get_runtime_context().get_node_id() if self.bad_nodes or self.start_marks else ""
+        bad = not self.bad_nodes or node in self.bad_nodes
         if self.start_marks:
-            (Path(self.start_marks) / ray.get_runtime_context().get_node_id()).touch()
+            (Path(self.start_marks) / node).touch()
         if self.start_error == "crash" and bad:
             os._exit(3)
         if self.start_error and bad:
@@ -70,17 +77,22 @@ class FakeTask(FarmTask):
         if self.file_size_limit:
             import resource
 
-            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (self.file_size_limit, self.file_size_limit))
         self_place = json.dumps(
             {"gpus": place.gpu_ids, "threads": place.threads, "omp": os.environ.get("OMP_NUM_THREADS")}
         )
 
+        pulse = Pulse()
+
         def run(items: list[Item]) -> Any:
             for item in items:
                 row = item["prompts"]
                 key = row["prompt_id"]
-                time.sleep(self.seconds)
+                for bits in (4, 3):
+                    time.sleep(self.seconds / 2)
+                    pulse.step([bits] * 5)
+                if key in self.hangs and self._first_time(key):
+                    time.sleep(self.hang_seconds)
                 if key in self.kills and self._first_time(key):
                     os.kill(os.getpid(), signal.SIGKILL)
                 if key in self.raises:
@@ -95,7 +107,7 @@ class FakeTask(FarmTask):
                     "place": self_place,
                 }
 
-        return BuiltTask(run, SCHEMA, {"model": self.fingerprint}, "a fake", lambda row: 10)
+        return BuiltTask(run, SCHEMA, {"model": self.fingerprint}, "a fake", lambda row: 10, pulse)
 
     def _first_time(self, key: str) -> bool:
         if not self.once:
@@ -128,6 +140,30 @@ def write_prompts(dataset: Path, count: int, errors: tuple[int, ...] = ()) -> li
     return ids
 
 
+def rows_of(folder: Path) -> dict[str, dict]:
+    rows = storage.read_table(folder).to_pylist()
+    assert len({row["prompt_id"] for row in rows}) == len(rows), "an id is there twice"
+    return {row["prompt_id"]: row for row in rows}
+
+
+def expected(prompts: Path) -> dict[str, int]:
+    return {row["prompt_id"]: sum(row["input_ids"]) for row in storage.read_table(prompts).to_pylist()}
+
+
+def answers(rows: dict[str, dict]) -> dict[str, int]:
+    return {key: row["answer"] for key, row in rows.items()}
+
+
+def shards(folder: Path) -> dict[str, int]:
+    return {path.name: path.stat().st_mtime_ns for path in (folder / "data").iterdir()}
+
+
+def damage(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 3] ^= 0xFF
+    path.write_bytes(content)
+
+
 def main() -> None:
     output, prompts, settings = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
     options = settings.pop("options", {})
@@ -139,8 +175,9 @@ def main() -> None:
             if key in fields
         }
     )
-    farm.connect()
-    result = farm.run(task, {"prompts": prompts}, output, {"task": "fake"}, farm.FarmOptions(**options))
+    farm_options = farm.FarmOptions(**options)
+    farm.connect(farm_options)
+    result = farm.run(task, {"prompts": prompts}, output, {"task": "fake"}, farm_options)
     print(json.dumps(dataclasses.asdict(result)))
 
 

@@ -54,10 +54,24 @@ def local_ray(num_cpus: int, **options) -> Iterator[None]:
     from tests import farm_fakes
 
     with environment():
-        ray.init(address="local", include_dashboard=False, num_cpus=num_cpus, **QUIET, **options)
+        _start(num_cpus=num_cpus, **options)
         ray.cloudpickle.register_pickle_by_value(farm_fakes)
         try:
             yield
         finally:
             ray.cloudpickle.unregister_pickle_by_value(farm_fakes)
             ray.shutdown()
+
+
+def _start(**options) -> None:
+    """Ray gives itself 30 s to start, which a machine that does much else may not give it."""
+    import ray
+
+    for attempt in range(3):
+        try:
+            ray.init(address="local", include_dashboard=False, **QUIET, **options)
+            return
+        except Exception as error:
+            ray.shutdown()
+            if attempt == 2 or "timed out during startup" not in str(error):
+                raise

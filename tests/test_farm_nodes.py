@@ -15,9 +15,8 @@ from rich.console import Console
 
 from pmpd import farm, storage
 from tests import farm_fakes
-from tests.farm_fakes import FakeTask, write_prompts
+from tests.farm_fakes import FakeTask, answers, expected, rows_of, write_prompts
 from tests.ray_sessions import QUIET, environment
-from tests.test_farm import answers, expected, rows_of
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +167,10 @@ def test_a_run_without_a_node_for_its_workers_waits_and_then_says_so(nodes, prom
 
     def work():
         try:
-            run(FakeTask(seconds=0.3), prompts, tmp_path / "out", gpus_per_worker=3, node_wait_seconds=3)
+            options = farm.FarmOptions(unit_rows=4, node_wait_seconds=3)
+            object.__setattr__(options, "gpus_per_worker", 3)  # what only that node has
+            inputs = {"prompts": str(prompts)}
+            farm.run(FakeTask(seconds=0.3), inputs, tmp_path / "out", {}, options, stream=io.StringIO())
         except ValueError as error:
             told.append(str(error))
 

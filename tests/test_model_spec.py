@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from pmpd import PMPDForCausalLM
 from pmpd.farm.load_model import load_model
-from pmpd.farm.worker import Place
+from pmpd.farm.task import Place
 from pmpd.weights.model_spec import ModelSpec, check_held, shared_tokenizer
 from tests.helpers import write_dense
 from tests.test_checkpoint import copied

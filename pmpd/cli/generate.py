@@ -104,9 +104,14 @@ class GenerateJob:
     reuse_cache: bool = True
     """Later turns start from the cache of the prompt before."""
     num_workers: int | None = None
-    """Default: one per GPU; without GPUs one per two cores."""
+    """Default: one per GPU; without GPUs one per two cores. 0: in this process, as where Ray is not
+    installed."""
     gpus_per_worker: float | None = None
     """Default: 1 where the cluster has GPUs, else 0; a fraction shares a GPU."""
+    stall_seconds: float | None = None
+    """A worker without progress for so long is replaced; default: 20 of the longest steps, 300 at least."""
+    price_per_worker_hour: float | None = None
+    """Puts the cost of 1,000 rows into summary.json."""
     output_dir: str = "results/generate"
     """Local folder, shared storage of the cluster, or a URI (s3://bucket/folder)."""
     retry_errors: bool = False
@@ -225,14 +230,19 @@ def main(job: GenerateJob, console: Console | None = None) -> str:
             job.dtype,
         )
     slots, unit_rows = farm.batch_of(job.batch_size)
-    farm.connect()
+    farm.connect(farm.FarmOptions(job.num_workers, job.gpus_per_worker))
     for group, sweep in sweeps.items():
         widths = sorted(
             {bits for run in sweep.runs for bits in (*run.precisions, run.prefill_bit)}, reverse=True
         )
         model = models[group] if group == "fp" else replace(models[group], precisions=tuple(widths))
         options = farm.FarmOptions(
-            job.num_workers, job.gpus_per_worker, sweep.unit_rows(unit_rows), job.retry_errors
+            job.num_workers,
+            job.gpus_per_worker,
+            sweep.unit_rows(unit_rows),
+            job.retry_errors,
+            job.stall_seconds,
+            job.price_per_worker_hour,
         )
         generate(sweep, model, storage.join(folder, group), slots, job.reuse_cache, options)
     rows = [row for _, _, found in read_generations(folder, job.static_search) for row in found]

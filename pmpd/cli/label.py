@@ -20,7 +20,7 @@ from pmpd import demo, farm, storage
 from pmpd.errors import UserError
 from pmpd.farm.connection import output_folder
 from pmpd.farm.label_task import LabelTask, ReferenceTask
-from pmpd.farm.worker import FarmTask
+from pmpd.farm.task import FarmTask
 from pmpd.labeling.label import LabelConfig
 from pmpd.labeling.prompts import PromptConfig, write_prompts
 from pmpd.schedulers.chain import NUM_CLASSES, class_steps, parse_chain
@@ -54,9 +54,14 @@ class LabelJob:
     """Trajectories that decode together in a worker, and prompts per unit of work (and Parquet file); auto:
     what its memory holds."""
     num_workers: int | None = None
-    """Default: one per GPU; without GPUs one per two cores."""
+    """Default: one per GPU; without GPUs one per two cores. 0: in this process, as where Ray is not
+    installed."""
     gpus_per_worker: float | None = None
     """Default: 1 where the cluster has GPUs, else 0; a fraction shares a GPU."""
+    stall_seconds: float | None = None
+    """A worker without progress for so long is replaced; default: 20 of the longest steps, 300 at least."""
+    price_per_worker_hour: float | None = None
+    """Puts the cost of 1,000 rows into summary.json."""
     output_dir: str = "results/label"
     """Local folder, shared storage of the cluster, or a URI (s3://bucket/folder)."""
     seed: int = 0
@@ -82,7 +87,14 @@ def main(job: LabelJob, console: Console | None = None) -> farm.FarmResult | Non
     console = console or Console()
     slots, unit_rows = farm.batch_of(job.batch_size)
     chain = LabelConfig(parse_chain(job.precisions), job.max_new_tokens, slots).precisions
-    options = farm.FarmOptions(job.num_workers, job.gpus_per_worker, unit_rows, job.retry_errors)
+    options = farm.FarmOptions(
+        job.num_workers,
+        job.gpus_per_worker,
+        unit_rows,
+        job.retry_errors,
+        job.stall_seconds,
+        job.price_per_worker_hour,
+    )
     source = PromptConfig(job.dataset, job.dataset_config, job.split, job.size, job.seed)
     model = ModelSpec(
         job.model_path, job.use_multi_model, chain, job.kernel, job.dtype, job.trust_remote_code
@@ -128,7 +140,7 @@ def main(job: LabelJob, console: Console | None = None) -> farm.FarmResult | Non
         storage.check_config(folder, config)  # before any work
 
     result = None
-    farm.connect()
+    farm.connect(options)
     with storage.Lease(output) as lease:
         counts = write_prompts(source, tokenizer, positions - job.max_new_tokens, prompts, identity)
         told = ", ".join(

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import re
+import signal
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from types import FrameType
+from typing import Any
 
 import pmpd
 from pmpd.errors import UserError
@@ -56,6 +62,45 @@ COMMANDS = {
 INTERRUPTED = 130
 """Exit code after Ctrl-C."""
 
+TERMINATED = 143
+"""Exit code after SIGTERM (`ray job stop`, a node that is about to go)."""
+
+_FLAGS = {"slots": "--batch-size", "unit_rows": "--batch-size"}
+"""Names in the library's messages that are flags under another name."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a command as Ctrl-C does."""
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM raises `Terminated`, once: a second one must not disturb the leaving."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def end(number: int, frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def in_flags(message: str, config: Any) -> str:
+    """A message of the library in the words of the command: `gpus_per_worker 2: …` begins with the name of a
+    field, which is a flag here."""
+    name = re.match(r"[a-z_]+(?= )", message)
+    known = {field.name: f"--{field.name.replace('_', '-')}" for field in fields(config)}
+    flag = (known | {name: flag for name, flag in _FLAGS.items() if name not in known}).get(
+        name[0] if name else ""
+    )
+    return message if name is None or flag is None else flag + message[name.end() :]
+
 
 def usage() -> str:
     width = max(map(len, COMMANDS))
@@ -88,21 +133,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     import tyro
 
+    config = None
     try:
         rest = _without_secrets(rest)
-        module = importlib.import_module(command.module)
-        config = tyro.cli(
-            getattr(module, command.config), prog=f"pmpd {name}", description=module.__doc__, args=rest
-        )
-        result = module.main(config)
+        with _terminable():
+            module = importlib.import_module(command.module)
+            config = tyro.cli(
+                getattr(module, command.config), prog=f"pmpd {name}", description=module.__doc__, args=rest
+            )
+            result = module.main(config)
         return result if isinstance(result, int) else 0
     except UserError as error:
-        print(f"error: {_without_secrets([str(error)], redact=True)[0]}", file=sys.stderr)
+        told = str(error) if config is None else in_flags(str(error), config)
+        print(f"error: {_without_secrets([told], redact=True)[0]}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stop:
         again = f"; {command.kept}: run the same command again to go on" if command.kept else ""
         print(f"stopped{again}", file=sys.stderr)
-        return INTERRUPTED
+        return TERMINATED if isinstance(stop, Terminated) else INTERRUPTED
 
 
 def _without_secrets(texts: list[str], redact: bool = False) -> list[str]:

@@ -28,6 +28,7 @@ from transformers import PreTrainedModel
 
 from pmpd.decode.graph_steps import GraphSteps, top_probability
 from pmpd.decode.llama_cpu import recognise
+from pmpd.decode.pulse import Pulse
 from pmpd.decode.requests import Completion, Fork, Prefix, Request, TokenEvent
 from pmpd.decode.slots import Plan, SlotCache, Stretch, slot_attention
 from pmpd.errors import UserError
@@ -101,6 +102,7 @@ class Engine:
         self.cache = SlotCache(slots + spare, max_length)
         self.tokens = torch.zeros(slots + spare, max_length + 1, dtype=torch.int64, device=self.device)
         self.bad = torch.zeros(slots + spare, dtype=torch.bool, device=self.device)
+        self.pulse = Pulse()
 
     def run(
         self,
@@ -304,6 +306,7 @@ class _Run:
             array[at] = 0
         probability = self._take_tokens(at, logits)
         fetched = self._fetch()
+        self.engine.pulse.step([self.prefill_bits] * len(batch))
         seconds = (time.perf_counter() - started) / len(batch)
         for row in batch:
             row.prefill_seconds = seconds
@@ -365,6 +368,7 @@ class _Run:
             switch_steps = self.switch_steps[at]
             self.scheduler.observe(switch_steps, step, probability.cpu().numpy())
             self.switch_steps[at] = switch_steps
+        self.engine.pulse.step(bits)
         seconds = (time.perf_counter() - started) / len(at)
         self.decode_seconds[at] += seconds
 

@@ -1,14 +1,17 @@
-"""The farm: any per-item work on a Ray cluster, every item exactly once. The only room that imports Ray.
+"""The farm: any per-item work, every item exactly once, on a Ray cluster or in this process.
 
-input datasets ──ids──▶ driver ──units of ids──▶ actors ──one shard per unit──▶ output dataset
+input datasets ──ids──▶ driver ──units of ids──▶ workers ──one shard per unit──▶ output dataset
+
+The only room that imports Ray, and only where a cluster is worked with: `pool`, `worker`, `capacity`,
+`metrics`, `ray_private`, `train`.
 """
 
 from __future__ import annotations
 
-from pmpd.farm.capacity import FarmOptions
 from pmpd.farm.connection import connect, output_folder
-from pmpd.farm.driver import FarmResult, batch_of, run
+from pmpd.farm.driver import FarmResult, run
 from pmpd.farm.ledger import ReconcileError
+from pmpd.farm.options import FarmOptions, batch_of
 
 __all__ = [
     "FarmOptions",

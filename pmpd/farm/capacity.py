@@ -12,40 +12,12 @@ import ray
 
 from pmpd.errors import UserError
 from pmpd.farm import ray_private
+from pmpd.farm.options import FarmOptions
 
 
-@dataclass(frozen=True)
-class FarmOptions:
-    """How the work is spread. Nothing here changes a row."""
-
-    num_workers: int | None = None
-    """Default: one per GPU (or share of it); without GPUs one per two cores of a node."""
-    gpus_per_worker: float | None = None
-    """Default: 1 where the cluster has GPUs, else 0. A fraction puts several workers on one GPU."""
-    unit_rows: int = 32
-    """Items per unit, which is also the rows of a shard."""
-    retry_errors: bool = False
-    capacity_seconds: float = 8.0
-    node_wait_seconds: float = 300.0
-    """How long a started run waits for a node when all that could hold a worker are gone."""
-    progress_seconds: float = 10.0
-
-    def __post_init__(self) -> None:
-        if self.num_workers is not None and self.num_workers < 1:
-            raise UserError(f"--num-workers {self.num_workers}: at least 1")
-        if self.gpus_per_worker is not None and self.gpus_per_worker < 0:
-            raise UserError(
-                f"--gpus-per-worker {self.gpus_per_worker}: 0, a fraction like 0.5, or a whole number"
-            )
-        if self.gpus_per_worker is not None and self.gpus_per_worker > 1 and self.gpus_per_worker % 1:
-            raise UserError(f"--gpus-per-worker {self.gpus_per_worker}: above 1 it must be a whole number")
-        if self.unit_rows < 1:
-            raise UserError(f"--batch-size {self.unit_rows}: at least 1")
-
-
-def live_nodes() -> list[dict[str, float]]:
-    """Total resources of every node that is alive."""
-    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+def live_nodes() -> dict[str, dict[str, float]]:
+    """Node id -> total resources, of every node that is alive."""
+    return {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
 
 
 def autoscaler_present() -> bool:
@@ -82,27 +54,37 @@ class Demand:
         )
 
 
-def plan(options: FarmOptions, nodes: Sequence[Mapping[str, float]]) -> tuple[int, Demand, int]:
-    """Number of workers wanted, what one asks for, and workers per node (CPU workers share its cores)."""
+@dataclass(frozen=True)
+class Staffing:
+    """How many workers a run wants, what one asks for, and workers per node (CPU workers share its cores)."""
+
+    workers: int
+    demand: Demand
+    per_node: int
+
+
+def staff(options: FarmOptions, nodes: Sequence[Mapping[str, float]]) -> Staffing:
+    """Fits workers to the total resources of the nodes."""
     gpu_nodes = [node for node in nodes if node.get("GPU", 0) > 0]
     gpus = options.gpus_per_worker if options.gpus_per_worker is not None else float(bool(gpu_nodes))
     if gpus:
         # A GPU is the scarce thing: CPUs are not asked for, so that a node's last core, held by someone else,
         # never idles its GPU.
         fitting = sum(int(node.get("GPU", 0) / gpus + 1e-9) for node in gpu_nodes)
-        return options.num_workers or max(1, fitting), Demand(0, gpus), 1
+        return Staffing(options.num_workers or max(1, fitting), Demand(0, gpus), 1)
     cpu_nodes = [node["CPU"] for node in nodes if node.get("CPU", 0) > 0] or [1.0]
     wanted = options.num_workers or sum(max(1, int(cpus) // 2) for cpus in cpu_nodes)
     per_node = -(-wanted // len(cpu_nodes))
-    return wanted, Demand(max(0.01, int(100 * min(1.0, min(cpu_nodes) / per_node)) / 100), 0), per_node
+    cpus = max(0.01, int(100 * min(1.0, min(cpu_nodes) / per_node)) / 100)
+    return Staffing(wanted, Demand(cpus, 0), per_node)
 
 
 def check_capacity(options: FarmOptions, say: Callable[[str], None]) -> None:
-    """ValueError, within `capacity_seconds`, if no node can ever hold a worker and nothing can add one."""
+    """UserError, within `capacity_seconds`, if no node can ever hold a worker and nothing can add one."""
     deadline = time.monotonic() + options.capacity_seconds
     while True:
-        nodes = live_nodes()
-        _, demand, _ = plan(options, nodes)
+        nodes = list(live_nodes().values())
+        demand = staff(options, nodes).demand
         if any(demand.fits(node) for node in nodes):
             return
         if autoscaler_present():
@@ -115,7 +97,6 @@ def check_capacity(options: FarmOptions, say: Callable[[str], None]) -> None:
             )
             raise UserError(
                 f"a worker asks for {demand} on one node, the cluster has: {has}; change --gpus-per-worker, "
-                f"add a node that has it, "
-                "or use a cluster with an autoscaler"
+                f"add a node that has it, or use a cluster with an autoscaler"
             )
         time.sleep(0.5)

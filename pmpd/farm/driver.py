@@ -1,48 +1,37 @@
-"""The farm: any per-item work on a Ray cluster, every item exactly once.
+"""The farm: any per-item work, every item exactly once, on a Ray cluster or in this process.
 
-Plain actors, each holding one model and pinned to a GPU (or a share of the CPUs), fed by a small driver:
+    input datasets ──ids──▶ driver ──units of ids──▶ workers ──one shard per unit──▶ output dataset
 
-    input datasets ──ids──▶ driver ──units of ids──▶ actors ──one shard per unit──▶ output dataset
-
-* The output is the only truth: to-do = input ids - ids in readable output shards. A damaged shard is set
-  aside and done again.
-* An actor writes its unit as one shard, all or nothing, named by the unit's ids; a unit done twice overwrites
-  itself.
-* Actors are never restarted by Ray. The driver replaces a dead one and queues its units again; a unit that
-  kills its worker twice is split into single rows, and a row that kills again becomes an error row.
+* The output is the only truth (`ledger`): to do = input ids - ids in readable output shards. A damaged shard
+  is set aside and done again.
+* A worker writes its unit as one shard, all or nothing, named by the unit's ids (`workbench`); a unit done
+  twice overwrites itself.
+* Actors are never restarted by Ray. The driver (`pool`) replaces one that is dead or makes no progress, and
+  queues its units again; what a lost worker says about its unit is in `blame`.
 * One run per output folder: a lease with a heartbeat; a worker publishes nothing for a run that lost its
-  lease.
-* At the end the ids of input and output are compared; they must be equal, each once.
-
-Parts: `worker` (the task's interface and the actor), `pool` (workers and units in flight), `capacity`,
-`progress`, `lease`."""
+  lease, or that has replaced it.
+* At the end the ids of input and output are compared; they must be equal, each once."""
 
 from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TextIO
+from typing import Any, Protocol, TextIO
 
 from pmpd import storage
-from pmpd.errors import UserError
-from pmpd.farm.capacity import FarmOptions, check_capacity, live_nodes, plan
-from pmpd.farm.ledger import drop_duplicates, drop_errors, items_of, reconcile
-from pmpd.farm.pool import Pool
-from pmpd.farm.progress import Progress
-from pmpd.farm.worker import FarmTask, Unit
+from pmpd.farm.ledger import Ledger
+from pmpd.farm.local_pool import LocalPool
+from pmpd.farm.options import FarmOptions
+from pmpd.farm.progress import Progress, Publish
+from pmpd.farm.task import FarmTask, Unit
 from pmpd.storage.lease import Lease
+from pmpd.storage.summary import add_run
 
-AUTO_UNIT_ROWS = 64
-"""Items of a unit where the rows that decode together follow from a worker's memory."""
-
-
-def batch_of(batch_size: int | Literal["auto"]) -> tuple[int | None, int]:
-    """What a job's --batch-size means: (rows that decode together, None = as many as the worker's memory
-    holds; items of a unit)."""
-    return (None, AUTO_UNIT_ROWS) if batch_size == "auto" else (batch_size, batch_size)
+ROUNDS = 3
+"""Tries for rows that are not where they were written."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +52,21 @@ class FarmResult:
     """Damaged shards, where they were set aside."""
 
 
+class Pool(Protocol):
+    """What does the units."""
+
+    models: dict[str, Any]
+    devices: set[str]
+
+    @property
+    def wanted(self) -> int:
+        """Workers that could have a unit each."""
+        ...
+
+    def work(self, units: list[Unit]) -> None: ...
+    def close(self) -> None: ...
+
+
 def run(
     task: FarmTask,
     inputs: Mapping[str, str],
@@ -76,160 +80,103 @@ def run(
     there are.
 
     `config` is what defines the rows. Needs `connect()` first, and a `lease` on a folder that holds the
-    dataset (taken here if None). ValueError: what a user can mend. ReconcileError: the output does not hold
+    dataset (taken here if None). UserError: what a user can mend. ReconcileError: the output does not hold
     exactly the input's ids.
     """
-    target = storage.absolute(dataset)
-    manifest = storage.check_config(target, config)
+    ledger = Ledger(task, inputs, dataset, config)
     with contextlib.ExitStack() as stack:
-        held = lease if lease is not None else stack.enter_context(Lease(target))
-        return _run(
-            task,
-            {name: storage.absolute(path) for name, path in inputs.items()},
-            target,
-            config,
-            options,
-            held,
-            stream,
-            manifest,
-        )
+        held = lease if lease is not None else stack.enter_context(Lease(ledger.dataset))
+        return _run(task, ledger, options, held, stream)
 
 
 def _run(
-    task: FarmTask,
-    inputs: Mapping[str, str],
-    dataset: str,
-    config: Mapping[str, Any],
-    options: FarmOptions,
-    lease: Lease,
-    stream: TextIO | None,
-    manifest: Mapping[str, Any] | None,
+    task: FarmTask, ledger: Ledger, options: FarmOptions, lease: Lease, stream: TextIO | None
 ) -> FarmResult:
     begin = time.monotonic()
-    found = {name: storage.scan(path, task.id_column) for name, path in inputs.items()}
-    for name, scan in found.items():
-        if scan.unreadable:
-            raise UserError(
-                f"input {name}: {next(iter(scan.unreadable.values()))}; run the stage that makes it (--stage "
-                f"{name}): it does the rows of "
-                "that shard again and keeps the others"
-            )
-    where = {name: scan.where() for name, scan in found.items()}
-    primary, *others = inputs
-    ids = where[primary]
-    if not ids:
-        raise UserError(f"input {inputs[primary]}: it holds no rows; nothing to do")
-    for name in others:
-        lacking = [key for key in ids if key not in where[name]]
-        if lacking:
-            raise UserError(
-                f"input {name} lacks {len(lacking)} of {len(ids)} ids, e.g. {', '.join(lacking[:3])}; run "
-                f"the stage that makes it first"
-            )
-    lengths = {key: found[primary].shards[shard].lengths[row] for key, (shard, row) in ids.items()}
-
-    storage.remove_temporary(dataset)
-    output = storage.scan(dataset, task.id_column)
-    unreadable = [storage.set_aside(path, dataset) for path in output.unreadable]
-    drop_duplicates(output, task.one_row_per_item)
-    if options.retry_errors:
-        drop_errors(storage.scan(dataset, task.id_column, full=False))
-    output = storage.scan(dataset, task.id_column, full=False)
-    done = items_of(output)
-    unknown = [key for key in done if key not in ids]
-    if unknown:
-        raise UserError(
-            f"output folder {dataset}: it holds {len(unknown)} ids that are not in the input, e.g. "
-            f"{', '.join(unknown[:3])}: the input has "
-            "changed; choose another --output-dir"
-        )
-    models = dict((manifest or {}).get("models", {})) if done else {}
-    seconds_before = float((manifest or {}).get("seconds", 0.0))
-    device = str((manifest or {}).get("device", ""))
-    progress = Progress(task.table, len(ids), len(done), sum(done.values()), stream, options.progress_seconds)
-    for path in unreadable:
+    ledger.scan_inputs()
+    ledger.repair_output(options.retry_errors)
+    progress = Progress(
+        task.table, len(ledger.ids), len(ledger.done), sum(ledger.done.values()), stream,
+        options.progress_seconds, task.most_forwards, _publisher(task.table, options),
+    )  # fmt: skip
+    for path in ledger.unreadable:
         progress.say(f"a damaged shard was set aside as {path}; its rows are done again")
-    if done:
-        progress.say(f"{len(done)} of {len(ids)} rows are there already")
+    if ledger.done:
+        progress.say(f"{len(ledger.done)} of {len(ledger.ids)} rows are there already")
 
-    pool = None
+    pool: Pool | None = None
     try:
-        for attempt in range(3):
-            todo = sorted((key for key in ids if key not in done), key=lambda key: (-lengths[key], key))
+        for attempt in range(ROUNDS):
+            todo = ledger.todo()
             if not todo:
                 break
             if pool is None:
-                storage.write_manifest(
-                    dataset,
-                    None,
-                    config,
-                    table=task.table,
-                    complete=False,
-                    models=models,
-                    seconds=seconds_before,
-                    device=device,
-                )
-                check_capacity(options, progress.say)
-                pool = Pool(task, dataset, lease, options, progress, models)
+                ledger.begin()
+                pool = _pool(task, ledger, lease, options, progress)
             elif attempt:
                 progress.say(f"{len(todo)} rows are not where they were written; doing them again")
-            pool.work(_units(todo, where, found, options))
-            models = pool.models
-            output = storage.scan(dataset, task.id_column, full=False)
-            drop_duplicates(output, task.one_row_per_item)
-            output = storage.scan(dataset, task.id_column, full=False)
-            done = items_of(output)
+            pool.work(list(ledger.units(todo, options.unit_rows, pool.wanted)))
+            ledger.reread()
             lease.check()
     finally:
+        workers = progress.up
         if pool is not None:
             pool.close()
-            device = ", ".join(sorted(pool.devices)) or device
+            _summarize(ledger, options, progress, pool, workers, time.monotonic() - begin)
             progress.up = 0
             progress.tick(force=True)
 
-    reconcile(ids, output, dataset, task.one_row_per_item)
+    ledger.reconcile()
     seconds = time.monotonic() - begin
-    schema = output.shards[0].schema if output.shards else None
-    rows = sum(len(shard.ids) for shard in output.shards)
-    errors = sum(sum(shard.errors) for shard in output.shards)
-    if pool is not None or manifest is None or not manifest["complete"] or unreadable:
-        storage.write_manifest(
-            dataset,
-            schema,
-            config,
-            table=task.table,
-            complete=True,
-            models=models,
-            counts={
-                "rows": rows,
-                "items": len(done),
-                "errors": errors,
-                "shards": len(output.shards),
-                "unreadable": len(unreadable),
-            },
-            seconds=seconds_before + seconds,
-            device=device,
-            run={
-                "unit_rows": options.unit_rows,
-                "num_workers": options.num_workers,
-                "gpus_per_worker": options.gpus_per_worker,
-            },
-        )
-    return FarmResult(
-        dataset, rows, errors, progress.new, seconds, progress.rows_per_second, tuple(unreadable)
-    )
-
-
-def _units(
-    todo: Sequence[str], where: Mapping[str, Any], found: Mapping[str, storage.Scan], options: FarmOptions
-) -> Iterable[Unit]:
-    """Units of neighbours in length, long ones first; not larger than gives every worker one."""
-    wanted, _, _ = plan(options, live_nodes())
-    size = max(1, min(options.unit_rows, -(-len(todo) // wanted)))
-    for first in range(0, len(todo), size):
-        ids = tuple(todo[first : first + size])
-        rows = {
-            name: tuple((found[name].shards[at[key][0]].path, at[key][1]) for key in ids)
-            for name, at in where.items()
+    if pool is not None or not ledger.manifest.get("complete") or ledger.unreadable:
+        settings = {
+            "unit_rows": options.unit_rows,
+            "num_workers": options.num_workers,
+            "gpus_per_worker": options.gpus_per_worker,
         }
-        yield Unit(ids, rows)
+        models = ledger.known_models if pool is None else pool.models
+        device = "" if pool is None else ", ".join(sorted(pool.devices))
+        ledger.finish(models, seconds, device, settings)
+    return FarmResult(
+        ledger.dataset, ledger.rows, ledger.errors, progress.new, seconds, progress.rows_per_second,
+        tuple(ledger.unreadable),
+    )  # fmt: skip
+
+
+def _pool(task: FarmTask, ledger: Ledger, lease: Lease, options: FarmOptions, progress: Progress) -> Pool:
+    arguments = (task, ledger.dataset, lease, options, progress, ledger.known_models)
+    if options.in_process:
+        return LocalPool(*arguments)
+    from pmpd.farm.pool import ClusterPool
+
+    return ClusterPool(*arguments)
+
+
+def _publisher(stage: str, options: FarmOptions) -> Publish | None:
+    if options.in_process:
+        return None
+    from pmpd.farm.metrics import RayMetrics
+
+    return RayMetrics(stage)
+
+
+def _summarize(
+    ledger: Ledger, options: FarmOptions, progress: Progress, pool: Pool, workers: int, seconds: float
+) -> None:
+    """A run that was stopped has cost something too; where the folder can't be written, that is what stopped
+    it."""
+    with contextlib.suppress(storage.ShardWriteError):
+        add_run(
+            ledger.dataset,
+            ledger.table,
+            rows=progress.new,
+            errors=progress.new_errors,
+            tokens=progress.tokens,
+            wall_seconds=seconds,
+            worker_seconds=progress.worker_seconds,
+            workers=workers,
+            stalls=progress.stalls,
+            device=", ".join(sorted(pool.devices)),
+            forwards=progress.by_bits,
+            price_per_worker_hour=options.price_per_worker_hour,
+        )

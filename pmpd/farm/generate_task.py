@@ -14,10 +14,10 @@ from pmpd import storage
 from pmpd.benchmarks import Benchmark, Question
 from pmpd.evaluation.answer import Generator, conversation_rows
 from pmpd.evaluation.sweep import Run
-from pmpd.farm.capacity import FarmOptions
 from pmpd.farm.driver import FarmResult, run
 from pmpd.farm.load_model import load_model
-from pmpd.farm.worker import BuiltTask, FarmTask, Item, Place
+from pmpd.farm.options import FarmOptions
+from pmpd.farm.task import BuiltTask, FarmTask, Item, Place
 from pmpd.storage.lease import Lease
 from pmpd.weights.model_spec import Dtype, ModelSpec
 
@@ -37,6 +37,11 @@ class GenerateTask(FarmTask):
     id_column = "conversation_id"
     one_row_per_item = False
 
+    @property
+    def most_forwards(self) -> float:
+        """Of one turn, which is all that is known of an item before it is read."""
+        return float(max(run.max_new_tokens for run in self.runs))
+
     def build(self, place: Place) -> BuiltTask:
         model, device = load_model(self.model, place)
         generator = Generator(model, self.runs, self.slots, self.reuse_cache, device)
@@ -50,6 +55,7 @@ class GenerateTask(FarmTask):
             models={"model": model.fingerprint},
             device=device,
             tokens=lambda row: row["output_tokens"],
+            pulse=model.pulse,
         )
 
 

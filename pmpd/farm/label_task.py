@@ -8,7 +8,8 @@ from typing import Any
 
 from pmpd import storage
 from pmpd.farm.load_model import load_model
-from pmpd.farm.worker import BuiltTask, FarmTask, Item, Place
+from pmpd.farm.task import BuiltTask, FarmTask, Item, Place
+from pmpd.schedulers.chain import class_steps
 from pmpd.weights.model_spec import ModelSpec
 
 
@@ -21,6 +22,10 @@ class ReferenceTask(FarmTask):
     slots: int | None
     table = "references"
 
+    @property
+    def most_forwards(self) -> float:
+        return float(self.max_new_tokens)
+
     def build(self, place: Place) -> BuiltTask:
         from pmpd.labeling.label import LabelConfig, reference_prompts
 
@@ -32,6 +37,7 @@ class ReferenceTask(FarmTask):
             models={"reference_model": model.fingerprint},
             device=device,
             tokens=lambda row: len(row["reference_ids"]),
+            pulse=model.pulse,
         )
 
 
@@ -44,6 +50,12 @@ class LabelTask(FarmTask):
     max_new_tokens: int
     slots: int | None
     table = "labels"
+
+    @property
+    def most_forwards(self) -> float:
+        """Trajectories share what they have in common: of each pair, the branches from their forks on."""
+        steps, most = class_steps(self.max_new_tokens), float(self.max_new_tokens)
+        return most + (len(self.precisions) - 1) * sum(most - step for step in steps[:-1])
 
     def build(self, place: Place) -> BuiltTask:
         from pmpd.labeling.label import LabelConfig, label_prompts
@@ -61,4 +73,5 @@ class LabelTask(FarmTask):
             models={"model": model.fingerprint, "num_key_value_heads": model.kv_heads},
             device=device,
             tokens=lambda row: sum(sum(pair["branch_tokens"]) for pair in row["pairs"]),
+            pulse=model.pulse,
         )

@@ -7,7 +7,7 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from pmpd.farm.worker import Place
+from pmpd.farm.task import Place
 from pmpd.weights.model_spec import ModelSpec
 
 

@@ -1,9 +1,11 @@
-"""The workers of one run: they start as nodes come, are fed units, and are replaced when they die."""
+"""The workers of one run on a Ray cluster: they start as nodes come, are fed units, and are replaced when
+they die or make no progress."""
 
 from __future__ import annotations
 
 import contextlib
 import time
+import uuid
 from collections import deque
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -15,38 +17,52 @@ from ray.exceptions import RayError, RayTaskError
 from pmpd import storage
 from pmpd.errors import UserError
 from pmpd.farm import ray_private
-from pmpd.farm.capacity import FarmOptions, autoscaler_present, live_nodes, plan
+from pmpd.farm.blame import after_kill, after_node_loss, after_stall
+from pmpd.farm.capacity import autoscaler_present, check_capacity, live_nodes, staff
+from pmpd.farm.local_pool import FAILURES_BEFORE_STOP, check_models
+from pmpd.farm.options import FarmOptions
 from pmpd.farm.progress import Progress
-from pmpd.farm.worker import FarmTask, Unit, UnitResult, Worker, WorkerInfo, note_path, shard_path
+from pmpd.farm.task import Beat, FarmTask, Unit, UnitResult, WorkerInfo, note_path, shard_path
+from pmpd.farm.worker import Worker
 from pmpd.storage.lease import Lease, LeaseLostError
 
 UNITS_IN_FLIGHT = 2
 """Per worker: the next unit is there before the result of the last one has travelled."""
 
-KILLS_BEFORE_SPLIT = 2
-NODE_LOSSES_BEFORE_BLAME = 5
-"""A unit that was lost with so many nodes is suspected of killing them."""
-
-FAILURES_BEFORE_STOP = 3
-"""Failures outside of any row (a worker that can't start, an input shard that can't be read) before the run
-stops."""
-
 START_RETRY_SECONDS = 30.0
 """Between two tries to start one more worker where others are up or load: a node that can start none costs
 the run nothing."""
 
+BEAT_SECONDS = 2.0
+STALL_SECONDS = 300.0
+STALL_STEPS = 20
+"""A worker is taken for stalled after so many of the longest steps that any worker needed."""
 
-@dataclass
+PAUSE_SECONDS = 30.0
+"""A driver that stood still for longer has no opinion on who else did."""
+
+
+@dataclass(eq=False)
 class _Slot:
+    """One worker, from the moment it is asked for."""
+
     actor: Any
+    id: str
     start: Any
     """Reference of the pending start, None once it is ready."""
     info: WorkerInfo | None = None
+    node: str = ""
     queue: deque[tuple[Any, Unit]] = field(default_factory=deque)
     """What it was given and has not reported, in order: the first is the one it works on."""
+    beat: Any = None
+    """Reference of the beat that was asked for."""
+    asked: float = 0.0
+    seen: Beat | None = None
+    moved: float = field(default_factory=time.monotonic)
+    """When it last made progress; while it starts: when it got its node, or was asked for."""
 
 
-class Pool:
+class ClusterPool:
     """The workers of one run and the units they hold."""
 
     def __init__(
@@ -57,48 +73,62 @@ class Pool:
         options: FarmOptions,
         progress: Progress,
         known_models: Mapping[str, Any],
-    ):
-        self.task, self.dataset, self.lease, self.options, self.progress = (
-            task,
-            dataset,
-            lease,
-            options,
-            progress,
-        )
+    ) -> None:
+        """UserError where no node can ever hold a worker."""
+        self.task, self.dataset, self.lease = task, dataset, lease
+        self.options, self.progress = options, progress
         self.models: dict[str, Any] = dict(known_models)
         self.devices: set[str] = set()
         self.slots: list[_Slot] = []
         self.pending: deque[Unit] = deque()
         self.start_failures = 0
-        self._actor = ray.remote(max_restarts=0, max_task_retries=0)(Worker)
+        self.draining: set[str] = set()
+        actor: Any = ray.remote  # its types do not know concurrency groups
+        self._actor = actor(max_restarts=0, max_task_retries=0, concurrency_groups={"beat": 1})(Worker)
+        self._longest_step = 0.0
         self._planned = 0.0
         self._grow_after = 0.0
         self._nodeless_since: float | None = None
+        self._turned = time.monotonic()
+        check_capacity(options, progress.say)
+        self._plan()
+
+    @property
+    def wanted(self) -> int:
+        return self.staffing.workers
 
     def work(self, units: Iterable[Unit]) -> None:
         """Returns when every unit is durable."""
         self.pending = deque(units)
+        self._turned = time.monotonic()
         while self.pending or any(slot.queue for slot in self.slots):
             self.lease.check()
             self._plan()
             self._grow()
             self._assign()
+            self._ask_for_beats()
             self._collect()
-            self.progress.up = sum(slot.info is not None for slot in self.slots)
-            self.progress.wanted = max(self.progress.up, self.wanted)
-            self.progress.note = (
-                ""
-                if self.progress.up
-                else "starting workers"
-                if self._nodeless_since is None
-                else "waiting for a node"
-            )
-            self.progress.tick()
+            self._replace_stalled()
+            self._report()
 
     def close(self) -> None:
         for slot in self.slots:
             ray.kill(slot.actor)
         self.slots.clear()
+
+    def _report(self) -> None:
+        now = time.monotonic()
+        progress = self.progress
+        progress.up = sum(slot.info is not None for slot in self.slots)
+        progress.worker_seconds += progress.up * (now - self._turned)
+        self._turned = now
+        progress.wanted = max(progress.up, self.wanted)
+        progress.queued = sum(len(unit.ids) for unit in self.pending)
+        waiting = "starting workers" if self._nodeless_since is None else "waiting for a node"
+        progress.note = "" if progress.up else waiting
+        progress.tick()
+
+    # -- workers come
 
     def _plan(self) -> None:
         now = time.monotonic()
@@ -106,52 +136,101 @@ class Pool:
             return
         self._planned = now
         nodes = live_nodes()
-        self.wanted, self.demand, self.per_node = plan(self.options, nodes)
-        if any(self.demand.fits(node) for node in nodes):
+        leaving = ray_private.draining_nodes() & set(nodes)
+        for node in sorted(leaving - self.draining):
+            self.progress.say(f"node {node[:8]} is about to go: its workers get no new units")
+        self.draining = leaving
+        self.nodes = {node: resources for node, resources in nodes.items() if node not in leaving}
+        self.staffing = staff(self.options, list(self.nodes.values()))
+        for slot in [slot for slot in self.slots if slot.node in leaving and not slot.queue]:
+            self._remove(slot)
+        if any(self.staffing.demand.fits(node) for node in self.nodes.values()):
             self._nodeless_since = None
             return
         self._nodeless_since = self._nodeless_since or now
-        if now - self._nodeless_since > self.options.node_wait_seconds and not autoscaler_present():
+        waited = self.options.node_wait_seconds
+        if now - self._nodeless_since > waited and not autoscaler_present():
             raise UserError(
-                f"for {self.options.node_wait_seconds:.0f} s no node could hold a worker ({self.demand}); "
-                f"finished rows are kept: "
-                "bring a node back and run the same command again"
+                f"for {waited:.0f} s no node could hold a worker ({self.staffing.demand}); finished rows are "
+                f"kept: bring a node back and run the same command again"
             )
 
     def _grow(self) -> None:
         if time.monotonic() < self._grow_after and self.slots:
             return
         units = len(self.pending) + sum(len(slot.queue) for slot in self.slots)
-        while len(self.slots) < min(self.wanted, units):
+        demand = self.staffing.demand
+        while sum(slot.node not in self.draining for slot in self.slots) < min(self.wanted, units):
             actor: Any = self._actor.options(
-                num_cpus=self.demand.cpus, num_gpus=self.demand.gpus, scheduling_strategy="SPREAD"
+                num_cpus=demand.cpus, num_gpus=demand.gpus, scheduling_strategy="SPREAD"
             ).remote(storage.connections())
-            arguments = (
-                self.task,
-                self.dataset,
-                self.lease.path,
-                self.lease.token,
-                self.demand.gpus,
-                self.per_node,
-            )
-            self.slots.append(_Slot(actor, actor.start.remote(*arguments)))
+            worker_id = uuid.uuid4().hex[:12]
+            start = actor.start.remote(
+                self.task, self.dataset, self.lease.path, self.lease.token, worker_id, demand.gpus,
+                self.staffing.per_node,
+            )  # fmt: skip
+            self.slots.append(_Slot(actor, worker_id, start))
+
+    def _started(self, slot: _Slot) -> None:
+        try:
+            info: WorkerInfo = ray.get(slot.start)
+        except RayError as error:
+            self._start_failed(slot, error)
+            return
+        self.start_failures = 0
+        slot.info, slot.start, slot.moved = info, None, time.monotonic()
+        slot.node = self._node(slot)[0]
+        check_models(self.dataset, self.models, info.models, info.place.worker)
+        self.models = dict(info.models)
+        self.devices.add(info.device)
+        self.progress.worker_seconds += info.seconds
+        self.progress.ready()
+
+    def _start_failed(self, slot: _Slot, error: RayError) -> None:
+        node, address, alive = self._node(slot)
+        self._remove(slot)
+        if not alive:
+            self.progress.say(f"node {address} went while a worker started there")
+            return
+        self.progress.say(f"a worker could not start on {address}: {_short(error)}")
+        if any(other.info is not None or self._node(other)[0] not in ("", node) for other in self.slots):
+            self._grow_after = time.monotonic() + START_RETRY_SECONDS
+            return
+        self.start_failures += 1
+        if isinstance(_rebuilt(error), ValueError):
+            raise _rebuilt(error) from None
+        if self.start_failures >= FAILURES_BEFORE_STOP:
+            raise UserError(
+                f"{self.start_failures} workers could not start; the last one: {_short(error)}"
+            ) from error
+
+    # -- units go and come back
 
     def _assign(self) -> None:
-        ready = [slot for slot in self.slots if slot.info is not None]
+        ready = [slot for slot in self.slots if slot.info is not None and slot.node not in self.draining]
         for depth in range(UNITS_IN_FLIGHT):
             for slot in ready:
                 # A second unit only if that leaves one for each worker that is still starting.
-                if (
-                    self.pending
-                    and len(slot.queue) <= depth
-                    and (depth == 0 or len(self.pending) > len(self.slots) - len(ready))
-                ):
-                    unit = self.pending.popleft()
+                if len(slot.queue) > depth or (depth and len(self.pending) <= len(self.slots) - len(ready)):
+                    continue
+                unit = self._next_for(slot, ready)
+                if unit is not None:
+                    if not slot.queue:
+                        slot.moved = time.monotonic()
                     slot.queue.append((slot.actor.run.remote(unit), unit))
+
+    def _next_for(self, slot: _Slot, ready: list[_Slot]) -> Unit | None:
+        """The next unit; one that ended a process on this node only if no other node has a worker."""
+        for index, unit in enumerate(self.pending):
+            if unit.failed or slot.node not in unit.kills or all(other.node in unit.kills for other in ready):
+                del self.pending[index]
+                return unit
+        return None
 
     def _collect(self) -> None:
         waiting = {slot.start: slot for slot in self.slots if slot.start is not None}
         waiting |= {reference: slot for slot in self.slots for reference, _ in slot.queue}
+        waiting |= {slot.beat: slot for slot in self.slots if slot.beat is not None}
         if not waiting:
             time.sleep(0.2)
             return
@@ -164,47 +243,15 @@ class Pool:
                 continue
             if reference == slot.start:
                 self._started(slot)
+            elif reference == slot.beat:
+                self._beat(slot)
             else:
                 self._finished(slot, reference)
-
-    def _started(self, slot: _Slot) -> None:
-        try:
-            info: WorkerInfo = ray.get(slot.start)
-        except RayError as error:
-            node, address, alive = self._node(slot)
-            self._remove(slot)
-            if not alive:
-                self.progress.say(f"node {address} went while a worker started there")
-                return
-            self.progress.say(f"a worker could not start on {address}: {_short(error)}")
-            if any(other.info is not None or self._node(other)[0] not in ("", node) for other in self.slots):
-                self._grow_after = time.monotonic() + START_RETRY_SECONDS
-                return
-            self.start_failures += 1
-            if isinstance(_rebuilt(error), ValueError):
-                raise _rebuilt(error) from None
-            if self.start_failures >= FAILURES_BEFORE_STOP:
-                raise UserError(
-                    f"{self.start_failures} workers could not start; the last one: {_short(error)}"
-                ) from error
-            return
-        self.start_failures = 0
-        slot.info, slot.start = info, None
-        different = storage.differing_keys(self.models, info.models) if self.models else []
-        if different:
-            raise UserError(
-                f"output folder {self.dataset}: another model than the one its rows are from (here "
-                f"{info.place.worker}: "
-                f"{'; '.join(different)}); choose another --output-dir, and see that all nodes have the same "
-                f"checkpoint"
-            )
-        self.models = dict(info.models)
-        self.devices.add(info.device)
-        self.progress.ready()
 
     def _finished(self, slot: _Slot, reference: Any) -> None:
         index = next(i for i, (queued, _) in enumerate(slot.queue) if queued == reference)
         unit = slot.queue[index][1]
+        slot.moved = time.monotonic()
         try:
             result: UnitResult = ray.get(reference)
         except RayTaskError as error:
@@ -221,60 +268,111 @@ class Pool:
             self._died(slot, error)
         else:
             del slot.queue[index]
+            self.progress.beats.pop(slot.id, None)
             self.progress.add(result)
+
+    # -- workers that hang
+
+    def _ask_for_beats(self) -> None:
+        now = time.monotonic()
+        every = max(BEAT_SECONDS, 0.02 * len(self.slots))
+        for slot in self.slots:
+            if slot.queue and slot.beat is None and now - slot.asked > every:
+                slot.asked, slot.beat = now, slot.actor.beat.remote()
+
+    def _beat(self, slot: _Slot) -> None:
+        reference, slot.beat = slot.beat, None
+        try:
+            beat: Beat | None = ray.get(reference)
+        except RayError:  # it is dead, which its unit tells
+            return
+        if beat is not None and slot.queue:
+            self._longest_step = max(self._longest_step, beat.longest_seconds)
+            self.progress.beats[slot.id] = beat
+        if beat != slot.seen:
+            slot.seen, slot.moved = beat, time.monotonic()
+
+    def _stall_seconds(self) -> float:
+        return self.options.stall_seconds or max(STALL_SECONDS, STALL_STEPS * self._longest_step)
+
+    def _replace_stalled(self) -> None:
+        now = time.monotonic()
+        if now - self._turned > PAUSE_SECONDS:
+            for slot in self.slots:
+                slot.moved = now
+        for slot in list(self.slots):
+            still = now - slot.moved
+            if slot.info is not None and slot.queue and still > self._stall_seconds():
+                self._stalled(slot, still)
+            elif slot.info is None and still > self.options.start_seconds:
+                if not self._node(slot)[0]:
+                    slot.moved = now  # it waits for a node, that is no stall
+                    continue
+                self.progress.stalls += 1
+                self._start_failed(slot, RayError(f"it has not started in {still:.0f} s"))
+
+    def _stalled(self, slot: _Slot, still: float) -> None:
+        """Its late result must not be published: it is struck from the lease before its unit is given to
+        another one."""
+        assert slot.info is not None
+        self.progress.stalls += 1
+        self.progress.say(
+            f"worker {slot.info.place.worker} has made no progress for {still:.0f} s; it is replaced and its "
+            f"units are done again"
+        )
+        self.lease.revoke(slot.id)
+        self._remove(slot)
+        self._requeue(slot, lambda unit: after_stall(unit, still))
+
+    # -- workers that go
 
     def _died(self, slot: _Slot, error: RayError) -> None:
         """Replaces a dead worker: what it had finished counts, the unit it was at is blamed (unless its node
         went), the rest waits."""
-        *_, node_alive = self._node(slot)
+        node, _, node_alive = self._node(slot)
         self._remove(slot)
         place = slot.info.place.worker if slot.info else "?"
         self.progress.say(
             f"worker {place} is gone ({'its node too' if not node_alive else _death(error)}); its units are "
             f"done again"
         )
+        alive = set(live_nodes())
+        others = any(
+            self.staffing.demand.fits(resources) for other, resources in self.nodes.items() if other != node
+        )
+
+        def blame(unit: Unit) -> list[Unit]:
+            if not node_alive:
+                return after_node_loss(unit)
+            note = storage.read_bytes(note_path(self.dataset, unit))
+            if note is not None:
+                storage.remove(note_path(self.dataset, unit))
+            return after_kill(unit, node, alive, others, note.decode() if note else _death(error))
+
+        self._requeue(slot, blame)
+
+    def _requeue(self, slot: _Slot, blame: Any) -> None:
+        """Units of a worker that is gone: the first that is not durable is blamed."""
         again: list[Unit] = []
         blamed = False
         for _, unit in slot.queue:
-            if self._is_durable(unit):
-                errors = sum(
-                    storage.inspect_shard(
-                        shard_path(self.dataset, unit), self.task.id_column, full=False
-                    ).errors
-                )
+            errors = self._durable_errors(unit)
+            if errors is not None:
                 self.progress.add(UnitResult(len(unit.ids), errors, 0, 0.0))
             elif blamed:
                 again.append(unit)
             else:
                 blamed = True
-                again += self._after_death(unit, node_alive, error)
+                again += blame(unit)
         self.pending.extendleft(reversed(again))
 
-    def _after_death(self, unit: Unit, node_alive: bool, error: RayError) -> list[Unit]:
-        if not node_alive and unit.node_losses + 1 < NODE_LOSSES_BEFORE_BLAME:
-            return [replace(unit, node_losses=unit.node_losses + 1)]
-        note = storage.read_bytes(note_path(self.dataset, unit))
-        if note is not None:
-            storage.remove(note_path(self.dataset, unit))
-        kills = unit.kills + 1
-        if kills < (1 if unit.split else KILLS_BEFORE_SPLIT):
-            return [replace(unit, kills=kills)]
-        if len(unit.ids) > 1:
-            return unit.singles()
-        return [
-            replace(
-                unit,
-                failed=f"WorkerDied: this row ended its worker process: "
-                f"{note.decode() if note else _death(error)}",
-            )
-        ]
-
-    def _is_durable(self, unit: Unit) -> bool:
+    def _durable_errors(self, unit: Unit) -> int | None:
+        """Rows with an error in the unit's shard, None where that is not there as a whole."""
         try:
             shard = storage.inspect_shard(shard_path(self.dataset, unit), self.task.id_column)
         except ValueError:
-            return False
-        return set(shard.ids) == set(unit.ids)
+            return None
+        return sum(shard.errors) if set(shard.ids) == set(unit.ids) else None
 
     def _node(self, slot: _Slot) -> tuple[str, str, bool]:
         """Id and address of the worker's node ("" and "?" until it has one), and whether that is alive. Ray's
@@ -287,6 +385,7 @@ class Pool:
 
     def _remove(self, slot: _Slot) -> None:
         self.slots.remove(slot)
+        self.progress.beats.pop(slot.id, None)
         with contextlib.suppress(RayError):
             ray.kill(slot.actor)  # unreachable is not dead: it must not come back
 

@@ -1,30 +1,22 @@
-"""The progress line of a run, and the same numbers as metrics of the cluster."""
+"""The numbers of a run, and the line that shows them."""
 
 from __future__ import annotations
 
 import sys
 import time
+from collections import Counter
+from collections.abc import Callable
 from typing import TextIO
 
-from ray.util.metrics import Gauge
+from pmpd.farm.task import Beat, UnitResult
 
-from pmpd.farm.worker import UnitResult
+Publish = Callable[[dict[str, float], Counter[int]], None]
+"""Called about once a second with the numbers and the forwards by precision."""
 
 
 class Progress:
-    """One line: a bar in a terminal, else a line every `every` seconds. The same numbers go to
-    `ray.util.metrics`."""
-
-    NAMES = (
-        "rows_done",
-        "rows_total",
-        "rows_per_second",
-        "tokens_per_second",
-        "eta_seconds",
-        "workers_up",
-        "workers_wanted",
-        "row_errors",
-    )
+    """One line: a bar in a terminal, else a line every `every` seconds. What units under way have done counts
+    in rates and in the time left, by forwards; as done it counts when it is durable."""
 
     def __init__(
         self,
@@ -34,18 +26,25 @@ class Progress:
         errors: int,
         stream: TextIO | None = None,
         every: float = 10.0,
+        most_forwards: float | None = None,
+        publish: Publish | None = None,
     ) -> None:
         self.stage, self.total, self.done, self.errors = stage, total, done, errors
-        self.new, self.tokens, self.up, self.wanted = 0, 0, 0, 0
+        self.new, self.tokens, self.up, self.wanted, self.queued, self.stalls = 0, 0, 0, 0, 0, 0
+        self.new_errors = 0
+        self.worker_seconds = 0.0
+        self.by_bits: Counter[int] = Counter()
+        """Forwards of finished units."""
+        self.beats: dict[str, Beat] = {}
+        """Worker -> what it has done of the unit it is at."""
         self.note = ""
+        self._most_forwards = most_forwards
+        self._publish = publish
         self._stream = sys.stderr if stream is None else stream
         self._every = 0.5 if self._stream.isatty() else every
         self._first_ready: float | None = None
         self._last = time.monotonic()
-        self._last_metrics = 0.0
-        self._gauges = {
-            name: Gauge(f"pmpd_{name}", f"PMPD farm: {name}", tag_keys=("stage",)) for name in self.NAMES
-        }
+        self._last_published = 0.0
 
     def ready(self) -> None:
         """The first worker is ready: from here on the rate is counted."""
@@ -56,27 +55,43 @@ class Progress:
         self.done += result.items
         self.new += result.items
         self.errors += result.error_items
+        self.new_errors += result.error_items
         self.tokens += result.tokens
+        self.by_bits.update(result.forwards)
 
     @property
     def rows_per_second(self) -> float:
-        return (
-            self.new / max(time.monotonic() - self._first_ready, 1e-9)
-            if self._first_ready is not None
-            else 0.0
-        )
+        """Durable rows since the first worker was ready."""
+        return self.new / self._seconds() if self._first_ready is not None else 0.0
+
+    def _seconds(self) -> float:
+        return max(time.monotonic() - (self._first_ready or time.monotonic()), 1e-9)
 
     def numbers(self) -> dict[str, float]:
-        rate = self.rows_per_second
-        tokens = self.tokens * rate / self.new if self.new else 0.0
-        eta = (self.total - self.done) / rate if rate else float("nan")
-        return dict(
-            zip(
-                self.NAMES,
-                (self.done, self.total, rate, tokens, eta, self.up, self.wanted, self.errors),
-                strict=True,
-            )
-        )
+        beats = list(self.beats.values())
+        finished = sum(self.by_bits.values())
+        at_work = sum(beat.forwards for beat in beats)
+        forwards_per_row = finished / self.new if finished else self._most_forwards
+        under_way = at_work / forwards_per_row if forwards_per_row else float(sum(b.rows for b in beats))
+        under_way = min(under_way, float(self.total - self.done))
+        seconds = self._seconds()
+        rate = (self.new + under_way) / seconds if self._first_ready is not None else 0.0
+        tokens = finished + at_work if finished + at_work else self.tokens
+        return {
+            "rows_done": self.done,
+            "rows_total": self.total,
+            "rows_under_way": under_way,
+            "rows_per_second": rate,
+            "tokens": tokens,
+            "tokens_per_second": tokens / seconds if self._first_ready is not None else 0.0,
+            "eta_seconds": (self.total - self.done - under_way) / rate if rate else float("nan"),
+            "seconds_per_row": self.worker_seconds / self.new if self.new else float("nan"),
+            "workers_up": self.up,
+            "workers_wanted": self.wanted,
+            "queued_rows": self.queued,
+            "row_errors": self.errors,
+            "stalls": self.stalls,
+        }
 
     def line(self) -> str:
         n = self.numbers()
@@ -88,20 +103,21 @@ class Progress:
             if eta < 3600
             else f"{eta / 3600:.1f} h"
         )
+        bound = "<" * (not self.new and eta == eta)  # an item's most forwards are all that is known of it yet
+        share = (self.done + n["rows_under_way"]) / max(self.total, 1)
         text = (
-            f"{self.done}/{self.total} rows  {n['rows_per_second']:.2f} rows/s  {n['tokens_per_second']:.0f} "
-            f"tokens/s  ETA {left}  "
+            f"{self.done}/{self.total} rows ({share:.1%})  {n['rows_per_second']:.2f} rows/s  "
+            f"{n['tokens_per_second']:.0f} tokens/s  ETA {bound}{left}  "
             f"workers {self.up}/{self.wanted}  errors {self.errors}"
         )
-        return text + (f"  ({self.note})" if self.note else "")
+        return text + (f"  stalls {self.stalls}" * bool(self.stalls)) + (f"  ({self.note})" * bool(self.note))
 
     def tick(self, force: bool = False) -> None:
         now = time.monotonic()
-        if now - self._last_metrics >= 1 or force:
-            self._last_metrics = now
-            for name, value in self.numbers().items():
-                if value == value:
-                    self._gauges[name].set(value, tags={"stage": self.stage})
+        if self._publish is not None and (now - self._last_published >= 1 or force):
+            self._last_published = now
+            by_bits = self.by_bits.copy()
+            self._publish({name: value for name, value in self.numbers().items() if value == value}, by_bits)
         if now - self._last < self._every and not force:
             return
         self._last = now

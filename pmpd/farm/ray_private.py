@@ -46,3 +46,9 @@ def autoscaler_status() -> dict[str, Any]:
     """
     status = _internal_kv_get("__autoscaling_status")
     return json.loads(status) if status else {}
+
+
+def draining_nodes() -> set[str]:
+    """Ids of nodes that were told to go (a spot notice, an autoscaler's decision). Without it, a worker works
+    until its node is gone, and its unit is done again."""
+    return set(state.get_draining_nodes())

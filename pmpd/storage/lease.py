@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import posixpath
 import socket
 import threading
 import time
@@ -79,6 +80,8 @@ class Lease:
             "started": _process_started(os.getpid()),
         }
         self._beat = 0
+        self._revoked: list[str] = []
+        self._writing = threading.Lock()
         self._stop = threading.Event()
         self._problem: Exception | None = None
         self._thread = threading.Thread(target=self._keep, name="lease", daemon=True)
@@ -87,10 +90,15 @@ class Lease:
         holder = read_lease(self.path)
         if holder is not None and self._alive(holder):
             raise UserError(
-                f"output folder {self.folder}: in use by a run on {holder.get('hostname')} (process "
-                f"{holder.get('pid')}); wait for it to "
+                f"output folder {self.folder}: in use by a run on {_printable(holder.get('hostname'))} "
+                f"(process {_printable(holder.get('pid'))}); wait for it to "
                 f"end, stop it, or choose another --output-dir. If that run is certainly gone, delete "
                 f"{self.path}"
+            )
+        if holder is not None and not _well_formed(holder):
+            raise UserError(
+                f"{self.path}: not a lease as a run writes it, and nothing renews it; look what it is, and "
+                f"delete it if no run uses the folder"
             )
         self._write()
         time.sleep(0.2 if "://" not in self.folder else 2.0)
@@ -111,9 +119,14 @@ class Lease:
         if self._problem is not None:
             raise self._problem
 
+    def revoke(self, worker_id: str) -> None:
+        """From here on nothing that this worker has done is published: it was replaced. Durable on return."""
+        self._revoked.append(worker_id)
+        self._write()
+
     def _alive(self, holder: Mapping[str, Any]) -> bool:
-        if holder.get("host") == self._record["host"]:
-            started = _process_started(int(holder.get("pid", -1)))
+        if holder.get("host") == self._record["host"] and _well_formed(holder):
+            started = _process_started(holder.get("pid", -1))
             return started is not None and started == holder.get("started")
         deadline = time.monotonic() + self._stale_seconds
         while time.monotonic() < deadline:
@@ -126,8 +139,10 @@ class Lease:
         return False
 
     def _write(self) -> None:
-        self._beat += 1
-        write_bytes(self.path, json.dumps({**self._record, "beat": self._beat}).encode())
+        with self._writing:
+            self._beat += 1
+            record = {**self._record, "beat": self._beat, "revoked": self._revoked}
+            write_bytes(self.path, json.dumps(record).encode())
 
     def _check_token(self) -> None:
         if token_in(self.path) != self.token:
@@ -155,16 +170,51 @@ class Lease:
                     return
 
 
+_FIELDS = {"token": str, "host": str, "hostname": str, "pid": int, "started": str | None, "beat": int,
+           "revoked": list}  # fmt: skip
+"""What a run writes into its lease."""
+
+
+def _well_formed(holder: Mapping[str, Any]) -> bool:
+    """Whether a run can have written this: it has a token, and nothing that a run does not write. Half of a
+    lease (a file system without atomic rename, a run that was killed) is empty."""
+    return holder == {} or (
+        "token" in holder and all(isinstance(holder[key], _FIELDS.get(key, ())) for key in holder)
+    )
+
+
+def _printable(value: Any) -> str:
+    """Text from a file that anyone may have written, for a terminal."""
+    return "".join(letter if letter.isprintable() else "?" for letter in str(value))[:80]
+
+
 def read_lease(path: str) -> dict[str, Any] | None:
+    """The lease's fields, {} for an empty or half-written one, None where there is none. What is no lease at
+    all has the field "content"."""
     content = read_bytes(path)
     if content is None:
         return None
+    if b"}" not in content and content[:1] in (b"", b"{"):
+        return {}  # half-written: someone's, so it is watched
     try:
         holder = json.loads(content)
-        return holder if isinstance(holder, dict) else {}
-    except ValueError:
-        return {}  # half-written by a file system that has no atomic rename: someone's, so it is watched
+    except (ValueError, RecursionError):
+        holder = None
+    return holder if isinstance(holder, dict) else {"content": content}
 
 
 def token_in(path: str) -> str | None:
     return (read_lease(path) or {}).get("token")
+
+
+def check_publication(path: str, token: str, worker_id: str) -> None:
+    """LeaseLostError unless the run with this token holds the folder and has not replaced this worker."""
+    holder = read_lease(path) or {}
+    if holder.get("token") != token:
+        raise LeaseLostError(
+            f"output folder {posixpath.dirname(path)}: this run no longer holds it; nothing was written"
+        )
+    if worker_id in holder.get("revoked", ()):
+        raise LeaseLostError(
+            f"output folder {posixpath.dirname(path)}: this worker has been replaced; nothing was written"
+        )
