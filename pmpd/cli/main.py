@@ -74,7 +74,7 @@ class Terminated(KeyboardInterrupt):
 
 
 @contextmanager
-def _terminable() -> Iterator[None]:
+def terminable() -> Iterator[None]:
     """SIGTERM raises `Terminated`, once: a second one must not disturb the leaving."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -136,7 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     config = None
     try:
         rest = _without_secrets(rest)
-        with _terminable():
+        with terminable():
             module = importlib.import_module(command.module)
             config = tyro.cli(
                 getattr(module, command.config), prog=f"pmpd {name}", description=module.__doc__, args=rest
