@@ -19,6 +19,7 @@ from typing import Any
 import pyarrow as pa
 
 from pmpd import farm, storage
+from pmpd.cli.main import TERMINATED, Terminated, terminable
 from pmpd.decode.pulse import Pulse
 from pmpd.farm.task import BuiltTask, FarmTask, Item, Place
 
@@ -176,8 +177,12 @@ def main() -> None:
         }
     )
     farm_options = farm.FarmOptions(**options)
-    farm.connect(farm_options)
-    result = farm.run(task, {"prompts": prompts}, output, {"task": "fake"}, farm_options)
+    try:
+        with terminable():
+            farm.connect(farm_options)
+            result = farm.run(task, {"prompts": prompts}, output, {"task": "fake"}, farm_options)
+    except Terminated:
+        sys.exit(TERMINATED)
     print(json.dumps(dataclasses.asdict(result)))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import signal
@@ -124,6 +125,43 @@ def test_however_ray_takes_a_worker_nothing_is_lost(work, prompts, monkeypatch, 
     assert answers(rows) == expected(prompts)
     assert result.errors == 0
     assert ("could not start" if answer is WorkerInfo else "is gone") in printed
+
+
+def test_a_worker_that_hangs_is_replaced_and_told_of(work, prompts, ids, tmp_path):
+    (tmp_path / "marks").mkdir()
+    task = FakeTask(hangs=(ids[30],), once=str(tmp_path / "marks"), seconds=0.02)
+    result, rows, printed = work(task, stall_seconds=4, unit_rows=20)
+    assert answers(rows) == expected(prompts)
+    assert result.errors == 0
+    assert "has made no progress for" in printed
+    assert "it is replaced and its units are done again" in printed
+    assert read_summary(str(tmp_path / "out"))["runs"][0]["stalls"] == 1
+
+
+@pytest.mark.slow
+def test_a_worker_process_that_stands_still_is_replaced(work, prompts, tmp_path):
+    stopped: list[int] = []
+
+    def stop() -> None:
+        deadline = time.monotonic() + 120
+        while not stopped and time.monotonic() < deadline:
+            for path in storage.list_shards(tmp_path / "out"):
+                stopped.append(int(storage.read_shard(path, ["worker"])["worker"][0].as_py().split("/")[1]))
+                os.kill(stopped[0], signal.SIGSTOP)
+                break
+            time.sleep(0.05)
+
+    thread = threading.Thread(target=stop)
+    thread.start()
+    try:
+        _, rows, printed = work(FakeTask(seconds=0.1), stall_seconds=4, num_workers=1)
+    finally:
+        thread.join()
+        for pid in stopped:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+    assert answers(rows) == expected(prompts)
+    assert "has made no progress for" in printed
 
 
 def test_a_worker_that_can_not_start_stops_the_run_with_its_own_words(work):
@@ -249,20 +287,33 @@ def start_driver(output: Path, prompts: Path, environment: dict, **settings) -> 
     )
 
 
-def test_a_driver_killed_in_mid_run_and_run_again_with_other_settings_gives_the_same_rows(
+def wait_for_shards(out: Path, count: int, driver: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and len(storage.list_shards(out)) < count:
+        assert driver.poll() is None, driver.communicate()
+        time.sleep(0.05)
+
+
+def test_a_driver_ended_or_killed_in_mid_run_and_run_again_with_other_settings_gives_the_same_rows(
     prompts, ids, tmp_path
 ):
+    out = tmp_path / "out"
     with environment() as env:
-        out = tmp_path / "out"
+        driver = start_driver(out, prompts, env, seconds=0.1, options={"num_workers": 1, "unit_rows": 3})
+        wait_for_shards(out, 2, driver)
+        driver.send_signal(signal.SIGTERM)
+        _, complaints = driver.communicate(timeout=60)
+        assert driver.returncode == 143, complaints
+        assert "Traceback" not in complaints
+        assert "SIGTERM" not in complaints, "no trace of Ray's own handler"
+        assert not (out / "_lease.json").exists(), "an ended run leaves no lease"
+        before = len(storage.scan(out).where())
         driver = start_driver(out, prompts, env, seconds=0.1, options={"num_workers": 2, "unit_rows": 4})
-        deadline = time.monotonic() + 120
-        while time.monotonic() < deadline and len(storage.list_shards(out)) < 3:
-            assert driver.poll() is None, driver.communicate()
-            time.sleep(0.05)
+        wait_for_shards(out, -(-before // 3) + 2, driver)
         driver.send_signal(signal.SIGKILL)
-        driver.wait()
+        driver.communicate()
         done = len(storage.scan(out).where())
-        assert 0 < done < COUNT
+        assert before < done < COUNT
         assert not storage.scan(out).unreadable
         assert (out / "_lease.json").exists(), "a killed run can't clean up"
         again = start_driver(out, prompts, env, options={"num_workers": 1, "unit_rows": 7})
