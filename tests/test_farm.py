@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from pmpd.cli.main import main as pmpd_command
 from pmpd.farm import capacity
 from pmpd.farm.capacity import Demand, Staffing, check_capacity, node_types_in, staff
 from pmpd.farm.task import UnitResult, WorkerInfo
+from pmpd.storage.summary import read_summary
 from tests import farm_fakes
 from tests.farm_fakes import FakeTask, answers, expected, rows_of, shards, write_prompts
 from tests.ray_sessions import environment, local_ray
