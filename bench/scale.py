@@ -1,10 +1,10 @@
-"""What the driver costs, without Ray: units per second of driver code, workers that it keeps busy, and its memory.
+"""What the driver costs, without Ray: units per second of driver code, and the workers that it keeps busy.
 
     PYTHONPATH=. python bench/scale.py
 
 The pool is the farm's own; `ray.get`, `ray.wait` and actors are replaced by a simulation with a clock of its
-own, in which a worker takes `row_seconds` for a row and answers at the right moment. What is real is the driver's
-Python: the time it takes is added to the simulated clock, so a driver that is too slow makes workers wait.
+own, in which a worker takes `row_seconds` for a row and answers at the right moment. What is real is the
+driver's Python: its time is part of the simulated clock, so a driver that is too slow makes workers wait.
 """
 
 from __future__ import annotations
@@ -91,11 +91,9 @@ class SimulatedRay:
         self.clock, self.row_seconds, self.cpus = clock, row_seconds, cpus
         self.actors: list[Actor] = []
         self.due: list[tuple[float, int, Reference]] = []
-        self.open: set[Reference] = set()
 
     def add(self, reference: Reference) -> Reference:
         heapq.heappush(self.due, (reference.when, id(reference), reference))
-        self.open.add(reference)
         return reference
 
     def remote(self, **_: Any) -> Any:
@@ -110,7 +108,9 @@ class SimulatedRay:
         self.actors.append(Actor(self))
         return self.actors[-1]
 
-    def wait(self, references: list[Reference], num_returns: int, timeout: float) -> tuple[list[Reference], list]:
+    def wait(
+        self, references: list[Reference], num_returns: int, timeout: float
+    ) -> tuple[list[Reference], list]:
         if timeout and self.due:
             self.clock.wait_until(min(self.due[0][0], self.clock.now() + timeout))
         done = []
@@ -118,7 +118,9 @@ class SimulatedRay:
         while self.due and self.due[0][0] <= now and len(done) < num_returns:
             done.append(heapq.heappop(self.due)[2])
         for reference in done if timeout else ():
-            heapq.heappush(self.due, (reference.when, id(reference), reference))  # the second look takes them all
+            heapq.heappush(
+                self.due, (reference.when, id(reference), reference)
+            )  # the second look takes them all
         return done, []
 
     def get(self, reference: Reference) -> Any:
