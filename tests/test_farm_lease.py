@@ -16,7 +16,10 @@ from pmpd.storage.lease import Lease, LeaseLostError
 def test_a_folder_in_use_is_refused_at_once_and_says_by_whom(tmp_path):
     with Lease(tmp_path):
         begin = time.monotonic()
-        with pytest.raises(ValueError, match=rf"process {os.getpid()}.*--output-dir"), Lease(tmp_path):
+        with (
+            pytest.raises(ValueError, match=rf"process {os.getpid()}.*another output folder"),
+            Lease(tmp_path),
+        ):
             pass
         assert time.monotonic() - begin < 1
     with Lease(tmp_path):

@@ -13,6 +13,7 @@ import time
 import pytest
 
 from pmpd import farm, storage
+from pmpd.cli.main import in_flags
 from pmpd.cli.main import main as pmpd_command
 from pmpd.errors import UserError
 from pmpd.farm import ledger
@@ -326,6 +327,23 @@ def test_bad_options_are_refused_in_the_words_of_the_library(options):
         farm.FarmOptions(**options)
 
 
+def test_only_names_of_fields_become_flags():
+    @dataclasses.dataclass
+    class Job:
+        output_dir: str = ""
+        size: int = 1
+        batch_size: int = 1
+
+    for message, told in (
+        ("slots 0: one at least", "--batch-size 0: one at least"),
+        ("size 0: of what size?", "--size 0: of what size?"),
+        ("change output_dir, or size", "change --output-dir, or size"),
+        ("/a/output_dir/b: the output_dir", "/a/output_dir/b: the --output-dir"),
+        ("output_dir=3 is 'batch_size'", "output_dir=3 is 'batch_size'"),
+    ):
+        assert in_flags(message, Job()) == told
+
+
 def test_a_command_says_its_own_flags(capsys, tmp_path):
     for flags, told in (
         (
@@ -333,6 +351,7 @@ def test_a_command_says_its_own_flags(capsys, tmp_path):
             "error: --gpus-per-worker 2: 0, a fraction like 0.5, or 1; one worker holds",
         ),
         (["--batch-size", "0"], "error: --batch-size 0: "),
+        (["--max-new-tokens", "2"], "error: --max-new-tokens 2: four at least"),
     ):
         assert pmpd_command(["label", "--output-dir", str(tmp_path), *flags]) == 1
         assert told in capsys.readouterr().err

@@ -160,6 +160,38 @@ def test_a_node_that_can_start_no_worker_does_not_stop_the_others(nodes, prompts
 
 
 @pytest.mark.slow
+def test_workers_of_a_node_that_is_told_to_go_get_no_new_units(nodes, prompts, tmp_path):
+    """What a cloud's spot notice becomes in Ray."""
+    from ray.core.generated.autoscaler_pb2 import DrainNodeReason
+
+    doomed = nodes.add_node(num_cpus=1, num_gpus=1)
+    nodes.wait_for_nodes()
+    out, result = tmp_path / "out", {}
+    thread = threading.Thread(
+        target=lambda: result.update(
+            zip(("rows", "printed"), run(FakeTask(seconds=0.5), prompts, out, unit_rows=1), strict=True)
+        )
+    )
+    thread.start()
+    try:
+        deadline = time.monotonic() + 90
+        while time.monotonic() < deadline and len(_workers(out)) < 3:
+            time.sleep(0.2)
+        reason = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+        client = ray._raylet.GcsClient(address=nodes.address)
+        accepted, why = client.drain_node(
+            doomed.node_id, reason, "spot notice", int((time.time() + 600) * 1000)
+        )
+        assert accepted, why
+    finally:
+        thread.join(timeout=180)
+        nodes.remove_node(doomed)
+    assert f"node {doomed.node_id[:8]} is about to go: its workers get no new units" in result["printed"]
+    assert "is gone" not in result["printed"]
+    assert answers(result["rows"]) == expected(prompts)
+
+
+@pytest.mark.slow
 def test_a_run_without_a_node_for_its_workers_waits_and_then_says_so(nodes, prompts, tmp_path):
     only = nodes.add_node(num_cpus=1, num_gpus=3)
     nodes.wait_for_nodes()

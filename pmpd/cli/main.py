@@ -92,14 +92,16 @@ def terminable() -> Iterator[None]:
 
 
 def in_flags(message: str, config: Any) -> str:
-    """A message of the library in the words of the command: `gpus_per_worker 2: …` begins with the name of a
-    field, which is a flag here."""
-    name = re.match(r"[a-z_]+(?= )", message)
-    known = {field.name: f"--{field.name.replace('_', '-')}" for field in fields(config)}
-    flag = (known | {name: flag for name, flag in _FLAGS.items() if name not in known}).get(
-        name[0] if name else ""
-    )
-    return message if name is None or flag is None else flag + message[name.end() :]
+    """A message of the library in the words of the command: a field that begins it (`slots 0: …`), or whose
+    name can be no other word (`gpus_per_worker`), is a flag here."""
+    flags = {field.name: f"--{field.name.replace('_', '-')}" for field in fields(config)}
+    flags = _FLAGS | flags
+
+    def flag(found: re.Match[str]) -> str:
+        name = found[0]
+        return flags.get(name, name) if "_" in name or found.start() == 0 else name
+
+    return re.sub(r"(?<![\w/.'\"-])[a-z_]+(?![\w/.'\"=-])", flag, message)
 
 
 def usage() -> str:

@@ -96,7 +96,7 @@ def check_capacity(options: FarmOptions, say: Callable[[str], None]) -> None:
                 or "no node"
             )
             raise UserError(
-                f"a worker asks for {demand} on one node, the cluster has: {has}; change --gpus-per-worker, "
+                f"a worker asks for {demand} on one node, the cluster has: {has}; change gpus_per_worker, "
                 f"add a node that has it, or use a cluster with an autoscaler"
             )
         time.sleep(0.5)

@@ -48,8 +48,8 @@ class Ledger:
         for name, scan in found.items():
             if scan.unreadable:
                 raise UserError(
-                    f"input {name}: {next(iter(scan.unreadable.values()))}; run the stage that makes it "
-                    f"(--stage {name}): it does the rows of that shard again and keeps the others"
+                    f"input {name}: {next(iter(scan.unreadable.values()))}; run the stage that makes "
+                    f"{name} again: it does the rows of that shard and keeps the others"
                 )
         self._shards = {name: scan.shards for name, scan in found.items()}
         self._where = {name: scan.where() for name, scan in found.items()}
@@ -80,7 +80,7 @@ class Ledger:
         if unknown:
             raise UserError(
                 f"output folder {self.dataset}: it holds {len(unknown)} ids that are not in the input, e.g. "
-                f"{', '.join(unknown[:3])}: the input has changed; choose another --output-dir"
+                f"{', '.join(unknown[:3])}: the input has changed; choose another output folder"
             )
 
     @property

@@ -103,7 +103,7 @@ def check_models(dataset: str, known: Mapping[str, Any], found: Mapping[str, Any
     if different:
         raise UserError(
             f"output folder {dataset}: another model than the one its rows are from (here {worker}: "
-            f"{'; '.join(different)}); choose another --output-dir, and see that all nodes have the same "
+            f"{'; '.join(different)}); choose another output folder, and see that all nodes have the same "
             f"checkpoint"
         )
 

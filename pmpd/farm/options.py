@@ -16,7 +16,7 @@ def batch_of(batch_size: int | Literal["auto"]) -> tuple[int | None, int]:
     """What a command's --batch-size means: (slots, None = as many as the worker's memory holds; items of a
     unit)."""
     if isinstance(batch_size, int) and batch_size < 1:
-        raise UserError(f"--batch-size {batch_size}: at least 1, or auto")
+        raise UserError(f"batch_size {batch_size}: at least 1, or auto")
     return (None, AUTO_UNIT_ROWS) if batch_size == "auto" else (batch_size, batch_size)
 
 

@@ -4,6 +4,7 @@ they die or make no progress."""
 from __future__ import annotations
 
 import contextlib
+import re
 import time
 import uuid
 from collections import deque
@@ -404,5 +405,5 @@ def _death(error: RayError, limit: int = 300) -> str:
 
 
 def _short(error: BaseException, limit: int = 300) -> str:
-    text = " ".join(str(_rebuilt(error)).split())
+    text = re.sub(r"\x1b\[[0-9;]*m", "", " ".join(str(_rebuilt(error)).split()))
     return f"{type(_rebuilt(error)).__name__}: {text}"[:limit]

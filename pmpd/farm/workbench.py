@@ -63,7 +63,7 @@ class Workbench:
     def build(self) -> WorkerInfo:
         if storage.read_bytes(self.lease_path) is None:
             raise UserError(
-                f"output folder {self.dataset}: node {self.place.worker} does not see it; --output-dir must "
+                f"output folder {self.dataset}: node {self.place.worker} does not see it; it must "
                 f"be on storage that all nodes share (NFS, s3://…)"
             )
         self._check_publication()

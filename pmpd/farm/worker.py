@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+from collections.abc import Mapping
 
 import ray
 
@@ -23,9 +24,6 @@ class Worker:
     def __init__(self, connections: Mapping[str, tuple[str, str]] | None = None) -> None:
         storage.connect(connections or {})
         self._bench: Workbench | None = None
-
-    def __init__(self, connections: Mapping[str, tuple[str, str]] | None = None) -> None:
-        storage.connect(connections or {})
 
     def start(
         self,

@@ -48,10 +48,10 @@ class LabelConfig:
         object.__setattr__(self, "precisions", check_chain(self.precisions))
         if self.max_new_tokens < 4:
             raise UserError(
-                f"--max-new-tokens {self.max_new_tokens}: four at least, so that the switch classes differ"
+                f"max_new_tokens {self.max_new_tokens}: four at least, so that the switch classes differ"
             )
         if self.slots is not None and self.slots < 1:
-            raise UserError(f"--batch-size {self.slots}: one at least")
+            raise UserError(f"slots {self.slots}: one at least")
 
 
 def reference_prompts(

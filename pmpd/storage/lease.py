@@ -92,7 +92,7 @@ class Lease:
             raise UserError(
                 f"output folder {self.folder}: in use by a run on {_printable(holder.get('hostname'))} "
                 f"(process {_printable(holder.get('pid'))}); wait for it to "
-                f"end, stop it, or choose another --output-dir. If that run is certainly gone, delete "
+                f"end, stop it, or choose another output folder. If that run is certainly gone, delete "
                 f"{self.path}"
             )
         if holder is not None and not _well_formed(holder):
@@ -149,7 +149,7 @@ class Lease:
             raise LeaseLostError(
                 f"output folder {self.folder}: another run has taken it over; its rows are safe. Let one of "
                 f"the two finish, "
-                "or choose another --output-dir"
+                "or choose another output folder"
             )
 
     def _keep(self) -> None:
