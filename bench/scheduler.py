@@ -30,6 +30,7 @@ from pmpd import PMPDForCausalLM, demo, storage, training
 from pmpd.decode.requests import Request
 from pmpd.farm.load_model import cpu_name
 from pmpd.farm.train import FEATURE_COLUMNS
+from pmpd.schedulers.base import Decision
 from pmpd.schedulers.kv_cache import DEMO_ARTEFACT, KVCacheScheduler
 from pmpd.schedulers.static import StaticScheduler
 from pmpd.training.config import TrainConfig
@@ -106,11 +107,11 @@ class _Timed(KVCacheScheduler):
 
     seconds = 0.0
 
-    def begin(self, state: Any) -> np.ndarray:
+    def begin(self, state: Any) -> Decision:
         started = time.perf_counter()
-        steps = super().begin(state)
+        decision = super().begin(state)
         self.seconds += time.perf_counter() - started
-        return steps
+        return decision
 
 
 # ---- proof

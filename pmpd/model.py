@@ -14,12 +14,13 @@ from types import SimpleNamespace
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
 from pmpd import gpu
+from pmpd.decode.ending import StopStrings, end_token_ids, give_pad_token
 from pmpd.decode.engine import Engine
 from pmpd.decode.pulse import Pulse
-from pmpd.decode.requests import Completion, Prefix, Request, TokenEvent
+from pmpd.decode.requests import Completion, Prefix, Request, Sampling, TokenEvent
 from pmpd.errors import UserError
 from pmpd.schedulers.base import Scheduler
 from pmpd.weights import anyprec, dense, mixed
@@ -111,7 +112,8 @@ class PMPDForCausalLM(nn.Module):
         else:
             anyprec.precisions_of(checkpoint)  # raises: says that the folder holds no precisions
         self.tokenizer = checkpoint.tokenizer()
-        self.eos_token_ids = _eos_token_ids(self.model, self.tokenizer)
+        give_pad_token(self.tokenizer)
+        self.eos_token_ids = end_token_ids(self.model, self.tokenizer)
         self.scheduler: Scheduler | None = None
         self._engine: Engine | None = None
         self.pulse = Pulse()
@@ -262,15 +264,28 @@ class PMPDForCausalLM(nn.Module):
         past_key_values: Sequence[Prefix] | None = None,
         attention_mask: Tensor | None = None,
         keys: Sequence[str] | None = None,
+        *,
+        temperature: float = 0.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        seed: int = 0,
+        repetition_penalty: float = 1.0,
+        stop: Sequence[str] = (),
     ) -> GenerateOutput:
-        """Greedy continuation of a batch of prompts under `self.scheduler` (None: all at `prefill_bit`).
+        """Continuation of a batch of prompts under `self.scheduler` (None: all at `prefill_bit`), greedy
+        unless a `temperature` above 0 asks for sampling.
 
         `input_ids` int64 [B, L] and `attention_mask` [B, L] (1 = token; padding on either side; default: no
         padding). `past_key_values`: as returned by an earlier call, for prompts that begin with that call's
-        tokens; the rest is prefilled. `keys`: names of the rows, from which random schedulers draw (default:
-        a hash of the prompt).
+        tokens; the rest is prefilled. `keys`: names of the rows, from which sampling and random schedulers
+        draw (default: a hash of the prompt; equal prompts are answered alike unless they have names).
+        `temperature`, `top_p`, `top_k`, `seed`, `repetition_penalty`: see `pmpd.decode.requests.Sampling`.
+        `stop`: a row ends with the token that completes one of these strings; the string stays in its tokens.
         """
-        requests = self._requests(input_ids, max_new_tokens, past_key_values, attention_mask, keys)
+        sampling = Sampling(temperature, top_p, top_k, seed, repetition_penalty)
+        requests = self._requests(
+            input_ids, max_new_tokens, past_key_values, attention_mask, keys, sampling, stop
+        )
         scheduler, bits = self.decide(self.scheduler, prefill_bit)
         by_key = {
             completion.key: completion
@@ -287,19 +302,30 @@ class PMPDForCausalLM(nn.Module):
         max_new_tokens: int = 256,
         prefill_bit: int | None = None,
         past_key_values: Sequence[Prefix] | None = None,
+        *,
+        sampling: Sampling | None = None,
+        stop: Sequence[str] = (),
     ) -> Iterator[tuple[int, int]]:
         """As `generate` for one prompt int64 [1, L], yielding (token, precision) as soon as each token is
         known. Streams and calls may take turns: each decodes with a cache of its own."""
-        requests = self._requests(input_ids, max_new_tokens, past_key_values, None, None)
+        requests = self._requests(
+            input_ids, max_new_tokens, past_key_values, None, None, sampling or Sampling(), stop
+        )
         if len(requests) != 1:
             raise UserError(f"stream takes one prompt, got {len(requests)}; use generate for a batch")
-        scheduler, bits = self.decide(self.scheduler, prefill_bit)
-        with self._borrowed(1, len(requests[0].input_ids) + max_new_tokens) as engine:
-            for event in engine.stream(requests, scheduler, bits, self.eos_token_ids):
-                if isinstance(event, TokenEvent):
-                    yield event.token, event.bits
-                else:
-                    _raise_error(event)
+        for event in self.stream_request(requests[0], self.scheduler, prefill_bit):
+            if isinstance(event, TokenEvent):
+                yield event.token, event.bits
+            else:
+                _raise_error(event)
+
+    def stream_request(
+        self, request: Request, scheduler: Scheduler | None, prefill_bit: int | None = None
+    ) -> Iterator[TokenEvent | Completion]:
+        """The tokens of one request as they come, then its completion."""
+        scheduler, bits = self.decide(scheduler, prefill_bit)
+        with self._borrowed(1, len(request.input_ids) + request.max_new_tokens) as engine:
+            yield from engine.stream([request], scheduler, bits, self.eos_token_ids)
 
     def _requests(
         self,
@@ -308,6 +334,8 @@ class PMPDForCausalLM(nn.Module):
         past_key_values: Sequence[Prefix] | None,
         attention_mask: Tensor | None,
         keys: Sequence[str] | None,
+        sampling: Sampling,
+        stop: Sequence[str],
     ) -> list[Request]:
         if input_ids.dim() != 2 or len(input_ids) == 0:
             raise UserError(
@@ -325,6 +353,7 @@ class PMPDForCausalLM(nn.Module):
             )
         if keys is not None and len(keys) != len(input_ids):
             raise UserError(f"keys names {len(keys)} rows, input_ids has {len(input_ids)}; they must agree")
+        ends = StopStrings(self.tokenizer, stop) if stop else None
         prompts = [
             row[mask.bool()].tolist()
             for row, mask in zip(
@@ -343,6 +372,8 @@ class PMPDForCausalLM(nn.Module):
                 max_new_tokens=max_new_tokens,
                 prefix=past_key_values[index] if past_key_values is not None else None,
                 want_prefix=True,
+                sampling=sampling,
+                stop=ends,
             )
             for index, prompt in enumerate(prompts)
         ]
@@ -376,16 +407,3 @@ def _raise_error(completion: Completion) -> None:
     """ValueError where the row failed; its text names that class already."""
     if completion.error:
         raise UserError(completion.error.removeprefix("ValueError: "))
-
-
-def _eos_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """End-of-sequence tokens: of the generation config (may be several), else of the config, else of the
-    tokenizer; may be empty."""
-    for value in (
-        getattr(getattr(model, "generation_config", None), "eos_token_id", None),
-        getattr(model.config, "eos_token_id", None),
-        tokenizer.eos_token_id,
-    ):
-        if value is not None:
-            return frozenset(value if isinstance(value, list | tuple) else [value])
-    return frozenset()

@@ -14,15 +14,15 @@ from pmpd.benchmarks import BENCHMARKS, Question
 from pmpd.benchmarks.conversation import Stops
 from pmpd.decode.oracle import decode
 from pmpd.demo import ANYPREC
-from pmpd.evaluation.answer import Generator, _Recorder, conversation_rows, cut_left, token_pieces
+from pmpd.evaluation.answer import Generator, conversation_rows, cut_left, token_pieces
 from pmpd.evaluation.compare import compare
 from pmpd.evaluation.fastchat_export import answer_files, export
 from pmpd.evaluation.results import read_generations
 from pmpd.evaluation.score import ScoreConfig
 from pmpd.evaluation.static_search import best_path, choose, read_best, write_best
-from pmpd.evaluation.sweep import Run, SweepConfig, class_plans, grid_plans, sweep_runs
-from pmpd.schedulers.base import PrefillState, Scheduler
-from pmpd.schedulers.chain import class_steps
+from pmpd.evaluation.sweep import Run, SweepConfig, grid_plans, sweep_runs
+from pmpd.schedulers.base import Scheduler
+from pmpd.schedulers.chain import class_plans, class_steps
 from tests.generation_rows import generation_rows
 from tests.helpers import byte_tokenizer
 from tests.ray_sessions import local_ray
@@ -206,25 +206,15 @@ def test_the_demos_learned_scheduler_decides_with_scores_for_every_turn() -> Non
         assert row["switch_steps"] == [class_steps(LENGTH)[k] for k in row["classes"]]
 
 
-def test_decision_scores_are_kept_by_row(model) -> None:
-    class Scored(Scheduler):
-        last_scores = None
-
-        def begin(self, state: PrefillState) -> np.ndarray:
-            self.last_scores = np.asarray([[[int(key[-1]), 0, 0, 0]] for key in state.keys], dtype=np.float32)
-            return np.zeros((len(state.keys), 1), dtype=np.int32)
-
-    recorder = _Recorder.around(Scored((4, 3)))
-    recorder.begin(PrefillState(["a/1", "b/2"], [4, 4], [1, 1], lambda: None))
-    recorder.begin(PrefillState(["c/3"], [4], [1], lambda: None))
-    assert {key: scores[0, 0] for key, scores in recorder.scores.items()} == {"a/1": 1, "b/2": 2, "c/3": 3}
-
-
 def test_a_sweep_names_its_runs_and_has_no_doubles() -> None:
     names = [
         run.name
         for run in sweep_runs(
-            SweepConfig(schedulers=("fp", "uniform", "static", "naive", "random"), precisions=(4, 3), seed=7)
+            SweepConfig(
+                schedulers=("fp", "uniform", "static", "naive", "random"),
+                precisions=(4, 3),
+                options={"random": {"seed": 7}},
+            )
         )
     ]
     assert names == ["fp", "uniform-4", "uniform-3", "static-0", "static-85", "static-170", "random-7"]
@@ -255,7 +245,7 @@ def test_bad_options_of_a_scheduler_are_an_error_before_any_worker_starts() -> N
     with pytest.raises(ValueError, match="1 pair"):
         sweep_runs(SweepConfig(schedulers=("static",), precisions=(4, 3), high_bit_steps=((1, 2),)))
     with pytest.raises(ValueError, match="threshold"):
-        sweep_runs(SweepConfig(schedulers=("confidence",), confidence_threshold=1.5))
+        sweep_runs(SweepConfig(schedulers=("confidence",), options={"confidence": {"threshold": 1.5}}))
 
 
 def test_the_best_setting_is_carried_over_to_other_lengths_and_refused_for_other_models(

@@ -145,6 +145,7 @@ def test_the_command_after_a_search_keeps_the_flags_that_are_no_searchs() -> Non
         ({"use_fp": True}, ["fp"]),
         ({"use_fp": True, "scheduler": "confidence"}, ["fp", "confidence-0.7x2"]),
         ({"scheduler": "random", "seed": 3}, ["random-3"]),
+        ({"scheduler": "random", "scheduler_options": '{"random": {"seed": 4}}'}, ["random-4"]),
     ],
 )
 def test_flags_choose_the_runs(asked, flags: dict, options: dict, runs: list[str]) -> None:
@@ -227,6 +228,10 @@ def test_workers_get_absolute_paths_and_the_rows_identity_does_not_know_them(
             {"scheduler": "static", "high_bit_steps": "config.json"},
             "config.json is not what a static search writes",
         ),
+        ({"scheduler": "kv_cache"}, "dim 16: the classifiers in .* have dim 32"),
+        ({"plugins": "no_such_module"}, "--plugins no_such_module: No module named"),
+        ({"scheduler_options": "[1]"}, "give JSON of options by scheduler"),
+        ({"scheduler": "random", "scheduler_options": '{"random": {"luck": 1}}'}, "option luck: it takes"),
     ],
 )
 def test_flags_that_cannot_be_are_refused_before_the_farm(

@@ -78,7 +78,7 @@ def test_a_chain_of_three_has_two_independent_decisions(folder):
         "kv_cache", precisions=CHAIN, save_dir=folder, dim=DIM, num_heads=HEADS
     )
     state, _ = prefilled([3, 7])
-    steps = scheduler.begin(state)
+    steps = scheduler.begin(state).switch_steps
     assert steps.tolist() == [[85, 170], [85, 170]], (
         "a value shared by two pairs makes the second switch fire at once"
     )
@@ -89,9 +89,9 @@ def test_a_chain_of_three_has_two_independent_decisions(folder):
 def test_a_batch_decides_as_its_rows_alone_and_reads_the_features_once(random_folder):
     scheduler = KVCacheScheduler(CHAIN, save_dir=random_folder)
     state, calls = prefilled([3, 40, 7, 1, 12, 9, 30, 5])
-    together = scheduler.begin(state)
+    decision = scheduler.begin(state)
     assert calls == [8]
-    scores = scheduler.last_scores
+    together, scores = decision.switch_steps, decision.scores
     assert scores.shape == (8, 2, 4)
     assert (
         np.take_along_axis(np.asarray([class_steps(256)] * 8), scores.argmax(-1), axis=1) == together
@@ -100,27 +100,27 @@ def test_a_batch_decides_as_its_rows_alone_and_reads_the_features_once(random_fo
         "the rows must differ for this test to say anything"
     )
     for b in range(8):
-        assert scheduler.begin(row(state, b)).tolist() == together[b : b + 1].tolist()
-        np.testing.assert_allclose(scheduler.last_scores[0], scores[b], rtol=1e-4, atol=1e-6)
+        alone = scheduler.begin(row(state, b))
+        assert alone.switch_steps.tolist() == together[b : b + 1].tolist()
+        np.testing.assert_allclose(alone.scores[0], scores[b], rtol=1e-4, atol=1e-6)
 
 
 def test_it_decides_on_the_features_as_the_labels_store_them(random_folder):
     """Labels hold float16; a row on the edge of two classes must not get another one in generation."""
     scheduler = KVCacheScheduler(CHAIN, save_dir=random_folder)
     state, _ = prefilled([3, 40, 7])
-    scheduler.begin(state)
-    scores = scheduler.last_scores
+    scores = scheduler.begin(state).scores
     keys, values, lengths = state.features()
     stored = [keys.half().float(), values.half().float(), lengths]
-    scheduler.begin(PrefillState(state.keys, state.max_new_tokens, state.prompt_lengths, lambda: stored))
-    assert np.array_equal(scores, scheduler.last_scores)
+    again = PrefillState(state.keys, state.max_new_tokens, state.prompt_lengths, lambda: stored)
+    assert np.array_equal(scores, scheduler.begin(again).scores)
 
 
 @pytest.mark.parametrize("max_new_tokens", [1, 2, 3, 64, 100, 256])
 def test_switch_steps_follow_the_classes_of_each_row(folder, max_new_tokens):
     scheduler = KVCacheScheduler([3, 2], save_dir=folder)
     state, _ = prefilled([3], max_new_tokens)
-    assert scheduler.begin(state).tolist() == [[class_steps(max_new_tokens)[2]]]
+    assert scheduler.begin(state).switch_steps.tolist() == [[class_steps(max_new_tokens)[2]]]
 
 
 @pytest.mark.parametrize(
@@ -130,7 +130,7 @@ def test_switch_steps_follow_the_classes_of_each_row(folder, max_new_tokens):
 def test_precision_switch_points_are_fractions_or_steps(folder, points, steps):
     scheduler = KVCacheScheduler([3, 2], precision_switch_points=points, save_dir=folder)
     state, _ = prefilled([3])
-    assert scheduler.begin(state).tolist() == [[steps]]
+    assert scheduler.begin(state).switch_steps.tolist() == [[steps]]
 
 
 @pytest.mark.parametrize("points", [{(4, 3), (3, 2)}, [(4, 3), (3, 2)]])
@@ -202,7 +202,7 @@ def test_a_row_without_finite_features_is_never_lowered_and_its_mates_decide(fol
     values = keys.clone()
     steps = scheduler.begin(
         PrefillState(["0" * 16, "1" * 16], [256, 256], [4, 4], lambda: (keys, values, torch.tensor([4, 4])))
-    )
+    ).switch_steps
     assert steps.tolist() == [[255], [170]]
 
 
@@ -249,6 +249,8 @@ def test_engine_equals_oracle_with_the_learned_scheduler(anyprec_model, tmp_path
         )
         assert list(completion.switch_steps) == expected.switch_steps, completion.key
         assert completion.tokens == expected.tokens, completion.key
+        assert completion.classes.tolist() == completion.scores.argmax(-1).tolist()
+        assert list(completion.switch_steps) == [class_steps(13)[k] for k in completion.classes]
         decided.add(tuple(expected.switch_steps))
     assert len(decided) > 1, "all rows decided alike: this shows nothing"
 

@@ -12,7 +12,7 @@ from pmpd import PMPDForCausalLM
 from pmpd.decode import llama_cpu
 from pmpd.decode.engine import Engine
 from pmpd.decode.requests import Request
-from pmpd.decode.slots import Plan, Stretch
+from pmpd.decode.slots import Stretch, TokenPlaces
 from pmpd.kernels import cpu, native
 from pmpd.kernels.cpu_fixed import fixed_unavailable
 from pmpd.schedulers.base import Scheduler
@@ -56,14 +56,14 @@ def test_lean_forward_in_bfloat16_is_as_near_to_float32_as_the_modules(
 ):
     monkeypatch.setattr(llama_cpu, "DENSE_BYTES", budget)  # 0: multiplies from the codes, module by module
     folder, tokens = anyprec_folder("llama"), torch.arange(3, 43)
-    plan = Plan(
+    places = TokenPlaces(
         torch.zeros_like(tokens), torch.arange(len(tokens)), len(tokens), 1, [Stretch(0, len(tokens), 0, 0)]
     )
 
     def logits(dtype: torch.dtype, use_lean: bool) -> torch.Tensor:
         engine = Engine(PMPDForCausalLM(folder, dtype=dtype).eval().model, 1, 64, lean=use_lean)
         engine.state.set_uniform(bits)
-        return engine.forward(tokens, plan, None).float()
+        return engine.forward(tokens, places, None).float()
 
     exact = logits(torch.float32, False)
     modules, written_out = (
@@ -79,18 +79,20 @@ def prefilled(engine: Engine, rows: int) -> list[int]:
     for slot, prompt in enumerate(prompts):
         tokens = torch.tensor(prompt)
         where = torch.full_like(tokens, slot)
-        plan = Plan(where, torch.arange(len(tokens)), len(tokens), rows, [Stretch(0, len(tokens), slot, 0)])
+        places = TokenPlaces(
+            where, torch.arange(len(tokens)), len(tokens), rows, [Stretch(0, len(tokens), slot, 0)]
+        )
         engine.state.set_uniform(4)
-        engine.forward(tokens, plan, torch.tensor([len(tokens) - 1]))
+        engine.forward(tokens, places, torch.tensor([len(tokens) - 1]))
     return [len(prompt) for prompt in prompts]
 
 
 def decode(engine: Engine, slots: list[int], lengths: list[int], bits: list[int]) -> torch.Tensor:
     """Logits of one step: slot `s` consumes token 7 + s."""
     positions = torch.tensor([lengths[slot] for slot in slots])
-    plan = Plan(torch.tensor(slots), positions, int(positions.max()) + 1, max(slots) + 1)
+    places = TokenPlaces(torch.tensor(slots), positions, int(positions.max()) + 1, max(slots) + 1)
     engine.state.set_tokens(bits)
-    return engine.forward(torch.tensor(slots) + 7, plan, None).float()
+    return engine.forward(torch.tensor(slots) + 7, places, None).float()
 
 
 @needs_fixed_point

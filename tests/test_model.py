@@ -16,6 +16,7 @@ from tests.helpers import write_dense
 from tests.test_engine import random_prompts
 
 NEW_TOKENS = 12
+PROMPT = torch.tensor([[17, 4, 99, 203, 31]])
 SCHEDULER = Scheduler.get_scheduler("static", precisions=[4, 3, 2], high_bit_steps=[3, 7])
 
 
@@ -257,3 +258,59 @@ def test_logits_that_are_not_finite_are_an_error_of_generate_and_stream(model):
     for call in (lambda ids: model.generate(ids, 4), lambda ids: list(model.stream(ids, 4))):
         with pytest.raises(ValueError, match="logits are not finite"):
             call(torch.tensor([[1, 9]]))
+
+
+@pytest.mark.parametrize("where", ["generation_config", "config", "tokenizer"])
+def test_an_answer_ends_at_the_end_token_of_any_of_the_three(tmp_path, where):
+    """A chat model's turn often ends with a token that only its tokenizer names."""
+    folder = write_dense(tmp_path)
+    plain = PMPDForCausalLM(folder).eval()
+    free = plain.generate(PROMPT, 12).input_ids[0, PROMPT.shape[1] :].tolist()
+    end = next(token for token in free[2:] if token not in free[:2] and token != 256)
+    if where == "tokenizer":
+        tokenizer = plain.tokenizer
+        tokenizer.eos_token = tokenizer.convert_ids_to_tokens(end)
+        tokenizer.save_pretrained(folder)
+    else:
+        name = f"{where}.json"
+        config = json.loads((folder / name).read_text())
+        (folder / name).write_text(json.dumps({**config, "eos_token_id": [256, end]}))
+    model = PMPDForCausalLM(folder).eval()
+    assert {256, end} <= model.eos_token_ids
+    (completion,) = model.generate(PROMPT, 12).completions
+    assert completion.tokens == free[: free.index(end) + 1]
+    assert completion.finish_reason == "eos"
+
+
+def test_a_batch_needs_no_pad_token_of_the_tokenizer(tmp_path):
+    folder = write_dense(tmp_path)
+    tokenizer = PMPDForCausalLM(folder).tokenizer
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(folder)
+    model = PMPDForCausalLM(folder).eval()
+    texts = ["one", "a longer text", "x"]
+    batch = model.tokenizer(texts, return_tensors="pt", padding=True)
+    together = model.generate(**batch, max_new_tokens=8)
+    for text, completion in zip(texts, together.completions, strict=True):
+        alone = model.generate(model.tokenizer(text, return_tensors="pt")["input_ids"], 8)
+        assert completion.tokens == alone.completions[0].tokens
+
+
+def test_sampling_and_stop_strings_reach_the_rows(anyprec_model):
+    model = anyprec_model("llama")
+    rows = PROMPT.expand(3, -1)
+    options = {"temperature": 1.0, "top_p": 0.95, "top_k": 50, "repetition_penalty": 1.1}
+    first = model.generate(rows, 16, keys=["a", "b", "a"], seed=3, **options)
+    tokens = [completion.tokens for completion in first.completions]
+    assert tokens[0] == tokens[2]
+    assert tokens[0] != tokens[1], "rows of two names draw alike"
+    again = model.generate(PROMPT, 16, keys=["b"], seed=3, **options)
+    assert again.completions[0].tokens == tokens[1]
+    assert model.generate(PROMPT, 16, keys=["b"], seed=4, **options).completions[0].tokens != tokens[1]
+    text = model.tokenizer.decode(tokens[1])
+    stop = next(text[i : i + 2] for i in range(2, len(text) - 1) if text[i : i + 2].isascii())
+    stopped = model.generate(PROMPT, 16, keys=["b"], seed=3, stop=[stop], **options).completions[0]
+    assert stopped.finish_reason == "stop"
+    assert stopped.tokens == tokens[1][: len(stopped.tokens)]
+    assert stop in model.tokenizer.decode(stopped.tokens)
+    assert stop not in model.tokenizer.decode(stopped.tokens[:-1])

@@ -8,7 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from pmpd.schedulers.base import PrefillState, Scheduler
+from pmpd.schedulers.base import ObservedRows, PrefillState, Scheduler
 from pmpd.schedulers.chain import NEVER, chain_bits, class_steps
 
 
@@ -23,7 +23,9 @@ def state_of(keys: list[str], max_new_tokens: int = 256) -> PrefillState:
 
 def random_steps(keys: list[str], **options) -> np.ndarray:
     """Switch steps [B, 2] of the chain 4, 3, 2."""
-    return Scheduler.get_scheduler("random", precisions=[4, 3, 2], **options).begin(state_of(keys))
+    return (
+        Scheduler.get_scheduler("random", precisions=[4, 3, 2], **options).begin(state_of(keys)).switch_steps
+    )
 
 
 KEYS = [f"row {index}" for index in range(400)]
@@ -63,7 +65,7 @@ def test_static_takes_integers_of_every_kind(number):
     two = Scheduler.get_scheduler("naive", precisions=[4, 3, 2], high_bit_steps=[number(5), number(10)])
     for scheduler in (one, two):
         assert scheduler.describe() == {"name": "static", "precisions": [4, 3, 2], "high_bit_steps": [5, 10]}
-        steps = scheduler.begin(state_of(["a"] * 3))
+        steps = scheduler.begin(state_of(["a"] * 3)).switch_steps
         assert steps.tolist() == [[5, 10]] * 3
         bits = [int(chain_bits((4, 3, 2), steps[:1], np.asarray([t]))[0]) for t in range(1, 13)]
         assert bits == [4] * 5 + [3] * 5 + [2] * 2
@@ -71,12 +73,14 @@ def test_static_takes_integers_of_every_kind(number):
 
 def test_confidence_lowers_after_patience_sure_forwards_in_a_row():
     scheduler = Scheduler.get_scheduler("confidence", precisions=[4, 3, 2], threshold=0.9, patience=2)
-    steps = scheduler.begin(state_of(["a"]))
+    decision = scheduler.begin(state_of(["a"]))
+    steps, states = decision.switch_steps, list(decision.states)
     seen = []
     for t, probability in enumerate([0.95, 0.5, 0.9, 0.99, 0.99, 0.2, 0.9, 0.9], start=1):
-        scheduler.observe(steps, np.asarray([t]), np.asarray([probability]))
-        seen.append(int((steps < NEVER - 2).sum()))
-    assert seen == [0, 0, 0, 1, 1, 1, 1, 2], (
+        statistics = {"top_probability": np.asarray([probability])}
+        scheduler.observe(ObservedRows(["a"], np.asarray([t]), np.asarray([4]), steps, states, statistics))
+        seen.append(steps[0][steps[0] < NEVER].tolist())
+    assert seen == [[], [], [], [4], [4], [4], [4], [4, 8]], (
         "a forward that is not sure starts the count again, and each pair counts for itself"
     )
 
@@ -100,7 +104,7 @@ def test_one_dictionary_serves_all_schedulers():
 @pytest.mark.parametrize(
     ("name", "options", "told"),
     [
-        ("lucky", {}, r"scheduler 'lucky': known are confidence, kv_cache, naive, random, static"),
+        ("lucky", {}, r"scheduler 'lucky': known are confidence, kv_cache, naive, online, random, static"),
         ("static", {"precisions": [4, 3], "high_bit_steps": 3, "steps": 1}, r"scheduler option steps: known "
                                                                             r"are .*high_bit_steps"),
         ("static", {"precisions": [4, 3]}, r"scheduler 'static' needs the option high_bit_steps; it takes "

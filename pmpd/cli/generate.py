@@ -11,10 +11,12 @@ search and what `--high-bit-steps best` then answers have folders of their own b
 
 from __future__ import annotations
 
+import importlib
+import json
 import shlex
 from collections import Counter
 from dataclasses import dataclass, fields, replace
-from typing import Literal
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
@@ -28,10 +30,11 @@ from pmpd.evaluation.compare import compare
 from pmpd.evaluation.results import read_generations
 from pmpd.evaluation.score import ScoreConfig
 from pmpd.evaluation.static_search import best_path, choose, read_best, write_best
-from pmpd.evaluation.sweep import SCHEDULER_KINDS, SweepConfig, grid_plans, sweep_runs
+from pmpd.evaluation.sweep import DEFAULT_SWEEP, SweepConfig, check_fit, grid_plans, sweep_runs
 from pmpd.farm.connection import output_folder
 from pmpd.farm.generate_task import Sweep, generate
 from pmpd.metrics.precision import average_bits, decode_forwards
+from pmpd.schedulers.base import find
 from pmpd.schedulers.chain import parse_chain
 from pmpd.weights.checkpoint import Checkpoint
 from pmpd.weights.model_spec import Dtype, ModelSpec, check_held, shared_tokenizer
@@ -60,13 +63,18 @@ class GenerateJob:
     """Question to stop before."""
     num_choices: int = 1
     """Answers per question (they differ for the random scheduler only)."""
-    schedulers: str = ",".join(SCHEDULER_KINDS)
+    schedulers: str = ",".join(DEFAULT_SWEEP)
     """The sweep, comma-separated: fp (unquantized), uniform (each precision), static, confidence, random,
-    kv_cache."""
+    kv_cache, or what a module of --plugins registers."""
     scheduler: str | None = None
     """Only this one instead of the sweep (naive = static)."""
     use_fp: bool = False
     """The unquantized model: fp alone, or beside what --scheduler names."""
+    scheduler_options: str = "{}"
+    """Further options of schedulers, as JSON: '{"kv_cache": {"published_steps": true}}'."""
+    plugins: str | None = None
+    """Python modules to import first, comma-separated: the schedulers that they register can be named then.
+    Workers must be able to import them too."""
     precisions: str = "4,3,2"
     """Precision chain, descending."""
     high_bit_steps: str | None = None
@@ -155,6 +163,7 @@ def main(job: GenerateJob, console: Console | None = None) -> str:
     """Generates, prints the table, returns the folder of the results. ValueError for anything the user can
     cure."""
     console = console or Console()
+    import_plugins(job.plugins)
     benchmark = get_benchmark(job.bench_name)
     split: Split = "validation" if job.validation or job.static_search else "test"
     length = job.max_new_tokens or benchmark.max_new_tokens
@@ -210,13 +219,11 @@ def main(job: GenerateJob, console: Console | None = None) -> str:
     sweeps = {}
     for group, checkpoint in checkpoints.items():
         config = SweepConfig(
-            tuple(wanted[group]), chain, length, job.prefill_bit, steps, job.seed, job.random_prior,
-            job.confidence_threshold,
-            job.confidence_patience,
-            None if job.classifier_path is None else storage.absolute(job.classifier_path), job.searched,
-        )  # fmt: skip
+            tuple(wanted[group]), chain, length, job.prefill_bit, scheduler_options(job), steps, job.searched
+        )
         runs = tuple(sweep_runs(config))
         fingerprint = checkpoint.fingerprint()
+        check_fit(runs, checkpoint.config(), fingerprint)
         sweeps[group] = Sweep(
             benchmark,
             split,
@@ -270,6 +277,40 @@ def main(job: GenerateJob, console: Console | None = None) -> str:
     if all(row["error"] for row in rows):
         raise UserError(f"every turn has an error; the first one: {rows[0]['error']}")
     return folder
+
+
+def import_plugins(modules: str | None) -> None:
+    for name in filter(None, (modules or "").split(",")):
+        try:
+            importlib.import_module(name.strip())
+        except ModuleNotFoundError as error:
+            raise UserError(
+                f"--plugins {modules}: {error}; give modules that are installed or on PYTHONPATH"
+            ) from error
+
+
+def scheduler_options(job: GenerateJob) -> dict[str, dict[str, Any]]:
+    """Options by scheduler: those of the flags, then --scheduler-options."""
+    options: dict[str, dict[str, Any]] = {
+        "random": {"seed": job.seed},
+        "confidence": {"threshold": job.confidence_threshold, "patience": job.confidence_patience},
+        "kv_cache": {},
+    }
+    if job.random_prior:
+        options["random"]["prior"] = list(job.random_prior)
+    if job.classifier_path is not None:
+        options["kv_cache"]["save_dir"] = storage.absolute(job.classifier_path)
+    try:
+        more = {name: dict(given) for name, given in json.loads(job.scheduler_options).items()}
+    except (ValueError, AttributeError, TypeError) as error:
+        raise UserError(
+            f"--scheduler-options {job.scheduler_options}: give JSON of options by scheduler, e.g. "
+            f'\'{{"confidence": {{"threshold": 0.8}}}}\' ({error})'
+        ) from error
+    for name, given in more.items():
+        registered = find(name)[0]
+        options[registered] = {**options.get(registered, {}), **given}
+    return options
 
 
 def scheduler_names(job: GenerateJob, reference: str) -> list[str]:

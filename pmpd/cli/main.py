@@ -51,6 +51,7 @@ COMMANDS = {
     "judge": Command(
         "pmpd.cli.judge", "JudgeJob", "ratings of answers by a judge model", "finished judgments are kept"
     ),
+    "chat": Command("pmpd.cli.chat", "ChatJob", "talk to a model in the terminal, bits in colour"),
     "report": Command("pmpd.cli.report", "ReportJob", "scores, figures and a page from answers"),
     "inspect": Command("pmpd.cli.inspect", "InspectJob", "schema, row counts and nulls of results"),
     "export-fastchat": Command(

@@ -19,7 +19,9 @@ from transformers import PreTrainedModel
 
 from pmpd import gpu
 from pmpd.decode.graphs import Buffers, StepGraphs
+from pmpd.decode.precision import token_statistics
 from pmpd.decode.slots import SlotCache
+from pmpd.schedulers.base import STATISTICS
 from pmpd.weights.base import PrecisionState, Segment
 
 if TYPE_CHECKING:
@@ -30,11 +32,6 @@ _log = logging.getLogger(__name__)
 USES_BEFORE_CAPTURE = 4
 """A layout (segments of precisions, bound of the length) runs so often without a graph first: mixed batches
 pass through many once."""
-
-
-def top_probability(top: Tensor, logits: Tensor) -> Tensor:
-    """Softmax probability float32 [n] of the arg-max, from its logit `top` [n] and all `logits` [n, V]."""
-    return torch.exp(top.float() - torch.logsumexp(logits.float(), dim=-1))
 
 
 class Rows(Protocol):
@@ -69,12 +66,18 @@ class GraphSteps:
 
     @torch.inference_mode()
     def run(
-        self, engine: Rows, at: np.ndarray, step: np.ndarray, position: np.ndarray, probability: bool
-    ) -> Tensor | None:
+        self,
+        engine: Rows,
+        at: np.ndarray,
+        step: np.ndarray,
+        position: np.ndarray,
+        statistics: tuple[str, ...],
+        sampled: bool,
+    ) -> tuple[Tensor | None, Tensor | None]:
         """Decode forward `step` int [n] of the rows in slots `at` int [n], at `position` int [n]: appends
-        their tokens on the device.
+        their greedy tokens on the device.
 
-        Returns the tokens' probability [n] where asked for.
+        Returns the `statistics` float32 [n, k] asked for, if any, and where `sampled` the logits [n, V].
         """
         if self._engine is not engine:
             self._engine = engine
@@ -86,7 +89,8 @@ class GraphSteps:
         layout = (
             (*others, Segment(last.start, None, last.bits)),
             min(longest, engine.max_length),
-            probability,
+            statistics,
+            sampled,
         )
         self._uses[self._graphs.bucket(n), layout] += 1
         graphs = (
@@ -97,20 +101,26 @@ class GraphSteps:
         where[:, :n] = at, step - 1, position
         where[:, n:] = [[engine.slots], [0], [0]]  # unused rows work in the spare slot
         buffers["where"].copy_(torch.from_numpy(where))
+        if sampled and "logits" not in buffers:
+            head = self.forward.weights.head
+            buffers["logits"] = head.new_zeros(graphs.bucket(n), len(head))
         graphs.run(n, layout)
-        return buffers["probability"][:n] if probability else None
+        return (
+            buffers["statistics"][:n, : len(statistics)] if statistics else None,
+            buffers["logits"][:n] if sampled else None,
+        )
 
     def _make_buffers(self, rows: int) -> dict[str, Tensor]:
         assert self._engine is not None
         device = self._engine.device
         where = torch.tensor([[self._engine.slots], [0], [0]], device=device).repeat(1, rows)
-        return {"where": where, "probability": torch.zeros(rows, device=device)}
+        return {"where": where, "statistics": torch.zeros(rows, len(STATISTICS), device=device)}
 
     def _step(self, buffers: Buffers, layout: Hashable) -> None:
         engine = self._engine
         assert engine is not None
         assert isinstance(layout, tuple)
-        segments, longest, probability = layout
+        segments, longest, statistics, sampled = layout
         slots, columns, positions = buffers["where"]
         cache = engine.cache
         logits = self.forward(
@@ -119,5 +129,7 @@ class GraphSteps:
         top, tokens = logits.max(dim=-1)
         engine.tokens[slots, columns + 1] = tokens
         engine.bad[slots] |= ~torch.isfinite(top)
-        if probability:
-            buffers["probability"].copy_(top_probability(top, logits))
+        if statistics:
+            buffers["statistics"][:, : len(statistics)] = token_statistics(statistics, logits)
+        if sampled:
+            buffers["logits"].copy_(logits)

@@ -55,7 +55,7 @@ class StepGraphs:
 
     def buffers(self, rows: int) -> dict[str, Tensor]:
         """The static tensors of the bucket of `rows`: write the inputs of the next `run` into them, in
-        place."""
+        place. One that a step needs later may be added before its first run."""
         size = self.bucket(rows)
         if size not in self._buffers:
             self._buffers[size] = self._make_buffers(size)

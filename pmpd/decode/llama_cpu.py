@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, MistralForCausalLM, PreTrainedModel, Qwen2ForCausalLM
 
-from pmpd.decode.slots import Plan, SlotCache, attend_slots
+from pmpd.decode.slots import SlotCache, TokenPlaces, attend_slots
 from pmpd.kernels.cpu_fixed import ByteMatrix, FixedMatrix
 from pmpd.kernels.llama_step import COLUMNS_MULTIPLE, LayerWeights, NativeStep
 from pmpd.weights.base import PrecisionLinear, PrecisionState, head_dim
@@ -74,25 +74,27 @@ class LeanForward:
             for layer in tree.layers[: config.num_hidden_layers]
         ]
 
-    def __call__(self, input_ids: Tensor, plan: Plan, keep: Tensor | None, cache: SlotCache) -> Tensor:
+    def __call__(
+        self, input_ids: Tensor, places: TokenPlaces, keep: Tensor | None, cache: SlotCache
+    ) -> Tensor:
         """Logits [len(keep), V] (None: of all tokens) of the flat forward `input_ids` int64 [n]."""
         segments, n = self.state.segments, len(input_ids)
-        if self.native is not None and not plan.stretches and keep is None:
-            return self._native(self.native, input_ids, plan, cache)
+        if self.native is not None and not places.stretches and keep is None:
+            return self._native(self.native, input_ids, places, cache)
         x = self.embedding[input_ids]  # [n, C]
-        cos, sin = (table[0, :, None] for table in self.rotary(x, plan.positions[None]))  # [n, 1, D]
+        cos, sin = (table[0, :, None] for table in self.rotary(x, places.positions[None]))  # [n, 1, D]
         half = self.head_dim // 2
         sin = torch.cat(
             [-sin[..., :half], sin[..., half:]], dim=-1
         )  # rotate_half's sign, once a step instead of twice a layer
         rotated = self.heads + self.kv_heads
-        cache.plan = plan
+        cache.places = places
         for index, (norm, qkv, window, out, post_norm, gate_up, down) in enumerate(self.layers):
             h = qkv(_rms_norm(norm, x), segments).view(n, rotated + self.kv_heads, self.head_dim)
             qk, v = h[:, :rotated], h[:, rotated:]
             qk = torch.addcmul(qk * cos, torch.cat([qk[..., half:], qk[..., :half]], dim=-1), sin)
             keys, values = cache.write(qk[:, self.heads :], v, index)
-            attended = attend_slots(plan, qk[:, : self.heads], keys, values, self.scaling, window)
+            attended = attend_slots(places, qk[:, : self.heads], keys, values, self.scaling, window)
             x = x + out(attended.reshape(n, -1), segments)
             gate, up = gate_up(_rms_norm(post_norm, x), segments).chunk(2, dim=-1)
             x = x + down(nn.functional.silu(gate) * up, segments)
@@ -101,14 +103,14 @@ class LeanForward:
             return self.native.byte_head.multiply(x)
         return self.head(x, ())
 
-    def _native(self, step: NativeStep, input_ids: Tensor, plan: Plan, cache: SlotCache) -> Tensor:
+    def _native(self, step: NativeStep, input_ids: Tensor, places: TokenPlaces, cache: SlotCache) -> Tensor:
         """A decode step: float32 logits [n, V]."""
         some = self.embedding.new_empty(1, 0, dtype=torch.float32)
-        cos, sin = (table[0] for table in self.rotary(some, plan.positions[None]))  # [n, D]
+        cos, sin = (table[0] for table in self.rotary(some, places.positions[None]))  # [n, D]
         like = self.embedding.new_empty(0, self.kv_heads, self.head_dim)
         cache.allocate(len(self.layers) - 1, like, like)
         return step(
-            input_ids, plan.slots, plan.lengths, cos, sin, self.state.segments, cache.keys, cache.values
+            input_ids, places.slots, places.lengths, cos, sin, self.state.segments, cache.keys, cache.values
         )
 
 

@@ -7,16 +7,21 @@ on one page.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+import math
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
-from pmpd.schedulers.base import PrefillState, Scheduler
-from pmpd.schedulers.chain import chain_bits
+from pmpd.decode.requests import GREEDY, Sampling
+from pmpd.decode.sampling import draw
+from pmpd.schedulers.base import ObservedRows, PrefillState, Scheduler
+from pmpd.schedulers.chain import NEVER, chain_bits
 from pmpd.weights.base import cache_argument, shared_state
 
 
@@ -40,54 +45,94 @@ def decode(
     scheduler: Scheduler | None = None,
     switch_steps: Sequence[int] | None = None,
     key: str = "",
+    sampling: Sampling = GREEDY,
+    stop: Callable[[Sequence[int]], bool] | None = None,
 ) -> Trajectory:
-    """Greedy decoding of one prompt. `switch_steps` overrides the scheduler's decision; no scheduler: all at
+    """Decodes one prompt. `switch_steps` overrides the scheduler's decision; no scheduler: all at
     `prefill_bits`."""
     state = shared_state(model)
     cache = DynamicCache(config=model.config)
     kept = {cache_argument(model): cache}
 
-    state.set_uniform(prefill_bits)
-    logits = model(torch.tensor([list(input_ids)], device=model.device), use_cache=True, **kept).logits[0, -1]
-    tokens, bits = [int(logits.argmax())], [prefill_bits]
-
-    steps: np.ndarray = np.zeros((1, 0), dtype=np.int32)
-    if scheduler is not None:
-        if switch_steps is not None:
-            steps = np.asarray([switch_steps], dtype=np.int32)
-        else:
-            steps = scheduler.begin(_decision_state(cache, key, len(input_ids), max_new_tokens, logits))
-    chain = scheduler.precisions if scheduler else (prefill_bits,)
-
-    for t in range(1, max_new_tokens):  # decode forward t consumes new token t and gives new token t+1
-        if tokens[-1] in eos_token_ids:
-            break
-        precision = int(chain_bits(chain, steps, np.asarray([t]))[0])
+    def forward(ids: Sequence[int], precision: int) -> torch.Tensor:  # logits [V] after the last of `ids`
         state.set_uniform(precision)
-        logits = model(torch.tensor([[tokens[-1]]], device=model.device), use_cache=True, **kept).logits[
-            0, -1
-        ]
-        tokens.append(int(logits.argmax()))
-        bits.append(precision)
-        if scheduler is not None:
-            scheduler.observe(
-                steps, np.asarray([t]), np.asarray([float(torch.softmax(logits.float(), -1).max())])
-            )
+        return model(torch.tensor([list(ids)], device=model.device), use_cache=True, **kept).logits[0, -1]
+
+    chain = scheduler.precisions if scheduler else (prefill_bits,)
+    steps = np.full((1, len(chain) - 1), NEVER if switch_steps is None else switch_steps, dtype=np.int32)
+    decides = scheduler is not None and switch_steps is None
+    states: list[Any] = [None]
+    answer: np.ndarray | None = None  # of an online scheduler: the precision of the next forward
+
+    logits = forward(input_ids, prefill_bits)
+    tokens, bits = [next_token(logits, input_ids, [], sampling, key)], [prefill_bits]
+    for t in range(max_new_tokens):  # decode forward t consumes new token t and gives new token t+1
+        if t > 0:
+            if tokens[-1] in eos_token_ids or (stop is not None and stop(tokens)):
+                break
+            precision = int(chain_bits(chain, steps, np.asarray([t]))[0] if answer is None else answer[0])
+            logits = forward(tokens[-1:], precision)
+            tokens.append(next_token(logits, input_ids, tokens, sampling, key))
+            bits.append(precision)
+        if scheduler is None or not decides:
+            continue
+        seen = {name: np.asarray([value]) for name, value in statistics(logits, scheduler.statistics).items()}
+        if t == scheduler.decision_step:
+            at_once = partial(_features, cache)
+            decision = scheduler.begin(PrefillState([key], [max_new_tokens], [len(input_ids)], at_once, seen))
+            steps = np.asarray(decision.switch_steps, dtype=np.int32)
+            states = [None] if decision.states is None else list(decision.states)
+        elif t > scheduler.decision_step:
+            rows = ObservedRows([key], np.asarray([t]), np.asarray(bits[-1:]), steps, states, seen)
+            answer = scheduler.observe(rows)
     return Trajectory(tokens, bits, [int(step) for step in steps[0]])
 
 
-def _decision_state(
-    cache: DynamicCache, key: str, prompt_length: int, max_new_tokens: int, logits: torch.Tensor
-) -> PrefillState:
+def next_token(
+    logits: torch.Tensor, prompt: Sequence[int], new: Sequence[int], sampling: Sampling, key: str
+) -> int:
+    """The token after `prompt` and `new`, of which there are `len(new)`: one rule after the other."""
+    scores = logits.double().tolist()
+    for token in {*prompt, *new} if sampling.repetition_penalty != 1 else ():
+        penalty = sampling.repetition_penalty
+        scores[token] = scores[token] / penalty if scores[token] > 0 else scores[token] * penalty
+    ranked = sorted(range(len(scores)), key=lambda token: -scores[token])
+    if sampling.temperature == 0:
+        return ranked[0]
+    top = scores[ranked[0]]
+    weights = {token: math.exp((scores[token] - top) / sampling.temperature) for token in ranked}
+    kept = ranked[: sampling.top_k or None]
+    total, together = sum(weights[token] for token in kept), 0.0
+    for count, token in enumerate(kept, start=1):
+        together += weights[token]
+        if together >= sampling.top_p * total:
+            kept = kept[:count]
+            break
+    left = draw(sampling.seed, key, len(new)) * sum(weights[token] for token in kept)
+    for token in sorted(kept):
+        left -= weights[token]
+        if left < 0:
+            return token
+    return max(kept)
+
+
+def statistics(logits: torch.Tensor, names: Sequence[str]) -> dict[str, float]:
+    """Those of `schedulers.base.STATISTICS` asked for, of one distribution."""
+    p = torch.softmax(logits.float(), -1)
+    first, second = p.topk(2).values.tolist()
+    known = {
+        "top_probability": first,
+        "margin": first - second,
+        "entropy": float(torch.special.entr(p).sum()),
+    }
+    return {name: known[name] for name in names}
+
+
+def _features(cache: DynamicCache) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The last layer's keys and values so far, averaged over KV heads: [1, T, D] each, and T."""
     last = cache.layers[-1]
     assert isinstance(last, CacheLayerMixin)
     assert last.keys is not None
     assert last.values is not None
-    keys, values = last.keys[0].float().mean(0), last.values[0].float().mean(0)  # over KV heads: [T, D]
-    return PrefillState(
-        keys=[key],
-        max_new_tokens=[max_new_tokens],
-        prompt_lengths=[prompt_length],
-        features=lambda: (keys[None], values[None], torch.tensor([prompt_length])),
-        top_probability=torch.softmax(logits.float(), -1).max()[None],
-    )
+    keys, values = last.keys[0].float().mean(0), last.values[0].float().mean(0)
+    return keys[None], values[None], torch.tensor([len(keys)])

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from torch import Tensor
+
+from pmpd.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,40 @@ class Prefix:
 
 
 @dataclass(frozen=True)
+class Sampling:
+    """How a row's tokens are chosen. The default is greedy."""
+
+    temperature: float = 0.0
+    """Logits are divided by it; 0 = greedy."""
+    top_p: float = 1.0
+    """Only the likeliest tokens that together have this probability; 1 = all."""
+    top_k: int = 0
+    """Only so many of the likeliest tokens; 0 = all."""
+    seed: int = 0
+    repetition_penalty: float = 1.0
+    """Positive logits of tokens that the prompt or the answer holds are divided by it, negative ones
+    multiplied; acts on greedy decoding too; 1 = none."""
+
+    def __post_init__(self) -> None:
+        for name, fits, allowed in (
+            ("temperature", 0 <= self.temperature < float("inf"), "0 (greedy) or more"),
+            ("top_p", 0 < self.top_p <= 1, "above 0, up to 1 (all tokens)"),
+            ("top_k", self.top_k >= 0 and self.top_k == int(self.top_k), "a whole number, 0 for all tokens"),
+            ("repetition_penalty", 0 < self.repetition_penalty < float("inf"), "above 0; 1 is none"),
+        ):
+            if not fits:
+                raise UserError(f"{name} {getattr(self, name)}: {allowed}")
+
+    @property
+    def changes_nothing(self) -> bool:
+        """Whether the arg-max of the logits is the token."""
+        return self.temperature == 0 and self.repetition_penalty == 1
+
+
+GREEDY = Sampling()
+
+
+@dataclass(frozen=True)
 class Request:
     """One continuation to decode."""
 
@@ -37,10 +73,45 @@ class Request:
     prefix: Prefix | None = None
     """Cache of the first tokens of `input_ids`; the rest is prefilled."""
     draw_key: str | None = None
-    """What the row's randomness comes from (default: `key`)."""
+    """What the row's randomness comes from, of scheduler and sampling (default: `key`)."""
+    sampling: Sampling = GREEDY
+    stop: Callable[[Sequence[int]], bool] | None = None
+    """Whether the row ends with the last of its new tokens (all of them are given). Asked after every token;
+    stop strings (`decode.ending.StopStrings`) and a template's own end tokens are such functions. Forks have
+    it too."""
     want_features: bool = False
     want_prefix: bool = False
     forks: tuple[Fork, ...] = ()
+
+    @property
+    def draws_from(self) -> str:
+        return self.key if self.draw_key is None else self.draw_key
+
+    def problem(self, vocabulary: int, max_length: int) -> str | None:
+        """Why an engine with `max_length` positions can't decode it, as an error names it; None: it can."""
+        length = len(self.input_ids)
+        if length == 0:
+            return "ValueError: the prompt has no tokens"
+        if min(self.input_ids) < 0 or max(self.input_ids) >= vocabulary:
+            return (
+                f"ValueError: the prompt has tokens outside 0..{vocabulary - 1}, which is all that the model "
+                f"knows"
+            )
+        if self.max_new_tokens < 1:
+            return f"ValueError: max_new_tokens {self.max_new_tokens}: one new token at least"
+        if length + self.max_new_tokens - 1 > max_length:
+            return (
+                f"ValueError: a prompt of {length} tokens with {self.max_new_tokens} new ones "
+                f"needs {length + self.max_new_tokens - 1} positions; there are {max_length}"
+            )
+        if self.prefix is not None:
+            cached = self.prefix.tokens
+            if len(cached) >= length or tuple(self.input_ids[: len(cached)]) != cached:
+                return (
+                    f"ValueError: the given cache of {len(cached)} tokens is not a beginning of the "
+                    f"prompt's {length} tokens"
+                )
+        return None
 
     def all_keys(self) -> set[str]:
         """Of all completions that come of it: its own and its forks'."""
@@ -74,9 +145,14 @@ class Completion:
     """Run-length (bits, count): for each new token the precision of the forward that produced it, prefill
     first."""
     switch_steps: tuple[int, ...]
+    """As decided, at most `max_new_tokens` - 1. Empty under an online scheduler: the trace says what ran."""
     finish_reason: str
-    """`eos`, `length` or `error`."""
+    """`eos`, `stop`, `length` or `error`."""
     error: str | None = None
+    classes: np.ndarray | None = None
+    """The switch classes decided, int [J]; None where the scheduler chose none."""
+    scores: np.ndarray | None = None
+    """What they were chosen by, float32 [J, 4]."""
     features: tuple[np.ndarray, np.ndarray] | None = None
     """KV features after prefill, float16 [T, D] keys and values (when asked for)."""
     prefix: Prefix | None = None

@@ -3,10 +3,10 @@
 Legend: S slots, n tokens of a forward, Hq query heads, H KV heads, T tokens a slot can hold, D head dim.
 
 A slot holds one sequence, left-aligned: the token at position p lies at index p. A forward is one flat list
-of tokens (decode: one token a row, prefill: whole prompts end to end); a `Plan` says which slot and position
-each token has. Everything in a decoder but attention treats tokens alike, so models run unchanged on [1, n]
-tokens: transformers' attention interface hands queries, keys and values to `attend`, which is the only place
-where rows and slots matter.
+of tokens (decode: one token a row, prefill: whole prompts end to end); `TokenPlaces` say which slot and
+position each token has. Everything in a decoder but attention treats tokens alike, so models run unchanged
+on [1, n] tokens: transformers' attention interface hands queries, keys and values to `attend`, which is the
+only place where rows and slots matter.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Stretch:
 
 
 @dataclass
-class Plan:
+class TokenPlaces:
     """Where the tokens of one forward belong. `stretches` is empty for decode: then every token is a row of
     its own."""
 
@@ -83,7 +83,7 @@ class SlotCache(Cache):
         self.length = length
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
-        self.plan: Plan | None = None
+        self.places: TokenPlaces | None = None
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -93,11 +93,11 @@ class SlotCache(Cache):
 
     def write(self, new_keys: Tensor, new_values: Tensor, layer: int) -> tuple[Tensor, Tensor]:
         """Writes the new tokens' [n, H, D] to their slots and returns the whole layer's keys and values."""
-        assert self.plan is not None
+        assert self.places is not None
         self.allocate(layer, new_keys, new_values)
         keys, values = self.keys[layer], self.values[layer]
-        keys[self.plan.slots, :, self.plan.positions] = new_keys
-        values[self.plan.slots, :, self.plan.positions] = new_values
+        keys[self.places.slots, :, self.places.positions] = new_keys
+        values[self.places.slots, :, self.places.positions] = new_values
         return keys, values
 
     def allocate(self, layer: int, keys: Tensor, values: Tensor) -> None:
@@ -164,23 +164,33 @@ def attend(
             f"continued"
         )
     _active.calls += 1
-    return attend_slots(_active.plan, query[0].transpose(0, 1), key, value, scaling, sliding_window)[
+    return attend_slots(_active.places, query[0].transpose(0, 1), key, value, scaling, sliding_window)[
         None
     ], None
 
 
 def attend_slots(
-    plan: Plan, query: Tensor, keys: Tensor, values: Tensor, scaling: float | None, window: int | None
+    places: TokenPlaces,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scaling: float | None,
+    window: int | None,
 ) -> Tensor:
     """Attention of the forward's tokens `query` [n, Hq, D] over their own slots of a layer [S, H, T, D]: [n,
     Hq, D]."""
-    if plan.stretches:
-        return _attend_prefill(plan, query, keys, values, scaling, window)
-    return _attend_decode(plan, query, keys, values, scaling, window)
+    if places.stretches:
+        return _attend_prefill(places, query, keys, values, scaling, window)
+    return _attend_decode(places, query, keys, values, scaling, window)
 
 
 def _attend_decode(
-    plan: Plan, query: Tensor, keys: Tensor, values: Tensor, scaling: float | None, window: int | None
+    places: TokenPlaces,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scaling: float | None,
+    window: int | None,
 ) -> Tensor:
     native = (
         dispatch.native_attention(query.device, query.dtype, query.shape[2])
@@ -189,25 +199,30 @@ def _attend_decode(
     )
     if native is not None:
         scale = query.shape[2] ** -0.5 if scaling is None else scaling
-        return native(query, keys, values, plan.slots, plan.lengths, scale, window)
-    by_slot = query.new_zeros(plan.used_slots, *query.shape[1:])
-    by_slot[plan.slots] = query
+        return native(query, keys, values, places.slots, places.lengths, scale, window)
+    by_slot = query.new_zeros(places.used_slots, *query.shape[1:])
+    by_slot[places.slots] = query
     output = torch.nn.functional.scaled_dot_product_attention(
         by_slot[:, :, None],
-        keys[: plan.used_slots, :, : plan.longest],
-        values[: plan.used_slots, :, : plan.longest],
-        attn_mask=plan.decode_mask(window),
+        keys[: places.used_slots, :, : places.longest],
+        values[: places.used_slots, :, : places.longest],
+        attn_mask=places.decode_mask(window),
         scale=scaling,
         enable_gqa=query.shape[1] != keys.shape[1],
     )
-    return output[plan.slots, :, 0]
+    return output[places.slots, :, 0]
 
 
 def _attend_prefill(
-    plan: Plan, query: Tensor, keys: Tensor, values: Tensor, scaling: float | None, window: int | None
+    places: TokenPlaces,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scaling: float | None,
+    window: int | None,
 ) -> Tensor:
     output = query.new_empty(*query.shape[:2], values.shape[3])
-    for stretch in plan.stretches:
+    for stretch in places.stretches:
         seen = stretch.offset + stretch.stop - stretch.start
         mask = None
         if stretch.offset > 0 or (window is not None and seen > window):
@@ -234,14 +249,14 @@ AttentionInterface.register(IMPLEMENTATION, attend)
 
 
 @contextmanager
-def slot_attention(model: PreTrainedModel, cache: SlotCache, plan: Plan) -> Iterator[None]:
-    """Inside, `model` attends over the slots of `cache` as `plan` says.
+def slot_attention(model: PreTrainedModel, cache: SlotCache, places: TokenPlaces) -> Iterator[None]:
+    """Inside, `model` attends over the slots of `cache` as `places` says.
 
     ValueError where the model's attention does not go through transformers' attention interface once a layer.
     """
     before = model.config._attn_implementation
     model.config._attn_implementation = IMPLEMENTATION
-    cache.plan, _active.plan, _active.calls = plan, plan, 0
+    cache.places, _active.places, _active.calls = places, places, 0
     try:
         yield
     finally:

@@ -18,16 +18,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
-
 from pmpd.benchmarks.base import Benchmark, Question
 from pmpd.benchmarks.conversation import Stops, has_special_tokens, render, stops
 from pmpd.decode.requests import Completion, Prefix, Request
 from pmpd.errors import UserError
 from pmpd.evaluation.sweep import Run
 from pmpd.model import PMPDForCausalLM
-from pmpd.schedulers.base import PrefillState, Scheduler
-from pmpd.schedulers.chain import class_steps
 
 # ------------------------------------------------------------------------------------------------------------
 
@@ -206,7 +202,7 @@ class Generator:
     def _decode(self, run: Run, turns: Mapping[str, tuple[_Conversation, _Turn]], want_prefix: bool) -> None:
         if not turns:
             return
-        scheduler = _Recorder.around(run.scheduler())
+        scheduler = run.scheduler()
         keep = want_prefix and self.reuse_cache
         # Long prompts first: the last rows to end are short ones, so slots stay busy.
         ordered = sorted(turns.items(), key=lambda item: -len(item[1][1].ids))
@@ -222,14 +218,12 @@ class Generator:
         for completion in self.model.complete(requests, scheduler, run.prefill_bit, slots, ends):
             conversation, turn = turns[completion.key]
             conversation.prefix = completion.prefix.head(len(turn.ids)) if completion.prefix else None
-            turn.row |= self._result(run, completion, stop[turn.row["template"]].cut, scheduler)
+            turn.row |= self._result(completion, stop[turn.row["template"]].cut)
 
-    def _result(
-        self, run: Run, completion: Completion, cut: Any, scheduler: _Recorder | None
-    ) -> dict[str, Any]:
+    def _result(self, completion: Completion, cut: Any) -> dict[str, Any]:
         if completion.error:
             return {"error": completion.error, "finish_reason": "error"}
-        scores = scheduler.scores.get(completion.key) if scheduler else None
+        classes, scores = completion.classes, completion.scores
         tokenizer = self.model.tokenizer
         return {
             "output_text": cut(tokenizer.decode(completion.tokens, skip_special_tokens=True)).strip(),
@@ -239,7 +233,7 @@ class Generator:
             "finish_reason": completion.finish_reason,
             "precision_trace": [{"bits": bits, "count": count} for bits, count in completion.precision_trace],
             "switch_steps": list(completion.switch_steps),
-            "classes": _classes(run, completion, scores),
+            "classes": None if classes is None else classes.tolist(),
             "decision_scores": None if scores is None else scores.tolist(),
             "prefill_seconds": completion.prefill_seconds,
             "decode_seconds": completion.decode_seconds,
@@ -261,15 +255,6 @@ def end_tokens(tokenizer: Any, stop: Stops) -> set[int]:
         entry.content: token for token, entry in tokenizer.added_tokens_decoder.items() if entry.special
     }
     return {*stop.token_ids, *(special[string] for string in stop.strings if string in special)}
-
-
-def _classes(run: Run, completion: Completion, scores: np.ndarray | None) -> list[int] | None:
-    if scores is not None:
-        return [int(best) for best in scores.argmax(-1)]
-    if run.kind != "random":
-        return None
-    steps = class_steps(run.max_new_tokens)
-    return [steps.index(step) for step in completion.switch_steps]
 
 
 def cut_left(ids: list[int], limit: int, bos_token_id: int | None) -> tuple[list[int], int]:
@@ -299,32 +284,6 @@ def token_pieces(tokenizer: Any, tokens: Sequence[int]) -> list[str]:
             text = tokenizer.decode(tokens[begin:end], skip_special_tokens=False)
         shown = len(text)
     return pieces
-
-
-class _Recorder(Scheduler):
-    """Passes everything on and keeps the decision scores by row key."""
-
-    name = "recorder"
-
-    def __init__(self, inner: Scheduler) -> None:
-        super().__init__(inner.precisions)
-        self.inner = inner
-        self.needs_probability = inner.needs_probability  # type: ignore[misc]
-        self.scores: dict[str, np.ndarray] = {}
-
-    @staticmethod
-    def around(inner: Scheduler | None) -> _Recorder | None:
-        return None if inner is None else _Recorder(inner)
-
-    def begin(self, state: PrefillState) -> np.ndarray:
-        steps = self.inner.begin(state)
-        scores = getattr(self.inner, "last_scores", None)
-        if scores is not None:
-            self.scores.update(zip(state.keys, scores, strict=True))
-        return steps
-
-    def observe(self, switch_steps: np.ndarray, step: np.ndarray, top_probability: np.ndarray) -> None:
-        self.inner.observe(switch_steps, step, top_probability)
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from pmpd.errors import UserError
-from pmpd.schedulers.base import Scheduler
-from pmpd.schedulers.chain import check_chain, class_steps
+from pmpd.schedulers.base import Scheduler, SchedulerEntry, find, names
+from pmpd.schedulers.chain import check_chain
+from pmpd.weights.base import head_dim, kv_heads
 
-SCHEDULER_KINDS = ("fp", "uniform", "static", "confidence", "random", "kv_cache")
-"""What `--schedulers` takes, in the order of the default sweep. `naive` is another name of `static`."""
+BASELINES = ("fp", "uniform")
+"""What a sweep runs besides schedulers: the unquantized model, and each precision alone."""
+
+DEFAULT_SWEEP = (*BASELINES, "static", "confidence", "random", "kv_cache")
 
 
 @dataclass(frozen=True)
@@ -22,17 +25,20 @@ class Run:
 
     name: str
     kind: str
+    """`fp`, `uniform` or a scheduler's registered name."""
     precisions: tuple[int, ...]
     """The chain; a single precision for uniform runs and the unquantized model."""
     prefill_bit: int
     max_new_tokens: int
     options: Mapping[str, Any] = field(default_factory=dict)
+    entry: SchedulerEntry | None = None
+    """Of a scheduler: travels with the run, so that a worker needs no registry of its own."""
 
     def scheduler(self) -> Scheduler | None:
         """None: every forward at `prefill_bit`. ValueError for bad options."""
-        if self.kind in ("fp", "uniform"):
+        if self.entry is None:
             return None
-        return Scheduler.get_scheduler(self.kind, precisions=self.precisions, **self.options)
+        return self.entry.build(self.kind, {"precisions": self.precisions, **self.options})
 
     def describe(self) -> str:
         """JSON of all that defines the run's rows; paths are not part of it."""
@@ -49,19 +55,15 @@ class Run:
 class SweepConfig:
     """A sweep of runs over one model."""
 
-    schedulers: tuple[str, ...] = SCHEDULER_KINDS
+    schedulers: tuple[str, ...] = DEFAULT_SWEEP
     precisions: tuple[int, ...] = (4, 3, 2)
     max_new_tokens: int = 256
     prefill_bit: int | None = None
     """Default: the highest of the chain. Uniform runs prefill at their own precision."""
+    options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Scheduler -> options of each of its runs, over those that its entry's `settings` give."""
     high_bit_steps: tuple[tuple[int, ...], ...] = ()
-    """Static settings, each one number of steps per pair (or one number). Default: all plans of the switch
-    classes."""
-    seed: int = 0
-    random_prior: tuple[float, ...] | None = None
-    confidence_threshold: float = 0.7
-    confidence_patience: int = 2
-    classifier_path: str | None = None
+    """Static settings, each one number of steps per pair (or one number), in place of the entry's."""
     searched: bool = False
     """Whether `high_bit_steps` is a static search's choice. The run's name says so, since the plan may be one
     of the default's too."""
@@ -71,71 +73,66 @@ class SweepConfig:
             raise UserError(
                 f"--max-new-tokens {self.max_new_tokens}: four at least, so that the switch classes differ"
             )
-        unknown = [name for name in self.schedulers if name not in (*SCHEDULER_KINDS, "naive")]
+        known = [*BASELINES, *names()]
+        unknown = [name for name in self.schedulers if name not in known]
         if unknown or not self.schedulers:
-            raise UserError(
-                f"--schedulers {','.join(self.schedulers)}: known are {', '.join(SCHEDULER_KINDS)} (naive = "
-                f"static)"
-            )
+            raise UserError(f"--schedulers {','.join(self.schedulers)}: known are {', '.join(known)}")
+        for name in self.options:
+            find(name)
         check_chain(self.precisions)
 
 
 def sweep_runs(config: SweepConfig) -> list[Run]:
-    """The runs of a sweep, without doubles, in the order given."""
-    chain, length = check_chain(config.precisions), config.max_new_tokens
-    prefill = config.prefill_bit if config.prefill_bit is not None else chain[0]
+    """The runs of a sweep, in the order given; one asked for twice is one. ValueError for bad options, and
+    where two different settings would have one name."""
     runs: dict[str, Run] = {}
     for kind in config.schedulers:
-        for run in _runs_of("static" if kind == "naive" else kind, chain, prefill, length, config):
-            run.scheduler()  # bad options are an error now, not in a worker
-            runs[run.name] = run
+        for run in _runs_of(kind, config):
+            settings = run.describe()  # bad options are an error now, not in a worker
+            other = runs.setdefault(run.name, run)
+            if other is not run and (other.kind, other.describe()) != (run.kind, settings):
+                raise UserError(
+                    f"--schedulers: two runs are called {run.name!r}, of {other.kind} {dict(other.options)} "
+                    f"and of {run.kind} {dict(run.options)}; give the entry of the scheduler a run_name that "
+                    f"tells them apart"
+                )
     return list(runs.values())
 
 
-def _runs_of(
-    kind: str, chain: tuple[int, ...], prefill: int, length: int, config: SweepConfig
-) -> Iterator[Run]:
+def check_fit(runs: Iterable[Run], config: Any, fingerprint: str | None) -> None:
+    """ValueError, with the reason, where a run's scheduler was made for another model than that with this
+    transformers config and fingerprint. Needs no weights: a driver asks before any worker starts."""
+    for run in runs:
+        scheduler = run.scheduler()
+        if scheduler is not None:
+            scheduler.check_model(fingerprint, head_dim(config), kv_heads(config))
+
+
+def _runs_of(kind: str, config: SweepConfig) -> Iterator[Run]:
+    chain, length = check_chain(config.precisions), config.max_new_tokens
+    prefill = config.prefill_bit if config.prefill_bit is not None else chain[0]
     if kind == "fp":
         yield Run("fp", "fp", (16,), 16, length)
-    elif kind == "uniform":
+        return
+    if kind == "uniform":
         for bits in chain:
             yield Run(f"uniform-{bits}", "uniform", (bits,), bits, length)
-    elif kind == "static":
-        for steps in config.high_bit_steps or class_plans(len(chain) - 1, length):
-            option = steps[0] if len(steps) == 1 and len(chain) > 2 else steps
-            scheduler = Scheduler.get_scheduler("static", precisions=chain, high_bit_steps=option)
-            settled = scheduler.describe()["high_bit_steps"]
-            name = f"static-{'best-' * config.searched}{'/'.join(map(str, settled))}"
-            yield Run(name, kind, chain, prefill, length, {"high_bit_steps": settled})
-    elif kind == "random":
-        options: dict[str, Any] = {"seed": config.seed} | (
-            {"prior": list(config.random_prior)} if config.random_prior else {}
-        )
-        yield Run(f"random-{config.seed}", kind, chain, prefill, length, options)
-    elif kind == "confidence":
-        options = {"threshold": config.confidence_threshold, "patience": config.confidence_patience}
-        yield Run(
-            f"confidence-{config.confidence_threshold:g}x{config.confidence_patience}",
-            kind,
-            chain,
-            prefill,
-            length,
-            options,
-        )
-    else:
-        yield Run("kv_cache", kind, chain, prefill, length, {"save_dir": config.classifier_path})
-
-
-def class_plans(pairs: int, max_new_tokens: int) -> list[tuple[int, ...]]:
-    """All different fixed plans of the four switch classes, cheapest first, without never switching (that is
-    the uniform run).
-
-    A pair never ends before the pair in front of it has switched, so steps that do not rise along the chain
-    are another plan's double.
-    """
-    steps = class_steps(max_new_tokens)
-    plans = itertools.combinations_with_replacement(dict.fromkeys(steps), pairs)
-    return [plan for plan in plans if plan[0] < steps[-1]]
+        return
+    name, entry = find(kind)
+    given: dict[str, Any] = {}
+    for other, options in config.options.items():
+        if find(other)[0] == name:
+            given |= options
+    settings: Iterable[Mapping[str, Any]] = entry.settings(chain, length)
+    if name == "static" and config.high_bit_steps:
+        settings = [{"high_bit_steps": plan[0] if len(plan) == 1 else plan} for plan in config.high_bit_steps]
+    for setting in settings:
+        run_options = {**setting, **given}
+        scheduler = entry.build(name, {"precisions": chain, **run_options})
+        run_name = entry.name_run(name, scheduler, run_options)
+        if name == "static" and config.searched:
+            run_name = run_name.replace("static-", "static-best-", 1)
+        yield Run(run_name, name, chain, prefill, length, run_options, entry)
 
 
 def grid_plans(pairs: int, max_new_tokens: int, points: int) -> list[tuple[int, ...]]:

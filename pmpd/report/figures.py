@@ -129,7 +129,11 @@ _BINS = 12
 
 def switching_runs(comparison: Comparison) -> list[Run]:
     """The runs whose switch steps may differ between rows."""
-    return [run for run in comparison.runs.values() if run.kind not in ("fp", "uniform", "static")]
+    runs = [run for run in comparison.runs.values() if run.kind not in ("fp", "uniform", "static")]
+    # an online scheduler has no switch steps
+    return [
+        run for run in runs if run.kind == "oracle" or any(row["switch_steps"] for row in run.rows.values())
+    ]
 
 
 def switch_shares(run: Run) -> dict[tuple[int, int], np.ndarray]:

@@ -5,6 +5,7 @@ Legend: B rows, J pairs of the precision chain (chain length - 1).
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Sequence
 from itertools import pairwise
@@ -61,6 +62,18 @@ def class_steps(max_new_tokens: int) -> tuple[int, int, int, int]:
     forwards."""
     m = max_new_tokens - 1
     return 0, m // 3, 2 * (m // 3), m
+
+
+def class_plans(pairs: int, max_new_tokens: int) -> list[tuple[int, ...]]:
+    """All different fixed plans of the four switch classes, cheapest first, without never switching (that is
+    the uniform run).
+
+    A pair never ends before the pair in front of it has switched, so steps that do not rise along the chain
+    are another plan's double.
+    """
+    steps = class_steps(max_new_tokens)
+    plans = itertools.combinations_with_replacement(dict.fromkeys(steps), pairs)
+    return [plan for plan in plans if plan[0] < steps[-1]]
 
 
 def chain_bits(chain: Sequence[int], switch_steps: np.ndarray, step: np.ndarray) -> np.ndarray:

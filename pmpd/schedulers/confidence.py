@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from pmpd.errors import UserError
-from pmpd.schedulers.base import PrefillState, Scheduler
+from pmpd.schedulers.base import Decision, ObservedRows, PrefillState, Scheduler, SchedulerEntry
 from pmpd.schedulers.chain import NEVER
 
 
@@ -21,7 +21,7 @@ class ConfidenceScheduler(Scheduler):
     """
 
     name = "confidence"
-    needs_probability = True
+    statistics = ("top_probability",)
 
     def __init__(self, precisions: Sequence[int], threshold: float = 0.9, patience: int = 4) -> None:
         super().__init__(precisions)
@@ -32,18 +32,24 @@ class ConfidenceScheduler(Scheduler):
         self.threshold = threshold
         self.patience = patience
 
-    def begin(self, state: PrefillState) -> np.ndarray:
-        return np.full((len(state.keys), len(self.precisions) - 1), NEVER, dtype=np.int32)
+    def begin(self, state: PrefillState) -> Decision:
+        rows = len(state.keys)
+        never = np.full((rows, len(self.precisions) - 1), NEVER, dtype=np.int32)
+        return Decision(never, states=[0] * rows)  # a row's state: sure forwards in a row, up to now
 
-    def observe(self, switch_steps: np.ndarray, step: np.ndarray, top_probability: np.ndarray) -> None:
-        # An open pair keeps its run length k as NEVER - k, so the state of a row stays in its switch_steps.
-        for b in range(len(step)):
-            open_pairs = np.nonzero(switch_steps[b] > NEVER - self.patience - 1)[0]
-            if len(open_pairs) == 0:
-                continue
-            pair = open_pairs[0]
-            run = NEVER - switch_steps[b, pair] + 1 if top_probability[b] >= self.threshold else 0
-            switch_steps[b, pair] = step[b] if run >= self.patience else NEVER - run
+    def observe(self, rows: ObservedRows) -> None:
+        for b, probability in enumerate(rows.statistics["top_probability"]):
+            rows.states[b] = rows.states[b] + 1 if probability >= self.threshold else 0
+            open_pairs = np.flatnonzero(rows.switch_steps[b] == NEVER)
+            if rows.states[b] >= self.patience and len(open_pairs):
+                rows.switch_steps[b, open_pairs[0]] = rows.step[b]
+                rows.states[b] = 0
 
     def describe(self) -> dict[str, Any]:
         return {**super().describe(), "threshold": self.threshold, "patience": self.patience}
+
+
+ENTRY = SchedulerEntry(
+    ConfidenceScheduler,
+    run_name=lambda scheduler, _: f"confidence-{scheduler.threshold:g}x{scheduler.patience}",  # type: ignore[attr-defined]
+)

@@ -11,7 +11,7 @@ import torch
 
 from pmpd.errors import UserError
 from pmpd.schedulers.artefact import check_fit, load_artefact, read_local
-from pmpd.schedulers.base import PrefillState
+from pmpd.schedulers.base import PrefillState, SchedulerEntry
 from pmpd.schedulers.chain import FRACTIONS, NUM_CLASSES, class_steps
 from pmpd.schedulers.random import ClassScheduler
 
@@ -31,6 +31,9 @@ class KVCacheScheduler(ClassScheduler):
     folder or URI of the artefact (or of published `classifier_{high}_{low}.pt`); None = the one of the
     embedded demo model. dim, num_heads: head dim and number of kv heads of the model; None = not checked.
     model_fingerprint: fingerprint of the model that generates; None = not checked (see also `check_model`).
+    published_steps: as the published code does it. The decision is taken after the first new token has been
+    read, so after one forward at the high precision, which the classifier sees too; each class has that
+    forward more; and the first pair's decision is that of all pairs.
     """
 
     name = "kv_cache"
@@ -43,8 +46,11 @@ class KVCacheScheduler(ClassScheduler):
         dim: int | None = None,
         num_heads: int | None = None,
         model_fingerprint: str | None = None,
+        published_steps: bool = False,
     ) -> None:
         super().__init__(precisions)
+        self.published_steps = published_steps
+        self.decision_step = int(published_steps)
         self.save_dir = str(DEMO_ARTEFACT if save_dir is None else save_dir)
         self.artefact = load_artefact(
             self.save_dir,
@@ -55,8 +61,6 @@ class KVCacheScheduler(ClassScheduler):
             read=_reader(self.save_dir),
         )
         self.switch_points = self._points(precision_switch_points)
-        self.last_scores: np.ndarray | None = None
-        """Logits of the last decision, float32 [B, J, 4], rows as in its `PrefillState`."""
 
     def check_model(self, fingerprint: str | None, dim: int, num_heads: int) -> None:
         """ValueError, with the reason, where the artefact does not fit this model."""
@@ -64,11 +68,7 @@ class KVCacheScheduler(ClassScheduler):
             self.artefact.config, self.save_dir, dim=dim, num_heads=num_heads, model_fingerprint=fingerprint
         )
 
-    def begin(self, state: PrefillState) -> np.ndarray:
-        steps = np.asarray([self._steps(n) for n in state.max_new_tokens], dtype=np.int32)  # [B, 4]
-        return np.take_along_axis(steps, self.classes(state), axis=1)
-
-    def classes(self, state: PrefillState) -> np.ndarray:
+    def classes(self, state: PrefillState) -> tuple[np.ndarray, np.ndarray]:
         keys_BTD, values_BTD, lengths_B = state.features()
         classifiers = self.artefact.classifiers.to(keys_BTD.device)
         with torch.inference_mode():
@@ -80,10 +80,11 @@ class KVCacheScheduler(ClassScheduler):
                 .cpu()
                 .numpy()
             )
-        self.last_scores = scores
+        if self.published_steps:
+            scores = np.repeat(scores[:, :1], len(self.pairs), axis=1)
         # A row without finite features is the engine's to report; until then it must not lower anything, nor
         # stop its batch mates.
-        return np.where(np.isfinite(scores).all(-1), scores.argmax(-1), NUM_CLASSES - 1)
+        return np.where(np.isfinite(scores).all(-1), scores.argmax(-1), NUM_CLASSES - 1), scores
 
     def _points(self, given: Any) -> tuple[float, ...]:
         """The four switch points that `precision_switch_points` stands for. ValueError, with what is allowed,
@@ -109,18 +110,21 @@ class KVCacheScheduler(ClassScheduler):
             )
         return tuple(points.tolist())
 
-    def _steps(self, max_new_tokens: int) -> tuple[int, ...]:
+    def steps(self, max_new_tokens: int) -> tuple[int, ...]:
         m = max_new_tokens - 1
-        if max(self.switch_points) > 1:
-            return tuple(int(point) for point in self.switch_points)
         by_rule = dict(zip(FRACTIONS, class_steps(max_new_tokens), strict=True))
-        return tuple(by_rule.get(point, int(point * m)) for point in self.switch_points)
+        if max(self.switch_points) > 1:
+            steps = tuple(int(point) for point in self.switch_points)
+        else:
+            steps = tuple(by_rule.get(point, int(point * m)) for point in self.switch_points)
+        return tuple(step + self.published_steps for step in steps)
 
     def describe(self) -> dict[str, Any]:
         config = self.artefact.config
         return {
             **super().describe(),
             "precision_switch_points": list(self.switch_points),
+            **({"published_steps": True} if self.published_steps else {}),
             "dim": config.dim,
             "num_heads": config.num_heads,
             "classifier_fingerprint": self.artefact.fingerprint,
@@ -136,3 +140,9 @@ def _reader(folder: str) -> Callable[[str], bytes | None]:
     from pmpd.storage.files import read_bytes
 
     return read_bytes
+
+
+ENTRY = SchedulerEntry(
+    KVCacheScheduler,
+    run_name=lambda scheduler, options: "kv_cache" + "-published" * bool(options.get("published_steps")),
+)

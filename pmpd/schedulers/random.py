@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pmpd.errors import UserError
-from pmpd.schedulers.base import PrefillState, Scheduler
+from pmpd.schedulers.base import Decision, PrefillState, Scheduler, SchedulerEntry
 from pmpd.schedulers.chain import NUM_CLASSES, class_steps
 
 
@@ -20,12 +20,17 @@ class ClassScheduler(Scheduler):
     class."""
 
     @abstractmethod
-    def classes(self, state: PrefillState) -> np.ndarray:
-        """int [B, J] in 0..3."""
+    def classes(self, state: PrefillState) -> tuple[np.ndarray, np.ndarray | None]:
+        """Classes int [B, J] in 0..3, and the scores [B, J, 4] that they were chosen by, if any."""
 
-    def begin(self, state: PrefillState) -> np.ndarray:
-        steps = np.asarray([class_steps(n) for n in state.max_new_tokens], dtype=np.int32)  # [B, 4]
-        return np.take_along_axis(steps, self.classes(state), axis=1)
+    def steps(self, max_new_tokens: int) -> tuple[int, ...]:
+        """When the four classes switch."""
+        return class_steps(max_new_tokens)
+
+    def begin(self, state: PrefillState) -> Decision:
+        steps = np.asarray([self.steps(n) for n in state.max_new_tokens], dtype=np.int32)  # [B, 4]
+        classes, scores = self.classes(state)
+        return Decision(np.take_along_axis(steps, classes, axis=1), classes, scores)
 
 
 class RandomScheduler(ClassScheduler):
@@ -57,8 +62,9 @@ class RandomScheduler(ClassScheduler):
             )
         self.prior = np.broadcast_to(weights / weights.sum(axis=-1, keepdims=True), (pairs, NUM_CLASSES))
 
-    def classes(self, state: PrefillState) -> np.ndarray:
-        return np.asarray([[self._draw(key, pair) for pair in range(len(self.prior))] for key in state.keys])
+    def classes(self, state: PrefillState) -> tuple[np.ndarray, None]:
+        pairs = range(len(self.prior))
+        return np.asarray([[self._draw(key, pair) for pair in pairs] for key in state.keys]), None
 
     def _draw(self, key: str, pair: int) -> int:
         digest = hashlib.sha256(
@@ -69,3 +75,9 @@ class RandomScheduler(ClassScheduler):
 
     def describe(self) -> dict[str, Any]:
         return {**super().describe(), "seed": self.seed, "prior": self.prior.tolist()}
+
+
+ENTRY = SchedulerEntry(
+    RandomScheduler,
+    run_name=lambda scheduler, _: f"random-{scheduler.seed}",  # type: ignore[attr-defined]
+)

@@ -1,0 +1,445 @@
+"""The only fast decode loop: rows come, decode together, and go.
+
+Legend: S slots, n rows of a forward, J pairs of the precision chain, V vocabulary.
+
+Rows live in the slots of one preallocated KV cache and join and leave at any step (continuous batching).
+Every step sorts the live rows by precision, so the tokens of one precision are one contiguous segment, and
+runs one forward for all of them. Steps, positions and precisions are known on the host (NumPy, by slot);
+tokens stay on the device, and the host looks at them every `sync_every` steps.
+
+A request may have *forks*: continuations that share its first decode forwards and then follow another plan.
+A cache is only ever appended to, so a fork can start from its parent's slot at any later time; when the
+parent ends, its last fork takes the slot over.
+"""
+
+from __future__ import annotations
+
+import heapq
+import time
+from collections import deque
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pmpd.decode.graph_steps import GraphSteps, Rows
+from pmpd.decode.precision import RowDecision, RowPrecisions, token_statistics
+from pmpd.decode.pulse import Pulse
+from pmpd.decode.requests import Completion, Fork, Prefix, Request, TokenEvent
+from pmpd.decode.sampling import RowSampling
+from pmpd.decode.slots import Stretch, TokenPlaces
+from pmpd.schedulers.base import PrefillState, Scheduler
+
+PREFILL_TOKENS = 4096
+"""Prompt tokens of one prefill forward, at most (a longer prompt runs alone)."""
+
+
+@dataclass
+class _Row:
+    """A live row, or the finished one whose slot waits for its forks."""
+
+    key: str
+    request: Request
+    slot: int
+    pending: list[Fork]
+    """Forks that are still to start from this slot, longest shared part last."""
+    features: tuple[np.ndarray, np.ndarray] | None = None
+    prefill_seconds: float = 0.0
+
+
+def not_finite(dtype: torch.dtype) -> str:
+    """What it means that logits are not finite, and the cure."""
+    name = str(dtype).removeprefix("torch.")
+    if dtype == torch.float16:
+        return (
+            "the model's logits are not finite in float16, where activations overflow past 65504; load it "
+            "as bfloat16 or float32 (--dtype, dtype=)"
+        )
+    return f"the model's logits are not finite in {name}; its weights may be damaged: make or copy them again"
+
+
+class Decoder(Rows, Protocol):
+    """What the loop works with: the engine."""
+
+    vocabulary: int
+    dtype: torch.dtype
+    pulse: Pulse
+    sync_every: int
+    steps: GraphSteps | None
+
+    def forward(self, input_ids: Tensor, places: TokenPlaces, keep: Tensor | None) -> Tensor: ...
+
+
+class DecodeLoop:
+    """One `Engine.run`: its rows, by slot."""
+
+    def __init__(
+        self,
+        engine: Decoder,
+        requests: Iterable[Request],
+        scheduler: Scheduler | None,
+        prefill_bits: int,
+        eos: Collection[int],
+        stream: bool,
+    ) -> None:
+        self.engine = engine
+        self.cache = engine.cache
+        self.device = engine.device
+        self.waiting = iter(requests)
+        self.next_request: Request | None = next(self.waiting, None)
+        self.precision = RowPrecisions(scheduler, prefill_bits, engine.slots, engine.max_length)
+        self.eos = frozenset(eos)
+        self.eos_array = np.asarray(sorted(self.eos), dtype=np.int64)
+        self.stream = stream
+        self.sync_every = 1 if stream or self.precision.wanted else engine.sync_every
+        slots = engine.slots
+        self.rows: list[_Row | None] = [None] * slots
+        self.free = list(range(slots))
+        self.holders: set[int] = set()  # slots whose row has forks that wait for a slot
+        self.alive = np.zeros(slots, dtype=bool)
+        self.prompt_length = np.zeros(slots, dtype=np.int64)
+        self.produced = np.zeros(slots, dtype=np.int64)
+        self.seen = np.zeros(slots, dtype=np.int64)  # tokens the host has looked at
+        self.limit = np.zeros(slots, dtype=np.int64)
+        self.sampling = RowSampling(slots, self.device)
+        self.decode_seconds = np.zeros(slots)
+        self.tokens, self.bad = engine.tokens, engine.bad
+        self.done: deque[TokenEvent | Completion] = deque()
+
+    def events(self) -> Iterator[TokenEvent | Completion]:
+        steps = 0
+        while True:
+            self._start_forks()
+            self._admit()
+            yield from self._drain()
+            if not self.alive.any():
+                if self.next_request is None and not self.holders:
+                    return
+                continue
+            self._decode_step()
+            steps += 1
+            if steps % self.sync_every == 0 or self._someone_is_full():
+                self._look_at_tokens()
+            yield from self._drain()
+
+    def _drain(self) -> Iterator[TokenEvent | Completion]:
+        while self.done:
+            yield self.done.popleft()
+
+    def _someone_is_full(self) -> bool:
+        return bool((self.alive & (self.produced >= self.limit)).any())
+
+    # -- rows come
+    # ------------------------------------------------------------------------------------------------------
+
+    def _admit(self) -> None:
+        """Prefills waiting requests into free slots, several at once; waits until an eighth of the slots is
+        free."""
+        if self.next_request is None or (
+            self.alive.any() and len(self.free) < max(1, self.engine.slots // 8)
+        ):
+            return
+        while self.next_request is not None and self.free:
+            batch: list[_Row] = []
+            tokens = 0
+            while self.next_request is not None and self.free:
+                request = self.next_request
+                problem = request.problem(self.engine.vocabulary, self.engine.max_length)
+                cached = len(request.prefix.tokens) if request.prefix else 0
+                if not problem and batch and tokens + len(request.input_ids) - cached > PREFILL_TOKENS:
+                    break
+                self.next_request = next(self.waiting, None)
+                if problem:
+                    self._fail(request, problem)
+                    continue
+                tokens += len(request.input_ids) - cached
+                batch.append(
+                    _Row(
+                        request.key,
+                        request,
+                        heapq.heappop(self.free),
+                        sorted(request.forks, key=lambda fork: fork.step),
+                    )
+                )
+            if batch:
+                self._prefill(batch)
+
+    def _fail(self, request: Request | Fork, error: str) -> None:
+        self.done.append(Completion(request.key, [], [], (), "error", error))
+        for fork in request.forks:
+            self._fail(fork, error)
+
+    def _prefill(self, batch: list[_Row]) -> None:
+        started = time.perf_counter()
+        flat: list[int] = []
+        slots: list[int] = []
+        positions: list[int] = []
+        stretches, ends = [], []
+        for row in batch:
+            ids, prefix = list(row.request.input_ids), row.request.prefix
+            offset = len(prefix.tokens) if prefix else 0
+            if prefix:
+                self.cache.write_slot(row.slot, prefix.layers)
+            stretches.append(Stretch(len(flat), len(flat) + len(ids) - offset, row.slot, offset))
+            flat += ids[offset:]
+            slots += [row.slot] * (len(ids) - offset)
+            positions += range(offset, len(ids))
+            ends.append(len(flat) - 1)
+        places = TokenPlaces(
+            self._tensor(slots), self._tensor(positions), max(positions) + 1, self.engine.slots, stretches
+        )
+        self.engine.state.set_uniform(self.precision.prefill_bits)
+        logits = self.engine.forward(self._tensor(flat), places, self._tensor(ends))
+
+        at = np.asarray([row.slot for row in batch])
+        for row in batch:
+            self.rows[row.slot] = row
+            self.precision.start(row.slot, row.request.switch_steps)
+            self.sampling.start(row.slot, row.request, logits.shape[1])
+        self.alive[at] = True
+        self.prompt_length[at] = [len(row.request.input_ids) for row in batch]
+        self.limit[at] = [row.request.max_new_tokens for row in batch]
+        for array in (self.produced, self.seen, self.decode_seconds):
+            array[at] = 0
+        statistics = self._take_tokens(at, logits)
+        fetched = self._fetch()
+        self.engine.pulse.step([self.precision.prefill_bits] * len(batch))
+        seconds = (time.perf_counter() - started) / len(batch)
+        for row in batch:
+            row.prefill_seconds = seconds
+            if row.request.want_features:
+                keys, values = self.cache.mean_features(row.slot, len(row.request.input_ids))
+                row.features = (keys.half().cpu().numpy(), values.half().cpu().numpy())
+            if row.pending:
+                self.holders.add(row.slot)
+        self._decide(at, 0, statistics)
+        self._end_rows(*fetched)
+
+    def _decide(self, at: np.ndarray, step: int | np.ndarray, statistics: Tensor | None) -> None:
+        """Those of the rows `at` that have come to their decision point, having run decode forward `step`."""
+        due = self.precision.due(at, step)
+        if len(due) == 0:
+            return
+        rows = [self._row(slot) for slot in due]
+        consumed = self.prompt_length[due] + (0 if isinstance(step, int) else step[np.isin(at, due)])
+        chosen = None if statistics is None else statistics[self._tensor(np.flatnonzero(np.isin(at, due)))]
+        state = PrefillState(
+            keys=[row.request.draws_from for row in rows],
+            max_new_tokens=[row.request.max_new_tokens for row in rows],
+            prompt_lengths=[len(row.request.input_ids) for row in rows],
+            features=lambda: self._features(due, consumed),
+            statistics=self._by_name(chosen),
+        )
+        self.precision.decide(due, state)
+
+    def _by_name(self, statistics: Tensor | None) -> dict[str, np.ndarray]:
+        if statistics is None:
+            return {}
+        return dict(zip(self.precision.wanted, statistics.cpu().numpy().T, strict=True))
+
+    def _features(self, at: np.ndarray, lengths: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
+        features = [self.cache.mean_features(*row) for row in zip(at.tolist(), lengths.tolist(), strict=True)]
+        keys = torch.nn.utils.rnn.pad_sequence([keys for keys, _ in features], batch_first=True)
+        values = torch.nn.utils.rnn.pad_sequence([values for _, values in features], batch_first=True)
+        return keys, values, self._tensor(lengths)
+
+    def _row(self, slot: int) -> _Row:
+        row = self.rows[slot]
+        assert row is not None
+        return row
+
+    # -- one step
+    # -------------------------------------------------------------------------------------------------------
+
+    def _decode_step(self) -> None:
+        started = time.perf_counter()
+        live = np.flatnonzero(self.alive & (self.produced < self.limit))
+        step = self.produced[live]
+        bits = self.precision.bits(live, step)
+        order = np.argsort(-bits, kind="stable")
+        at, step, bits = live[order], step[order], bits[order]
+        position = self.prompt_length[at] + step - 1
+        self.precision.log[at, step] = bits
+        self.engine.state.set_tokens(bits.tolist())
+        if self.engine.steps is not None:
+            wanted, sampled = self.precision.wanted, self.sampling.is_needed(at)
+            statistics, logits = self.engine.steps.run(self.engine, at, step, position, wanted, sampled)
+            if logits is not None:
+                self.tokens[self._tensor(at), self._tensor(step)] = self.sampling.choose(at, step, logits)
+            self.produced[at] += 1
+        else:
+            slots = self._tensor(at)
+            places = TokenPlaces(slots, self._tensor(position), int(position.max()) + 1, int(at.max()) + 1)
+            logits = self.engine.forward(self.tokens[slots, self._tensor(step - 1)], places, None)
+            statistics = self._take_tokens(at, logits)
+        if self.precision.scheduler is not None and self.precision.scheduler.observes:
+            keys = [self._row(slot).request.draws_from for slot in at]
+            self.precision.observe(at, step, keys, self._by_name(statistics))
+        self._decide(at, step, statistics)
+        self.engine.pulse.step(bits)
+        seconds = (time.perf_counter() - started) / len(at)
+        self.decode_seconds[at] += seconds
+
+    def _take_tokens(self, at: np.ndarray, logits: Tensor) -> Tensor | None:
+        """Appends the next token of each row; the statistics [n, k] that the scheduler wants."""
+        top, tokens = logits.max(dim=-1)
+        if self.sampling.is_needed(at):
+            tokens = self.sampling.choose(at, self.produced[at], logits)
+        slots = self._tensor(at)
+        self.tokens[slots, self._tensor(self.produced[at])] = tokens
+        self.bad[slots] = self.bad[slots] * self._tensor(self.produced[at] > 0) | ~torch.isfinite(top)
+        self.produced[at] += 1
+        return token_statistics(self.precision.wanted, logits) if self.precision.wanted else None
+
+    # -- rows go
+    # --------------------------------------------------------------------------------------------------------
+
+    def _look_at_tokens(self) -> None:
+        """Brings the new tokens to the host and ends the rows that have ended."""
+        started = time.perf_counter()
+        live, first, fetched = self._fetch()
+        # a GPU has run the forwards by now, but not when they were given to it
+        self.decode_seconds[live] += (time.perf_counter() - started) / len(live)
+        self._end_rows(live, first, fetched)
+
+    def _fetch(self) -> tuple[np.ndarray, int, np.ndarray]:
+        """(live slots, the first column fetched, new tokens and the flag of bad logits by slot), in one
+        transfer."""
+        live = np.flatnonzero(self.alive)
+        first, last = int(self.seen[live].min()), int(self.produced[live].max())
+        return live, first, torch.cat([self.tokens[:, first:last], self.bad[:, None]], dim=1).cpu().numpy()
+
+    def _end_rows(self, live: np.ndarray, first: int, fetched: np.ndarray) -> None:
+        for slot in live.tolist():
+            seen, produced = int(self.seen[slot]), int(self.produced[slot])
+            new = fetched[slot, seen - first : produced - first]
+            self.seen[slot] = produced
+            count, reason = self._end_of(slot, seen, new)
+            if reason is not None:
+                produced = self.produced[slot] = count
+            if self.stream:
+                self._stream_tokens(slot, seen, new[: produced - seen])
+            if fetched[slot, -1]:
+                self._finish(slot, "error", f"FloatingPointError: {not_finite(self.engine.dtype)}")
+            elif reason is not None:
+                self._finish(slot, reason)
+            elif produced >= self.limit[slot]:
+                self._finish(slot, "length")
+
+    def _end_of(self, slot: int, seen: int, new: np.ndarray) -> tuple[int, str | None]:
+        """(new tokens of the row, why it ends with them; None: it does not)."""
+        is_end = np.isin(new, self.eos_array)
+        ended = bool(is_end.any())
+        count = seen + (int(is_end.argmax()) + 1 if ended else len(new))
+        stop = self._row(slot).request.stop
+        if stop is not None and count > seen:
+            tokens = self.tokens[slot, :count].tolist()
+            for end in range(seen + 1, count + 1 - ended):
+                if stop(tokens[:end]):
+                    return end, "stop"
+        return count, "eos" if ended else None
+
+    def _stream_tokens(self, slot: int, seen: int, new: np.ndarray) -> None:
+        bits = self.precision.log[slot, seen:]
+        for token, precision in zip(new.tolist(), bits.tolist(), strict=False):
+            self.done.append(TokenEvent(self._row(slot).key, token, precision))
+
+    def _finish(self, slot: int, reason: str, error: str | None = None) -> None:
+        row = self._row(slot)
+        self.alive[slot] = False
+        if error is not None:
+            self._fail(Fork(row.key, 0, (), tuple(row.pending)), error)
+            self.cache.clear_slot(slot)
+            self._release(slot)
+            return
+        count = int(self.produced[slot])
+        decision = self.precision.decision(slot, count)
+        self.done.append(self._completion(row, row.key, decision, count, reason))
+        # a fork behind the end of its parent never leaves it: the same tokens under the fork's name
+        late = [fork for fork in row.pending if fork.step + 1 >= count]
+        row.pending = [fork for fork in row.pending if fork.step + 1 < count]
+        while late:
+            fork = late.pop()
+            plan = RowDecision(np.asarray(fork.switch_steps))
+            self.done.append(self._completion(row, fork.key, plan, count, reason))
+            late += [child for child in fork.forks if child.step + 1 >= count]
+            row.pending += [child for child in fork.forks if child.step + 1 < count]
+        row.pending.sort(key=lambda fork: fork.step)
+        if not row.pending:
+            self._release(slot)
+            return
+        heir = (
+            row.pending.pop()
+        )  # shares the longest part, so the others can still start from what it leaves untouched
+        self._become_fork(slot, slot, heir, row.pending)
+
+    def _completion(self, row: _Row, key: str, decision: RowDecision, count: int, reason: str) -> Completion:
+        slot, request = row.slot, row.request
+        consumed = int(self.prompt_length[slot]) + count - 1
+        tokens = self.tokens[slot, :count].tolist()
+        prefix = None
+        if request.want_prefix:
+            prefix = Prefix((*request.input_ids, *tokens[:-1]), self.cache.read_slot(slot, consumed))
+        return Completion(
+            key=key,
+            tokens=tokens,
+            precision_trace=self.precision.trace(slot, count),
+            switch_steps=tuple(int(min(step, request.max_new_tokens - 1)) for step in decision.switch_steps),
+            finish_reason=reason,
+            classes=decision.classes,
+            scores=decision.scores,
+            features=row.features if key == request.key else None,
+            prefix=prefix,
+            prefill_seconds=row.prefill_seconds,
+            decode_seconds=float(self.decode_seconds[slot]),
+        )
+
+    def _release(self, slot: int) -> None:
+        self.rows[slot] = None
+        self.holders.discard(slot)
+        heapq.heappush(self.free, slot)
+
+    # -- forks
+    # --------------------------------------------------------------------------------------------------------
+
+    def _start_forks(self) -> None:
+        """Copies the cache of rows that have come far enough into free slots, for the forks that wait
+        there."""
+        for slot in sorted(self.holders):
+            row = self._row(slot)
+            while row.pending and self.free and row.pending[0].step < self.seen[slot]:
+                fork = row.pending.pop(0)
+                target = heapq.heappop(self.free)
+                self.cache.copy_slot(slot, target, int(self.prompt_length[slot]) + fork.step)
+                self._become_fork(slot, target, fork, [])
+            if not row.pending:
+                self.holders.discard(slot)
+
+    def _become_fork(self, source: int, target: int, fork: Fork, inherited: list[Fork]) -> None:
+        """Makes `target`, which holds the shared part of `source`'s cache, the live row of `fork`."""
+        row = _Row(
+            fork.key,
+            self._row(source).request,
+            target,
+            sorted([*fork.forks, *inherited], key=lambda other: other.step),
+        )
+        self.rows[target] = row
+        for array in (self.prompt_length, self.limit):
+            array[target] = array[source]
+        self.tokens[target, : fork.step + 1] = self.tokens[source, : fork.step + 1]
+        self.bad[target] = False
+        self.produced[target] = self.seen[target] = fork.step + 1
+        self.precision.fork(source, target, fork.step, fork.switch_steps)
+        self.sampling.fork(source, target, self.tokens[source, : fork.step + 1])
+        self.decode_seconds[target] = 0.0
+        self.alive[target] = True
+        if row.pending:
+            self.holders.add(target)
+        else:
+            self.holders.discard(target)
+
+    def _tensor(self, values: Sequence[int] | np.ndarray) -> Tensor:
+        return torch.as_tensor(np.asarray(values), device=self.device)
