@@ -23,6 +23,7 @@ from pmpd.farm.label_task import LabelTask, ReferenceTask
 from pmpd.farm.task import FarmTask
 from pmpd.labeling.label import LabelConfig
 from pmpd.labeling.prompts import PromptConfig, write_prompts
+from pmpd.labeling.rule import NothingToScoreError, get_rule
 from pmpd.schedulers.chain import NUM_CLASSES, class_steps, parse_chain
 from pmpd.weights.model_spec import Dtype, ModelSpec, check_held, shared_tokenizer
 
@@ -50,6 +51,10 @@ class LabelJob:
     """Precision chain, descending; neighbours are the pairs that get a label each."""
     max_new_tokens: int = 256
     """New tokens per trajectory."""
+    rule: str = "rouge_l"
+    """Label rule, part of the labels' identity: rouge_l (ROUGE-L of the texts, any script), agreement (how
+    many tokens agree with the reference), published (ROUGE-L over trajectories as the published code
+    decodes them)."""
     batch_size: int | Literal["auto"] = 32
     """Trajectories that decode together in a worker, and prompts per unit of work (and Parquet file); auto:
     what its memory holds."""
@@ -86,6 +91,7 @@ def main(job: LabelJob, console: Console | None = None) -> farm.FarmResult | Non
     cure."""
     console = console or Console()
     slots, unit_rows = farm.batch_of(job.batch_size)
+    rule = get_rule(job.rule)
     chain = LabelConfig(parse_chain(job.precisions), job.max_new_tokens, slots).precisions
     options = farm.FarmOptions(
         job.num_workers,
@@ -136,6 +142,7 @@ def main(job: LabelJob, console: Console | None = None) -> farm.FarmResult | Non
     if job.dtype != "auto":
         identity["dtype"] = job.dtype
     label_identity = {**identity, "precisions": list(chain), "model": quantized.fingerprint()}
+    label_identity["rule"] = rule.identity
     for folder, config in ((prompts, identity), (references, identity), (labels, label_identity)):
         storage.check_config(folder, config)  # before any work
 
@@ -159,13 +166,14 @@ def main(job: LabelJob, console: Console | None = None) -> farm.FarmResult | Non
             task: FarmTask = ReferenceTask(reference_model, job.max_new_tokens, slots)
             result = farm.run(task, {"prompts": prompts}, references, identity, options, lease)
         if job.stage in ("all", "labels"):
-            task = LabelTask(model, chain, job.max_new_tokens, slots)
+            task = LabelTask(model, chain, job.max_new_tokens, slots, rule)
             result = farm.run(
                 task, {"prompts": prompts, "references": references}, labels, label_identity, options, lease
             )
     if result is not None:
         if result.dataset == labels:
             console.print(label_table(labels, job.max_new_tokens))
+            tell_unscored(labels, console)
         rate = (
             f", {result.new_items} of them new, {result.rows_per_second:.2f} per second"
             if result.new_items
@@ -185,6 +193,20 @@ def main(job: LabelJob, console: Console | None = None) -> farm.FarmResult | Non
         if result.errors == result.rows:
             raise UserError(f"every row has an error; the first one: {first_error(result.dataset)}")
     return result
+
+
+def tell_unscored(dataset: str, console: Console) -> None:
+    """Says it where more than a tenth of the references had nothing to score."""
+    errors = storage.read_table(dataset, ["error"])["error"].to_pylist()
+    unscored = [error for error in errors if error and error.startswith(NothingToScoreError.__name__)]
+    if len(unscored) > len(errors) / 10:
+        console.print(
+            f"{len(unscored)} of {len(errors)} references have nothing to score, so these labels "
+            f"say little of "
+            f"this text; the first: {unscored[0].splitlines()[0]}",
+            style="bold",
+            soft_wrap=True,
+        )
 
 
 def label_table(dataset: str, max_new_tokens: int) -> Table:

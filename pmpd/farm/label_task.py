@@ -9,6 +9,7 @@ from typing import Any
 from pmpd import storage
 from pmpd.farm.load_model import load_model
 from pmpd.farm.task import BuiltTask, FarmTask, Item, Place
+from pmpd.labeling.rule import RULES, LabelRule
 from pmpd.schedulers.chain import class_steps
 from pmpd.weights.model_spec import ModelSpec
 
@@ -49,6 +50,7 @@ class LabelTask(FarmTask):
     precisions: tuple[int, ...]
     max_new_tokens: int
     slots: int | None
+    rule: LabelRule = RULES["rouge_l"]
     table = "labels"
 
     @property
@@ -61,7 +63,7 @@ class LabelTask(FarmTask):
         from pmpd.labeling.label import LabelConfig, label_prompts
 
         model, device = load_model(self.model, place)
-        config = LabelConfig(self.precisions, self.max_new_tokens, self.slots)
+        config = LabelConfig(self.precisions, self.max_new_tokens, self.slots, self.rule)
 
         def label(items: list[Item]) -> Iterable[dict[str, Any]]:
             references = {item["references"]["prompt_id"]: item["references"] for item in items}
@@ -72,6 +74,6 @@ class LabelTask(FarmTask):
             schema=storage.labels_schema(model.head_dim),
             models={"model": model.fingerprint, "num_key_value_heads": model.kv_heads},
             device=device,
-            tokens=lambda row: sum(sum(pair["branch_tokens"]) for pair in row["pairs"]),
+            tokens=lambda row: sum(count or 0 for pair in row["pairs"] for count in pair["branch_tokens"]),
             pulse=model.pulse,
         )

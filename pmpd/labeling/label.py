@@ -2,8 +2,8 @@
 
 For every pair (high, low) of the chain, a prompt is decoded at the high precision throughout and once per
 switch class k, at the high precision for `class_steps[k]` decode forwards and at the low one after. The label
-is the smallest class whose text has a ROUGE-L against the unquantized model's text no lower than that of the
-high trajectory (rounded to three digits).
+is the smallest class whose likeness to the unquantized model's output is no lower than that of the high
+trajectory (`pmpd.labeling.rule`; by default ROUGE-L of the texts, rounded to three digits).
 
 All trajectories of a prompt are one request with forks, so they share every decode forward that they have in
 common:
@@ -18,11 +18,13 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, cast
 
 from pmpd.decode.requests import Completion, Fork, Request
 from pmpd.errors import UserError
-from pmpd.labeling.rule import label_of
+from pmpd.labeling import published
+from pmpd.labeling.rule import RULES, LabelRule, NothingToScoreError, Trajectory, label_of
 from pmpd.metrics.rouge import rouge_l
 from pmpd.model import PMPDForCausalLM
 from pmpd.schedulers.chain import NUM_CLASSES, check_chain, class_steps
@@ -43,6 +45,8 @@ class LabelConfig:
     """New tokens of every trajectory, at most."""
     slots: int | None = 64
     """Trajectories that decode together; None: as many as memory holds."""
+    rule: LabelRule = RULES["rouge_l"]
+    """Which class is the label, by the trajectories' likeness to the reference."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "precisions", check_chain(self.precisions))
@@ -83,24 +87,47 @@ def label_prompts(
     without `worker`, each as soon as all its trajectories have ended; `keys` and `values` are float16 arrays
     [T, D].
 
-    A prompt whose reference is missing or an error, or whose logits are not finite, becomes a row with
-    `error` set.
+    A prompt whose reference is missing, an error or nothing that can be scored, or whose logits are not
+    finite, becomes a row with `error` set.
     """
     rows = {row["prompt_id"]: row for row in prompts}
-    plan = _LabelPlan(config)
-    requests = []
+    usable = {}
     for key, row in rows.items():
         reference = references.get(key)
         if reference is None or reference["error"]:
             yield _error_row(
                 row,
+                config,
                 f"ValueError: no reference output "
                 f"({reference['error'] if reference else 'not in the references'})",
             )
         else:
-            requests.append(plan.request(key, row["input_ids"]))
-    if not requests:
+            usable[key] = row
+    if not usable:
         return
+    decode = _published_branches if config.rule.branches == "published" else _own_branches
+    for key, pairs in decode(model, usable, config):
+        started = time.perf_counter()
+        label_row = _label_row(model, rows[key], references[key], pairs, config)
+        label_row["seconds"] += time.perf_counter() - started
+        yield label_row
+
+
+@dataclass(frozen=True)
+class _PairBranches:
+    """What one pair's label is decided on."""
+
+    high: Completion
+    branches: tuple[Completion, ...]
+    """Of classes 0..2."""
+
+
+def _own_branches(
+    model: PMPDForCausalLM, rows: Mapping[str, Mapping[str, Any]], config: LabelConfig
+) -> Iterator[tuple[str, list[_PairBranches]]]:
+    """(prompt_id, the branches of every pair), each to its own end, as soon as all have ended."""
+    plan = _LabelPlan(config)
+    requests = [plan.request(key, row["input_ids"]) for key, row in rows.items()]
     model.decide(plan.scheduler, config.precisions[0])
     open_rows: dict[str, dict[str, Completion]] = {}
     for completion in model.complete(requests, plan.scheduler, config.precisions[0], config.slots):
@@ -109,10 +136,34 @@ def label_prompts(
         trajectories[name] = completion
         if len(trajectories) == plan.trajectories:
             del open_rows[key]
-            started = time.perf_counter()
-            label_row = _label_row(model, rows[key], references[key], trajectories, config)
-            label_row["seconds"] += time.perf_counter() - started
-            yield label_row
+            yield key, plan.pairs_of(trajectories)
+
+
+def _published_branches(
+    model: PMPDForCausalLM, rows: Mapping[str, Mapping[str, Any]], config: LabelConfig
+) -> Iterator[tuple[str, list[_PairBranches]]]:
+    """The same as the published code has them: pair by pair, each prefilled at its own high precision, no
+    end of sequence."""
+    never = config.max_new_tokens - 1
+    done: dict[str, list[_PairBranches]] = {key: [] for key in rows}
+    chain = config.precisions
+    for high, low in pairwise(chain):
+        scheduler = StaticScheduler((high, low), [never])
+        requests = [
+            published.request(key, row["input_ids"], config.max_new_tokens, want_features=high == chain[0])
+            for key, row in rows.items()
+        ]
+        model.decide(scheduler, high)
+        open_rows: dict[str, dict[str, Completion]] = {}
+        for completion in model.complete(requests, scheduler, high, config.slots, eos_token_ids=()):
+            key, _, name = completion.key.partition("/")
+            found = open_rows.setdefault(key, {})
+            found[name] = completion
+            if len(found) == NUM_CLASSES:
+                del open_rows[key]
+                done[key].append(_PairBranches(found["3"], (found["0"], found["1"], found["2"])))
+                if low == chain[-1]:
+                    yield key, done.pop(key)
 
 
 class _LabelPlan:
@@ -137,6 +188,16 @@ class _LabelPlan:
             forks=self._forks(key, 0),
         )
 
+    def pairs_of(self, trajectories: Mapping[str, Completion]) -> list[_PairBranches]:
+        """By pair. The high trajectory of a later pair is class 0 of the pair before it."""
+        highs = ["high0", *(f"{pair}/0" for pair in range(self.pairs - 1))]
+        return [
+            _PairBranches(
+                trajectories[high], tuple(trajectories[f"{pair}/{k}"] for k in range(NUM_CLASSES - 1))
+            )
+            for pair, high in enumerate(highs)
+        ]
+
     def _forks(self, key: str, pair: int) -> tuple[Fork, ...]:
         """Classes 0..2 of `pair`. Class 0 runs at the low precision throughout: it is the high trajectory of
         the next pair."""
@@ -152,59 +213,81 @@ def _label_row(
     model: PMPDForCausalLM,
     row: Mapping[str, Any],
     reference: Mapping[str, Any],
-    trajectories: Mapping[str, Completion],
+    decoded: Sequence[_PairBranches],
     config: LabelConfig,
 ) -> dict[str, Any]:
-    errors = [completion.error for completion in trajectories.values() if completion.error]
+    completions = [completion for pair in decoded for completion in (pair.high, *pair.branches)]
+    errors = [completion.error for completion in completions if completion.error]
     if errors:
-        return _error_row(row, errors[0])
-    texts = {name: decode_text(model, completion.tokens) for name, completion in trajectories.items()}
-    scores = {text: rouge_l(text, reference["reference_text"]) for text in set(texts.values())}
-    features = trajectories["high0"].features
+        return _error_row(row, config, errors[0])
+    target = Trajectory(tuple(reference["reference_ids"]), reference["reference_text"])
+    features = decoded[0].high.features
     assert features is not None
-    pairs = []
-    for pair, (high, low) in enumerate(zip(config.precisions, config.precisions[1:], strict=False)):
-        high_name = "high0" if pair == 0 else f"{pair - 1}/0"
-        names = [f"{pair}/{k}" for k in range(NUM_CLASSES - 1)] + [high_name]
-        branch_scores = [scores[texts[name]] for name in names]
-        pairs.append(
-            {
-                "high": high,
-                "low": low,
-                "label": label_of(branch_scores, scores[texts[high_name]]),
-                "rouge_l": branch_scores,
-                "high_rouge_l": scores[texts[high_name]],
-                "high_text": texts[high_name],
-                "high_ids": trajectories[high_name].tokens,
-                "branch_tokens": [len(trajectories[name].tokens) for name in names],
-            }
-        )
+    try:
+        pairs = [
+            {"high": high, "low": low, **_judged(model, pair, target, config)}
+            for (high, low), pair in zip(pairwise(config.precisions), decoded, strict=True)
+        ]
+    except NothingToScoreError as error:
+        return _error_row(row, config, f"{type(error).__name__}: {error}")
+    unique = {id(completion): completion for completion in completions}.values()
     return {
-        **_row_head(row),
+        **_row_head(row, config),
         "reference_text": reference["reference_text"],
         "reference_ids": reference["reference_ids"],
         "pairs": pairs,
         "keys": features[0],
         "values": features[1],
         "feature_tokens": len(features[0]),
-        "seconds": sum(c.decode_seconds for c in trajectories.values())
-        + trajectories["high0"].prefill_seconds,
+        "seconds": sum(c.decode_seconds for c in unique) + decoded[0].high.prefill_seconds,
         "error": None,
     }
 
 
-def _error_row(row: Mapping[str, Any], error: str | None) -> dict[str, Any]:
+def _judged(
+    model: PMPDForCausalLM, pair: _PairBranches, reference: Trajectory, config: LabelConfig
+) -> dict[str, Any]:
+    """A row's entry for one pair, by the rule."""
+    high_tokens = list(pair.high.tokens)
+    tokens: list[list[int] | None] = [list(branch.tokens) for branch in pair.branches]
+    if config.rule.branches == "published":
+        high_tokens = published.cut_at_end(high_tokens, model.eos_token_ids)
+        tokens = published.candidates(
+            high_tokens, [branch.tokens for branch in pair.branches], config.max_new_tokens
+        )
+    everyone = [
+        None if some is None else Trajectory(tuple(some), decode_text(model, some))
+        for some in (*tokens, high_tokens)
+    ]
+    scores = [None if one is None else config.rule.score(one, reference) for one in everyone]
+    rouge = [None if one is None else rouge_l(one.text, reference.text) for one in everyone]
+    high, high_score = everyone[-1], scores[-1]
+    assert high is not None
+    assert high_score is not None
+    return {
+        "label": label_of(scores, high_score),
+        "scores": scores,
+        "rouge_l": rouge,
+        "high_rouge_l": rouge[-1],
+        "high_text": high.text,
+        "high_ids": list(high.tokens),
+        "branch_tokens": [None if one is None else len(one.tokens) for one in everyone],
+    }
+
+
+def _error_row(row: Mapping[str, Any], config: LabelConfig, error: str | None) -> dict[str, Any]:
     nothing = dict.fromkeys(("reference_text", "reference_ids", "pairs", "keys", "values", "feature_tokens"))
-    return {**_row_head(row), **nothing, "seconds": 0.0, "error": error}
+    return {**_row_head(row, config), **nothing, "seconds": 0.0, "error": error}
 
 
-def _row_head(row: Mapping[str, Any]) -> dict[str, Any]:
+def _row_head(row: Mapping[str, Any], config: LabelConfig) -> dict[str, Any]:
     ids = list(row["input_ids"])
     return {
         "prompt_id": row["prompt_id"],
         "prompt_tokens": len(ids),
         "prompt_text": row["prompt_text"],
         "input_ids": ids,
+        "rule": config.rule.identity,
     }
 
 

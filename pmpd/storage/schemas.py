@@ -58,6 +58,10 @@ PAIR = pa.struct(
         ("low", pa.int8()),
         ("label", pa.int8()),  # switch class 0..3
         (
+            "scores",
+            pa.list_(pa.float32()),
+        ),  # of branches 0..3 by the label rule, not rounded; null: no candidate
+        (
             "rouge_l",
             pa.list_(pa.float32()),
         ),  # of branches 0..3, not rounded (the label rule rounds); null where not computed
@@ -85,6 +89,7 @@ def labels_schema(head_dim: int) -> pa.Schema:
             ("prompt_tokens", pa.int32()),
             ("prompt_text", pa.string()),
             ("input_ids", _IDS),
+            ("rule", pa.string()),  # name, digits and version of the label rule: rouge_l/3/v1
             ("reference_text", pa.string()),
             ("reference_ids", _IDS),
             ("pairs", pa.list_(PAIR)),
