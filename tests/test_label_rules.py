@@ -136,7 +136,7 @@ def test_published_labels_are_those_of_plain_decoding_pair_by_pair(models):  # n
     from pmpd.decode import oracle
 
     quantized, reference = models
-    rows = prompt_rows(8)
+    rows = prompt_rows(4)
     config = LabelConfig(CHAIN, NEW_TOKENS, slots=16, rule=RULES["published"])
     references = {row["prompt_id"]: row for row in reference_prompts(reference, rows, config)}
     labeled = {row["prompt_id"]: row for row in label_prompts(quantized, rows, references, config)}
