@@ -18,17 +18,18 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from pmpd.cli.quantize import QuantizeJob, main
-from pmpd.quantize import convert
-from pmpd.quantize.convert import QuantizeConfig, quantize_checkpoint
-from pmpd.quantize.importance import calibration_samples, squared_gradients
+from pmpd.kernels import bitplanes
+from pmpd.quantize import convert, work
+from pmpd.quantize.calibration import calibration_samples
+from pmpd.quantize.config import MAX_BITS, MIN_BITS, QuantizeConfig
+from pmpd.quantize.convert import quantize_checkpoint, split_samples
 from pmpd.weights import anyprec
 from pmpd.weights.checkpoint import Checkpoint
 from pmpd.weights.hub import local_folder
 from tests.helpers import byte_tokenizer, write_dense
-from tests.test_bitplanes import pack_by_the_text
 
 TEXTS = [f"Text number {i}: the quick brown fox jumps over {i * 7} lazy dogs." for i in range(40)]
-SMALL = QuantizeConfig(num_calibration_samples=3, calibration_length=24)
+SMALL = QuantizeConfig(num_calibration_samples=9, calibration_length=24, tuning_steps=4)
 
 
 def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -83,15 +84,9 @@ def test_the_output_is_what_the_format_says(half_folder: Path, quantized: Path) 
                 table = written.pop(f"{path}.lut{bits}")
                 assert table.dtype == torch.float16
                 assert table.shape == (rows, 2**bits)
-                if (
-                    bits == 4
-                    # read with nothing of ours: the nearest centroid is the code, up to parents' borders
-                ):
-                    nearest = (weight.float().unsqueeze(2) - table.float().unsqueeze(1)).abs().argmin(2)
-                    agree = torch.tensor(pack_by_the_text(nearest.tolist(), 4)) == (
-                        planes.long() & 0xFFFFFFFF
-                    )
-                    assert agree.float().mean() > 0.4
+                codes = bitplanes.unpack(planes, bits).long()
+                spread = weight.float().std()
+                assert (weight - table.float().gather(1, codes)).abs().mean() < spread * (2.5 / 2**bits)
     assert source.keys() == written.keys(), "everything else keeps its name"
     assert all(
         torch.equal(source[name], written[name]) and source[name].dtype == written[name].dtype
@@ -122,27 +117,6 @@ def test_more_bits_come_closer_to_the_unquantized_model(half_folder: Path, tmp_p
     assert distances[-1] < 0.05
 
 
-def test_gradients_are_squared_per_sample(half_folder: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(half_folder, dtype=torch.float32).eval()
-    samples = calibration_samples(TEXTS, byte_tokenizer(), samples=3, length=24, seed=0)
-    assert samples.shape == (3, 24)
-    names = ["model.layers.0.mlp.up_proj.weight", "model.layers.2.self_attn.q_proj.weight"]
-    found = squared_gradients(model, names, samples)
-    assert not any(
-        parameter.requires_grad or parameter.grad is not None for parameter in model.parameters()
-    ), "nothing is left behind"
-    expected = {name: torch.zeros_like(model.get_parameter(name)) for name in names}
-    for sample in samples:
-        parameters = [model.get_parameter(name).requires_grad_(True) for name in names]
-        logits = model(sample.unsqueeze(0)).logits[0, :-1]
-        loss = torch.nn.functional.cross_entropy(logits, sample[1:])
-        for name, gradient in zip(names, torch.autograd.grad(loss, parameters), strict=True):
-            expected[name] += gradient**2
-    for name in names:
-        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-12)
-        assert found[name].dtype == torch.float32
-
-
 def test_calibration_samples_depend_on_the_seed_and_nothing_else() -> None:
     tokenizer = byte_tokenizer()
     first = calibration_samples(iter(TEXTS), tokenizer, 5, 32, seed=1)
@@ -156,19 +130,20 @@ def test_calibration_samples_depend_on_the_seed_and_nothing_else() -> None:
 
 
 def test_layers_in_groups_give_the_same_result(half_folder: Path, quantized: Path, tmp_path: Path) -> None:
-    """Little memory for importance means more passes over the samples, not another result."""
+    """Little memory for the moments means more passes over the samples, not another result."""
     steps = []
     quantize_checkpoint(
         half_folder,
         tmp_path / "out",
         SMALL,
         TEXTS,
-        importance_bytes=1,
+        moments_bytes=1,
         on_progress=lambda *step: steps.append(step),
     )
     assert same(tmp_path / "out", quantized)
-    assert [step for step in steps if step[0] == "gradients"][-1] == ("gradients", 9, 9)
-    assert steps[-1] == ("layers", 3, 3)
+    assert [step for step in steps if step[0] == "inputs"][-1] == ("inputs", 27, 27)
+    assert [step for step in steps if step[0] == "layers"][-1] == ("layers", 3, 3)
+    assert steps[-1] == ("validation", 4, 4)
 
 
 def test_a_run_killed_between_layers_goes_on(half_folder: Path, quantized: Path, tmp_path: Path) -> None:
@@ -190,28 +165,35 @@ def test_a_run_killed_between_layers_goes_on(half_folder: Path, quantized: Path,
     )
     assert killed.returncode == -signal.SIGKILL
     assert not output.exists(), "no output before all of it is there"
-    (work,) = tmp_path.glob(".out.work-*")
-    assert sorted(path.name for path in work.glob("layer-*")) == [
+    (folder,) = tmp_path.glob(".out.work-*")
+    assert sorted(path.name for path in folder.glob("layer-*")) == [
         "layer-00000.safetensors",
         "layer-00001.safetensors",
     ]
-    (work / "layer-00001.safetensors").write_bytes(b"half a file")  # what a full disk may leave
+    (folder / "layer-00001.safetensors").write_bytes(b"half a file")  # what a full disk may leave
     steps = []
     summary = quantize_checkpoint(
         half_folder, output, SMALL, TEXTS, on_progress=lambda *step: steps.append(step)
     )
     assert summary.reused_layers == 1
     assert [step[1:] for step in steps if step[0] == "layers"] == [(2, 3), (3, 3)]
+    assert not [step for step in steps if step[0] == "inputs"], "they were measured before the stop"
     assert same(output, quantized)
-    assert not work.exists()
+    assert not folder.exists()
 
 
-def test_gradients_of_waiting_layers_are_kept(half_folder: Path, quantized: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("where", "next_steps"),
+    [(("inputs", 8), [("inputs", 9, 9)]), (("tuning", 2), [("tuning", 3, 4), ("tuning", 4, 4)])],
+)
+def test_a_run_goes_on_behind_the_last_group_of_texts_or_tuning_step(
+    half_folder: Path, quantized: Path, tmp_path: Path, where: tuple[str, int], next_steps: list
+) -> None:
     class Stopped(Exception):
         pass
 
     def stop(stage: str, done: int, total: int) -> None:
-        if (stage, done) == ("layers", 1):
+        if (stage, done) == where:
             raise Stopped
 
     with pytest.raises(Stopped):
@@ -220,23 +202,54 @@ def test_gradients_of_waiting_layers_are_kept(half_folder: Path, quantized: Path
     quantize_checkpoint(
         half_folder, tmp_path / "out", SMALL, TEXTS, on_progress=lambda *step: steps.append(step)
     )
-    assert not [step for step in steps if step[0] == "gradients"], "they were computed before the stop"
+    assert [step for step in steps if step[0] == where[0]] == next_steps
     assert same(tmp_path / "out", quantized)
+
+
+def test_the_manifest_says_what_each_precision_is_worth(quantized: Path) -> None:
+    manifest = json.loads((quantized / "manifest.json").read_text())
+    found = manifest["perplexity"]
+    assert sorted(found, key=int) == ["2", "3", "4", "16"]
+    assert abs(found["4"] / found["16"] - 1) < abs(found["2"] / found["16"] - 1)
+    assert {bits: len(steps) for bits, steps in manifest["divergence"].items()} == {"2": 4, "3": 2, "4": 1}
+    assert manifest["divergence"]["4"][0] < manifest["divergence"]["3"][0] < manifest["divergence"]["2"][0]
+    assert manifest["relative_error"]["4"] < manifest["relative_error"]["3"] < manifest["relative_error"]["2"]
+
+
+def test_texts_of_validation_are_used_for_nothing_else() -> None:
+    pieces = torch.arange(20 * 6).view(20, 6)
+    parts = split_samples(pieces, 10, 5)
+    fitted = {*parts.inputs.flatten().tolist(), *parts.tuning.flatten().tolist()}
+    assert len(parts.validation) == 4
+    assert not fitted & set(parts.validation.flatten().tolist())
+    assert not set(parts.inputs.flatten().tolist()) & set(parts.tuning.flatten().tolist())
+    assert (len(parts.inputs), parts.tuning.shape) == (10, (5, 3))
+    short = split_samples(pieces[:3], 10, 20)
+    assert (len(short.inputs), len(short.tuning), len(short.validation)) == (3, 20, 0)
+    assert not len(split_samples(pieces, 10, 0).tuning)
+
+
+def test_the_light_config_allows_what_the_format_holds() -> None:
+    assert (MIN_BITS, MAX_BITS) == (bitplanes.MIN_BITS, bitplanes.MAX_BITS)
+    code = "import sys, pmpd.cli.quantize, pmpd.cli.perplexity; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, check=True)
 
 
 def test_other_settings_do_not_take_up_an_unfinished_run(
     half_folder: Path, quantized: Path, tmp_path: Path
 ) -> None:
-    samples = torch.zeros(1, 4, dtype=torch.int64)
+    samples = split_samples(torch.zeros(8, 4, dtype=torch.int64), 2, 4)
+    others = split_samples(torch.ones(8, 4, dtype=torch.int64), 2, 4)
     checkpoint = Checkpoint(half_folder)
     prints = {
         convert._fingerprint(checkpoint, QuantizeConfig(), None),
         convert._fingerprint(checkpoint, QuantizeConfig(), samples),
-        convert._fingerprint(checkpoint, QuantizeConfig(), samples + 1),
+        convert._fingerprint(checkpoint, QuantizeConfig(), others),
+        convert._fingerprint(checkpoint, QuantizeConfig(tuning_rate=0.01), samples),
         convert._fingerprint(checkpoint, QuantizeConfig(parent_precision=3), None),
         convert._fingerprint(Checkpoint(quantized), QuantizeConfig(), None),
     }
-    assert len(prints) == 5
+    assert len(prints) == 6
 
 
 def test_a_finished_folder_is_returned_and_a_foreign_one_is_left_alone(
@@ -256,14 +269,14 @@ def test_a_finished_folder_is_returned_and_a_foreign_one_is_left_alone(
 def test_a_full_disk_keeps_what_is_finished(
     half_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = convert.save_file
+    real = work.save_file
 
     def full(tensors, path, metadata=None):
         if "layer-00002" in str(path):
             raise OSError(28, "No space left on device")
         real(tensors, path, metadata)
 
-    monkeypatch.setattr(convert, "save_file", full)
+    monkeypatch.setattr(work, "save_file", full)
     with pytest.raises(
         OSError, match=r"No space left on device.*finished layers are kept in .*run the same command again"
     ):
@@ -334,7 +347,7 @@ def test_bad_input_is_refused_with_a_cure(
     save_file(tensors, damaged / "model.safetensors")
     with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj: weights hold NaN"):
         quantize_checkpoint(damaged, tmp_path / "out", QuantizeConfig(weighted=False), [])
-    with pytest.raises(ValueError, match="the loss of calibration sample 0 is nan"):
+    with pytest.raises(ValueError, match="is not finite on a calibration text"):
         quantize_checkpoint(damaged, tmp_path / "out", SMALL, TEXTS)
     assert not (tmp_path / "out").exists()
 
@@ -364,13 +377,15 @@ def test_the_job_says_what_it_wrote_and_what_comes_next(half_folder: Path, tmp_p
     text = io.StringIO()
     config = QuantizeJob(
         model_path=str(half_folder), output_dir=str(output), dataset=str(tmp_path / "texts.txt"),
-        num_calibration_samples=2, calibration_length=16,
+        num_calibration_samples=9, calibration_length=16, tuning_steps=2,
     )  # fmt: skip
     summary = main(config, Console(file=text, width=200))
     printed = text.getvalue()
     assert all(f"{error:.6f}" in printed for error in summary.relative_error.values())
-    assert summary.relative_error["4"] < summary.relative_error["3"] < summary.relative_error["2"] < 0.2
-    assert f"next: pmpd label --model-path {output}" in printed
+    assert summary.relative_error["4"] < summary.relative_error["3"] < summary.relative_error["2"] < 0.3
+    assert all(f"{value:,.2f}" in printed for value in summary.perplexity.values())
+    assert "layers quantized: 3/3" in printed, "progress where there is no terminal"
+    assert f"pmpd label --model-path {output}" in printed
     assert f"{summary.model_bytes / 1e6:.2f} MB" in printed
     with pytest.raises(ValueError, match="no such file or folder"):
         main(QuantizeJob(model_path=str(half_folder), output_dir=str(output), dataset="./missing.txt"))

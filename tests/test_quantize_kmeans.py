@@ -208,7 +208,7 @@ def test_what_cannot_be_clustered_is_refused() -> None:
 @pytest.mark.slow
 def test_error_is_no_worse_than_that_of_flash1dkmeans() -> None:
     pytest.importorskip("flash1dkmeans")
-    from bench.quantize import Config, main
+    from bench.kmeans import Config, main
 
     record = main(Config(rows=256, columns=2048, parent_precision=6, threads=1, repeats=1))
     errors = record["relative_weighted_error"]

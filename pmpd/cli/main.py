@@ -34,7 +34,7 @@ COMMANDS = {
         "pmpd.cli.quantize",
         "QuantizeJob",
         "an Any-Precision checkpoint of an unquantized one",
-        "finished layers are kept",
+        "finished texts, layers and tuning steps are kept",
     ),
     "label": Command(
         "pmpd.cli.label", "LabelJob", "prompts, references and labels of texts", "finished rows are kept"
@@ -52,6 +52,9 @@ COMMANDS = {
         "pmpd.cli.judge", "JudgeJob", "ratings of answers by a judge model", "finished judgments are kept"
     ),
     "chat": Command("pmpd.cli.chat", "ChatJob", "talk to a model in the terminal, bits in colour"),
+    "perplexity": Command(
+        "pmpd.cli.perplexity", "PerplexityJob", "how well a checkpoint foretells a text, at every precision"
+    ),
     "report": Command("pmpd.cli.report", "ReportJob", "scores, figures and a page from answers"),
     "inspect": Command("pmpd.cli.inspect", "InspectJob", "schema, row counts and nulls of results"),
     "export-fastchat": Command(

@@ -10,26 +10,22 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.table import Table
+from pmpd.quantize.config import QuantizeConfig
 
-import pmpd
-from pmpd import storage
-from pmpd.labeling.prompts import PromptConfig, records
-from pmpd.quantize.convert import QuantizeConfig, Summary, quantize_checkpoint
-from pmpd.weights.hub import local_folder
+if TYPE_CHECKING:
+    from rich.console import Console
 
-DEMO = Path(pmpd.__file__).parent / "demo" / "model"
-_STAGES = {"gradients": "gradients of calibration samples", "layers": "layers quantized"}
+    from pmpd.quantize.convert import Summary
+
+DEMO = Path(__file__).parents[1] / "demo" / "model"
+_STAGES = {
+    "inputs": "inputs of the layers on calibration texts",
+    "layers": "layers quantized",
+    "tuning": "tuning steps",
+    "validation": "precisions validated",
+}
 
 
 @dataclass(frozen=True)
@@ -48,12 +44,23 @@ class QuantizeJob(QuantizeConfig):
     """Configuration of a Hugging Face dataset."""
     split: str | None = None
     """Split of the dataset; default: train."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """What the model runs are computed in; default: float32 on a CPU, bfloat16 on a GPU."""
     trust_remote_code: bool = False
     """Run model code that comes with the checkpoint."""
 
 
 def main(config: QuantizeJob, console: Console | None = None) -> Summary:
-    """Quantizes and prints what was written. ValueError: see `quantize_checkpoint`."""
+    """Quantizes and prints what was written. UserError: see `quantize_checkpoint`."""
+    import torch
+    from rich.console import Console
+
+    from pmpd import storage
+    from pmpd.cli.steps import Steps
+    from pmpd.labeling.prompts import PromptConfig, records
+    from pmpd.quantize.convert import quantize_checkpoint
+    from pmpd.weights.hub import local_folder
+
     console = console or Console()
     folder = local_folder(config.model_path)
     name = (
@@ -73,24 +80,15 @@ def main(config: QuantizeJob, console: Console | None = None) -> Summary:
     settings = QuantizeConfig(
         **{key: value for key, value in asdict(config).items() if key in QuantizeConfig.__dataclass_fields__}
     )
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as bar:
-        tasks = {stage: bar.add_task(text, total=None, visible=False) for stage, text in _STAGES.items()}
+    with Steps(console) as steps:
         summary = quantize_checkpoint(
             folder,
             storage.cache_folder(output) if storage.is_uri(output) else output,
             settings,
             texts,
             trust_remote_code=config.trust_remote_code,
-            on_progress=lambda stage, done, total: bar.update(
-                tasks[stage], completed=done, total=total, visible=True
-            ),
+            dtype=getattr(torch, config.dtype) if config.dtype else None,
+            on_progress=lambda stage, done, total: steps(_STAGES[stage], done, total),
         )
     if storage.is_uri(output):
         storage.upload_folder(storage.cache_folder(output), output)
@@ -99,15 +97,22 @@ def main(config: QuantizeJob, console: Console | None = None) -> Summary:
 
 
 def report(summary: Summary, output: str, console: Console) -> None:
-    table = Table(
-        title="Weighted error of the quantized weights"
-        if summary.settings["weighted"]
-        else "Error of the quantized weights"
-    )
+    from rich.table import Table
+
+    table = Table(title="What the precisions are worth")
     table.add_column("precision", justify="right")
-    table.add_column("relative error", justify="right")
-    for bits, error in summary.relative_error.items():
-        table.add_row(bits, f"{error:.6f}")
+    table.add_column(
+        "relative error of outputs" if summary.settings["weighted"] else "relative error of weights",
+        justify="right",
+    )
+    table.add_column("perplexity, kept-out texts", justify="right")
+    for bits in sorted({*summary.relative_error, *summary.perplexity}, key=int, reverse=True):
+        error, perplexity = summary.relative_error.get(bits), summary.perplexity.get(bits)
+        table.add_row(
+            bits,
+            "" if error is None else f"{error:.6f}",
+            "not measured" if perplexity is None else f"{perplexity:,.2f}",
+        )
     console.print(table)
     for module, reason in summary.skipped.items():
         console.print(f"left unquantized: {module} ({reason})")
@@ -119,4 +124,6 @@ def report(summary: Summary, output: str, console: Console) -> None:
         f"MB), "
         f"{summary.quantized_weights:,} weights quantized, {calibration}, {summary.seconds:.1f} s{again}"
     )
-    console.print(f"next: pmpd label --model-path {output}", soft_wrap=True)
+    console.print(
+        f"next: pmpd perplexity --model-path {output}, or pmpd label --model-path {output}", soft_wrap=True
+    )

@@ -1,9 +1,14 @@
-"""An unquantized checkpoint -> an Any-Precision checkpoint, layer by layer.
+"""An unquantized checkpoint -> an Any-Precision checkpoint.
 
-Everything unfinished lives in a work folder beside the output, named by a fingerprint of model, calibration
-tokens and settings: the importance of layers that are waiting, and the finished layers. A run that is started
-again finds it and goes on; the output folder appears at the end, complete, by one rename. At most one copy of
-the model is in memory, beside the importance of a group of layers.
+Three stages: what the inputs of the layers look like on calibration texts (`moments`), codes and tables layer
+by layer (`feedback`), and the tables of all layers tuned together (`tuning`). Everything unfinished lives in
+a work folder beside the output, named by a fingerprint of model, calibration tokens and settings: a run that
+is started again goes on behind the last group of texts, the last layer or the last tuning step; the output
+folder appears at the end, complete, by one rename.
+
+Peak memory: one copy of the model (float32 on a CPU, bfloat16 on a GPU), and beside it, one after the other,
+the second moments of a group of layers (`moments_bytes`), or one byte a quantized weight with the activations
+of one piece of text.
 """
 
 from __future__ import annotations
@@ -13,7 +18,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,56 +26,38 @@ from typing import Any, Literal
 import safetensors
 import torch
 import transformers
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from pmpd import gpu
 from pmpd.errors import UserError
+from pmpd.evaluation.perplexity import perplexity
 from pmpd.kernels import bitplanes
-from pmpd.quantize.importance import calibration_samples, squared_gradients
-from pmpd.quantize.kmeans import check_precisions, quantize_rows, weighted_error
+from pmpd.quantize.calibration import calibration_samples
+from pmpd.quantize.config import QuantizeConfig
+from pmpd.quantize.feedback import damped, quantize_for_output
+from pmpd.quantize.kmeans import QuantizedRows, quantize_rows, weighted_error
 from pmpd.quantize.layers import LayerPlan, find_layers
+from pmpd.quantize.moments import InputMoments, add_input_moments
+from pmpd.quantize.tuning import TuningState, set_bits, tune_tables, with_tables
+from pmpd.quantize.work import WorkFolder, save
 from pmpd.weights import dense
 from pmpd.weights.checkpoint import Checkpoint, build_skeleton
 
-_LAYOUT = 1
+_LAYOUT = 2
 """Raised when what is computed or stored changes, so that an older work folder is not taken up."""
+
+_SAMPLES_PER_SAVE = 8
+"""After so many pieces of text the moments are written, so that a killed run loses no more."""
+
+_VALIDATION_SAMPLES = 4
+"""Pieces of text, not used for anything else, on which the result is measured at the end."""
 
 _COPIED_SUFFIXES = frozenset({".json", ".jinja", ".model", ".py", ".tiktoken", ".txt"})
 
-Progress = Callable[[Literal["gradients", "layers"], int, int], None]
+Stage = Literal["inputs", "layers", "tuning", "validation"]
+Progress = Callable[[Stage, int, int], None]
 """Called with (stage, done, total) after every step."""
-
-
-@dataclass(frozen=True)
-class QuantizeConfig:
-    """How one model is quantized."""
-
-    seed_precision: int = 2
-    """Lowest precision, in bits (2..8): the weights of each row are clustered at it."""
-    parent_precision: int = 4
-    """Highest precision, in bits (2..8): each bit from the seed on splits every cluster in two."""
-    weighted: bool = True
-    """Weight errors by squared gradients of the loss on calibration texts; off: all weights of a row alike
-    (no model run needed)."""
-    num_calibration_samples: int = 100
-    """Pieces of text whose gradients are taken."""
-    calibration_length: int = 512
-    """Tokens of each piece."""
-    seed: int = 0
-    """Of the order of the calibration texts."""
-
-    def __post_init__(self) -> None:
-        check_precisions(self.seed_precision, self.parent_precision)
-        if self.num_calibration_samples < 1:
-            raise UserError(f"--num-calibration-samples {self.num_calibration_samples}: give at least 1")
-        if self.calibration_length < 2:
-            raise UserError(f"--calibration-length {self.calibration_length}: give at least 2 tokens")
-
-    @property
-    def precisions(self) -> range:
-        return range(self.seed_precision, self.parent_precision + 1)
 
 
 @dataclass(frozen=True)
@@ -81,19 +68,33 @@ class Summary:
     """Of model, calibration tokens and settings."""
     settings: dict[str, Any]
     calibration_tokens: list[int]
-    """[samples, tokens each]; [0, 0] where errors are not weighted."""
+    """[samples, tokens each] for moments; [0, 0] where errors are not weighted."""
     quantized_weights: int
     model_bytes: int
     source_bytes: int
     relative_error: dict[str, float]
-    """Precision -> Σ importance · (weight − quantized)² / Σ importance · weight² over all quantized
-    linears."""
+    """Precision -> Σ ‖(W − Ŵ) X‖² / Σ ‖W X‖² over all quantized linears, before tuning; unweighted: of the
+    weights themselves."""
+    perplexity: dict[str, float]
+    """Precision (16: unquantized) -> perplexity on pieces of the calibration texts that nothing was fitted
+    to; {} where there are no such."""
+    divergence: dict[str, list[float]]
+    """Precision -> divergence from the unquantized model, nats a token, before each of its tuning steps."""
     skipped: dict[str, str]
     """Linears inside the decoder layers that were left as they are, and why."""
     versions: dict[str, str]
     seconds: float
     reused_layers: int
     """Finished by an earlier run that was interrupted."""
+
+
+@dataclass(frozen=True)
+class _Samples:
+    """Pieces of text, int64 [pieces, tokens], for each stage; None where there is no text at all."""
+
+    inputs: Tensor
+    tuning: Tensor
+    validation: Tensor
 
 
 def quantize_checkpoint(
@@ -104,16 +105,18 @@ def quantize_checkpoint(
     *,
     trust_remote_code: bool = False,
     device: torch.device | None = None,
-    importance_bytes: int = 4 * 2**30,
+    dtype: torch.dtype | None = None,
+    moments_bytes: int = 4 * 2**30,
     on_progress: Progress = lambda stage, done, total: None,
 ) -> Summary:
     """Quantizes the checkpoint folder `model_path` into the folder `output_dir`, which must not hold anything
     else.
 
-    `texts` are read only if `config.weighted`. `device`: default a GPU if there is one. `importance_bytes`:
-    of the layers whose gradients are taken in one pass over the samples; at least one layer's.
+    `texts` are read only if `config.weighted`. `device`: default a GPU if there is one. `dtype` of the model
+    runs: default float32 on a CPU, bfloat16 on a GPU. `moments_bytes`: of the layers whose inputs are
+    measured in one pass over the samples; at least one layer's.
 
-    ValueError: no such checkpoint, one that is quantized, missing or misshapen tensors, nothing to quantize,
+    UserError: no such checkpoint, one that is quantized, missing or misshapen tensors, nothing to quantize,
     no calibration text, an output folder in use. OSError: the disk is full (what is finished is kept).
     """
     start = time.monotonic()
@@ -125,25 +128,35 @@ def quantize_checkpoint(
     fingerprint = _fingerprint(checkpoint, config, samples)
     if (done := _finished(output, fingerprint)) is not None:
         return done
-    work = output.parent / f".{output.name}.work-{fingerprint}"
-    work.mkdir(parents=True, exist_ok=True)
-    waiting = [layer for layer in range(plan.count) if not _is_readable(_layer_file(work, layer))]
+    run = _Run(
+        checkpoint,
+        plan,
+        config,
+        samples,
+        WorkFolder(output.parent / f".{output.name}.work-{fingerprint}"),
+        device,
+        dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16),
+        moments_bytes,
+        on_progress,
+    )
     try:
-        for layer, importance in _importance(
-            checkpoint, plan, waiting, samples, work, device, importance_bytes, on_progress
-        ):
-            _quantize_layer(checkpoint, plan, layer, importance, config, work, device)
-            on_progress("layers", plan.count - len(waiting) + waiting.index(layer) + 1, plan.count)
-        errors, weights = _total_errors(plan, work)
-        tensors = _tensors(checkpoint, plan, work)
+        reused = run.quantize_layers()
+        state, perplexities = run.tune_and_validate()
+        errors, weights = run.total_errors()
+        tensors = run.output_tensors(state)
         summary = Summary(
             fingerprint=fingerprint,
             settings=asdict(config),
-            calibration_tokens=[0, 0] if samples is None else list(samples.shape),
+            calibration_tokens=[0, 0] if samples is None else list(samples.inputs.shape),
             quantized_weights=weights,
             model_bytes=sum(tensor.nbytes for tensor in tensors.values()),
             source_bytes=sum(checkpoint.tensor(name).nbytes for name in checkpoint.names()),
             relative_error=errors,
+            perplexity=perplexities,
+            divergence={
+                str(bits): [step[bits] for step in state.divergence if bits in step]
+                for bits in config.precisions
+            },
             skipped=plan.skipped,
             versions={
                 "torch": torch.__version__,
@@ -151,20 +164,20 @@ def quantize_checkpoint(
                 "safetensors": safetensors.__version__,
             },
             seconds=round(time.monotonic() - start, 1),
-            reused_layers=plan.count - len(waiting),
+            reused_layers=reused,
         )
-        _write(checkpoint, plan, config, tensors, summary, work, output)
+        _write(checkpoint, plan, config, tensors, summary, run.work.path, output)
     except (OSError, safetensors.SafetensorError) as error:
         raise OSError(
-            f"writing failed: {error}; finished layers are kept in {work}: make room there and run the same "
-            f"command again"
+            f"writing failed: {error}; finished layers are kept in {run.work.path}: make room there and run "
+            f"the same command again"
         ) from error
-    shutil.rmtree(work)
+    shutil.rmtree(run.work.path)
     return summary
 
 
 def _checked_plan(checkpoint: Checkpoint) -> LayerPlan:
-    """What will be quantized, its tensors checked. ValueError naming those that are missing or misshapen."""
+    """What will be quantized, its tensors checked. UserError naming those that are missing or misshapen."""
     skeleton = build_skeleton(checkpoint)
     skeleton.tie_weights()
     plan, names, problems = find_layers(skeleton), checkpoint.names(), []
@@ -188,30 +201,45 @@ def _checked_plan(checkpoint: Checkpoint) -> LayerPlan:
     return plan
 
 
-def _samples(checkpoint: Checkpoint, config: QuantizeConfig, texts: Iterable[str]) -> Tensor:
+def _samples(checkpoint: Checkpoint, config: QuantizeConfig, texts: Iterable[str]) -> _Samples:
     positions = getattr(checkpoint.config(), "max_position_embeddings", None)
     if positions is not None and config.calibration_length > positions:
         raise UserError(
             f"--calibration-length {config.calibration_length}: the model has {positions} positions; give at "
             f"most as many"
         )
-    return calibration_samples(
-        texts, checkpoint.tokenizer(), config.num_calibration_samples, config.calibration_length, config.seed
+    wanted = config.num_calibration_samples + -(-config.tuning_steps // 2) + _VALIDATION_SAMPLES
+    pieces = calibration_samples(
+        texts, checkpoint.tokenizer(), wanted, config.calibration_length, config.seed
     )
+    return split_samples(pieces, config.num_calibration_samples, config.tuning_steps)
 
 
-def _fingerprint(checkpoint: Checkpoint, config: QuantizeConfig, samples: Tensor | None) -> str:
+def split_samples(pieces: Tensor, inputs: int, tuning: int) -> _Samples:
+    """Validation pieces are kept apart where there are at least four pieces; tuning has pieces of its own
+    where there are enough, else it uses those of the inputs again."""
+    validation = min(_VALIDATION_SAMPLES, len(pieces) // 4)
+    fitted, kept = pieces[: len(pieces) - validation], pieces[len(pieces) - validation :]
+    first, rest = fitted[:inputs], fitted[inputs:]
+    half = max(2, pieces.shape[1] // 2)
+    halves = torch.cat([rest, first])[:, : pieces.shape[1] // half * half].reshape(-1, half)
+    return _Samples(first, halves.repeat(-(-tuning // len(halves)), 1)[:tuning], kept)
+
+
+def _fingerprint(checkpoint: Checkpoint, config: QuantizeConfig, samples: _Samples | None) -> str:
     """16 hex digits; what has no influence on the result is left out."""
     digest = hashlib.sha256(
         f"{_LAYOUT} {checkpoint.fingerprint()} {config.seed_precision} {config.parent_precision}".encode()
     )
     if samples is not None:
-        digest.update(f" {list(samples.shape)}".encode() + samples.numpy().tobytes())
+        for part in (samples.inputs, samples.tuning, samples.validation):
+            digest.update(f" {list(part.shape)}".encode() + part.contiguous().numpy().tobytes())
+        digest.update(f" {config.tuning_rate}".encode())
     return digest.hexdigest()[:16]
 
 
 def _finished(output: Path, fingerprint: str) -> Summary | None:
-    """What an earlier run of the same settings left in `output`. ValueError where something else is there."""
+    """What an earlier run of the same settings left in `output`. UserError where something else is there."""
     if not output.exists() or (output.is_dir() and not any(output.iterdir())):
         return None
     manifest = output / "manifest.json"
@@ -225,130 +253,208 @@ def _finished(output: Path, fingerprint: str) -> Summary | None:
     )
 
 
-def _importance(
-    checkpoint: Checkpoint,
-    plan: LayerPlan,
-    waiting: list[int],
-    samples: Tensor | None,
-    work: Path,
-    device: torch.device,
-    importance_bytes: int,
-    on_progress: Progress,
-) -> Iterator[tuple[int, dict[str, Tensor] | None]]:
-    """(layer, module -> importance float32 [N, K]) of every waiting layer; None for unweighted."""
-    if samples is None or not waiting:
-        yield from ((layer, None) for layer in waiting)
-        return
-    missing = [layer for layer in waiting if not _is_readable(_importance_file(work, layer))]
-    groups = _groups(checkpoint, plan, missing, importance_bytes)
-    steps = len(groups) * len(samples)
-    model, step = None, 0
-    for layer in waiting:
-        if groups and layer == groups[0][0]:
-            if model is None:
-                model = dense.load(checkpoint, torch.float32 if device.type == "cpu" else torch.bfloat16)
-                model.to(device)  # type: ignore[arg-type]  # transformers' wrapper of `to` hides that it is a method
-            group = groups.pop(0)
+@dataclass
+class _Run:
+    """One quantization under way."""
 
-            def on_sample() -> None:
-                nonlocal step
-                step += 1
-                on_progress("gradients", step, steps)
+    checkpoint: Checkpoint
+    plan: LayerPlan
+    config: QuantizeConfig
+    samples: _Samples | None
+    work: WorkFolder
+    device: torch.device
+    dtype: torch.dtype
+    moments_bytes: int
+    on_progress: Progress
+    model: PreTrainedModel | None = None
 
-            names = [f"{plan.path(layer, module)}.weight" for layer in group for module in plan.module_names]
-            found = squared_gradients(model, names, samples, on_sample)
-            for member in group:
-                tensors = {
-                    module: found.pop(f"{plan.path(member, module)}.weight").cpu()
-                    for module in plan.module_names
-                }
-                _save(tensors, _importance_file(work, member))
-            if not groups:
-                model = None  # from here on weights come from the files, one at a time
-        yield layer, load_file(_importance_file(work, layer))
+    def loaded(self) -> PreTrainedModel:
+        if self.model is None:
+            self.model = dense.load(self.checkpoint, self.dtype)
+            self.model.to(self.device)  # type: ignore[arg-type]  # transformers' wrapper hides that it is a method
+        return self.model
 
+    def layer_name(self, layer: int) -> str:
+        return f"layer-{layer:05d}"
 
-def _groups(
-    checkpoint: Checkpoint, plan: LayerPlan, layers: list[int], importance_bytes: int
-) -> list[list[int]]:
-    """Runs of layers whose importance (float32) fits `importance_bytes`."""
-    groups: list[list[int]] = []
-    room = 0
-    for layer in layers:
-        size = sum(
-            4 * checkpoint.tensor(f"{plan.path(layer, module)}.weight").numel()
-            for module in plan.module_names
-        )
-        if not groups or size > room:
-            groups.append([])
-            room = importance_bytes
-        groups[-1].append(layer)
-        room -= size
-    return groups
+    def paths(self, layers: Iterable[int]) -> list[str]:
+        return [self.plan.path(layer, module) for layer in layers for module in self.plan.module_names]
 
+    # ---- stages one and two ----
 
-def _quantize_layer(
-    checkpoint: Checkpoint,
-    plan: LayerPlan,
-    layer: int,
-    importance: dict[str, Tensor] | None,
-    config: QuantizeConfig,
-    work: Path,
-    device: torch.device,
-) -> None:
-    """Writes the layer's tensors, with the errors of each precision as metadata."""
-    tensors: dict[str, Tensor] = {}
-    errors = {bits: [0.0, 0.0] for bits in config.precisions}
-    for module in plan.module_names:
-        path = plan.path(layer, module)
-        weight = checkpoint.tensor(f"{path}.weight").to(device)
-        matters = None if importance is None else importance[module].to(device)
-        try:
-            rows = quantize_rows(weight, matters, config.seed_precision, config.parent_precision)
-        except ValueError as error:
-            raise UserError(f"{path}: {error}") from error
-        for bits in config.precisions:
-            for index, value in enumerate(weighted_error(weight, matters, rows, bits)):
-                errors[bits][index] += value
-            tensors[f"{path}.lut{bits}"] = rows.tables[bits].cpu()
-        tensors[f"{path}.qweight"] = bitplanes.pack(rows.codes, config.parent_precision).cpu()
-    _save(tensors, _layer_file(work, layer), {"errors": json.dumps(errors)})
-    _importance_file(work, layer).unlink(missing_ok=True)
+    def quantize_layers(self) -> int:
+        """Writes a file for each layer that has none; the number of layers that had one."""
+        waiting = [layer for layer in range(self.plan.count) if not self.work.has(self.layer_name(layer))]
+        groups = [group for group in self._groups() if not set(group).isdisjoint(waiting)]
+        done = reused = self.plan.count - len(waiting)
+        for number, group in enumerate(groups):
+            name = f"moments-{group[0]:05d}"
+            moments = self._moments(group, name, number, len(groups))
+            for layer in sorted(set(group).intersection(waiting)):
+                self._quantize_layer(layer, moments)
+                done += 1
+                self.on_progress("layers", done, self.plan.count)
+            self.work.remove(name)
+        return reused
 
+    def _groups(self) -> list[list[int]]:
+        """Runs of layers whose moments (float32) fit `moments_bytes`; as if no two linears shared an
+        input."""
+        groups: list[list[int]] = []
+        room = 0
+        for layer in range(self.plan.count):
+            size = sum(
+                4 * self.checkpoint.tensor(f"{path}.weight").shape[1] ** 2 for path in self.paths([layer])
+            )
+            if not groups or size > room:
+                groups.append([])
+                room = self.moments_bytes
+            groups[-1].append(layer)
+            room -= size
+        return groups
 
-def _total_errors(plan: LayerPlan, work: Path) -> tuple[dict[str, float], int]:
-    """(precision -> relative weighted error over all layers, number of quantized weights)."""
-    sums: dict[str, list[float]] = {}
-    weights = 0
-    for layer in range(plan.count):
-        with safe_open(_layer_file(work, layer), framework="pt") as file:
-            for bits, (error, total) in json.loads(file.metadata()["errors"]).items():
+    def _moments(self, group: list[int], name: str, number: int, groups: int) -> InputMoments | None:
+        """Of the group's layers; None for unweighted. Goes on from the file `name`."""
+        if self.samples is None:
+            return None
+        pieces = self.samples.inputs
+        moments = InputMoments()
+        if self.work.has(name):
+            meta = self.work.meta(name)
+            sums = {key: tensor.to(self.device) for key, tensor in self.work.load(name).items()}
+            moments = InputMoments(sums, meta["key_of"], meta["samples"])
+
+        def on_sample() -> None:
+            if moments.samples % _SAMPLES_PER_SAVE == 0 or moments.samples == len(pieces):
+                self.work.save(name, moments.sums, {"key_of": moments.key_of, "samples": moments.samples})
+            self.on_progress("inputs", number * len(pieces) + moments.samples, groups * len(pieces))
+
+        if moments.samples < len(pieces):
+            add_input_moments(self.loaded(), self.paths(group), pieces, moments, on_sample)
+        return moments
+
+    def _quantize_layer(self, layer: int, moments: InputMoments | None) -> None:
+        """Writes the layer's tensors, with the errors of each precision beside them."""
+        tensors: dict[str, Tensor] = {}
+        errors = {bits: [0.0, 0.0] for bits in self.config.precisions}
+        shared: dict[str, list[str]] = {}  # linears of one input are one matrix
+        for path in self.paths([layer]):
+            shared.setdefault(path if moments is None else moments.key_of[path], []).append(path)
+        for key, paths in shared.items():
+            parts = [self.checkpoint.tensor(f"{path}.weight").to(self.device).float() for path in paths]
+            weight = torch.cat(parts)
+            seed, parent = self.config.seed_precision, self.config.parent_precision
+            try:
+                if moments is None:
+                    rows = quantize_rows(weight, None, seed, parent)
+                    found = [weighted_error(weight, None, rows, bits) for bits in self.config.precisions]
+                else:
+                    rows, by_row = quantize_for_output(weight, moments.sums[key], seed, parent)
+                    total = float(((weight @ damped(moments.sums[key]).float()) * weight).sum())
+                    found = [(error, total) for error in by_row.sum(1).tolist()]
+            except ValueError as error:
+                raise UserError(f"{', '.join(paths)}: {error}") from error
+            for bits, pair in zip(self.config.precisions, found, strict=True):
+                for index, value in enumerate(pair):
+                    errors[bits][index] += value
+            start = 0
+            for path, part in zip(paths, parts, strict=True):
+                span = slice(start, start + len(part))
+                start += len(part)
+                for bits, table in rows.tables.items():
+                    tensors[f"{path}.lut{bits}"] = table[span].cpu()
+                tensors[f"{path}.qweight"] = bitplanes.pack(rows.codes[span].contiguous(), parent).cpu()
+        self.work.save(self.layer_name(layer), tensors, errors)
+
+    def total_errors(self) -> tuple[dict[str, float], int]:
+        """(precision -> relative error over all layers, number of quantized weights)."""
+        sums: dict[str, list[float]] = {}
+        weights = 0
+        for layer in range(self.plan.count):
+            for bits, (error, total) in self.work.meta(self.layer_name(layer)).items():
                 entry = sums.setdefault(bits, [0.0, 0.0])
                 entry[0] += error
                 entry[1] += total
-            for module in plan.module_names:
-                _, rows, words = file.get_slice(f"{plan.path(layer, module)}.qweight").get_shape()
-                weights += rows * words * bitplanes.COLUMNS_PER_WORD
-    return {bits: error / total if total else 0.0 for bits, (error, total) in sums.items()}, weights
+            with self.work.open(self.layer_name(layer)) as file:
+                for path in self.paths([layer]):
+                    _, rows, words = file.get_slice(f"{path}.qweight").get_shape()
+                    weights += rows * words * bitplanes.COLUMNS_PER_WORD
+        return {bits: error / total if total else 0.0 for bits, (error, total) in sums.items()}, weights
 
+    # ---- stage three ----
 
-def _tensors(checkpoint: Checkpoint, plan: LayerPlan, work: Path) -> dict[str, Tensor]:
-    """All tensors of the output, memory-mapped from work folder and source; a tensor with two names (tied)
-    keeps the first."""
-    replaced = {
-        f"{plan.path(layer, module)}.weight" for layer in range(plan.count) for module in plan.module_names
-    }
-    tensors: dict[str, Tensor] = {}
-    seen: set[tuple[int, torch.Size]] = set()
-    for name in sorted(checkpoint.names() - replaced):
-        tensor = checkpoint.tensor(name)
-        if (key := (tensor.data_ptr(), tensor.shape)) not in seen:
-            seen.add(key)
-            tensors[name] = tensor.contiguous()
-    for layer in range(plan.count):
-        with safe_open(_layer_file(work, layer), framework="pt") as file:
-            tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - a file, not a dict
-    return tensors
+    def tune_and_validate(self) -> tuple[TuningState, dict[str, float]]:
+        """The tuned tables are in the state's tensors as `PATH.lutB`. Both empty where there is no text."""
+        state, found = TuningState(), {}
+        if self.samples is None or not len(self.samples.tuning) + len(self.samples.validation):
+            return state, found
+        quantized = self._quantized()
+        if self.work.has("tuning"):
+            meta = self.work.meta("tuning")
+            divergence = [{int(bits): value for bits, value in step.items()} for step in meta["divergence"]]
+            tensors = {key: tensor.to(self.device) for key, tensor in self.work.load("tuning").items()}
+            state = TuningState(meta["step"], tensors, divergence)
+        steps = len(self.samples.tuning)
+
+        def on_step(state: TuningState) -> None:
+            self.work.save("tuning", state.tensors, {"step": state.step, "divergence": state.divergence})
+            self.on_progress("tuning", state.step, steps)
+
+        if steps:
+            quantized, state = tune_tables(
+                self.loaded(), quantized, self.samples.tuning, self.config.tuning_rate, state, on_step
+            )
+        if len(self.samples.validation):
+            found = self._validate(quantized, self.samples.validation)
+        tables = {
+            f"{path}.lut{bits}": table.cpu()
+            for path, rows in quantized.items()
+            for bits, table in rows.tables.items()
+        }
+        return TuningState(state.step, tables, state.divergence), found
+
+    def _quantized(self) -> dict[str, QuantizedRows]:
+        """The result of stage two, in memory."""
+        parent, result = self.config.parent_precision, {}
+        for layer in range(self.plan.count):
+            stored = self.work.load(self.layer_name(layer))
+            for path in self.paths([layer]):
+                result[path] = QuantizedRows(
+                    bitplanes.unpack(stored[f"{path}.qweight"], parent).to(self.device),
+                    {bits: stored[f"{path}.lut{bits}"].to(self.device) for bits in self.config.precisions},
+                )
+        return result
+
+    def _validate(self, quantized: dict[str, QuantizedRows], pieces: Tensor) -> dict[str, float]:
+        """Precision, 16 too -> perplexity on `pieces`."""
+        model = self.loaded()
+        found = {}
+        with with_tables(model, quantized) as linears:
+            choices = [None, *reversed(self.config.precisions)]
+            for done, bits in enumerate(choices, start=1):
+                set_bits(linears, bits)
+                value = perplexity(model, pieces.flatten(), pieces.shape[1]).value
+                found[str(bits or dense.BITS)] = value
+                self.on_progress("validation", done, len(choices))
+        return found
+
+    # ---- the output ----
+
+    def output_tensors(self, state: TuningState) -> dict[str, Tensor]:
+        """All tensors of the output, memory-mapped from work folder and source; a tensor with two names
+        (tied) keeps the first."""
+        replaced = {f"{path}.weight" for path in self.paths(range(self.plan.count))}
+        tensors: dict[str, Tensor] = {}
+        seen: set[tuple[int, torch.Size]] = set()
+        for name in sorted(self.checkpoint.names() - replaced):
+            tensor = self.checkpoint.tensor(name)
+            if (key := (tensor.data_ptr(), tensor.shape)) not in seen:
+                seen.add(key)
+                tensors[name] = tensor.contiguous()
+        for layer in range(self.plan.count):
+            with self.work.open(self.layer_name(layer)) as file:
+                tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - a file, not a dict
+        return tensors | state.tensors
 
 
 def _write(
@@ -376,31 +482,5 @@ def _write(
         json.dumps({**checkpoint.config_json, "anyprec": anyprec}, indent=2) + "\n"
     )
     (folder / "manifest.json").write_text(json.dumps(asdict(summary), indent=2) + "\n")
-    _save(tensors, folder / "model.safetensors", {"format": "pt"})
+    save(tensors, folder / "model.safetensors", {"format": "pt"})
     os.replace(folder, output)
-
-
-def _save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Under `path` is either the whole file or none."""
-    partial = path.with_suffix(f".partial-{os.getpid()}")
-    save_file(tensors, partial, metadata)
-    with partial.open("rb+") as file:
-        os.fsync(file.fileno())
-    partial.chmod(0o644)
-    partial.replace(path)
-
-
-def _is_readable(path: Path) -> bool:
-    try:
-        with safe_open(path, framework="pt"):
-            return True
-    except (OSError, safetensors.SafetensorError):
-        return False
-
-
-def _layer_file(work: Path, layer: int) -> Path:
-    return work / f"layer-{layer:05d}.safetensors"
-
-
-def _importance_file(work: Path, layer: int) -> Path:
-    return work / f"importance-{layer:05d}.safetensors"

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from pmpd.errors import UserError
-from pmpd.kernels.bitplanes import MAX_BITS, MIN_BITS
+from pmpd.quantize.config import check_precisions
 
 CANDIDATES = 128
 """Borders the dynamic programming chooses from. Lloyd's iteration moves them: a quarter as many cost 0.1 % of
@@ -56,19 +56,6 @@ class QuantizedRows:
     def dequantize(self, bits: int) -> Tensor:
         """float32 [N, K] at precision `bits`."""
         return self.tables[bits].float().gather(1, (self.codes >> (max(self.tables) - bits)).long())
-
-
-def check_precisions(seed_bits: int, parent_bits: int) -> None:
-    """ValueError unless 2 ≤ seed ≤ parent ≤ 8."""
-    if not MIN_BITS <= seed_bits <= MAX_BITS or not MIN_BITS <= parent_bits <= MAX_BITS:
-        raise UserError(
-            f"seed precision {seed_bits}, parent precision {parent_bits}: allowed are {MIN_BITS}..{MAX_BITS}"
-        )
-    if seed_bits > parent_bits:
-        raise UserError(
-            f"seed precision {seed_bits} is above parent precision {parent_bits}: the seed is the lowest "
-            f"precision, the parent the highest"
-        )
 
 
 @torch.no_grad()

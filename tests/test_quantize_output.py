@@ -1,0 +1,221 @@
+"""Codes and tables chosen for a layer's output, and tables tuned for the model's."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from pmpd.quantize import feedback
+from pmpd.quantize.feedback import choose_codes, damped, error_factor, output_errors, refit_tables
+from pmpd.quantize.kmeans import QuantizedRows, quantize_rows
+from pmpd.quantize.moments import NORM_LIMIT, InputMoments, add_input_moments
+from pmpd.quantize.tuning import TunedLinear, divergence, tune_tables, with_tables
+from tests.helpers import write_dense
+
+
+def example(rows: int = 24, columns: int = 192, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights, and damped second moments of strongly correlated inputs."""
+    generator = torch.Generator().manual_seed(seed)
+    weight = torch.randn(rows, columns, generator=generator) * 0.05
+    mix = torch.randn(columns // 4, columns, generator=generator)
+    x = torch.randn(2000, columns // 4, generator=generator) @ mix
+    x += 0.3 * torch.randn(2000, columns, generator=generator)
+    return weight, damped(x.T @ x)
+
+
+def seeds(weight: torch.Tensor, hessian: torch.Tensor, parent: int = 4) -> QuantizedRows:
+    return quantize_rows(weight, hessian.diagonal().float().expand(weight.shape), 2, parent)
+
+
+@pytest.mark.parametrize("parent", [3, 4, 6])
+def test_feedback_beats_rounding_at_every_precision(parent: int) -> None:
+    weight, hessian = example()
+    rows = seeds(weight, hessian, parent)
+    codes = choose_codes(weight, error_factor(hessian), rows.tables)
+    before = output_errors(weight, hessian, rows).sum(1)
+    after = output_errors(weight, hessian, QuantizedRows(codes, rows.tables)).sum(1)
+    assert (after < 0.7 * before).all(), (before, after)
+
+
+def test_without_correlation_feedback_rounds_to_the_nearest_value() -> None:
+    """H diagonal: no column can make up for another, so one precision alone gives plain rounding."""
+    weight, _ = example()
+    hessian = torch.diag(torch.rand(192, generator=torch.Generator().manual_seed(1)).double() + 0.1)
+    rows = quantize_rows(weight, None, 3, 3)
+    codes = choose_codes(weight, error_factor(hessian), rows.tables)
+    distance = (weight.unsqueeze(2) - rows.tables[3].float().unsqueeze(1)).abs()
+    chosen = distance.gather(2, codes.long().unsqueeze(2))[..., 0]
+    torch.testing.assert_close(chosen, distance.amin(2), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("parent", [2, 4, 5])
+def test_a_refit_never_raises_an_error_and_knows_it(parent: int) -> None:
+    weight, hessian = example()
+    rows = seeds(weight, hessian, parent)
+    fitted, errors = refit_tables(weight, hessian, rows)
+    before = output_errors(weight, hessian, rows)
+    assert (errors <= before * (1 + 1e-4)).all()
+    assert (errors.sum(1) < 0.95 * before.sum(1)).all()
+    torch.testing.assert_close(errors, output_errors(weight, hessian, fitted), rtol=1e-2, atol=1e-3)
+    assert torch.equal(fitted.codes, rows.codes)
+    assert all(table.dtype == torch.float16 for table in fitted.tables.values())
+
+
+def test_a_refit_is_the_least_squares_solution() -> None:
+    """Against a search with nothing of ours: no table value can be moved for the better."""
+    weight, hessian = example(rows=3, columns=64)
+    fitted, _ = refit_tables(weight, hessian, seeds(weight, hessian, 3))
+    best = output_errors(weight, hessian, fitted)
+    for bits in fitted.tables:
+        for column in range(2**bits):
+            for factor in (0.97, 1.03):
+                moved = {b: table.clone() for b, table in fitted.tables.items()}
+                moved[bits][:, column] *= factor
+                worse = output_errors(weight, hessian, QuantizedRows(fitted.codes, moved))
+                assert (worse >= best * (1 - 1e-3)).all()
+
+
+def test_rows_and_runs_do_not_depend_on_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, hessian = example()
+    whole, errors = feedback.quantize_for_output(weight, hessian, 2, 4)
+    again, _ = feedback.quantize_for_output(weight, hessian, 2, 4)
+    assert torch.equal(whole.codes, again.codes)
+    monkeypatch.setattr(feedback, "_FIT_ELEMENTS", 1)
+    half, half_errors = feedback.quantize_for_output(weight[:9], hessian, 2, 4)
+    assert (half.codes == whole.codes[:9]).float().mean() > 0.999, "rounding of sums apart"
+    torch.testing.assert_close(half_errors, errors[:, :9], rtol=1e-2, atol=1e-3)
+
+
+def test_values_that_no_column_uses_stay() -> None:
+    weight, hessian = example(rows=2, columns=32)
+    codes = torch.zeros(2, 32, dtype=torch.uint8)
+    codes[:, ::2] = 1
+    tables = {2: torch.full((2, 4), 7.0).half()}
+    fitted, _ = refit_tables(weight, hessian, QuantizedRows(codes, tables))
+    assert (fitted.tables[2][:, 2:] == 7).all()
+    assert (fitted.tables[2][:, :2].abs() < 1).all()
+
+
+def test_moments_are_sums_over_tokens_and_shared_by_those_who_read_the_same(tmp_path: Path) -> None:
+    folder = write_dense(tmp_path, "qwen2")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    samples = torch.randint(0, 256, (3, 20), generator=torch.Generator().manual_seed(0))
+    layer = "model.layers.1"
+    names = [f"{layer}.self_attn.{n}_proj" for n in "qkvo"] + [f"{layer}.mlp.down_proj"]
+    moments = InputMoments()
+    add_input_moments(model, names, samples[:1], moments)
+    add_input_moments(model, names, samples, moments)  # goes on with the second
+    assert moments.samples == 3
+    assert moments.key_of[names[1]] == moments.key_of[names[2]] == names[0]
+    assert sorted(moments.sums) == sorted([names[0], names[3], names[4]])
+    seen = []
+    with torch.no_grad():
+        model.get_submodule(names[4]).register_forward_pre_hook(lambda _, a: seen.append(a[0][0]))
+        for sample in samples:
+            model(sample.unsqueeze(0))
+    assert all(x.norm(dim=1).max() < NORM_LIMIT * x.norm(dim=1).median() for x in seen)
+    torch.testing.assert_close(moments.of(names[4]), sum(x.T @ x for x in seen), rtol=1e-4, atol=1e-4)
+
+
+def test_a_massive_token_does_not_hide_the_others() -> None:
+    linear = nn.Sequential(nn.Linear(8, 8))
+    x = torch.randn(1, 50, 8, generator=torch.Generator().manual_seed(0))
+    x[0, 0] *= 1e4
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear, self.device = linear, torch.device("cpu")
+
+        def forward(self, input_ids: torch.Tensor, use_cache: bool) -> torch.Tensor:
+            return self.linear(x)
+
+    moments = InputMoments()
+    add_input_moments(Model(), ["linear.0"], torch.zeros(1, 2).long(), moments)  # type: ignore[arg-type]
+    median = x[0].norm(dim=1).median()
+    assert float(moments.of("linear.0").trace()) <= (NORM_LIMIT**2 + 4 * 50) * median**2
+
+
+def small_model(tmp_path: Path) -> tuple[nn.Module, dict[str, QuantizedRows]]:
+    folder = write_dense(tmp_path, "qwen2")  # with biases
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    quantized = {
+        name: quantize_rows(module.weight.detach(), None, 2, 3)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and "layers" in name
+    }
+    return model, quantized
+
+
+def test_a_layer_with_tables_has_the_gradient_of_its_dequantized_weights() -> None:
+    torch.manual_seed(0)
+    linear = nn.Linear(32, 6)
+    rows = quantize_rows(linear.weight.detach(), None, 2, 3)
+    layer = TunedLinear(linear, rows)
+    x = torch.randn(2, 5, 32, requires_grad=True)
+    for bits in (2, 3):
+        layer.bits = bits
+        shift = layer.shift[bits].requires_grad_(True)
+        layer(x).square().sum().backward()
+        found, found_x = shift.grad, x.grad
+        x.grad = None
+        plain = torch.zeros_like(shift).requires_grad_(True)
+        table = rows.tables[bits].float() + layer.scale * plain
+        weight = table.gather(1, (rows.codes >> (3 - bits)).long())
+        nn.functional.linear(x, weight, linear.bias).square().sum().backward()
+        torch.testing.assert_close(found, plain.grad)
+        torch.testing.assert_close(found_x, x.grad)
+        x.grad = None
+
+
+def test_divergence_and_its_gradient() -> None:
+    torch.manual_seed(0)
+    logits, target = torch.randn(300, 9, requires_grad=True), torch.randn(300, 9)
+    value, gradient = divergence(logits.detach(), target)
+    loss = nn.functional.kl_div(
+        logits.log_softmax(1), target.log_softmax(1), log_target=True, reduction="batchmean"
+    )
+    loss.backward()
+    assert value == pytest.approx(loss.item(), rel=1e-5)
+    torch.testing.assert_close(gradient, logits.grad)
+    assert divergence(target, target)[0] == pytest.approx(0, abs=1e-6)
+
+
+def test_tuning_lowers_the_divergence_goes_on_and_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    model, quantized = small_model(tmp_path)
+    samples = torch.randint(0, 256, (1, 48), generator=torch.Generator().manual_seed(0)).expand(6, -1)
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    states: list[dict[str, torch.Tensor]] = []
+
+    def keep(state) -> None:
+        states.append({name: tensor.clone() for name, tensor in state.tensors.items()})
+
+    tuned, state = tune_tables(model, quantized, samples, 0.02, on_step=keep)
+    for bits in (2, 3):
+        assert state.divergence[-1][bits] < 0.9 * state.divergence[0][bits]
+    assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
+    assert all(torch.equal(tuned[name].codes, rows.codes) for name, rows in quantized.items())
+    state.step, state.tensors, state.divergence = 3, states[2], state.divergence[:3]
+    resumed, _ = tune_tables(model, quantized, samples, 0.02, state)
+    for name, rows in tuned.items():
+        for bits, table in rows.tables.items():
+            assert torch.equal(table, resumed[name].tables[bits])
+
+
+def test_a_layer_switches_between_its_weights_and_its_tables(tmp_path: Path) -> None:
+    model, quantized = small_model(tmp_path)
+    ids = torch.arange(12).unsqueeze(0)
+    with torch.no_grad():
+        plain = model(ids).logits
+        with with_tables(model, quantized) as linears:
+            assert torch.equal(model(ids).logits, plain)
+            for linear in linears.values():
+                linear.bits = 2
+            assert not torch.equal(model(ids).logits, plain)
+        assert torch.equal(model(ids).logits, plain)
+    assert math.isfinite(plain.sum())
