@@ -38,7 +38,7 @@ _FIT_ELEMENTS = 4 * 1024 * 1024
 
 def damped(hessian: Tensor) -> Tensor:
     """H with its diagonal raised; a column that is never used counts as one of average use."""
-    result = hessian.double()
+    result = hessian.to(torch.float64, copy=True)
     diagonal = result.diagonal()
     mean = float(diagonal.mean())
     diagonal.add_(DAMPING * mean if mean > 0 else 1.0)
