@@ -87,7 +87,7 @@ def test_rows_and_runs_do_not_depend_on_each_other(monkeypatch: pytest.MonkeyPat
     again, _ = feedback.quantize_for_output(weight, hessian, 2, 4)
     assert torch.equal(whole.codes, again.codes)
     monkeypatch.setattr(feedback, "_FIT_ELEMENTS", 1)
-    half, half_errors = feedback.quantize_for_output(weight[:9], hessian, 2, 4)
+    _, half_errors = feedback.quantize_for_output(weight[:9], hessian, 2, 4)
     # a sum that rounds differently may tip one code, and with it what comes after
     assert (half_errors / errors[:, :9] - 1).abs().median() < 0.01
     kept = hessian.clone()
