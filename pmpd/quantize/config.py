@@ -34,7 +34,7 @@ class QuantizeConfig:
     weighted: bool = True
     """Choose codes and tables for what the layers see on calibration texts; off: all weights of a row count
     alike (no model run needed, far worse below 4 bits)."""
-    num_calibration_samples: int = 32
+    num_calibration_samples: int = 24
     """Pieces of text on which the inputs of the layers are measured."""
     calibration_length: int = 512
     """Tokens of each piece."""

@@ -29,6 +29,10 @@ little weight."""
 _JOINT_BITS = 4
 """Codes of up to so many bits are chosen among all; of longer ones first so many bits, then the rest."""
 
+_SEED_CANDIDATES = 32
+"""Of the k-means that gives the first tables: with four times as many it takes five times as long, and the
+errors in the end differ by a few parts in a thousand, either way."""
+
 _BLOCK = 64
 """Columns after which the errors are passed on to all later columns."""
 
@@ -57,7 +61,8 @@ def quantize_for_output(
     """
     hessian = damped(hessian)
     importance = hessian.diagonal().float().expand(weight.shape)
-    weight, rows = weight.float(), quantize_rows(weight, importance, seed_bits, parent_bits)
+    weight = weight.float()
+    rows = quantize_rows(weight, importance, seed_bits, parent_bits, _SEED_CANDIDATES)
     codes = choose_codes(weight, error_factor(hessian), rows.tables)
     return refit_tables(weight, hessian, QuantizedRows(codes, rows.tables))
 

@@ -60,13 +60,17 @@ class QuantizedRows:
 
 @torch.no_grad()
 def quantize_rows(
-    weight: Tensor, importance: Tensor | None, seed_bits: int, parent_bits: int
+    weight: Tensor,
+    importance: Tensor | None,
+    seed_bits: int,
+    parent_bits: int,
+    candidates: int = CANDIDATES,
 ) -> QuantizedRows:
     """Cluster every row of `weight` [N, K] so that Σ importance · (weight − centroid)² is small at each
     precision seed..parent.
 
-    `importance` [N, K] ≥ 0 (squared gradients) or None for equal importance; a row of zeros counts as equal
-    importance. Works on the device of `weight`. ValueError: bad precisions, or values that are not finite or
+    `importance` [N, K] ≥ 0 or None for equal importance; a row of zeros counts as equal importance.
+    `candidates`: borders that the search chooses from before all are tried. Works on the device of `weight`. ValueError: bad precisions, or values that are not finite or
     beyond float16.
     """
     check_precisions(seed_bits, parent_bits)
@@ -95,7 +99,7 @@ def quantize_rows(
         part = slice(start, start + step)
         chunk = _SortedChunk(weight[part].float(), None if importance is None else importance[part])
         searched = min(seed_bits, _SEARCHED_BITS)
-        borders = _search_borders(chunk, 2**searched)
+        borders = _search_borders(chunk, 2**searched, candidates)
         for _ in range(searched, seed_bits):
             borders = _split(chunk, borders)
         borders, table = _settle(chunk, borders, within_parents=False)
@@ -178,12 +182,12 @@ def _prefix(values: Tensor) -> Tensor:
     return result
 
 
-def _search_borders(chunk: _SortedChunk, clusters: int) -> Tensor:
+def _search_borders(chunk: _SortedChunk, clusters: int, most: int) -> Tensor:
     """int64 [R, C + 1]: the best borders among the candidates, by dynamic programming.
 
     Minimizing the squared error is maximizing Σ over clusters of (Σ w·x)² / Σ w.
     """
-    candidates = _candidates(chunk)  # [R, G + 1], ascending, from 0 to K
+    candidates = _candidates(chunk, most)  # [R, G + 1], ascending, from 0 to K
     weight = chunk.weight_sums.gather(1, candidates)
     value = chunk.value_sums.gather(1, candidates)
     value = value - weight * (value[:, -1:] / weight[:, -1:])  # centred: float32 is enough from here
@@ -209,13 +213,13 @@ def _search_borders(chunk: _SortedChunk, clusters: int) -> Tensor:
     return candidates.gather(1, torch.cat(path[::-1], 1))
 
 
-def _candidates(chunk: _SortedChunk) -> Tensor:
+def _candidates(chunk: _SortedChunk, most: int) -> Tensor:
     """Half of them evenly in rank, where most weights are; half evenly in value, so that the tails have
     some."""
     rows, columns = chunk.values.shape
-    if columns <= CANDIDATES:
+    if columns <= most:
         return torch.arange(columns + 1, device=chunk.values.device).expand(rows, -1).contiguous()
-    half = CANDIDATES // 2
+    half = most // 2
     by_rank = torch.linspace(0, columns, half + 1, device=chunk.values.device).round().long().expand(rows, -1)
     fractions = torch.linspace(0, 1, half + 2, device=chunk.values.device)[1:-1]
     low, high = chunk.values[:, :1], chunk.values[:, -1:]
