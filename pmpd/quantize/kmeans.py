@@ -70,8 +70,8 @@ def quantize_rows(
     precision seed..parent.
 
     `importance` [N, K] ≥ 0 or None for equal importance; a row of zeros counts as equal importance.
-    `candidates`: borders that the search chooses from before all are tried. Works on the device of `weight`. ValueError: bad precisions, or values that are not finite or
-    beyond float16.
+    `candidates`: borders that the search chooses from before all are tried. Works on the device of `weight`.
+    ValueError: bad precisions, or values that are not finite or beyond float16.
     """
     check_precisions(seed_bits, parent_bits)
     if weight.dim() != 2:
