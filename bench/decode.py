@@ -269,13 +269,28 @@ def main() -> None:
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     parser.add_argument("--models", nargs="+", default=["1.1B", "8B"], help="CUDA: which random models")
     parser.add_argument("--rounds", type=int, default=3, help="CPU: runs that the medians are taken over")
+    parser.add_argument("--peer", choices=["llama.cpp"], help="CPU: times this beside, forward by forward")
+    parser.add_argument("--profile", action="store_true", help="CPU: where a step's time goes")
+    parser.add_argument("--head-bits", type=int, choices=[16, 8], default=16, help="with --peer or --profile")
+    parser.add_argument("--threads", type=int, default=2, help="with --peer or --profile")
+    parser.add_argument("--steps", type=int, default=9, help="with --peer or --profile: medians over so many")
+    parser.add_argument("--prefill", type=int, default=512, help="with --peer or --profile: tokens; 0 = none")
+    parser.add_argument(
+        "--clock", choices=["wall", "cpu"], default="wall", help="cpu: of the thread, on a busy machine"
+    )
     parser.add_argument("--out", type=Path, default=_record.RESULTS, help="folder of the JSON")
     options = parser.parse_args()
     if options.device == "cuda":
         measure_cuda(options.models, options.out)
     else:
-        from bench import _decode_cpu
+        from bench import _decode_cpu, _peer_cpu
 
+        if options.peer or options.profile:
+            settings = _peer_cpu.PeerConfig(
+                options.threads, options.steps, options.head_bits, options.prefill, clock=options.clock
+            )
+            _peer_cpu.main(settings, options.peer is not None, options.profile, options.out)
+            return
         _decode_cpu.main(_decode_cpu.DecodeCpuConfig(rounds=options.rounds), options.out)
 
 

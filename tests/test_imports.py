@@ -20,7 +20,7 @@ ORDER = [
     "decode",
     "schedulers weights",
     "kernels metrics",
-    "storage gpu demo",
+    "storage gpu demo threads",
     "errors",
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names.split()}

@@ -14,6 +14,7 @@ from types import FrameType
 from typing import Any
 
 import pmpd
+from pmpd import threads
 from pmpd.errors import UserError
 
 
@@ -139,6 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     import tyro
 
+    threads.prepare()  # before the command's module imports torch
     config = None
     try:
         rest = _without_secrets(rest)

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import ray
 
 from pmpd import storage
+from pmpd import threads as openmp
 from pmpd.farm.task import Beat, FarmTask, Place, Unit, UnitResult, WorkerInfo, note_path
 from pmpd.farm.workbench import Workbench, error_text
 
@@ -43,8 +44,8 @@ class Worker:
         )
         share = gpus / own["GPU"] if gpus and own.get("GPU") else 1 / workers_per_node
         threads = max(1, int(own.get("CPU", 1) * share))
-        for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "RAYON_NUM_THREADS"):
-            os.environ[variable] = str(threads)
+        if not openmp.prepare(threads):
+            threads = int(os.environ["OMP_NUM_THREADS"].split(",")[0])
         if "torch" in sys.modules:  # imported while the task was unpickled: too late for the variables
             sys.modules["torch"].set_num_threads(threads)
         name = f"{ray.util.get_node_ip_address()}/{os.getpid()}" + (

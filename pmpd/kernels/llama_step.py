@@ -57,6 +57,7 @@ class _Step(ctypes.Structure):  # PmpdStep of csrc/step.h
         ("segments", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("ids", "slots", "lengths", "cosine", "sine")),
         *((name, ctypes.c_void_p) for name in ("segment_stops", "segment_bits", "logits", "times")),
+        ("cpu_clock", ctypes.c_int64),
     )
 
 
@@ -79,6 +80,8 @@ class NativeStep:
         self.times: Tensor | None = None
         """int64 [len(PARTS)]: nanoseconds that the first thread spent, added up over steps, where one is
         given."""
+        self.cpu_clock = False
+        """Count processor time of that thread instead of time on the wall."""
         self.byte_head = head if isinstance(head, ByteMatrix) else None
         self._level = native.active_level()
         self._layers = (_Layer * len(layers))()
@@ -139,6 +142,7 @@ class NativeStep:
         step.segment_stops, step.segment_bits, step.logits = (t.data_ptr() for t in held[5:])
         step.tokens, step.segments = n, len(segments)
         step.slot_stride, step.head_stride, step.position_stride = keys[0].stride()[:3]
+        step.cpu_clock = self.cpu_clock
         step.times = None if self.times is None else self.times.data_ptr()
         for target, layer_keys, layer_values in zip(self._layers, keys, values, strict=True):
             target.keys, target.values = layer_keys.data_ptr(), layer_values.data_ptr()

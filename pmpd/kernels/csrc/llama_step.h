@@ -189,9 +189,9 @@ void head_share(const Worker& w) {
     }
 }
 
-int64_t ticks() {
+int64_t ticks(bool of_thread) {
     timespec now;
-    clock_gettime(CLOCK_MONOTONIC, &now);
+    clock_gettime(of_thread ? CLOCK_THREAD_CPUTIME_ID : CLOCK_MONOTONIC, &now);
     return now.tv_sec * 1000000000ll + now.tv_nsec;
 }
 
@@ -214,10 +214,10 @@ void decode_step(const PmpdStep* s, const StepRoom* room, int thread, int thread
                 (float*)(own + room->line_at), (float*)(own + room->scores_at), (uint8_t*)(own + room->bytes_at)};
     const int64_t width = (s->heads + 2 * s->key_heads) * s->dim;
     int64_t* times = thread == 0 ? s->times : nullptr;
-    int64_t since = times ? ticks() : 0;
+    int64_t since = times ? ticks(s->cpu_clock) : 0;
     auto spent = [&](int part) {
         if (!times) return;
-        const int64_t now = ticks();
+        const int64_t now = ticks(s->cpu_clock);
         times[part] += now - since;
         since = now;
     };

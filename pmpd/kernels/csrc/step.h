@@ -29,6 +29,7 @@ struct PmpdStep {
     const int64_t *segment_stops, *segment_bits;    // [segments]
     float* logits;                                  // [tokens, vocabulary]
     int64_t* times;                                 // [TIMES] nanoseconds of the first thread, added to; or null
+    int64_t cpu_clock;                              // of that thread's processor time, not of time on the wall
 };
 
 // Where threads wait for each other. Spinning is bounded: on a machine that others use, the one waited for may not be running.
