@@ -12,7 +12,6 @@ from __future__ import annotations
 import heapq
 import resource
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -133,7 +132,7 @@ class SimulatedRay:
         return [{"NodeID": "n", "Alive": True, "Resources": {"CPU": float(self.cpus)}}]
 
 
-def simulate(units: Iterator[Unit], workers: int, row_seconds: float) -> tuple[float, float, SimulatedRay]:
+def simulate(units: list[Unit], workers: int, row_seconds: float) -> tuple[float, float, SimulatedRay]:
     """(seconds of the driver's own, seconds on the simulated clock, the simulation)."""
     clock = Clock()
     ray = SimulatedRay(clock, row_seconds, workers)
@@ -150,7 +149,7 @@ def simulate(units: Iterator[Unit], workers: int, row_seconds: float) -> tuple[f
     with mock.patch.multiple(pool_module, **names), mock.patch.object(time, "monotonic", clock.now):
         pool = pool_module.ClusterPool(mock.Mock(), "", lease, options, quiet, {})
         begin, began = time.process_time(), clock.now()
-        pool.work(units)
+        pool.work(iter(units), len(units))
         return time.process_time() - begin, clock.now() - began, ray
 
 

@@ -89,6 +89,7 @@ def test_every_item_once_and_a_second_run_does_nothing(work, prompts, tmp_path):
     ], "no lease, nothing temporary"
 
 
+@pytest.mark.slow
 def test_a_worker_killed_in_mid_unit_costs_its_unit_only(work, prompts, ids, tmp_path):
     (tmp_path / "marks").mkdir()
     result, rows, printed = work(FakeTask(kills=(ids[30],), once=str(tmp_path / "marks")))
@@ -109,8 +110,15 @@ def test_a_cuda_error_ends_the_process_and_is_charged_to_its_row(work, ids):
     assert "CUDA error" in rows[ids[3]]["error"]
 
 
-@pytest.mark.parametrize("error", [ray.exceptions.OutOfMemoryError, ray.exceptions.NodeDiedError])
-@pytest.mark.parametrize("answer", [WorkerInfo, UnitResult])
+@pytest.mark.parametrize(
+    ("error", "answer"),
+    [
+        (ray.exceptions.OutOfMemoryError, UnitResult),
+        pytest.param(ray.exceptions.NodeDiedError, UnitResult, marks=pytest.mark.slow),
+        pytest.param(ray.exceptions.OutOfMemoryError, WorkerInfo, marks=pytest.mark.slow),
+        pytest.param(ray.exceptions.NodeDiedError, WorkerInfo, marks=pytest.mark.slow),
+    ],
+)
 def test_however_ray_takes_a_worker_nothing_is_lost(work, prompts, monkeypatch, error, answer):
     """Ray's memory monitor and others end a worker with errors that are not the actor's own."""
     get, taken = ray.get, []
@@ -176,6 +184,7 @@ def test_a_worker_that_can_not_start_stops_the_run_with_its_own_words(work):
         work(FakeTask(start_error="crash"))
 
 
+@pytest.mark.slow
 def test_a_full_disk_stops_the_run_and_loses_nothing(work, prompts, tmp_path):
     with pytest.raises(ValueError, match="can't be written") as raised:
         work(FakeTask(file_size_limit=200))
@@ -193,12 +202,14 @@ def test_what_no_node_can_hold_is_refused_within_ten_seconds(work):
     assert time.monotonic() - begin < 10
 
 
+@pytest.mark.slow
 def test_threads_of_cpu_workers_share_the_cores(work):
     _, rows, _ = work(FakeTask(), num_workers=1)
     assert {json.loads(row["place"])["threads"] for row in rows.values()} == {2}
     assert {json.loads(row["place"])["omp"] for row in rows.values()} == {"2"}
 
 
+@pytest.mark.slow
 def test_threads_are_shared_by_the_workers_of_a_node(work):
     _, rows, _ = work(FakeTask(), num_workers=2)
     assert {json.loads(row["place"])["threads"] for row in rows.values()} == {1}
@@ -296,6 +307,7 @@ def wait_for_shards(out: Path, count: int, driver: subprocess.Popen) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_a_driver_ended_or_killed_in_mid_run_and_run_again_with_other_settings_gives_the_same_rows(
     prompts, ids, tmp_path
 ):

@@ -18,7 +18,7 @@ from pmpd.cli.main import main as pmpd_command
 from pmpd.errors import UserError
 from pmpd.farm import ledger
 from pmpd.farm.blame import KILLS_AT_MOST, NODE_LOSSES_BEFORE_STOP, after_kill, after_node_loss, after_stall
-from pmpd.farm.ledger import Ledger
+from pmpd.farm.ledger import Ledger, unit_rows
 from pmpd.farm.progress import Progress
 from pmpd.farm.task import Beat, Place, Unit, UnitResult
 from pmpd.farm.workbench import Workbench, poisons_process
@@ -301,7 +301,8 @@ def test_long_prompts_go_first_and_no_worker_is_left_out(tmp_path):
     write_prompts(tmp_path, 20)
     book = Ledger(FakeTask(), {"prompts": str(tmp_path)}, tmp_path / "out", {})
     book.scan_inputs()
-    units = list(book.units(book.todo(), 50, 3))
+    todo = book.todo()
+    units = list(book.units(todo, unit_rows(len(todo), 50, 3)))
     assert [len(unit.ids) for unit in units] == [7, 7, 6]
     assert len({unit.name for unit in units}) == 3
     lengths = {row["prompt_id"]: row["prompt_tokens"] for row in storage.read_table(tmp_path).to_pylist()}

@@ -61,6 +61,7 @@ def test_each_worker_has_its_own_gpu_and_its_share_of_the_threads(nodes, prompts
     assert sorted(gpus.values(), key=sorted) == [{("0",)}, {("1",)}]
 
 
+@pytest.mark.slow
 def test_a_fraction_puts_several_workers_on_one_gpu(nodes, prompts, tmp_path):
     rows, _ = run(FakeTask(seconds=0.15), prompts, tmp_path / "out", gpus_per_worker=0.5)
     assert len({row["worker"] for row in rows.values()}) == 4
@@ -146,6 +147,7 @@ def test_a_node_lost_while_its_worker_starts_is_no_failure_of_a_start(nodes, pro
     assert "could not start" not in result["printed"]
 
 
+@pytest.mark.slow
 def test_a_node_that_can_start_no_worker_does_not_stop_the_others(nodes, prompts, tmp_path):
     """It fails at once, three times over, while the others still load their models."""
     broken = nodes.add_node(num_cpus=1, num_gpus=3)

@@ -24,7 +24,7 @@ from pmpd.evaluation.judge import (
 from pmpd.evaluation.judge_endpoint import Endpoint, JudgeError
 from pmpd.evaluation.judge_scores import judge_table
 from pmpd.farm.judge_task import EndpointJudgeTask
-from pmpd.farm.worker import Place
+from pmpd.farm.task import Place
 from tests.generation_rows import generation_rows, write_generations
 from tests.judge_stub import rating_of, stub_judge
 

@@ -140,8 +140,8 @@ def main(job: JudgeJob, console: Console | None = None) -> str:
         "max_new_tokens": job.max_new_tokens,
     }
     folder = storage.join(output_folder(job.output_dir), folder_name(benchmark, job.name, job.mode))
-    farm.connect()
     task, options = recipe(job)
+    farm.connect(options)
     result = judge(task, matches, folder, identity, options)
     console.print(
         f"{result.rows} judgments by {job.name}, {result.new_items} of them new; {result.errors} with an "
@@ -167,7 +167,7 @@ def recipe(job: JudgeJob) -> tuple[EndpointJudgeTask | ModelJudgeTask, farm.Farm
             job.judge_url, job.name, job.judge_key_variable, job.timeout_seconds, job.attempts,
             max_tokens=job.max_new_tokens,
         )  # fmt: skip
-        options = farm.FarmOptions(1, 0, max(job.batch_size, job.parallel), job.retry_errors)
+        options = farm.FarmOptions(0, 0, max(job.batch_size, job.parallel), job.retry_errors)
         return EndpointJudgeTask(endpoint, job.parallel), options
     from pmpd.benchmarks.conversation import choose_template
 

@@ -16,13 +16,13 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from pmpd import storage
-from pmpd.farm.ledger import Ledger
+from pmpd.farm.ledger import Ledger, unit_rows
 from pmpd.farm.local_pool import LocalPool
 from pmpd.farm.options import FarmOptions
 from pmpd.farm.progress import Progress, Publish
@@ -63,7 +63,7 @@ class Pool(Protocol):
         """Workers that could have a unit each."""
         ...
 
-    def work(self, units: list[Unit]) -> None: ...
+    def work(self, units: Iterable[Unit], count: int) -> None: ...
     def close(self) -> None: ...
 
 
@@ -115,7 +115,8 @@ def _run(
                 pool = _pool(task, ledger, lease, options, progress)
             elif attempt:
                 progress.say(f"{len(todo)} rows are not where they were written; doing them again")
-            pool.work(list(ledger.units(todo, options.unit_rows, pool.wanted)))
+            rows = unit_rows(len(todo), options.unit_rows, pool.wanted)
+            pool.work(ledger.units(todo, rows), -(-len(todo) // rows))
             ledger.reread()
             lease.check()
     finally:

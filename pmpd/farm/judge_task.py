@@ -12,10 +12,10 @@ from pmpd import storage
 from pmpd.errors import UserError
 from pmpd.evaluation.judge import judgment
 from pmpd.evaluation.judge_endpoint import Endpoint
-from pmpd.farm.capacity import FarmOptions
 from pmpd.farm.driver import FarmResult, run
 from pmpd.farm.load_model import load_model
-from pmpd.farm.worker import BuiltTask, FarmTask, Item, Place
+from pmpd.farm.options import FarmOptions
+from pmpd.farm.task import BuiltTask, FarmTask, Item, Place
 from pmpd.storage.lease import Lease
 from pmpd.weights.model_spec import ModelSpec
 

@@ -100,9 +100,8 @@ class Ledger:
 
         return sorted((key for key in self.ids if key not in self.done), key=rank)
 
-    def units(self, todo: list[str], most_rows: int, workers: int) -> Iterator[Unit]:
-        """Units of neighbours in length, not larger than gives every worker one."""
-        size = max(1, min(most_rows, -(-len(todo) // workers)))
+    def units(self, todo: list[str], size: int) -> Iterator[Unit]:
+        """Units of neighbours in length, `size` items each. Made as they are asked for."""
         for first in range(0, len(todo), size):
             ids = tuple(todo[first : first + size])
             rows = {
@@ -173,6 +172,11 @@ class Ledger:
             device=device,
             run=run,
         )
+
+
+def unit_rows(todo: int, most: int, workers: int) -> int:
+    """Items of a unit: not more than gives every worker one."""
+    return max(1, min(most, -(-todo // workers)))
 
 
 def items_of(output: storage.Scan) -> dict[str, bool]:

@@ -45,7 +45,7 @@ class LocalPool:
         self._bench = Workbench(task, dataset, lease.path, lease.token, place, "local", _poisoned)
         self._built = False
 
-    def work(self, units: Iterable[Unit]) -> None:
+    def work(self, units: Iterable[Unit], count: int) -> None:
         """Returns when every unit is durable."""
         if not self._built:
             info = self._bench.build()

@@ -8,7 +8,7 @@ import re
 import time
 import uuid
 from collections import deque
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -82,6 +82,9 @@ class ClusterPool:
         self.devices: set[str] = set()
         self.slots: list[_Slot] = []
         self.pending: deque[Unit] = deque()
+        """Units that came back, before those not drawn yet."""
+        self._source: Iterator[Unit] = iter(())
+        self._undrawn = 0
         self.start_failures = 0
         self.draining: set[str] = set()
         actor: Any = ray.remote  # its types do not know concurrency groups
@@ -98,11 +101,11 @@ class ClusterPool:
     def wanted(self) -> int:
         return self.staffing.workers
 
-    def work(self, units: Iterable[Unit]) -> None:
-        """Returns when every unit is durable."""
-        self.pending = deque(units)
+    def work(self, units: Iterable[Unit], count: int) -> None:
+        """Returns when every one of the `count` units is durable. They are drawn as workers take them."""
+        self._source, self._undrawn = iter(units), count
         self._turned = time.monotonic()
-        while self.pending or any(slot.queue for slot in self.slots):
+        while self._waiting or any(slot.queue for slot in self.slots):
             self.lease.check()
             self._plan()
             self._grow()
@@ -111,6 +114,11 @@ class ClusterPool:
             self._collect()
             self._replace_stalled()
             self._report()
+
+    @property
+    def _waiting(self) -> int:
+        """Units that no worker has."""
+        return len(self.pending) + self._undrawn
 
     def close(self) -> None:
         for slot in self.slots:
@@ -124,7 +132,8 @@ class ClusterPool:
         progress.worker_seconds += progress.up * (now - self._turned)
         self._turned = now
         progress.wanted = max(progress.up, self.wanted)
-        progress.queued = sum(len(unit.ids) for unit in self.pending)
+        given = sum(len(unit.ids) for slot in self.slots for _, unit in slot.queue)
+        progress.queued = progress.total - progress.done - given
         waiting = "starting workers" if self._nodeless_since is None else "waiting for a node"
         progress.note = "" if progress.up else waiting
         progress.tick()
@@ -159,7 +168,7 @@ class ClusterPool:
     def _grow(self) -> None:
         if time.monotonic() < self._grow_after and self.slots:
             return
-        units = len(self.pending) + sum(len(slot.queue) for slot in self.slots)
+        units = self._waiting + sum(len(slot.queue) for slot in self.slots)
         demand = self.staffing.demand
         while sum(slot.node not in self.draining for slot in self.slots) < min(self.wanted, units):
             actor: Any = self._actor.options(
@@ -212,7 +221,7 @@ class ClusterPool:
         for depth in range(UNITS_IN_FLIGHT):
             for slot in ready:
                 # A second unit only if that leaves one for each worker that is still starting.
-                if len(slot.queue) > depth or (depth and len(self.pending) <= len(self.slots) - len(ready)):
+                if len(slot.queue) > depth or (depth and self._waiting <= len(self.slots) - len(ready)):
                     continue
                 unit = self._next_for(slot, ready)
                 if unit is not None:
@@ -226,6 +235,9 @@ class ClusterPool:
             if unit.failed or slot.node not in unit.kills or all(other.node in unit.kills for other in ready):
                 del self.pending[index]
                 return unit
+        if self._undrawn:
+            self._undrawn -= 1
+            return next(self._source)
         return None
 
     def _collect(self) -> None:
