@@ -93,6 +93,7 @@ class ModelJudgeTask(FarmTask):
             run=judge,
             schema=storage.JUDGMENTS,
             models={"judge": model.fingerprint},
+            pulse=model.pulse,
             device=device,
         )
 
