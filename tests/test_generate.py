@@ -12,9 +12,10 @@ import pytest
 from pmpd import PMPDForCausalLM, storage
 from pmpd.benchmarks import BENCHMARKS, Question
 from pmpd.benchmarks.conversation import Stops
+from pmpd.benchmarks.tokens import token_pieces
 from pmpd.decode.oracle import decode
 from pmpd.demo import ANYPREC
-from pmpd.evaluation.answer import Generator, conversation_rows, cut_left, token_pieces
+from pmpd.evaluation.answer import Generator, conversation_rows, cut_left
 from pmpd.evaluation.compare import compare
 from pmpd.evaluation.fastchat_export import answer_files, export
 from pmpd.evaluation.results import read_generations
@@ -370,7 +371,7 @@ def test_the_job_generates_resumes_and_refuses_another_configuration(
         ({"schedulers": "fp,statik"}, "known are fp, uniform"),
         ({"high_bit_steps": "some"}, "one number, one per pair"),
         ({"high_bit_steps": "best"}, "--static-search first"),
-        ({"conversation_template": "vicuna"}, "known are plain"),
+        ({"template": "vicuna"}, "known are plain"),
         ({"question_begin": 500}, "no question left"),
         ({"model_path": "/nowhere"}, "no such folder"),
     ],

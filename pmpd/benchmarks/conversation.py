@@ -1,4 +1,5 @@
-"""Prompts as a model was trained to read them: FastChat's conversation templates, chosen from the model id.
+"""Prompts as a model was trained to read them: the tokenizer's own chat template, else FastChat's for the
+model id.
 
 Only `fastchat.conversation` is imported (pure Python); FastChat's own choice of a template lives beside its
 model loaders and would import several gigabytes of packages, so the choice is restated here and compared with
@@ -13,15 +14,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pmpd.benchmarks.tokens import special_tokens
 from pmpd.errors import UserError
 
 PLAIN = "plain"
 """No roles and no separators but blank lines: for models that were trained on plain text."""
 TOKENIZER = "tokenizer"
 """The chat template that the model's own tokenizer carries."""
-FALLBACK = "one_shot"
-"""FastChat's own choice for a model it does not know."""
-
 # First match wins, so the narrower name stands first. Matched against the last part of the model id, in lower
 # case.
 MODEL_TEMPLATES: tuple[tuple[str, str], ...] = (
@@ -68,26 +67,43 @@ class Stops:
 
 
 def choose_template(model_id: str, tokenizer: Any = None, override: str | None = None) -> str:
-    """The template's name: `override` if given, else by model id, else the tokenizer's own, else FastChat's
-    default.
+    """The template's name: `override` if given, else the tokenizer's own, else FastChat's for the model id,
+    else plain text (a template of another model would be a wrong one).
 
-    Raises ValueError for an unknown override, or one that this tokenizer can't serve.
+    UserError for an unknown override, or one that this tokenizer can't serve.
     """
     if override is not None:
         known = template_names()
         if override not in known:
-            raise UserError(f"--conversation-template {override}: known are {', '.join(known)}")
+            raise UserError(f"--template {override}: known are {', '.join(known)}")
         if override == TOKENIZER and tokenizer is not None and not getattr(tokenizer, "chat_template", None):
             raise UserError(
-                "--conversation-template tokenizer: this model's tokenizer has no chat template; choose one "
-                "of FastChat's"
+                "--template tokenizer: this model's tokenizer has no chat template; choose one of FastChat's"
             )
         return override
+    if getattr(tokenizer, "chat_template", None):
+        return TOKENIZER
+    return _by_model_id(model_id) or PLAIN
+
+
+def template_note(template: str, model_id: str, override: str | None) -> str:
+    """For people: the template that was taken, and why."""
+    if override is not None:
+        return f"{template} (--template)"
+    if template == TOKENIZER:
+        return f"{template} (the chat template of the model's own tokenizer)"
+    if _by_model_id(model_id) == template:
+        return f"{template} (by the model id {model_id}; --template names another)"
+    return (
+        f"{template}: the tokenizer has no chat template and none is known for the model id "
+        f"{model_id}, so prompts "
+        f"are plain text; if this is a chat model, name its template with --template"
+    )
+
+
+def _by_model_id(model_id: str) -> str | None:
     name = model_id.rstrip("/").rsplit("/", 1)[-1].lower()
-    for pattern, template in MODEL_TEMPLATES:
-        if re.search(pattern, name):
-            return template
-    return TOKENIZER if getattr(tokenizer, "chat_template", None) else FALLBACK
+    return next((template for pattern, template in MODEL_TEMPLATES if re.search(pattern, name)), None)
 
 
 @functools.cache
@@ -115,21 +131,19 @@ def render(template: str, turns: Sequence[str], answers: Sequence[str], tokenize
     return conversation.get_prompt()
 
 
-def stops(template: str) -> Stops:
+def stops(template: str, tokenizer: Any = None) -> Stops:
+    """What ends an answer under a template. FastChat's token ids belong to the model it wrote the template
+    for, so only those count that are special tokens of `tokenizer`: to another one, 0 may be an exclamation
+    mark."""
     if template in (PLAIN, TOKENIZER):
         return Stops()
     conversation = _conversation(template)
     strings = conversation.stop_str or ()
+    ids = frozenset(conversation.stop_token_ids or ())
     return Stops(
         (strings,) if isinstance(strings, str) else tuple(strings),
-        frozenset(conversation.stop_token_ids or ()),
+        ids if tokenizer is None else ids & special_tokens(tokenizer).keys(),
     )
-
-
-def has_special_tokens(template: str) -> bool:
-    """Whether the rendered text already starts with the model's special tokens, so that tokenizing must not
-    add them again."""
-    return template == TOKENIZER
 
 
 def _conversation(template: str) -> Any:

@@ -21,10 +21,11 @@ from rich.console import Console
 from rich.text import Text
 
 from pmpd import PMPDForCausalLM, demo
-from pmpd.benchmarks.conversation import TOKENIZER, choose_template, has_special_tokens, render, stops
+from pmpd.benchmarks.conversation import choose_template, stops, template_note
 from pmpd.decode.ending import StopStrings
 from pmpd.decode.requests import Completion, Prefix, Request, Sampling, TokenEvent
 from pmpd.errors import UserError
+from pmpd.evaluation.answer import encode
 from pmpd.metrics.precision import average_bits, decode_forwards
 from pmpd.schedulers.base import Scheduler, find, names
 
@@ -62,7 +63,7 @@ class ChatJob:
     """1 = none."""
     seed: int = 0
     """Of the sampling."""
-    conversation_template: str | None = None
+    template: str | None = None
     """A FastChat template, "plain" or "tokenizer"; default the tokenizer's own where it has one."""
     kernel: str | None = None
     """Force an implementation of the multiplication: reference, cpu, triton."""
@@ -138,8 +139,7 @@ class Chat:
     def answer(self, turn: str) -> None:
         """Streams the answer to the next turn, then says what it took."""
         tokenizer = self.model.tokenizer
-        prompt = render(self.template, [*self.turns, turn], self.answers, tokenizer)
-        ids = list(tokenizer(prompt, add_special_tokens=not has_special_tokens(self.template))["input_ids"])
+        _, ids = encode(self.model, self.template, [*self.turns, turn], self.answers)
         room = self.model.max_positions - self.job.max_new_tokens
         if room < 1:
             raise UserError(
@@ -149,7 +149,7 @@ class Chat:
         if len(ids) > room:
             self.say(f"(the conversation is too long: its first {len(ids) - room} tokens are left out)")
             ids = ids[len(ids) - room :]
-        ends = stops(self.template)
+        ends = stops(self.template, tokenizer)
         strings = StopStrings(tokenizer, ends.strings)
         request = Request(
             key="answer",
@@ -290,11 +290,11 @@ def main(job: ChatJob, console: Console | None = None) -> None:
     model = PMPDForCausalLM(
         job.model_path, chain, kernel=job.kernel, trust_remote_code=job.trust_remote_code
     ).eval()
-    own = TOKENIZER if getattr(model.tokenizer, "chat_template", None) else None
     name = "demo" if job.model_path == str(demo.ANYPREC) else Path(job.model_path).name
-    template = choose_template(name, model.tokenizer, job.conversation_template or own)
+    template = choose_template(name, model.tokenizer, job.template)
     chat = Chat(model, job, console, template, prefill_bit=model.precisions[0])
-    chat.say(f"{job.model_path}: {', '.join(map(str, model.precisions))} bit, template {template}; /help")
+    note = template_note(template, name, job.template)
+    chat.say(f"{job.model_path}: {', '.join(map(str, model.precisions))} bit, template {note}; /help")
     if job.scheduler is not None:
         chat.set_scheduler(job.scheduler)
     for line in lines(console):

@@ -24,7 +24,7 @@ from rich.table import Table
 from pmpd import demo, farm, storage
 from pmpd.benchmarks import get_benchmark, load_questions
 from pmpd.benchmarks.base import Split
-from pmpd.benchmarks.conversation import choose_template
+from pmpd.benchmarks.conversation import choose_template, template_note
 from pmpd.errors import UserError
 from pmpd.evaluation.compare import compare
 from pmpd.evaluation.results import read_generations
@@ -50,7 +50,8 @@ class GenerateJob:
     reference_model_path: str = str(demo.DENSE)
     """Unquantized checkpoint of the same model, likewise; only used for the scheduler fp."""
     model_id: str = "demo"
-    """Name of the model in the results; chooses the conversation template."""
+    """Name of the model in the results; chooses FastChat's template where the tokenizer has none of its
+    own."""
     bench_name: str = "demo"
     """demo, mt_bench, cnn_dm, dialogsum, iwslt, gsm8k, passkey or humaneval."""
     question_file: str | None = None
@@ -95,8 +96,9 @@ class GenerateJob:
     """random: seed of its draws."""
     max_new_tokens: int | None = None
     """New tokens per answer; default the benchmark's own."""
-    conversation_template: str | None = None
-    """A FastChat template, "plain" or "tokenizer"; default by model id."""
+    template: str | None = None
+    """Conversation template: "tokenizer" (the model's own), "plain", or one of FastChat's. Default: the
+    tokenizer's own where it has one, else FastChat's for --model-id, else plain."""
     static_search: bool = False
     """Try a grid of high-bit steps on the validation split, keep the cheapest within the budget for
     --high-bit-steps best."""
@@ -207,7 +209,8 @@ def main(job: GenerateJob, console: Console | None = None) -> str:
     )  # fmt: skip
     if left_out:
         console.print(f"{len(left_out)} records left out; the first one is {left_out[0]}", soft_wrap=True)
-    template = choose_template(job.model_id, tokenizer, job.conversation_template)
+    template = choose_template(job.model_id, tokenizer, job.template)
+    console.print(f"template: {template_note(template, job.model_id, job.template)}", soft_wrap=True)
     best_file = (
         job.high_bit_steps
         if job.high_bit_steps and job.high_bit_steps.endswith(".json")

@@ -69,8 +69,8 @@ class JudgeJob:
     """Requests per judgment before it becomes an error row."""
     max_new_tokens: int = 2048
     """Tokens of a judgment at most."""
-    conversation_template: str | None = None
-    """Template of the judging checkpoint; default by its name."""
+    template: str | None = None
+    """Conversation template of the judging checkpoint; default its tokenizer's own, else by its name."""
     batch_size: int = 16
     """Judgments per unit of work, and that a checkpoint decodes together."""
     num_workers: int | None = None
@@ -174,7 +174,7 @@ def recipe(job: JudgeJob) -> tuple[EndpointJudgeTask | ModelJudgeTask, farm.Farm
     model = ModelSpec(
         str(job.judge_model_path), trust_remote_code=job.trust_remote_code, flag="--judge-model-path"
     )
-    template = choose_template(job.name, model.open().tokenizer(), job.conversation_template)
+    template = choose_template(job.name, model.open().tokenizer(), job.template)
     options = farm.FarmOptions(job.num_workers, job.gpus_per_worker, job.batch_size, job.retry_errors)
     return ModelJudgeTask(model, job.name, template, job.max_new_tokens, job.batch_size), options
 

@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pmpd.benchmarks.base import Benchmark, Question
-from pmpd.benchmarks.conversation import Stops, has_special_tokens, render, stops
+from pmpd.benchmarks.conversation import Stops, render, stops
+from pmpd.benchmarks.tokens import encode_prompt, special_tokens, token_pieces
 from pmpd.decode.requests import Completion, Prefix, Request
 from pmpd.errors import UserError
 from pmpd.evaluation.sweep import Run
@@ -210,7 +211,10 @@ class Generator:
             Request(key, turn.ids, run.max_new_tokens, prefix=turn.prefix, want_prefix=keep)
             for key, (_, turn) in ordered
         ]
-        stop = {name: stops(name) for name in {turn.row["template"] for _, turn in turns.values()}}
+        stop = {
+            name: stops(name, self.model.tokenizer)
+            for name in {turn.row["template"] for _, turn in turns.values()}
+        }
         ends = self.model.eos_token_ids.union(
             *(end_tokens(self.model.tokenizer, entry) for entry in stop.values())
         )
@@ -245,15 +249,14 @@ def encode(
 ) -> tuple[str, list[int]]:
     """Text and tokens of the prompt for the next answer; see `conversation.render`."""
     text = render(template, turns, answers, model.tokenizer)
-    return text, list(model.tokenizer(text, add_special_tokens=not has_special_tokens(template))["input_ids"])
+    said = itertools.chain.from_iterable(itertools.zip_longest(turns, answers, fillvalue=""))
+    return text, encode_prompt(model.tokenizer, text, list(said))
 
 
 def end_tokens(tokenizer: Any, stop: Stops) -> set[int]:
     """Tokens that end an answer. A stop string that is a special token is one: it has no text to be cut
     at."""
-    special = {
-        entry.content: token for token, entry in tokenizer.added_tokens_decoder.items() if entry.special
-    }
+    special = {spelled: token for token, spelled in special_tokens(tokenizer).items()}
     return {*stop.token_ids, *(special[string] for string in stop.strings if string in special)}
 
 
@@ -266,24 +269,6 @@ def cut_left(ids: list[int], limit: int, bos_token_id: int | None) -> tuple[list
     if bos_token_id is not None and ids[0] == bos_token_id and limit > 1:
         return [ids[0], *ids[len(ids) - limit + 1 :]], dropped
     return ids[dropped:], dropped
-
-
-def token_pieces(tokenizer: Any, tokens: Sequence[int]) -> list[str]:
-    """The text that each token added; joined they are the text with special tokens. A token that only starts
-    a character adds "" and the one that completes it the whole character."""
-    pieces, begin, shown = [], 0, 0
-    for end in range(1, len(tokens) + 1):
-        # Decoded from a few tokens back: enough context for spaces and characters, and not quadratic.
-        text = tokenizer.decode(tokens[begin:end], skip_special_tokens=False)
-        if text.endswith("\ufffd") and end < len(tokens):
-            pieces.append("")
-            continue
-        pieces.append(text[shown:])
-        if end - begin > 16 and text:
-            begin = end - 4
-            text = tokenizer.decode(tokens[begin:end], skip_special_tokens=False)
-        shown = len(text)
-    return pieces
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -67,7 +67,7 @@ class ModelJudgeTask(FarmTask):
         from pmpd.evaluation.answer import encode, end_tokens
 
         model, device = load_model(self.model, place)
-        stop = stops(self.template)
+        stop = stops(self.template, model.tokenizer)
         ends = model.eos_token_ids | end_tokens(model.tokenizer, stop)
 
         def judge(items: list[Item]) -> Iterable[dict[str, Any]]:

@@ -24,6 +24,7 @@ from functools import cached_property
 from typing import Any
 
 from pmpd import storage
+from pmpd.benchmarks.tokens import encode_document
 from pmpd.errors import UserError
 from pmpd.storage.records import SUFFIXES, Record, RecordSource, hub_records, source_of, text_problem
 
@@ -187,8 +188,7 @@ def _tokens(tokenizer: Any, text: str) -> list[int]:
     """Tokens of a document; of one that is longer than any model reads, of its beginning."""
     if not text.strip():
         return []
-    beginning = text[:MAX_DOCUMENT_CHARACTERS]
-    return tokenizer(beginning, truncation=False, verbose=False)["input_ids"]
+    return encode_document(tokenizer, text[:MAX_DOCUMENT_CHARACTERS])
 
 
 def write_prompts(
