@@ -61,8 +61,10 @@ def connect(options: FarmOptions | None = None) -> None:
 def _start() -> None:
     import ray
 
+    from pmpd.farm import ray_private
+
     try:
-        with _own_signals():
+        with _own_signals(), ray_private.loopback_only():
             ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **QUIET)
     except (OSError, ValueError, RuntimeError) as error:
         if "AF_UNIX" in str(error) or "path length" in str(error):

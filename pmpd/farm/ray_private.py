@@ -6,9 +6,13 @@ Each is behind a function that says what happens without it.
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import ray
+from ray._private import ray_constants
 from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
 from ray._private.state import actors, state
 from ray._private.utils import read_ray_address
@@ -52,3 +56,20 @@ def draining_nodes() -> set[str]:
     """Ids of nodes that were told to go (a spot notice, an autoscaler's decision). Without it, a worker works
     until its node is gone, and its unit is done again."""
     return set(state.get_draining_nodes())
+
+
+@contextmanager
+def loopback_only() -> Iterator[None]:
+    """A Ray started within has the address 127.0.0.1 and listens there only, as it does by default on macOS.
+    Without it, it listens on all interfaces, and its token is what keeps others out."""
+    name = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR
+    before, ray_constants.ENABLE_RAY_CLUSTER = ray_constants.ENABLE_RAY_CLUSTER, False
+    given = os.environ.get(name)
+    os.environ[name] = "0"  # for the processes that Ray starts
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+        del os.environ[name]
+        if given is not None:
+            os.environ[name] = given
