@@ -59,7 +59,7 @@ def test_wrong_commands_say_what_is_known_and_change_nothing(monkeypatch):
     output = talk(
         monkeypatch, job, *(f"/scheduler {words}" for words in wrong), "/nonsense", "/help", "", "x"
     )
-    assert "scheduler 'lucky': known are uniform, confidence" in output
+    assert "scheduler 'lucky': known are uniform, budget, confidence" in output
     assert "'static' needs the option high_bit_steps" in output
     assert "precision 7" in output
     assert "scheduler static, pace: its options are high_bit_steps" in output

@@ -85,7 +85,7 @@ class GenerateJob:
     prefill_bit: int | None = None
     """Precision of the prefill; default the highest of the chain."""
     classifier_path: str | None = None
-    """kv_cache: folder written by pmpd train; default the embedded demo's."""
+    """kv_cache, budget: folder written by pmpd train; default the embedded demo's."""
     confidence_threshold: float = 0.7
     """confidence: top probability that counts as sure."""
     confidence_patience: int = 2
@@ -298,11 +298,13 @@ def scheduler_options(job: GenerateJob) -> dict[str, dict[str, Any]]:
         "random": {"seed": job.seed},
         "confidence": {"threshold": job.confidence_threshold, "patience": job.confidence_patience},
         "kv_cache": {},
+        "budget": {},
     }
     if job.random_prior:
         options["random"]["prior"] = list(job.random_prior)
     if job.classifier_path is not None:
-        options["kv_cache"]["save_dir"] = storage.absolute(job.classifier_path)
+        for name in ("kv_cache", "budget"):
+            options[name]["save_dir"] = storage.absolute(job.classifier_path)
     try:
         more = {name: dict(given) for name, given in json.loads(job.scheduler_options).items()}
     except (ValueError, AttributeError, TypeError) as error:

@@ -15,7 +15,7 @@ from pmpd.errors import UserError
 from pmpd.farm.train import Fleet, LabelSource, fit, read_labels, search
 from pmpd.schedulers.chain import pairs_of, parse_chain
 from pmpd.training.config import TrainConfig
-from pmpd.training.result import artefact
+from pmpd.training.result import artefact, check_target
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,9 @@ class TrainJob:
     tune: int = 0
     """Search learning rate, epochs, accumulation, weight decay and dropout with so many trials first; 0 = as
     given."""
+    target_bits: float | None = None
+    """Calibrate on the validation prompts for so many bits on average: what the scheduler `budget` then
+    keeps to."""
     num_heads: int | None = None
     """KV heads of the labelled model; default: as the labels' manifest says."""
     training: tyro.conf.OmitArgPrefixes[TrainConfig] = field(default_factory=TrainConfig)
@@ -58,6 +61,17 @@ def results_table(metrics: dict[str, Any], split: str = "test") -> Table:
     return table
 
 
+def budget_line(budget: dict[str, Any]) -> str:
+    """Whether the bit budget was reached, in words."""
+    grade = "reached" if budget["reached"] else "not reached"
+    test = budget["test_bits"]
+    there = "" if test is None else f", {test:.2f} on the test prompts"
+    return (
+        f"{budget['target_bits']:g} bits on average: {grade}, {budget['bits']:.2f} on {budget['prompts']} "
+        f"validation prompts{there}; use it with --schedulers budget"
+    )
+
+
 def main(job: TrainJob) -> dict[str, Any]:
     """Trains, writes the artefact, prints the table; returns the metrics. ValueError for anything the user
     can cure."""
@@ -70,6 +84,8 @@ def main(job: TrainJob) -> dict[str, Any]:
         labels.rows(
             pair, job.training
         )  # before Ray starts: whether there is something to train and to validate on
+    if job.target_bits is not None:
+        check_target(labels.pairs, job.target_bits)
     farm.connect()
     fleet = Fleet(job.num_workers, gpus_per_worker=job.gpus_per_worker)
     fleet.check()
@@ -87,7 +103,9 @@ def main(job: TrainJob) -> dict[str, Any]:
         f"losses as they come"
     )
     state = fit(source.path, labels, source.num_heads, config, fleet, output)
-    files, metrics = artefact(labels, state, source.num_heads, config, source.model_fingerprint)
+    files, metrics = artefact(
+        labels, state, source.num_heads, config, source.model_fingerprint, job.target_bits
+    )
     folder = storage.join(output, "scheduler")
     for name in (
         "config.json",
@@ -97,6 +115,8 @@ def main(job: TrainJob) -> dict[str, Any]:
     for name, content in {**found, **files}.items():
         storage.write_bytes(storage.join(folder, name), content)
     console.print(results_table(metrics))
+    if job.target_bits is not None:
+        console.print(budget_line(json.loads(files["config.json"])["budget"]), soft_wrap=True)
     console.print(f"scheduler: {folder}", soft_wrap=True)
     console.print(
         f"next: pmpd generate --model-path MODEL-OF-THE-LABELS --classifier-path {folder}",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pmpd.schedulers import confidence, kv_cache, online, random, static
+from pmpd.schedulers import budget, confidence, kv_cache, online, random, static
 from pmpd.schedulers.base import SCHEDULERS, Scheduler, SchedulerEntry
 
 __all__ = ["SCHEDULERS", "Scheduler", "SchedulerEntry"]
@@ -13,4 +13,5 @@ SCHEDULERS.update(
     random=random.ENTRY,
     kv_cache=kv_cache.ENTRY,
     online=online.ENTRY,
+    budget=budget.ENTRY,
 )

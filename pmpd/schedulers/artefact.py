@@ -36,6 +36,9 @@ class ArtefactConfig:
     labels_fingerprint: str | None = None
     architecture: str = "kv_cache"
     version: int = ARTEFACT_VERSION
+    budget: dict[str, Any] | None = None
+    """Calibration for a number of bits on average (`schedulers.budget.Calibration`); None = made without
+    one."""
     training: dict[str, Any] = field(default_factory=dict)
     """The resolved training configuration, for the record."""
 

@@ -6,16 +6,39 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from itertools import pairwise
 from typing import Any
 
+import numpy as np
+
+from pmpd.errors import UserError
 from pmpd.schedulers.artefact import ArtefactConfig, artefact_files
+from pmpd.schedulers.budget import calibrate, choose_classes, described, plan_bits
 from pmpd.training.config import TrainConfig
 from pmpd.training.data import Labels
 from pmpd.training.evaluate import evaluate
 from pmpd.training.fit import TrainState
 
-# ---- What a training leaves behind
-# --------------------------------------------------------------------------------------
+
+def check_target(pairs: Sequence[tuple[int, int]], target_bits: float) -> list[int]:
+    """The chain of the pairs. ValueError where they are none, or the target is outside of it."""
+    chain = [pairs[0][0], *(low for _, low in pairs)]
+    if list(pairs) != list(pairwise(chain)):
+        raise UserError(f"target_bits: the pairs {list(pairs)} are no chain; give --precisions")
+    if not chain[-1] <= target_bits <= chain[0]:
+        raise UserError(f"target_bits {target_bits}: the chain {chain} has {chain[-1]} to {chain[0]}")
+    return chain
+
+
+def budget_of(labels: Labels, state: TrainState, config: TrainConfig, target_bits: float) -> dict[str, Any]:
+    """The calibration for `target_bits` on the validation prompts, and what it gives on the test prompts
+    (`test_bits`, None where there are none)."""
+    chain = check_target(labels.pairs, target_bits)
+    logits = [state.logits[f"kv_cache/{high}-{low}"].float().numpy() for high, low in labels.pairs]
+    scores, splits = np.stack(logits, axis=1), labels.splits(config)  # [N, J, 4]
+    found = calibrate(scores[splits == 1], chain, target_bits)
+    test = choose_classes(scores[splits == 2], chain, found.multiplier)
+    return {**described(found), "test_bits": float(plan_bits(test, chain).mean()) if len(test) else None}
 
 
 def learning_curves(history: Sequence[Mapping[str, Any]]) -> bytes:
@@ -48,13 +71,20 @@ def learning_curves(history: Sequence[Mapping[str, Any]]) -> bytes:
 
 
 def artefact(
-    labels: Labels, state: TrainState, num_heads: int, config: TrainConfig, model_fingerprint: str | None
+    labels: Labels,
+    state: TrainState,
+    num_heads: int,
+    config: TrainConfig,
+    model_fingerprint: str | None,
+    target_bits: float | None = None,
 ) -> tuple[dict[str, bytes], dict[str, Any]]:
     """File name → content of the `scheduler/` folder (weights, config.json, metrics.json, metrics.jsonl,
-    learning_curves.png), and the metrics as a dictionary."""
+    learning_curves.png), and the metrics as a dictionary. `target_bits`: calibrate for so many on average."""
     states = state.states(labels.pairs)
     dim = states[labels.pairs[0]]["queries"].shape[-1]
-    described = ArtefactConfig(
+    budget = None if target_bits is None else budget_of(labels, state, config, target_bits)
+    about = ArtefactConfig(
+        budget=budget,
         dim=dim,
         num_heads=num_heads,
         pairs=labels.pairs,
@@ -63,7 +93,7 @@ def artefact(
         training=asdict(config),
     )
     metrics = evaluate(labels, labels.splits(config), state.logits, config.seed)
-    files = artefact_files(described, states)
+    files = artefact_files(about, states)
     finishing = files.pop("config.json")  # last: a folder without it is not finished
     files |= {
         "metrics.json": (json.dumps(metrics, indent=1) + "\n").encode(),
