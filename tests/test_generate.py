@@ -13,6 +13,7 @@ from pmpd import PMPDForCausalLM, storage
 from pmpd.benchmarks import BENCHMARKS, Question
 from pmpd.benchmarks.conversation import Stops
 from pmpd.benchmarks.tokens import token_pieces
+from pmpd.cli.main import main as run_command
 from pmpd.decode.oracle import decode
 from pmpd.demo import ANYPREC
 from pmpd.evaluation.answer import Generator, conversation_rows, cut_left
@@ -298,8 +299,8 @@ def test_a_failed_turn_is_never_exported_as_an_answer(tmp_path: Path) -> None:
     assert [path.name for path in export(str(folder), str(tmp_path / "out"), runs="fp")] == ["demo-fp.jsonl"]
     with pytest.raises(ValueError, match="--runs nothing"):
         export(str(folder), str(tmp_path / "out"), runs="nothing")
-    assert storage.main(["export-fastchat", str(folder), str(tmp_path / "out2"), "--runs", "fp"]) == 0
-    assert storage.main(["export-fastchat", str(tmp_path / "absent"), str(tmp_path / "out2")]) == 1
+    assert run_command(["export-fastchat", str(folder), str(tmp_path / "out2"), "--runs", "fp"]) == 0
+    assert run_command(["export-fastchat", str(tmp_path / "absent"), str(tmp_path / "out2")]) == 1
 
 
 def test_an_export_is_of_one_split_and_has_no_turn_twice(tmp_path: Path) -> None:
