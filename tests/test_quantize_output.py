@@ -225,3 +225,11 @@ def test_a_layer_switches_between_its_weights_and_its_tables(tmp_path: Path) -> 
             assert not torch.equal(model(ids).logits, plain)
         assert torch.equal(model(ids).logits, plain)
     assert math.isfinite(plain.sum())
+
+
+@pytest.mark.gpu
+def test_a_gpu_quantizes_as_well_as_a_cpu() -> None:
+    weight, hessian = example()
+    _, here = feedback.quantize_for_output(weight, hessian, 2, 4)
+    _, there = feedback.quantize_for_output(weight.cuda(), hessian.cuda(), 2, 4)
+    torch.testing.assert_close(there.cpu().sum(1), here.sum(1), rtol=0.03, atol=0)

@@ -113,7 +113,8 @@ def main(config: PerplexityJob, console: Console | None = None) -> dict[int, Per
             on_window,
         )
     dtype = str(spec.compute_dtype(device)).removeprefix("torch.")
-    console.print(table(found, f"Perplexity of {config.model_path} on {config.dataset}"))
+    console.print(f"perplexity of {config.model_path} on {config.dataset}", soft_wrap=True)
+    console.print(table(found))
     scored = next(iter(found.values())).tokens
     console.print(f"{scored:,} tokens scored, windows of {window}, stride {stride}, {dtype} on {device}")
     if config.output is not None:
@@ -121,11 +122,11 @@ def main(config: PerplexityJob, console: Console | None = None) -> dict[int, Per
     return found
 
 
-def table(found: dict[int, Perplexity], title: str):  # -> rich.table.Table, imported late
+def table(found: dict[int, Perplexity]):  # -> rich.table.Table, imported late
     """One line a precision."""
     from rich.table import Table
 
-    result = Table(title=title)
+    result = Table()
     result.add_column("precision", justify="right")
     result.add_column("perplexity", justify="right")
     for bits, value in found.items():

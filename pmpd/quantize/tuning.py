@@ -97,8 +97,8 @@ def with_tables(
             _put(model, name, module)
         yield tuned
     finally:
-        for name, module in old.items():
-            _put(model, name, module)
+        for name, linear in old.items():
+            _put(model, name, linear)
 
 
 def _put(model: nn.Module, name: str, module: nn.Module) -> None:
