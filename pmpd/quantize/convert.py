@@ -385,7 +385,8 @@ class _Run:
 
     def tune_and_validate(self) -> tuple[TuningState, dict[str, float]]:
         """The tuned tables are in the state's tensors as `PATH.lutB`. Both empty where there is no text."""
-        state, found = TuningState(), {}
+        state = TuningState()
+        found: dict[str, float] = {}
         if self.samples is None or not len(self.samples.tuning) + len(self.samples.validation):
             return state, found
         quantized = self._quantized()
