@@ -123,7 +123,7 @@ CONVERSATIONS = table_schema(
         ("category", pa.string()),
         ("model_id", pa.string()),
         ("run", pa.string()),  # short name of the scheduler setting: static-42/84
-        ("kind", pa.string()),  # fp, uniform, static, random, confidence, kv_cache
+        ("kind", pa.string()),  # fp, uniform, or a scheduler's registered name
         ("scheduler", pa.string()),  # JSON: Scheduler.describe(), prefill_bit, max_new_tokens
         ("choice", pa.int16()),
         ("template", pa.string()),  # conversation template of the prompts
@@ -162,9 +162,9 @@ GENERATIONS = table_schema(
         ("output_tokens", pa.int32()),
         ("output_ids", _IDS),  # new tokens, end-of-sequence included
         ("output_pieces", pa.list_(pa.string())),  # the text that each new token added
-        ("finish_reason", pa.string()),  # eos, length, error
+        ("finish_reason", pa.string()),  # eos, stop, length, error
         ("precision_trace", TRACE),
-        ("switch_steps", _IDS),  # high_bit_steps per pair, as decided
+        ("switch_steps", _IDS),  # high_bit_steps per pair, as decided; empty under an online scheduler
         ("classes", pa.list_(pa.int8())),  # switch class per pair, null for schedulers that decide no class
         ("decision_scores", pa.list_(pa.list_(pa.float32()))),  # logits per pair and class
         ("prefill_seconds", pa.float32()),
