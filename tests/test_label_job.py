@@ -321,11 +321,11 @@ def test_the_label_table_counts_pairs_over_all_shards(tmp_path):
         ({"precisions": "8,4"}, "holds 4, 3, 2, not 8"),
         ({"precisions": "4,x"}, "--precisions 4,x"),
         ({"model_path": "no/such-folder/here"}, "no such folder"),
-        ({"max_new_tokens": 2}, "--max-new-tokens 2"),
+        ({"max_new_tokens": 2}, "max_new_tokens 2"),
         ({"max_new_tokens": 768}, "--max-new-tokens"),
         ({"size": 0}, "--size 0"),
         ({"dataset": "nothing.txt"}, "--dataset nothing.txt"),
-        ({"num_workers": 0}, "--num-workers 0"),
+        ({"num_workers": -1}, "num_workers -1"),
     ],
 )
 def test_bad_input_is_refused_before_any_work(cluster, job, change, told):
