@@ -117,10 +117,14 @@ def _row(
         "precision_trace": _runs(bits), "switch_steps": list(steps), "classes": None, "decision_scores": None,
         "prefill_seconds": 0.01,
         "decode_seconds": sum(SECONDS[width] for width in bits[1:]),
-        "forward_seconds": [{"bits": width,
-        "seconds": SECONDS[width]} for width in ([16] if kind == "fp" else [4, 3, 2])],
+        "forward_seconds": [_measured(width) for width in ([16] if kind == "fp" else [4, 3, 2])],
         "device": "test machine", "worker": f"w{number % 2}", "error": None,
     }  # fmt: skip
+
+
+def _measured(width: int) -> dict[str, Any]:
+    seconds = SECONDS[width]
+    return {"bits": width, "seconds": seconds, "repeats": [0.9 * seconds, seconds, seconds], "idle": True}
 
 
 def _plan(settings: dict[str, Any], length: int, draw: random.Random) -> list[int]:

@@ -60,7 +60,11 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Sweep, ModelSpec]]:
     monkeypatch.setattr(pmpd.cli.generate, "generate", generate)
     monkeypatch.setattr(farm, "connect", lambda: None)
     monkeypatch.setattr(
-        pmpd.evaluation.answer, "measure_forwards", lambda model, widths: dict.fromkeys(widths, 0.001)
+        pmpd.evaluation.answer,
+        "measure_forwards",
+        lambda model, widths: [
+            {"bits": bits, "seconds": 0.001, "repeats": [0.001], "idle": None} for bits in widths
+        ],
     )
     return calls
 

@@ -7,9 +7,10 @@ pmpd report --inputs results/a results/b       # several folders, e.g. the unqua
 
 from __future__ import annotations
 
+import json
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from pmpd.evaluation.judge_scores import JudgeTable, judge_table
 from pmpd.evaluation.results import datasets_at, read_generations, read_judgments
 from pmpd.evaluation.score import ScoreConfig, score
 from pmpd.metrics.base import get_metric
-from pmpd.report.build import unfinished, write_report
+from pmpd.report.build import notes, unfinished, write_report
 from pmpd.report.source import Report, Source
 
 
@@ -74,12 +75,12 @@ def _write(job: ReportJob, told: str, console: Console) -> Path:
     for path in job.inputs:
         before = len(verdicts)
         for folder, manifest, found in read_judgments(path):
-            sources.append(Source(len(sources) + 1, folder, manifest))
+            sources.append(source(len(sources) + 1, folder, manifest))
             verdicts.append((sources[-1].number, found))
         if len(verdicts) > before and not any(datasets_at(path, "generations")):
             continue
         for folder, manifest, found in read_generations(path):
-            sources.append(Source(len(sources) + 1, folder, manifest))
+            sources.append(source(len(sources) + 1, folder, manifest))
             rows += found
             for key in {(row["benchmark"], row["split"], row["run"]) for row in found}:
                 run_sources.setdefault(key, []).append(sources[-1].number)
@@ -115,6 +116,8 @@ def _write(job: ReportJob, told: str, console: Console) -> Path:
         console.print(
             f"note: {folder} is not complete; run its pmpd generate again to finish it", soft_wrap=True
         )
+    for note in notes(report):
+        console.print(f"note: {note}")
     for comparison in comparisons:
         for name, run in comparison.unanswered.items():
             console.print(
@@ -131,6 +134,16 @@ def _write(job: ReportJob, told: str, console: Console) -> Path:
         soft_wrap=True,
     )
     return written["report.html"]
+
+
+def source(number: int, folder: str, manifest: Mapping[str, Any]) -> Source:
+    """The data set, with what making it cost where a summary says so."""
+    content = storage.read_bytes(storage.join(folder, "summary.json"))
+    try:
+        summary = json.loads(content) if content else None
+    except ValueError:
+        summary = None
+    return Source(number, folder, manifest, summary if isinstance(summary, dict) else None)
 
 
 def judged_table(

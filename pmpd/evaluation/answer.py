@@ -16,6 +16,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from pmpd.benchmarks.base import Benchmark, Question
@@ -113,9 +114,7 @@ class Generator:
         for run in runs:
             model.decide(run.scheduler(), run.prefill_bit)
         widths = sorted({bits for run in runs for bits in (*run.precisions, run.prefill_bit)}, reverse=True)
-        self.forward_seconds = [
-            {"bits": bits, "seconds": seconds} for bits, seconds in measure_forwards(model, widths).items()
-        ]
+        self.forward_seconds = measure_forwards(model, widths)
 
     def answer(self, conversations: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
         """Rows of `storage.GENERATIONS` without `worker`: all turns of a conversation one after another,
@@ -276,8 +275,10 @@ def cut_left(ids: list[int], limit: int, bos_token_id: int | None) -> tuple[list
 
 def measure_forwards(
     model: PMPDForCausalLM, widths: Sequence[int], forwards: int = 32, repeats: int = 3
-) -> dict[int, float]:
-    """Median seconds of one decode forward of a row alone, by precision, after a prompt of 64 tokens.
+) -> list[dict[str, Any]]:
+    """Values of the column `forward_seconds`: for each precision the median seconds of one decode forward of
+    a row alone, after a prompt of 64 tokens, the `repeats` behind it, and whether the machine was `idle`
+    before and after (None: can't be told).
 
     The precisions take turns, so that a slow moment of the machine hits all of them. Prefill and start-up are
     subtracted: they are timed by a continuation of one token.
@@ -295,10 +296,42 @@ def measure_forwards(
                 )
         return time.perf_counter() - started
 
+    idle = machine_is_idle()
     samples: dict[int, list[float]] = {bits: [] for bits in widths}
     for bits in widths:  # warm-up: kernels are built, tables are dequantized
         seconds(bits, 3)
     for _ in range(repeats):
         for bits in widths:
             samples[bits].append(max(seconds(bits, forwards + 1) - seconds(bits, 1), 1e-9) / forwards)
-    return {bits: statistics.median(values) for bits, values in samples.items()}
+    later = machine_is_idle()
+    return [
+        {
+            "bits": bits,
+            "seconds": statistics.median(values),
+            "repeats": values,
+            "idle": None if idle is None or later is None else idle and later,
+        }
+        for bits, values in samples.items()
+    ]
+
+
+BUSY_SHARE = 0.1
+"""Of the processors' time, from which on a machine is not idle."""
+
+
+def machine_is_idle(seconds: float = 0.2) -> bool | None:
+    """Whether this machine's processors did next to nothing while this process slept; None where it does not
+    tell (no /proc)."""
+
+    def ticks() -> tuple[int, int]:
+        numbers = [int(n) for n in Path("/proc/stat").read_text().partition("\n")[0].split()[1:9]]
+        return numbers[3] + numbers[4], sum(numbers)  # idle and waiting for disks
+
+    try:
+        idle, total = ticks()
+        time.sleep(seconds)
+        idle_after, total_after = ticks()
+    except (OSError, ValueError, IndexError):
+        return None
+    passed = total_after - total
+    return passed > 0 and 1 - (idle_after - idle) / passed < BUSY_SHARE

@@ -192,13 +192,19 @@ def _costs(
         "average_bits": average_bits(total),
         "average_bits_low": low,
         "average_bits_high": high,
-        "decode_time_ratio": comparison.speed.ratio(total, comparison.high_bits)
-        if comparison.high_bits
-        else None,
-        "decode_time_ratio_16": comparison.speed.ratio(total, 16),
+        **_times("decode_time_ratio", comparison, total, comparison.high_bits or 0),
+        **_times("decode_time_ratio_16", comparison, total, 16),
         "error_rows": sum(turn in (None, key[2]) for key in run.errors),
         "unpaired_rows": answered - len(keys),
     }
+
+
+def _times(
+    name: str, comparison: Comparison, forwards: Counter[int], to_bits: int
+) -> dict[str, float | None]:
+    """The ratio of decode times to `to_bits`, and its lowest and highest."""
+    low, high = comparison.speed.ratio_range(forwards, to_bits) or (None, None)
+    return {name: comparison.speed.ratio(forwards, to_bits), f"{name}_low": low, f"{name}_high": high}
 
 
 def _components(metric: Metric, comparison: Comparison, config: ScoreConfig) -> Components:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from pmpd.metrics.base import Row
 
@@ -37,9 +38,13 @@ class SpeedModel:
     """Median over workers."""
     low: Mapping[int, float]
     high: Mapping[int, float]
-    """Fastest and slowest worker."""
+    """Fastest and slowest measurement."""
     workers: Mapping[int, int]
     devices: tuple[str, ...]
+    idle: bool
+    """Whether every worker found its machine idle but for itself when it measured."""
+    repeats: Mapping[int, Mapping[str, Sequence[float]]]
+    """All measurements, by precision and worker, in the order in which the precisions took turns."""
 
     def ratio(self, forwards: Mapping[int, float], to_bits: int) -> float | None:
         """Decode time of `forwards` over that of as many forwards at `to_bits`; None where a precision was
@@ -51,24 +56,55 @@ class SpeedModel:
             total * self.seconds[to_bits]
         )
 
+    def ratio_range(self, forwards: Mapping[int, float], to_bits: int) -> tuple[float, float] | None:
+        """The lowest and highest of `ratio` over single measurements; None as there.
+
+        Precisions that the same workers measured in turn are compared turn by turn, others at their extremes.
+        """
+        if self.ratio(forwards, to_bits) is None:
+            return None
+        used = sorted({*forwards, to_bits})
+        together = len({tuple(self.repeats[bits]) for bits in used}) == 1
+        if together:
+            turns = [
+                dict(zip(used, turn, strict=True))
+                for worker in self.repeats[to_bits]
+                for turn in zip(*(self.repeats[bits][worker] for bits in used), strict=False)
+            ]
+        else:
+            turns = [
+                {**self.low, to_bits: self.high[to_bits]},
+                {**self.high, to_bits: self.low[to_bits]},
+            ]
+        total = sum(forwards.values())
+        ratios = [
+            sum(n * turn[bits] for bits, n in forwards.items()) / (total * turn[to_bits]) for turn in turns
+        ]
+        return min(ratios), max(ratios)
+
 
 def speed_model(rows: Iterable[Row]) -> SpeedModel:
-    by_worker: dict[tuple[str, int], float] = {}
+    """From the column `forward_seconds` of rows of GENERATIONS."""
+    by_worker: dict[tuple[str, int], Mapping[str, Any]] = {}
     devices = set()
     for row in rows:
         for measured in row.get("forward_seconds") or ():
-            by_worker[(row.get("worker") or "", measured["bits"])] = measured["seconds"]
+            by_worker[(row.get("worker") or "", measured["bits"])] = measured
             devices.add(row.get("device") or "")
     values: dict[int, list[float]] = defaultdict(list)
-    for (_, bits), seconds in by_worker.items():
-        values[bits].append(seconds)
+    repeats: dict[int, dict[str, Sequence[float]]] = defaultdict(dict)
+    for (worker, bits), measured in sorted(by_worker.items(), key=lambda item: item[0]):
+        values[bits].append(measured["seconds"])
+        repeats[bits][worker] = measured.get("repeats") or [measured["seconds"]]
     ordered = sorted(values, reverse=True)
     return SpeedModel(
         seconds={bits: statistics.median(values[bits]) for bits in ordered},
-        low={bits: min(values[bits]) for bits in ordered},
-        high={bits: max(values[bits]) for bits in ordered},
+        low={bits: min(map(min, repeats[bits].values())) for bits in ordered},
+        high={bits: max(map(max, repeats[bits].values())) for bits in ordered},
         workers={bits: len(values[bits]) for bits in ordered},
         devices=tuple(sorted(devices - {""})),
+        idle=bool(by_worker) and all(measured.get("idle") for measured in by_worker.values()),
+        repeats=repeats,
     )
 
 

@@ -14,12 +14,12 @@ from typing import Any
 from markupsafe import Markup
 
 from pmpd.evaluation.compare import Comparison
-from pmpd.report import figures, markdown, provenance, style
+from pmpd.report import figures, fonts, markdown, provenance, style
 from pmpd.report.browser import browser
 from pmpd.report.judged import judged_of
 from pmpd.report.page import StyleSheet, render
 from pmpd.report.source import Report, Source, slugs_of
-from pmpd.report.view import Section, section_of
+from pmpd.report.view import Section, section_of, speed_caveat
 
 
 def write_report(report: Report, folder: Path) -> dict[str, Path]:
@@ -43,13 +43,14 @@ def write_report(report: Report, folder: Path) -> dict[str, Path]:
             graphics.append({"id": stem, "caption": caption, "svg": Markup(shown)})
         judged = judged_of(comparison, report)
         more = {"slug": slug, "figures": graphics, "browser": browser(comparison), "judged": judged}
+        more["settings"] = provenance.settings(report, comparison)
         sections.append({**vars(section), **more})
         captions = {f"{slug}-{name}": caption for name, (_, caption) in drawn.items()}
         texts.append(markdown.section_text(section, captions, judged))
     models = ", ".join(sorted({comparison.model_id for comparison in report.comparisons}))
     values = {
         "title": f"Precision and quality: {models}",
-        "notes": [],
+        "notes": notes(report),
         "sections": sections,
         "method": provenance.method(report.config),
         "sources": [provenance.shown(source) for source in report.sources],
@@ -80,7 +81,8 @@ def _draw(comparison: Comparison, section: Section) -> dict[str, tuple[Any, str]
         drawn["speed"] = (
             style.draw(lambda: figures.speed(comparison)),
             f"Decode speed by precision, one row alone, measured by the run's own {count} "
-            f"worker{'s' * (count > 1)} on {devices}.",
+            f"worker{'s' * (count > 1)} on {devices}, {speed_caveat(comparison)}. Bars: fastest and slowest "
+            f"measurement.",
         )
     if figures.switching_runs(comparison):
         drawn["switches"] = (
@@ -88,11 +90,25 @@ def _draw(comparison: Comparison, section: Section) -> dict[str, tuple[Any, str]
             "When each scheduler switches: share of turns by the number of decode forwards at the higher "
             "precision of a pair.",
         )
-    drawn["lengths"] = (
-        style.draw(lambda: figures.lengths(comparison)),
-        "Length of the answers. Runs that ramble or stop early stand out here.",
-    )
+    if figures.lengths_differ(comparison):
+        drawn["lengths"] = (
+            style.draw(lambda: figures.lengths(comparison)),
+            "Length of the answers. Runs that ramble or stop early stand out here.",
+        )
     return drawn
+
+
+def notes(report: Report) -> list[str]:
+    """What a reader must know before the numbers."""
+    names = [name for comparison in report.comparisons for name in comparison.runs]
+    missing = fonts.missing_characters(names)
+    if not missing:
+        return []
+    return [
+        f"The figures show boxes in the place of {missing}: no font on the machine that drew them has these "
+        f"characters. Install one (Noto Sans for the script: fonts-noto-cjk, fonts-noto-core) and make the "
+        f"report again."
+    ]
 
 
 def unfinished(sources: Sequence[Source]) -> list[str]:

@@ -225,6 +225,19 @@ def speed(comparison: Comparison) -> Figure:
     return figure
 
 
+LENGTH_SHARE = 0.05
+"""Of the longest mean length: what runs must differ by, for lengths to say something."""
+
+
+def lengths_differ(comparison: Comparison) -> bool:
+    """Whether the runs' answers differ in length: where all end at the limit there is nothing to see."""
+    means = [
+        float(np.mean([run.rows[key]["output_tokens"] for key in comparison.shared]))
+        for run in comparison.runs.values()
+    ]
+    return max(means) - min(means) > LENGTH_SHARE * max(means)
+
+
 def lengths(comparison: Comparison) -> Figure:
     """New tokens per answer: median, quartiles and 5th to 95th percentile of every run."""
     runs = list(comparison.runs.values())

@@ -14,6 +14,7 @@ for (const box of document.querySelectorAll(".browser")) {
     if (!a) { card.append(element("p", "note", "no answer: this turn failed in this run")); return card; }
     card.append(element("div", "note", a.note));
     const text = element("div", "text");
+    text.dir = "auto";
     let n = 0;
     for (const [bits, count] of a.trace)
       for (let i = 0; i < count; i++, n++) {

@@ -8,9 +8,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from pmpd import storage
+from pmpd.evaluation.compare import Comparison
 from pmpd.evaluation.score import ScoreConfig
 from pmpd.metrics.text import bleu_signature
-from pmpd.report.source import Source
+from pmpd.report.source import Report, Source
 
 
 def shown(source: Source) -> dict[str, Any]:
@@ -22,15 +23,64 @@ def shown(source: Source) -> dict[str, Any]:
         "device": manifest.get("device"),
         "rows": (manifest.get("counts") or {}).get("rows"),
         "seconds": manifest.get("seconds"),
+        "computed in": dtypes(manifest) or None,
         "models": models(manifest),
+        **_costs(source.summary or {}),
         "complete": manifest.get("complete"),
     }
     return {
         "number": source.number,
         "folder": source.folder,
-        "facts": [(name, str(value)) for name, value in facts.items()],
+        "facts": [(name, str(value)) for name, value in facts.items() if value is not None],
         "manifest": json.dumps(manifest, indent=1, ensure_ascii=False, default=str),
     }
+
+
+COSTS = {
+    "rows_per_worker_hour": "rows per worker-hour",
+    "tokens": "tokens",
+    "wall_seconds": "seconds on the clock",
+    "worker_seconds": "seconds of workers",
+    "cost": "cost",
+    "cost_per_1000_rows": "cost of 1,000 rows",
+}
+"""Key of a summary's total -> its name for a reader."""
+
+
+def _costs(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """All runs that made the data set, together."""
+    total = summary.get("total")
+    if not isinstance(total, Mapping):
+        return {}
+    known = {key: name for key, name in COSTS.items() if isinstance(total.get(key), int | float)}
+    return {name: f"{total[key]:,.6g}" for key, name in known.items()}
+
+
+def dtypes(manifest: Mapping[str, Any]) -> str:
+    """The number formats that models computed in, as far as the manifest says."""
+    entries = [manifest.get("run"), manifest.get("config"), *(manifest.get("models") or {}).values()]
+    found = [entry["dtype"] for entry in entries if isinstance(entry, Mapping) and entry.get("dtype")]
+    return ", ".join(dict.fromkeys(map(str, found)))
+
+
+def settings(report: Report, comparison: Comparison) -> str:
+    """Templates, number formats and commits behind a comparison, in one sentence."""
+    rows = [row for run in comparison.runs.values() for row in run.rows.values()]
+    templates = sorted({str(row["template"]) for row in rows})
+    numbers = {
+        number
+        for (benchmark, split, _), found in report.run_sources.items()
+        for number in found
+        if (benchmark, split) == (comparison.benchmark, comparison.split)
+    }
+    manifests = [source.manifest for source in report.sources if source.number in numbers]
+    formats = sorted({dtypes(manifest) for manifest in manifests} - {""})
+    commits = sorted({str(manifest.get("git_commit") or "unknown") for manifest in manifests})
+    return (
+        f"Prompts in the template {' and '.join(templates)}; computed in "
+        f"{', '.join(formats) or 'a number format that was not recorded'}; answered by commit "
+        f"{', '.join(commit[:12] for commit in commits)}."
+    )
 
 
 def models(manifest: Mapping[str, Any]) -> str:

@@ -23,6 +23,8 @@ class Source:
     number: int
     folder: str
     manifest: Mapping[str, Any]
+    summary: Mapping[str, Any] | None = None
+    """What making it cost (`summary.json`), where that is known."""
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import io
 import re
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from markupsafe import escape
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+
+from pmpd.report import fonts
 
 if TYPE_CHECKING:
     from matplotlib.typing import RcKeyType
@@ -57,7 +60,7 @@ def kind_of(name: str) -> Kind:
 _STYLE: dict[RcKeyType, Any] = {
     "font.size": 9.5, "axes.titlesize": 10, "axes.labelsize": 9.5, "xtick.labelsize": 9, "ytick.labelsize": 9,
     "legend.fontsize": 9,
-    "font.family": "sans-serif", "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK,
+    "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": INK,
     "xtick.color": INK, "ytick.color": INK,
     "grid.color": GRID, "grid.linewidth": 0.7, "axes.grid": True, "axes.axisbelow": True,
     "axes.spines.top": False,
@@ -70,7 +73,7 @@ _STYLE: dict[RcKeyType, Any] = {
 
 def draw(make: Callable[[], Figure]) -> Figure:
     """The figure that `make` returns, in the report's style."""
-    with rc_context(_STYLE):
+    with rc_context({**_STYLE, "font.family": fonts.families()}):
         return make()
 
 
@@ -109,7 +112,8 @@ def for_page(svg: str, identifier: str, description: str) -> str:
 
 def _save(figure: Figure, kind: str, **options: Any) -> bytes:
     buffer = io.BytesIO()
-    with rc_context(_STYLE):
+    with rc_context({**_STYLE, "font.family": fonts.families()}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # the report says so, once
         figure.savefig(buffer, format=kind, **options)
     figure.set_layout_engine("none")  # laid out once is enough
     return buffer.getvalue()

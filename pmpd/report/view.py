@@ -204,6 +204,8 @@ def conclusion(comparison: Comparison, metric: Metric, rows: Sequence[ScoreRow])
         )
     if row.get("decode_time_ratio"):
         text += f", at {row['decode_time_ratio']:.2f} times the decode time of uniform {high} bit"
+        if not comparison.speed.idle:
+            text += " (measured on a machine not known to be idle)"
     other = best_static(rows, metric)
     if other is not None and other is not row:
         text += (
@@ -288,8 +290,8 @@ def runs_table(
             cell(f"{row['value']:.4f}", (f"{row['low']:.3f} to {row['high']:.3f}", "ci")),
             cell(*_difference_lines(row, metric)),
             cell(*_difference_lines(row, metric, "nearest_"), *([(nearest, "ci")] if nearest else [])),
-            cell(number(row["decode_time_ratio"], 2, "×")),
-            cell(number(row["decode_time_ratio_16"], 2, "×")),
+            _time_cell(row, "decode_time_ratio"),
+            _time_cell(row, "decode_time_ratio_16"),
             cell(number(None if run.name not in exact else 100 * exact[run.name], 0, " %")),
             cell(f"{100 * _ended(comparison, run):.0f} %"),
             cell(str(row["rows"])),
@@ -302,12 +304,27 @@ def runs_table(
         )
     note = (
         f"Against the {AGAINST[against]}. Average bits: mean over decode forwards. Decode time: speed model, "
-        "forwards by precision × measured seconds of one. Differences are paired by question; coloured where "
+        "forwards by precision × measured seconds of one; below it the lowest and highest of the single "
+        f"measurements, {speed_caveat(comparison)}. Differences are paired by question; coloured where "
         "the 95 % interval excludes zero. Whether mixing precisions is worth it at equal cost is the "
         "difference to the uniform run of nearest average bits. The oracle chose, with hindsight, the "
         "cheapest of the static plans that is as good as never switching, per conversation."
     )
     return Table(titles, lines, note)
+
+
+def _time_cell(row: ScoreRow, name: str) -> Cell:
+    value, low, high = (row.get(name + end) for end in ("", "_low", "_high"))
+    if value is None or low is None or high is None:
+        return cell(number(value, 2, "×"))
+    return cell(number(value, 2, "×"), (f"{low:.2f} to {high:.2f}", "ci"))
+
+
+def speed_caveat(comparison: Comparison) -> str:
+    """Whether the measurements are worth trusting."""
+    if comparison.speed.idle:
+        return "made while the machine did nothing else"
+    return "made while the machine was not known to be idle: take them as rough"
 
 
 def _ended(comparison: Comparison, run: Run) -> float:

@@ -171,8 +171,17 @@ GENERATIONS = table_schema(
         ("decode_seconds", pa.float32()),
         (
             "forward_seconds",
-            pa.list_(pa.struct([("bits", pa.int8()), ("seconds", pa.float32())])),
-        ),  # of a row alone, by this worker
+            pa.list_(
+                pa.struct(
+                    [
+                        ("bits", pa.int8()),
+                        ("seconds", pa.float32()),  # of a decode forward of a row alone: median
+                        ("repeats", pa.list_(pa.float32())),  # the measurements, precisions in turn
+                        ("idle", pa.bool_()),  # whether the machine did nothing else; null: can't be told
+                    ]
+                )
+            ),
+        ),
         ("device", pa.string()),
         ("worker", pa.string()),
         ("error", pa.string()),
@@ -252,6 +261,10 @@ SCORES = table_schema(
         ("average_bits_low", pa.float64()),
         ("average_bits_high", pa.float64()),
         ("decode_time_ratio", pa.float64()),  # to the uniform highest precision, by the speed model
+        ("decode_time_ratio_low", pa.float64()),  # lowest and highest of single measurements
+        ("decode_time_ratio_high", pa.float64()),
         ("decode_time_ratio_16", pa.float64()),  # to the unquantized model
+        ("decode_time_ratio_16_low", pa.float64()),
+        ("decode_time_ratio_16_high", pa.float64()),
     ],
 )
