@@ -20,9 +20,11 @@ from pmpd import storage
 from pmpd.cli.main import main as run_command
 from pmpd.evaluation.compare import compare
 from pmpd.evaluation.score import ScoreConfig, score
-from pmpd.report.build import unfinished, write_report
+from pmpd.report import figures, fonts, provenance
+from pmpd.report.build import notes, unfinished, write_report
 from pmpd.report.page import StyleSheet
 from pmpd.report.source import Report, Source
+from pmpd.report.view import section_of
 from tests.generation_rows import generation_rows
 
 CHROMIUM = shutil.which("chromium")
@@ -31,7 +33,7 @@ FLAGS = (
     "--disable-background-networking",
     "--disable-component-update", "--disable-sync", "--hide-scrollbars", "--virtual-time-budget=4000",
 )  # fmt: skip
-FIGURES = ("quality", "speed", "switches", "lengths")
+FIGURES = ("quality", "speed", "switches")
 MANIFEST = {
     "written": "2026-01-02T03:04:05Z", "git_commit": "0123abc", "device": "test machine", "seconds": 12.5,
     "complete": True,
@@ -219,6 +221,89 @@ def allow(page: str, script: str) -> str:
     return page.replace("script-src ", f"script-src {hash_of(script)} ").replace(
         "</body>", f"<script>{script}</script></body>"
     )
+
+
+def test_lengths_are_drawn_only_where_the_runs_differ_in_them() -> None:
+    rows = generation_rows(questions=3, two_turns=0)
+    assert not figures.lengths_differ(compare(rows)[0]), "every run answers at the same length"
+    longer = [
+        {**row, "output_tokens": row["output_tokens"] * (2 if row["run"] == "uniform-2" else 1)}
+        for row in rows
+    ]
+    assert figures.lengths_differ(compare(longer)[0])
+
+
+def test_decode_times_have_a_range_and_say_whether_the_machine_was_idle(tmp_path: Path) -> None:
+    rows = generation_rows(questions=3, two_turns=0)
+    for row in rows:
+        for measured in row["forward_seconds"]:
+            measured["idle"] = row["worker"] == "w0"
+            slow = 1.5 if measured["bits"] == 2 else 1
+            measured["repeats"] = [measured["seconds"] * slow, measured["seconds"]]
+    (comparison,) = compare(rows)
+    assert comparison.speed.ratio_range({2: 7}, 4) == pytest.approx((0.5, 0.75)), "measured in turn"
+    assert comparison.speed.ratio_range({2: 7}, 16) == pytest.approx((0.25, 0.375))
+    assert comparison.speed.ratio_range({8: 1}, 4) is None
+    report = Report([comparison], score(comparison, ScoreConfig(resamples=100)), [], {}, ScoreConfig())
+    section = section_of(comparison, report)
+    (row,) = [row for row in section.table.rows if row.name == "uniform-2"]
+    assert [line.text for line in row.cells[4].lines] == ["0.50×", "0.50 to 0.75"]
+    assert "not known to be idle" in section.table.note
+    assert "(measured on a machine not known to be idle)" in section.conclusion
+    for row in rows:
+        for measured in row["forward_seconds"]:
+            measured["idle"] = True
+    assert compare(rows)[0].speed.idle
+
+
+def test_settings_and_costs_stand_beside_the_numbers() -> None:
+    manifest = {**MANIFEST, "models": {"model": {"fingerprint": "quant0", "dtype": "bfloat16"}}}
+    summary = {"runs": [{}], "total": {"rows_per_worker_hour": 1234.5, "cost_per_1000_rows": 0.25, "rows": 1}}
+    source = Source(1, "in", manifest, summary)
+    facts = dict(provenance.shown(source)["facts"])
+    assert facts["rows per worker-hour"] == "1,234.5"
+    assert facts["cost of 1,000 rows"] == "0.25"
+    assert facts["computed in"] == "bfloat16"
+    (comparison,) = compare(generation_rows(questions=2, two_turns=0))
+    report = Report([comparison], [], [source], {("demo", "test", "fp"): [1]}, ScoreConfig())
+    said = provenance.settings(report, comparison)
+    assert said == "Prompts in the template plain; computed in bfloat16; answered by commit 0123abc."
+    assert provenance.shown(Source(1, "in", MANIFEST, {"total": "none"}))["facts"]
+
+
+def test_the_conclusion_says_what_the_intervals_say(made) -> None:
+    report, written = made
+    (comparison,) = report.comparisons
+    section = section_of(comparison, report)
+    rows = {
+        row["run"]: row
+        for row in report.scores
+        if (row["metric"], row["against"], row["turn"]) == ("rouge_l", "reference_output", None)
+    }
+    row = rows["kv_cache"]
+    assert section.conclusion.startswith(f"kv_cache decoded at {row['average_bits']:.2f} bits")
+    worse = row["difference_high"] < 0
+    assert ("is worse than that of uniform 4 bit" in section.conclusion) == worse
+    static = [row for row in rows.values() if row["kind"] == "static"]
+    good = [row for row in static if row["difference_high"] >= 0]
+    assert good
+    best = min(good, key=lambda row: (row["average_bits"], -row["value"]))
+    assert f"the best fixed plan, {best['run']}," in section.conclusion
+    assert any(best["run"].removeprefix("static-") in card.label for card in section.cards)
+    page = written["report.html"].read_text()
+    assert section.conclusion.replace("'", "&#39;") in page
+
+
+def test_a_character_that_no_font_has_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fonts, "families", lambda: [fonts.FIRST])
+    assert fonts.missing_characters(["static-0/84", "naïve – ok"]) == ""
+    assert fonts.missing_characters(["计划 a"]) == "划计"
+    rows = generation_rows(questions=2, two_turns=0)
+    for row in rows:
+        row["run"] = row["run"].replace("kv_cache", "计划")
+    comparisons = compare(rows)
+    (note,) = notes(Report(comparisons, [], [], {}, ScoreConfig()))
+    assert "boxes in the place of 划计" in note
 
 
 def test_excluded_turns_are_told_at_the_top(tmp_path: Path) -> None:
