@@ -18,11 +18,16 @@ BENCHMARKS: dict[str, Benchmark] = {
 }
 
 
+ALIASES = {"IWSLT": "iwslt", "dsum": "dialogsum"}
+"""Names of the published command."""
+
+
 def get_benchmark(name: str) -> Benchmark:
-    """The benchmark called `name`; a ValueError lists those that exist."""
-    if name not in BENCHMARKS:
+    """The benchmark called `name`; a UserError lists those that exist."""
+    known = ALIASES.get(name, name)
+    if known not in BENCHMARKS:
         raise UserError(f"--bench-name {name}: known are {', '.join(BENCHMARKS)}")
-    return BENCHMARKS[name]
+    return BENCHMARKS[known]
 
 
 __all__ = ["BENCHMARKS", "Benchmark", "Question", "get_benchmark", "load_questions"]
