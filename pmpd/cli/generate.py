@@ -16,18 +16,21 @@ import json
 import shlex
 from collections import Counter
 from dataclasses import dataclass, fields, replace
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+import tyro
 from rich.console import Console
 from rich.table import Table
 
 from pmpd import demo, farm, storage
-from pmpd.benchmarks import get_benchmark, load_questions
+from pmpd.benchmarks import load_questions
 from pmpd.benchmarks.base import Split
 from pmpd.benchmarks.conversation import choose_template, template_note
 from pmpd.errors import UserError
 from pmpd.evaluation.compare import compare
+from pmpd.evaluation.presets import NO_PRESET, Preset, get_preset
 from pmpd.evaluation.results import read_generations
+from pmpd.evaluation.sampling_plan import SamplingPlan
 from pmpd.evaluation.score import ScoreConfig
 from pmpd.evaluation.static_search import best_path, choose, read_best, write_best
 from pmpd.evaluation.sweep import DEFAULT_SWEEP, SweepConfig, check_fit, grid_plans, sweep_runs
@@ -63,7 +66,7 @@ class GenerateJob:
     question_end: int | None = None
     """Question to stop before."""
     num_choices: int = 1
-    """Answers per question (they differ for the random scheduler only)."""
+    """Answers per question (they differ where tokens are sampled, and for the random scheduler)."""
     schedulers: str = ",".join(DEFAULT_SWEEP)
     """The sweep, comma-separated: fp (unquantized), uniform (each precision), static, confidence, random,
     kv_cache, or what a module of --plugins registers."""
@@ -93,13 +96,26 @@ class GenerateJob:
     random_prior: tuple[float, float, float, float] | None = None
     """random: weights of the four switch classes; default equal."""
     seed: int = 0
-    """random: seed of its draws."""
+    """Of the scheduler random, and of sampled tokens."""
+    temperature: float | Literal["category"] = 0.0
+    """Of sampling; 0 is greedy; category: MT-Bench's temperature of each question's category."""
+    top_p: float = 1.0
+    """Sampling: only the likeliest tokens that together have this probability."""
+    top_k: int = 0
+    """Sampling: only so many of the likeliest tokens; 0 is all."""
+    repetition_penalty: float = 1.0
+    """Divides the logits of tokens that were there before; 1 is none."""
+    stop: tuple[str, ...] = ()
+    """Strings that end an answer."""
+    preset: str | None = None
+    """published: the settings of published results (docs/guides/published-differences.md); other flags go
+    first."""
     max_new_tokens: int | None = None
     """New tokens per answer; default the benchmark's own."""
     template: str | None = None
     """Conversation template: "tokenizer" (the model's own), "plain", or one of FastChat's. Default: the
     tokenizer's own where it has one, else FastChat's for --model-id, else plain."""
-    static_search: bool = False
+    static_search: Annotated[bool, tyro.conf.arg(aliases=["--search"])] = False
     """Try a grid of high-bit steps on the validation split, keep the cheapest within the budget for
     --high-bit-steps best."""
     quality_budget: float = 0.02
@@ -126,6 +142,8 @@ class GenerateJob:
     """Local folder, shared storage of the cluster, or a URI (s3://bucket/folder)."""
     retry_errors: bool = False
     """Do conversations again that have an error."""
+    revision: str | None = None
+    """Branch, tag or commit of the Hugging Face ids given as models."""
     kernel: str | None = None
     """Force an implementation of the multiplication: reference, cpu, triton."""
     dtype: Dtype = "auto"
@@ -166,9 +184,10 @@ def main(job: GenerateJob, console: Console | None = None) -> str:
     cure."""
     console = console or Console()
     import_plugins(job.plugins)
-    benchmark = get_benchmark(job.bench_name)
+    preset = get_preset(job.preset) if job.preset else NO_PRESET
+    benchmark = preset.benchmark(job.bench_name)
     split: Split = "validation" if job.validation or job.static_search else "test"
-    length = job.max_new_tokens or benchmark.max_new_tokens
+    length = job.max_new_tokens or preset.max_new_tokens.get(benchmark.name) or benchmark.max_new_tokens
     chain = job.chain
     output = output_folder(job.output_dir)
     names = scheduler_names(job, benchmark.reference)
@@ -177,6 +196,7 @@ def main(job: GenerateJob, console: Console | None = None) -> str:
             job.reference_model_path,
             dtype=job.dtype,
             trust_remote_code=job.trust_remote_code,
+            revision=job.revision,
             flag="--reference-model-path",
         ),
         "quantized": ModelSpec(
@@ -186,6 +206,7 @@ def main(job: GenerateJob, console: Console | None = None) -> str:
             job.kernel,
             job.dtype,
             job.trust_remote_code,
+            job.revision,
         ),
     }
     wanted = {group: [name for name in names if (name == "fp") == (group == "fp")] for group in models}
@@ -209,8 +230,9 @@ def main(job: GenerateJob, console: Console | None = None) -> str:
     )  # fmt: skip
     if left_out:
         console.print(f"{len(left_out)} records left out; the first one is {left_out[0]}", soft_wrap=True)
-    template = choose_template(job.model_id, tokenizer, job.template)
-    console.print(f"template: {template_note(template, job.model_id, job.template)}", soft_wrap=True)
+    asked = job.template or preset.templates.get(benchmark.name)
+    template = choose_template(job.model_id, tokenizer, asked)
+    console.print(f"template: {template_note(template, job.model_id, asked)}", soft_wrap=True)
     best_file = (
         job.high_bit_steps
         if job.high_bit_steps and job.high_bit_steps.endswith(".json")
@@ -222,7 +244,14 @@ def main(job: GenerateJob, console: Console | None = None) -> str:
     sweeps = {}
     for group, checkpoint in checkpoints.items():
         config = SweepConfig(
-            tuple(wanted[group]), chain, length, job.prefill_bit, scheduler_options(job), steps, job.searched
+            tuple(wanted[group]),
+            chain,
+            length,
+            job.prefill_bit,
+            scheduler_options(job, preset),
+            steps,
+            sampling_plan(job),
+            job.searched,
         )
         runs = tuple(sweep_runs(config))
         fingerprint = checkpoint.fingerprint()
@@ -292,8 +321,14 @@ def import_plugins(modules: str | None) -> None:
             ) from error
 
 
-def scheduler_options(job: GenerateJob) -> dict[str, dict[str, Any]]:
-    """Options by scheduler: those of the flags, then --scheduler-options."""
+def sampling_plan(job: GenerateJob) -> SamplingPlan:
+    return SamplingPlan(
+        job.temperature, job.top_p, job.top_k, job.seed, job.repetition_penalty, tuple(job.stop)
+    )
+
+
+def scheduler_options(job: GenerateJob, preset: Preset = NO_PRESET) -> dict[str, dict[str, Any]]:
+    """Options by scheduler: those of the flags, of the preset, then --scheduler-options."""
     options: dict[str, dict[str, Any]] = {
         "random": {"seed": job.seed},
         "confidence": {"threshold": job.confidence_threshold, "patience": job.confidence_patience},
@@ -305,6 +340,8 @@ def scheduler_options(job: GenerateJob) -> dict[str, dict[str, Any]]:
     if job.classifier_path is not None:
         for name in ("kv_cache", "budget"):
             options[name]["save_dir"] = storage.absolute(job.classifier_path)
+    for name, given in preset.scheduler_options.items():
+        options[name] = {**options.get(name, {}), **given}
     try:
         more = {name: dict(given) for name, given in json.loads(job.scheduler_options).items()}
     except (ValueError, AttributeError, TypeError) as error:
@@ -335,7 +372,9 @@ def folder_name(job: GenerateJob, benchmark: str) -> str:
     chain = "-".join(map(str, job.chain))
     if job.static_search:
         return f"{benchmark}-search-{chain}"
-    return benchmark + "-validation" * job.validation + f"-best-{chain}" * job.searched
+    variant = f"-{job.preset}" if job.preset else ""
+    variant += "-sampled" * (job.temperature != 0)
+    return benchmark + variant + "-validation" * job.validation + f"-best-{chain}" * job.searched
 
 
 def best_command(job: GenerateJob) -> str:
@@ -344,7 +383,7 @@ def best_command(job: GenerateJob) -> str:
     left_out = ("static_search", "search_points", "quality_budget", "scheduler", "schedulers", "use_fp",
     "high_bit_steps", "validation",
                 "question_file", "question_begin", "question_end")  # fmt: skip
-    words = ["python", "pmpd generate", "--scheduler", "static", "--high-bit-steps", "best"]
+    words = ["pmpd", "generate", "--scheduler", "static", "--high-bit-steps", "best"]
     for field in fields(job):
         value = getattr(job, field.name)
         if field.name in left_out or value == field.default:

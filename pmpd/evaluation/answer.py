@@ -22,6 +22,7 @@ from typing import Any
 from pmpd.benchmarks.base import Benchmark, Question
 from pmpd.benchmarks.conversation import Stops, render, stops
 from pmpd.benchmarks.tokens import encode_prompt, special_tokens, token_pieces
+from pmpd.decode.ending import StopStrings
 from pmpd.decode.requests import Completion, Prefix, Request
 from pmpd.errors import UserError
 from pmpd.evaluation.sweep import Run
@@ -206,10 +207,14 @@ class Generator:
         keep = want_prefix and self.reuse_cache
         # Long prompts first: the last rows to end are short ones, so slots stay busy.
         ordered = sorted(turns.items(), key=lambda item: -len(item[1][1].ids))
+        ending = StopStrings(self.model.tokenizer, run.sampling.stop) if run.sampling.stop else None
         requests = [
-            Request(key, turn.ids, run.max_new_tokens, prefix=turn.prefix, want_prefix=keep)
+            Request(
+                key, turn.ids, run.max_new_tokens, prefix=turn.prefix, want_prefix=keep,
+                sampling=run.sampling.of(turn.row["category"]), stop=ending,
+            )
             for key, (_, turn) in ordered
-        ]
+        ]  # fmt: skip
         stop = {
             name: stops(name, self.model.tokenizer)
             for name in {turn.row["template"] for _, turn in turns.values()}
@@ -221,15 +226,16 @@ class Generator:
         for completion in self.model.complete(requests, scheduler, run.prefill_bit, slots, ends):
             conversation, turn = turns[completion.key]
             conversation.prefix = completion.prefix.head(len(turn.ids)) if completion.prefix else None
-            turn.row |= self._result(completion, stop[turn.row["template"]].cut)
+            turn.row |= self._result(completion, stop[turn.row["template"]], ending)
 
-    def _result(self, completion: Completion, cut: Any) -> dict[str, Any]:
+    def _result(self, completion: Completion, stop: Stops, ending: StopStrings | None) -> dict[str, Any]:
         if completion.error:
             return {"error": completion.error, "finish_reason": "error"}
         classes, scores = completion.classes, completion.scores
         tokenizer = self.model.tokenizer
+        text = stop.cut(tokenizer.decode(completion.tokens, skip_special_tokens=True))
         return {
-            "output_text": cut(tokenizer.decode(completion.tokens, skip_special_tokens=True)).strip(),
+            "output_text": (ending.cut(text) if ending else text).strip(),
             "output_tokens": len(completion.tokens),
             "output_ids": completion.tokens,
             "output_pieces": token_pieces(tokenizer, completion.tokens),

@@ -202,7 +202,12 @@ def _check_references(unquantized: Run, runs: Iterable[Run], benchmark: str) -> 
         )
 
 
-KINDS = ("fp", "uniform", "static", "kv_cache", "confidence", "random", "oracle")
+UNIFORM_KINDS = ("uniform", "uniform_prefill")
+"""Kinds of run that decode in one precision; the second prefills in another."""
+BASE_KINDS = ("fp", *UNIFORM_KINDS)
+"""Kinds of run that mix no precisions in decoding."""
+
+KINDS = (*BASE_KINDS, "static", "kv_cache", "confidence", "random", "oracle")
 """The order of tables and legends."""
 
 

@@ -33,6 +33,8 @@ class Preset:
         return self.benchmarks.get(found.name, found)
 
 
+NO_PRESET = Preset({}, {}, {}, {})
+
 CALIBRATION = 10
 """Scores of a row from which the published confidence threshold follows: their mean and one standard
 deviation."""

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from pmpd.errors import UserError
-from pmpd.evaluation.compare import Comparison, Run, TurnKey
+from pmpd.evaluation.compare import BASE_KINDS, UNIFORM_KINDS, Comparison, Run, TurnKey
 from pmpd.metrics.base import (
     AGAINST,
     METRICS,
@@ -127,17 +127,21 @@ def _score_metric(
 
 def _nearest_uniform(comparison: Comparison, costs: Mapping[str, Any]) -> dict[str, str]:
     """Run that mixes precisions -> the uniform run of the nearest average bits: what it must beat to be worth
-    its mixing."""
+    its mixing. Where there are uniform runs with the same prefill, only those: what the prefill gains is not
+    the schedule's gain."""
     bits = {name: cost["average_bits"] for name, cost in costs.items() if cost["average_bits"] is not None}
-    uniform = [run.name for run in comparison.runs.values() if run.kind == "uniform" and run.name in bits]
-    mixing = [
-        run.name for run in comparison.runs.values() if run.kind not in ("fp", "uniform") and run.name in bits
-    ]
-    return (
-        {name: min(uniform, key=lambda other: abs(bits[other] - bits[name])) for name in mixing}
-        if uniform
-        else {}
-    )
+    runs = [run for run in comparison.runs.values() if run.name in bits]
+    uniform = {run.name: run.settings.get("prefill_bit") for run in runs if run.kind in UNIFORM_KINDS}
+    nearest = {}
+    for run in runs:
+        if run.kind in BASE_KINDS or not uniform:
+            continue
+        prefill = run.settings.get("prefill_bit")
+        alike = [name for name, other in uniform.items() if other == prefill]
+        widths = {bits[name] for name in uniform}
+        same = alike if len({bits[name] for name in alike}) == len(widths) else list(uniform)
+        nearest[run.name] = min(same, key=lambda name: abs(bits[name] - bits[run.name]))
+    return nearest
 
 
 Pairs = Mapping[TurnKey, tuple[str, Sequence[int]]]

@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pmpd.errors import UserError
+from pmpd.evaluation.sampling_plan import GREEDY_PLAN, SamplingPlan
 from pmpd.schedulers.base import Scheduler, SchedulerEntry, find, names
 from pmpd.schedulers.chain import check_chain
 from pmpd.weights.base import head_dim, kv_heads
@@ -25,7 +26,8 @@ class Run:
 
     name: str
     kind: str
-    """`fp`, `uniform` or a scheduler's registered name."""
+    """`fp`, `uniform`, `uniform_prefill` (another precision for the prefill) or a scheduler's registered
+    name."""
     precisions: tuple[int, ...]
     """The chain; a single precision for uniform runs and the unquantized model."""
     prefill_bit: int
@@ -33,21 +35,27 @@ class Run:
     options: Mapping[str, Any] = field(default_factory=dict)
     entry: SchedulerEntry | None = None
     """Of a scheduler: travels with the run, so that a worker needs no registry of its own."""
+    sampling: SamplingPlan = GREEDY_PLAN
 
     def scheduler(self) -> Scheduler | None:
         """None: every forward at `prefill_bit`. ValueError for bad options."""
+        if self.kind == "uniform_prefill":
+            chain = (self.prefill_bit, *self.precisions)
+            return Scheduler.get_scheduler("static", precisions=chain, high_bit_steps=0)
         if self.entry is None:
             return None
         return self.entry.build(self.kind, {"precisions": self.precisions, **self.options})
 
     def describe(self) -> str:
         """JSON of all that defines the run's rows; paths are not part of it."""
-        scheduler = self.scheduler()
+        scheduler = None if self.kind == "uniform_prefill" else self.scheduler()
         settings = (
             scheduler.describe() if scheduler else {"name": "uniform", "precisions": list(self.precisions)}
         )
+        sampling = self.sampling.describe()
         return json.dumps(
             {**settings, "prefill_bit": self.prefill_bit, "max_new_tokens": self.max_new_tokens}
+            | ({"sampling": sampling} if sampling else {})
         )
 
 
@@ -59,11 +67,13 @@ class SweepConfig:
     precisions: tuple[int, ...] = (4, 3, 2)
     max_new_tokens: int = 256
     prefill_bit: int | None = None
-    """Default: the highest of the chain. Uniform runs prefill at their own precision."""
+    """Default: the highest of the chain. Uniform runs prefill at their own precision, and once more at this
+    one, so that what a schedule gains is told apart from what its prefill gains."""
     options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     """Scheduler -> options of each of its runs, over those that its entry's `settings` give."""
     high_bit_steps: tuple[tuple[int, ...], ...] = ()
     """Static settings, each one number of steps per pair (or one number), in place of the entry's."""
+    sampling: SamplingPlan = GREEDY_PLAN
     searched: bool = False
     """Whether `high_bit_steps` is a static search's choice. The run's name says so, since the plan may be one
     of the default's too."""
@@ -87,7 +97,8 @@ def sweep_runs(config: SweepConfig) -> list[Run]:
     where two different settings would have one name."""
     runs: dict[str, Run] = {}
     for kind in config.schedulers:
-        for run in _runs_of(kind, config):
+        for made in _runs_of(kind, config):
+            run = replace(made, sampling=config.sampling)
             settings = run.describe()  # bad options are an error now, not in a worker
             other = runs.setdefault(run.name, run)
             if other is not run and (other.kind, other.describe()) != (run.kind, settings):
@@ -117,6 +128,9 @@ def _runs_of(kind: str, config: SweepConfig) -> Iterator[Run]:
     if kind == "uniform":
         for bits in chain:
             yield Run(f"uniform-{bits}", "uniform", (bits,), bits, length)
+        for bits in chain:
+            if bits < prefill:
+                yield Run(f"uniform-{bits}-prefill-{prefill}", "uniform_prefill", (bits,), prefill, length)
         return
     name, entry = find(kind)
     given: dict[str, Any] = {}

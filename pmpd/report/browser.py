@@ -54,7 +54,7 @@ def _answer(row: Mapping[str, Any], reference: Mapping[str, Any] | None) -> dict
     total = sum(forwards.values())
     note = (
         f"{row['output_tokens']} tokens, ended by "
-        f"{'itself' if row['finish_reason'] == 'eos' else 'the limit'}"
+        f"{'the limit' if row['finish_reason'] == 'length' else 'itself'}"
     )
     note += f", {sum(bits * count for bits, count in forwards.items()) / total:.2f} bits" if total else ""
     if reference is not None and reference is not row:

@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from pmpd.evaluation.compare import Comparison, Run
+from pmpd.evaluation.compare import BASE_KINDS, UNIFORM_KINDS, Comparison, Run
 from pmpd.metrics.base import AGAINST, get_metric
 from pmpd.report.style import INK, KINDS, WIDTH, kind_of
 
@@ -39,7 +39,7 @@ def quality(comparison: Comparison, scores: Sequence[Mapping[str, Any]], metric:
             _unquantized_line(axes, chosen[0], against)
             continue
         bits, values = [row["average_bits"] for row in chosen], [row["value"] for row in chosen]
-        if kind in ("uniform", "static"):
+        if kind in (*UNIFORM_KINDS, "static"):
             line = _frontier(bits, values, higher) if kind == "static" else (bits, values)
             axes.plot(
                 *line,
@@ -129,7 +129,7 @@ _BINS = 12
 
 def switching_runs(comparison: Comparison) -> list[Run]:
     """The runs whose switch steps may differ between rows."""
-    runs = [run for run in comparison.runs.values() if run.kind not in ("fp", "uniform", "static")]
+    runs = [run for run in comparison.runs.values() if run.kind not in (*BASE_KINDS, "static")]
     # an online scheduler has no switch steps
     return [
         run for run in runs if run.kind == "oracle" or any(row["switch_steps"] for row in run.rows.values())

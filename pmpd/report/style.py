@@ -37,6 +37,7 @@ class Kind(NamedTuple):
 KINDS: dict[str, Kind] = {
     "fp": Kind("unquantized", "#5f6b76", "_"),
     "uniform": Kind("uniform", "#0072b2", "s"),
+    "uniform_prefill": Kind("uniform, high prefill", "#7570b3", "v"),
     "static": Kind("static", "#56b4e9", "o"),
     "kv_cache": Kind("learned (kv_cache)", "#d55e00", "D"),
     "confidence": Kind("confidence", "#009e73", "^"),

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from pmpd.evaluation.compare import Comparison, Run
+from pmpd.evaluation.compare import BASE_KINDS, Comparison, Run
 from pmpd.metrics.base import AGAINST, Metric, get_metric
 from pmpd.report.page import kind_class
 from pmpd.report.source import Report, main_metric
@@ -176,7 +176,7 @@ def subject(rows: Sequence[ScoreRow], metric: Metric) -> ScoreRow | None:
     """The run that the conclusion is about: the learned scheduler, else one that decides by itself, else the
     best static plan."""
     by_kind = {row["kind"]: row for row in reversed(rows) if row["average_bits"] is not None}
-    others = [kind for kind in by_kind if kind not in ("fp", "uniform", "static", "oracle", "random")]
+    others = [kind for kind in by_kind if kind not in (*BASE_KINDS, "static", "oracle", "random")]
     for kind in ("kv_cache", "confidence", *others):
         if kind in by_kind:
             return by_kind[kind]
@@ -222,7 +222,7 @@ def _range(row: ScoreRow, which: str = "") -> str:
 
 def cards(comparison: Comparison, metric: Metric, rows: Sequence[ScoreRow]) -> list[Card]:
     """The schedulers that decide by themselves, the best static plan, the oracle: each in one sentence."""
-    found = [row for row in rows if row["kind"] not in ("fp", "uniform", "static", "oracle")]
+    found = [row for row in rows if row["kind"] not in (*BASE_KINDS, "static", "oracle")]
     static = best_static(rows, metric)
     found += [static] if static is not None else []
     found += [row for row in rows if row["kind"] == "oracle"]
@@ -328,7 +328,8 @@ def speed_caveat(comparison: Comparison) -> str:
 
 
 def _ended(comparison: Comparison, run: Run) -> float:
-    return sum(run.rows[key]["finish_reason"] == "eos" for key in comparison.shared) / len(comparison.shared)
+    ended = sum(run.rows[key]["finish_reason"] in ("eos", "stop") for key in comparison.shared)
+    return ended / len(comparison.shared)
 
 
 def metrics_table(comparison: Comparison, scores: Sequence[ScoreRow]) -> Table:

@@ -13,10 +13,10 @@ CONFIG_FILES = ("*.json", "*.jinja", "*.model", "*.py", "*.tiktoken", "*.txt")
 """Config, tokenizer and model code: everything but the weights."""
 
 
-def local_folder(model_path: str | Path, name: str = "--model-path") -> Path:
+def local_folder(model_path: str | Path, name: str = "--model-path", revision: str | None = None) -> Path:
     """The checkpoint folder, or the JSON file that names several; a Hugging Face id that is neither, or a
     URI, is downloaded. ValueError where there is none, which calls the path by `name`: what the user gave it
-    as."""
+    as. `revision`: branch, tag or commit of the id's repository; default its main branch."""
     if "://" in str(model_path):
         from pmpd.storage.copies import download_folder
 
@@ -24,15 +24,15 @@ def local_folder(model_path: str | Path, name: str = "--model-path") -> Path:
     folder = Path(model_path)
     if folder.is_dir() or (folder.suffix == ".json" and folder.is_file()):
         return folder
-    folder = download(str(model_path), [*CONFIG_FILES, "*.safetensors"], f"{name} {model_path}")
+    folder = download(str(model_path), [*CONFIG_FILES, "*.safetensors"], f"{name} {model_path}", revision)
     if not any(
         folder.glob("*.safetensors")
     ):  # an older repository; where there are both, pickles are not worth their bytes
-        folder = download(str(model_path), ["pytorch_model*"], f"{name} {model_path}")
+        folder = download(str(model_path), ["pytorch_model*"], f"{name} {model_path}", revision)
     return folder
 
 
-def download(model_id: str, patterns: Sequence[str], told: str) -> Path:
+def download(model_id: str, patterns: Sequence[str], told: str, revision: str | None = None) -> Path:
     """The folder with the files of a Hugging Face repository that match. ValueError, beginning with `told`,
     where that can't be had."""
     if not _ID.fullmatch(model_id):
@@ -40,7 +40,7 @@ def download(model_id: str, patterns: Sequence[str], told: str) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(model_id, allow_patterns=list(patterns)))
+        return Path(snapshot_download(model_id, revision=revision, allow_patterns=list(patterns)))
     except (
         Exception
     ) as error:  # the hub client has its own zoo of exceptions: no network, no such id, gated, …

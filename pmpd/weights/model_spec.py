@@ -39,6 +39,8 @@ class ModelSpec:
     dtype: Dtype = "auto"
     trust_remote_code: bool = False
     """Runs model code that comes with the checkpoint."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hugging Face id's repository."""
     flag: str = "--model-path"
     """What the user gave the path as; errors name it."""
 
@@ -53,7 +55,7 @@ class ModelSpec:
         from pmpd.weights.hub import local_folder
         from pmpd.weights.mixed import open_checkpoint
 
-        folder = self.path if self.multi_model else local_folder(self.path, self.flag)
+        folder = self.path if self.multi_model else local_folder(self.path, self.flag, self.revision)
         return open_checkpoint(folder, self.trust_remote_code, self.multi_model)
 
     def open_unquantized(self) -> Checkpoint:
