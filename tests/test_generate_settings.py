@@ -94,9 +94,9 @@ def test_what_mixes_is_compared_with_uniform_runs_of_the_same_prefill() -> None:
             twins.append({**row, "run": name, "kind": "uniform_prefill", "scheduler": json.dumps(settings)})
     (comparison,) = compare([*rows, *twins])
     found = {row["run"]: row["nearest_uniform"] for row in score(comparison, ScoreConfig(resamples=100))}
-    assert {found[run] for run in found if run.startswith(("static", "random", "kv_cache", "confidence"))} <= {
-        "uniform-4", "uniform-3-prefill-4", "uniform-2-prefill-4",
-    }  # fmt: skip
+    mixing = ("static", "random", "kv_cache", "confidence")
+    alike = {"uniform-4", "uniform-3-prefill-4", "uniform-2-prefill-4"}
+    assert {found[run] for run in found if run.startswith(mixing)} <= alike
     assert found["uniform-3-prefill-4"] is None
     (without,) = compare(rows)
     assert "uniform-2" in {row["nearest_uniform"] for row in score(without, ScoreConfig(resamples=100))}
