@@ -249,7 +249,7 @@ def test_decode_times_have_a_range_and_say_whether_the_machine_was_idle(tmp_path
     (row,) = [row for row in section.table.rows if row.name == "uniform-2"]
     assert [line.text for line in row.cells[4].lines] == ["0.50×", "0.50 to 0.75"]
     assert "not known to be idle" in section.table.note
-    assert "(measured on a machine not known to be idle)" in section.conclusion
+    assert "on a machine not known to be idle)" in section.conclusion
     for row in rows:
         for measured in row["forward_seconds"]:
             measured["idle"] = True

@@ -226,16 +226,17 @@ def speed(comparison: Comparison) -> Figure:
 
 
 LENGTH_SHARE = 0.05
-"""Of the longest mean length: what runs must differ by, for lengths to say something."""
+"""Of the longest answer: what runs must differ by, for a figure of lengths to show it."""
 
 
 def lengths_differ(comparison: Comparison) -> bool:
-    """Whether the runs' answers differ in length: where all end at the limit there is nothing to see."""
-    means = [
-        float(np.mean([run.rows[key]["output_tokens"] for key in comparison.shared]))
+    """Whether median or quartiles of the answers' lengths differ between runs: where all end at the limit
+    there is nothing to see."""
+    quartiles = [
+        np.percentile([run.rows[key]["output_tokens"] for key in comparison.shared], (25, 50, 75))
         for run in comparison.runs.values()
     ]
-    return max(means) - min(means) > LENGTH_SHARE * max(means)
+    return bool((np.ptp(quartiles, axis=0) > LENGTH_SHARE * np.max(quartiles)).any())
 
 
 def lengths(comparison: Comparison) -> Figure:

@@ -63,6 +63,10 @@ def dtypes(manifest: Mapping[str, Any]) -> str:
     return ", ".join(dict.fromkeys(map(str, found)))
 
 
+DEFAULT_FORMAT = "its device's default number format (float32 on a CPU, float16 on a GPU)"
+"""What manifests without a `dtype` mean."""
+
+
 def settings(report: Report, comparison: Comparison) -> str:
     """Templates, number formats and commits behind a comparison, in one sentence."""
     rows = [row for run in comparison.runs.values() for row in run.rows.values()]
@@ -78,7 +82,7 @@ def settings(report: Report, comparison: Comparison) -> str:
     commits = sorted({str(manifest.get("git_commit") or "unknown") for manifest in manifests})
     return (
         f"Prompts in the template {' and '.join(templates)}; computed in "
-        f"{', '.join(formats) or 'a number format that was not recorded'}; answered by commit "
+        f"{', '.join(formats) or DEFAULT_FORMAT}; answered by commit "
         f"{', '.join(commit[:12] for commit in commits)}."
     )
 

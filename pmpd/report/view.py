@@ -193,19 +193,28 @@ def conclusion(comparison: Comparison, metric: Metric, rows: Sequence[ScoreRow])
         )
     high, bits = comparison.high_bits or 0, row["average_bits"]
     grade = {"": "not surely different from", "better": "better than", "worse": "worse than"}
+
+    def graded(which: str = "") -> str:
+        ends = [row[f"{which}difference{end}"] for end in ("", "_low", "_high")]
+        return "equal to" if not any(ends) else grade[verdict(row, metric, which)]
+
     text = (
         f"{row['run']} decoded at {bits:.2f} bits on average instead of {high}; its {metric.label} of "
-        f"{row['value']:.3f} is {grade[verdict(row, metric)]} that of uniform {high} bit ({_range(row)})"
+        f"{row['value']:.3f} is {graded()} that of uniform {high} bit ({_range(row)})"
     )
     if row.get("nearest_difference") is not None and row["nearest_uniform"] != f"uniform-{high}":
         text += (
-            f", and {grade[verdict(row, metric, 'nearest_')]} {row['nearest_uniform']}'s, the uniform run of "
+            f", and {graded('nearest_')} {row['nearest_uniform']}'s, the uniform run of "
             f"nearest bits ({_range(row, 'nearest_')})"
         )
     if row.get("decode_time_ratio"):
-        text += f", at {row['decode_time_ratio']:.2f} times the decode time of uniform {high} bit"
-        if not comparison.speed.idle:
-            text += " (measured on a machine not known to be idle)"
+        low, most = row.get("decode_time_ratio_low"), row.get("decode_time_ratio_high")
+        spread = f"measured from {low:.2f} to {most:.2f}" if low and most else "measured"
+        busy = "" if comparison.speed.idle else " on a machine not known to be idle"
+        text += (
+            f", at {row['decode_time_ratio']:.2f} times the decode time of uniform {high} bit "
+            f"({spread}{busy})"
+        )
     other = best_static(rows, metric)
     if other is not None and other is not row:
         text += (
