@@ -172,7 +172,7 @@ def test_a_stop_string_that_is_a_special_token_ends_the_answer(
     tokenizer.add_special_tokens({"additional_special_tokens": [tokenizer.convert_ids_to_tokens(stop)]})
     monkeypatch.setattr(model, "tokenizer", tokenizer)
     monkeypatch.setattr(
-        "pmpd.evaluation.answer.stops", lambda _: Stops((tokenizer.convert_ids_to_tokens(stop), "###"))
+        "pmpd.evaluation.answer.stops", lambda *_: Stops((tokenizer.convert_ids_to_tokens(stop), "###"))
     )
     (row,) = answer(model, runs("uniform")[:1], [question(1, "What is a list?")])
     assert row["output_ids"] == before["output_ids"][: before["output_ids"].index(stop) + 1]

@@ -58,7 +58,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Sweep, ModelSpec]]:
         )
 
     monkeypatch.setattr(pmpd.cli.generate, "generate", generate)
-    monkeypatch.setattr(farm, "connect", lambda: None)
+    monkeypatch.setattr(farm, "connect", lambda options: None)
     monkeypatch.setattr(
         pmpd.evaluation.answer,
         "measure_forwards",
