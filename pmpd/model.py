@@ -23,7 +23,7 @@ from pmpd.decode.pulse import Pulse
 from pmpd.decode.requests import Completion, Prefix, Request, Sampling, TokenEvent
 from pmpd.errors import UserError
 from pmpd.schedulers.base import Scheduler
-from pmpd.weights import anyprec, dense, mixed
+from pmpd.weights import formats, mixed
 from pmpd.weights.base import PrecisionLinear, compute_dtype, head_dim, kv_heads
 from pmpd.weights.mixed import MultiCheckpoint
 from pmpd.weights.model_spec import ModelSpec
@@ -103,14 +103,8 @@ class PMPDForCausalLM(nn.Module):
             self.model.models = {  # type: ignore[assignment]
                 str(bits): SimpleNamespace(config=self.model.config) for bits in self.precisions
             }
-        elif "anyprec" in checkpoint.config_json:
-            self.precisions = tuple(wanted or anyprec.precisions_of(checkpoint))
-            self.model = anyprec.load(checkpoint, self.precisions, dtype, kernel)
-        elif wanted in (None, [dense.BITS]):
-            self.precisions = (dense.BITS,)
-            self.model = dense.load(checkpoint, dtype)
         else:
-            anyprec.precisions_of(checkpoint)  # raises: says that the folder holds no precisions
+            self.model, self.precisions = formats.load(checkpoint, wanted, dtype, kernel)
         self.tokenizer = checkpoint.tokenizer()
         give_pad_token(self.tokenizer)
         self.eos_token_ids = end_token_ids(self.model, self.tokenizer)

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from pmpd import PMPDForCausalLM, Scheduler
+from pmpd.kernels import gptq as codes
 from pmpd.labeling.label import LabelConfig, label_prompts
 from pmpd.weights import gptq
 from pmpd.weights.base import PrecisionLinear, PrecisionState
@@ -122,8 +123,8 @@ def test_three_bit_values_that_straddle_words():
     expected = [0] * 32
     for index, value in {0: 7, 10: 5, 20: 1, 21: 6, 31: 4}.items():
         expected[index] = value
-    assert gptq.unpack(words[:, None], 3, 32)[:, 0].tolist() == expected
-    assert gptq._pack(torch.tensor(expected, dtype=torch.uint8)[:, None], 3)[:, 0].tolist() == words.tolist()
+    assert codes.unpack(words[:, None], 3, 32)[:, 0].tolist() == expected
+    assert codes.pack(torch.tensor(expected, dtype=torch.uint8)[:, None], 3)[:, 0].tolist() == words.tolist()
 
 
 ZEROS = [0, 5, 8, 1, 15, 2, 3, 4]

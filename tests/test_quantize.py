@@ -23,7 +23,7 @@ from pmpd.quantize import convert, work
 from pmpd.quantize.calibration import calibration_samples
 from pmpd.quantize.config import MAX_BITS, MIN_BITS, QuantizeConfig
 from pmpd.quantize.convert import quantize_checkpoint, split_samples
-from pmpd.weights import anyprec
+from pmpd.weights import anyprec, formats
 from pmpd.weights.checkpoint import Checkpoint
 from pmpd.weights.hub import local_folder
 from tests.helpers import byte_tokenizer, write_dense
@@ -98,7 +98,7 @@ def test_the_output_is_what_the_format_says(half_folder: Path, quantized: Path) 
 
 def test_more_bits_come_closer_to_the_unquantized_model(half_folder: Path, tmp_path: Path) -> None:
     quantize_checkpoint(half_folder, tmp_path / "out", QuantizeConfig(parent_precision=8, weighted=False), [])
-    model = anyprec.load(Checkpoint(tmp_path / "out"), range(2, 9), torch.float32, kernel="reference")
+    model = formats.load(Checkpoint(tmp_path / "out"), range(2, 9), torch.float32, kernel="reference")[0]
     reference = AutoModelForCausalLM.from_pretrained(half_folder, dtype=torch.float32)
     tokens = torch.arange(40).unsqueeze(0)
     linears = {

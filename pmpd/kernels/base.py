@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 
@@ -32,6 +33,13 @@ class PackedWeights:
     @property
     def precisions(self) -> tuple[int, ...]:
         return tuple(sorted(self.tables, reverse=True))
+
+    def to(self, device: torch.device) -> PackedWeights:
+        return PackedWeights(
+            planes=self.planes.to(device),
+            tables={bits: table.to(device) for bits, table in self.tables.items()},
+            bias=None if self.bias is None else self.bias.to(device),
+        )
 
 
 class BitplaneMatrix(ABC):

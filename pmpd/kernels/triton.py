@@ -64,6 +64,7 @@ from torch import Tensor
 
 from pmpd import gpu
 from pmpd.errors import UserError
+from pmpd.kernels import gptq
 from pmpd.kernels.base import BitplaneMatrix, PackedWeights
 from pmpd.kernels.bitplanes import unpack
 
@@ -518,7 +519,7 @@ class GPTQMatrix:
         self.shape = (rows, columns)
         self.bits = bits
         self.dtype = dtype
-        codes_NK = unpack_gptq(qweight.T, bits)  # codes run along K
+        codes_NK = gptq.unpack(qweight, bits, columns).T  # codes run along K
         self._group_size = (
             math.ceil(columns / scales.shape[0]) if g_idx is None else int(torch.bincount(g_idx).max())
         )
@@ -537,7 +538,7 @@ class GPTQMatrix:
         )
         pad = self._tiles.padded_rows - rows
         self._scales = torch.nn.functional.pad(scales, (0, pad)).contiguous()  # [G, N padded]
-        zeros = unpack_gptq(qzeros, bits).to(torch.int16) + zero_offset
+        zeros = gptq.unpack(qzeros.T, bits, rows).T.to(torch.int16) + zero_offset
         self._zeros = torch.nn.functional.pad(zeros, (0, pad)).contiguous()
         self._groups = torch.nn.functional.pad(
             groups.to(torch.int32), (0, self._tiles.blocks * TILE_COLUMNS - columns)
@@ -597,18 +598,6 @@ def _twice(values: Tensor) -> Tensor:
     """int32 words that hold each value as float16 twice."""
     patterns = values.half().view(torch.int16).to(torch.int32) & 0xFFFF
     return (patterns | (patterns << 16)).contiguous()
-
-
-def unpack_gptq(words: Tensor, bits: int) -> Tensor:
-    """int32 [R, C bits / 32], values packed little end first along the last dimension (3 bits straddle words)
-    -> uint8 [R, C]."""
-    rows, count = words.shape[0], words.shape[1] * 32 // bits
-    start = torch.arange(count, device=words.device) * bits
-    low, shift = start // 32, start % 32
-    high = torch.clamp(low + 1, max=words.shape[1] - 1)
-    unsigned = words.to(torch.int64) & 0xFFFFFFFF
-    pairs = unsigned[:, low] | (unsigned[:, high] << 32)
-    return ((pairs >> shift) & (2**bits - 1)).to(torch.uint8).view(rows, count)
 
 
 # -- several layers that read the same input

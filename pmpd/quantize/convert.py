@@ -41,8 +41,12 @@ from pmpd.quantize.layers import LayerPlan, find_layers
 from pmpd.quantize.moments import InputMoments, add_input_moments
 from pmpd.quantize.tuning import TuningState, set_bits, tune_tables, with_tables
 from pmpd.quantize.work import WorkFolder, save
-from pmpd.weights import dense
-from pmpd.weights.checkpoint import Checkpoint, build_skeleton
+from pmpd.weights import dense, formats
+from pmpd.weights.checkpoint import Checkpoint
+from pmpd.weights.formats import check_unquantized
+from pmpd.weights.mixed import open_checkpoint
+from pmpd.weights.naming import NamedTensors
+from pmpd.weights.skeleton import build_skeleton, fill
 
 _LAYOUT = 2
 """Raised when what is computed or stored changes, so that an older work folder is not taken up."""
@@ -52,8 +56,6 @@ _SAMPLES_PER_SAVE = 8
 
 _VALIDATION_SAMPLES = 4
 """Pieces of text, not used for anything else, on which the result is measured at the end."""
-
-_COPIED_SUFFIXES = frozenset({".json", ".jinja", ".model", ".py", ".tiktoken", ".txt"})
 
 Stage = Literal["inputs", "layers", "tuning", "validation"]
 Progress = Callable[[Stage, int, int], None]
@@ -121,15 +123,16 @@ def quantize_checkpoint(
     """
     start = time.monotonic()
     device = device or torch.device("cuda" if gpu.available() else "cpu")
-    checkpoint, output = Checkpoint(model_path, trust_remote_code), Path(output_dir).absolute()
-    dense.check(checkpoint)
-    plan = _checked_plan(checkpoint)
+    checkpoint, output = open_checkpoint(model_path, trust_remote_code), Path(output_dir).absolute()
+    check_unquantized(checkpoint)
+    plan, stored = _checked_plan(checkpoint)
     samples = _samples(checkpoint, config, texts) if config.weighted else None
     fingerprint = _fingerprint(checkpoint, config, samples)
     if (done := _finished(output, fingerprint)) is not None:
         return done
     run = _Run(
         checkpoint,
+        stored,
         plan,
         config,
         samples,
@@ -176,29 +179,13 @@ def quantize_checkpoint(
     return summary
 
 
-def _checked_plan(checkpoint: Checkpoint) -> LayerPlan:
-    """What will be quantized, its tensors checked. UserError naming those that are missing or misshapen."""
+def _checked_plan(checkpoint: Checkpoint) -> tuple[LayerPlan, NamedTensors]:
+    """What will be quantized, and the checkpoint's tensors by the model's names. UserError naming tensors
+    that are missing or misshapen: nothing is found out hours later."""
     skeleton = build_skeleton(checkpoint)
-    skeleton.tie_weights()
-    plan, names, problems = find_layers(skeleton), checkpoint.names(), []
-    for layer in range(plan.count):
-        for module in plan.module_names:
-            path = plan.path(layer, module)
-            linear = skeleton.get_submodule(path)
-            for name, parameter in linear.named_parameters():
-                if f"{path}.{name}" not in names:
-                    problems.append(f"{path}.{name} is missing")
-                elif (shape := checkpoint.tensor(f"{path}.{name}").shape) != parameter.shape:
-                    problems.append(
-                        f"{path}.{name} has shape {list(shape)}, the config asks for {list(parameter.shape)}"
-                    )
-    if problems:
-        more = f"; and {len(problems) - 8} more" if len(problems) > 8 else ""
-        raise UserError(
-            f"checkpoint {checkpoint.folder} does not fit its own config.json: "
-            f"{'; '.join(problems[:8])}{more}"
-        )
-    return plan
+    tensors = NamedTensors(checkpoint, skeleton)
+    fill(skeleton, tensors, None)
+    return find_layers(skeleton), tensors
 
 
 def _samples(checkpoint: Checkpoint, config: QuantizeConfig, texts: Iterable[str]) -> _Samples:
@@ -258,6 +245,8 @@ class _Run:
     """One quantization under way."""
 
     checkpoint: Checkpoint
+    stored: NamedTensors
+    """Its tensors by the model's names."""
     plan: LayerPlan
     config: QuantizeConfig
     samples: _Samples | None
@@ -303,9 +292,7 @@ class _Run:
         groups: list[list[int]] = []
         room = 0
         for layer in range(self.plan.count):
-            size = sum(
-                4 * self.checkpoint.tensor(f"{path}.weight").shape[1] ** 2 for path in self.paths([layer])
-            )
+            size = sum(4 * self.stored.tensor(f"{path}.weight").shape[1] ** 2 for path in self.paths([layer]))
             if not groups or size > room:
                 groups.append([])
                 room = self.moments_bytes
@@ -341,7 +328,7 @@ class _Run:
         for path in self.paths([layer]):
             shared.setdefault(path if moments is None else moments.key_of[path], []).append(path)
         for key, paths in shared.items():
-            parts = [self.checkpoint.tensor(f"{path}.weight").to(self.device).float() for path in paths]
+            parts = [self.stored.tensor(f"{path}.weight").to(self.device).float() for path in paths]
             weight = torch.cat(parts)
             seed, parent = self.config.seed_precision, self.config.parent_precision
             try:
@@ -447,8 +434,8 @@ class _Run:
         replaced = {f"{path}.weight" for path in self.paths(range(self.plan.count))}
         tensors: dict[str, Tensor] = {}
         seen: set[tuple[int, torch.Size]] = set()
-        for name in sorted(self.checkpoint.names() - replaced):
-            tensor = self.checkpoint.tensor(name)
+        for name in sorted(self.stored.names() - replaced):
+            tensor = self.stored.tensor(name)
             if (key := (tensor.data_ptr(), tensor.shape)) not in seen:
                 seen.add(key)
                 tensors[name] = tensor.contiguous()
@@ -470,9 +457,7 @@ def _write(
     folder = work / "output"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
-    for path in checkpoint.folder.iterdir():
-        if path.is_file() and path.suffix in _COPIED_SUFFIXES and not path.name.endswith(".index.json"):
-            shutil.copyfile(path, folder / path.name)
+    checkpoint.write_side_files(folder)
     anyprec = {
         "seed_precision": config.seed_precision,
         "parent_precision": config.parent_precision,
@@ -484,4 +469,6 @@ def _write(
     )
     (folder / "manifest.json").write_text(json.dumps(asdict(summary), indent=2) + "\n")
     save(tensors, folder / "model.safetensors", {"format": "pt"})
+    # what can't be loaded is not worth keeping
+    formats.load(Checkpoint(folder, checkpoint.trust_remote_code), None, torch.float16)
     os.replace(folder, output)

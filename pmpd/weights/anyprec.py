@@ -7,52 +7,26 @@ are quantized). The precisions available are seed..parent; a lower one reads few
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from pmpd.errors import UserError
 from pmpd.kernels import dispatch
 from pmpd.kernels.base import BitplaneMatrix, PackedWeights
-from pmpd.weights.base import PrecisionLinear, PrecisionState
-from pmpd.weights.checkpoint import Checkpoint, build_skeleton, fill, replace_linears
+from pmpd.weights.base import PrecisionState
+from pmpd.weights.checkpoint import Checkpoint
+from pmpd.weights.lazy import LazyLinear
+from pmpd.weights.naming import NamedTensors
 
 
-class AnyPrecisionLinear(PrecisionLinear):
-    """One quantized linear. `read` gives its tensors from the (memory-mapped) checkpoint: they are packed for
-    the device's kernel at the first multiplication, layer by layer, and again after a move to another device
-    or dtype, so nothing is held twice."""
+class AnyPrecisionLinear(LazyLinear[PackedWeights]):
+    """One quantized linear with its bias."""
 
-    def __init__(
-        self,
-        shape: tuple[int, int],
-        precisions: Sequence[int],
-        state: PrecisionState,
-        read: Callable[[], PackedWeights],
-        dtype: torch.dtype,
-        kernel: str | None = None,
-    ) -> None:
-        super().__init__(in_features=shape[1], out_features=shape[0], precisions=precisions, state=state)
-        self._read = read
-        self._kernel = kernel
-        self._matrix: BitplaneMatrix | None = None
-        self._probe = torch.empty(0, dtype=dtype)  # follows .to(device/dtype) as a buffer would
-
-    @property
-    def matrix(self) -> BitplaneMatrix:
-        """The weights in the layout of the chosen kernel, built when first asked for."""
-        if self._matrix is None:
-            packed, device = self._read(), self._probe.device
-            packed = PackedWeights(
-                planes=packed.planes.to(device),
-                tables={bits: table.to(device) for bits, table in packed.tables.items()},
-                bias=None if packed.bias is None else packed.bias.to(device),
-            )
-            self._matrix = dispatch.build(packed, self._probe.dtype, self._kernel)
-        return self._matrix
+    def _pack(self, packed: PackedWeights, device: torch.device, dtype: torch.dtype) -> BitplaneMatrix:
+        return dispatch.build(packed.to(device), dtype, self._kernel)
 
     def multiply(self, x: Tensor, bits: int) -> Tensor:
         return self.matrix.multiply(x, bits)
@@ -63,15 +37,6 @@ class AnyPrecisionLinear(PrecisionLinear):
     def bias_vector(self) -> Tensor | None:
         bias = self._read().bias
         return None if bias is None else bias.to(self._probe.device, self._probe.dtype)
-
-    def packed_bytes(self) -> int:
-        return self.matrix.packed_bytes()
-
-    def _apply(self, fn, recurse: bool = True):  # nn.Module's hook behind .to(), .cuda(), .half()
-        moved = fn(self._probe)
-        if moved.device != self._probe.device or moved.dtype != self._probe.dtype:
-            self._probe, self._matrix = moved, None
-        return super()._apply(fn, recurse)
 
 
 def precisions_of(checkpoint: Checkpoint) -> tuple[int, ...]:
@@ -120,6 +85,13 @@ def check(checkpoint: Checkpoint, precisions: Sequence[int]) -> None:
             f"choose from these{again}"
         )
     settings = _settings(checkpoint)
+    outliers = [name for name in sorted(checkpoint.names()) if name.endswith((".rows", ".cols", ".vals"))]
+    if outliers or any(value for key, value in settings.items() if "sparse" in key):
+        where = f" ({outliers[0]}, …)" if outliers else ""
+        raise UserError(
+            f"checkpoint {checkpoint.folder}: it keeps sparse outliers beside the quantized weights{where}, "
+            f"which are not supported; make it again without them (sparse_numvals 0), or with `pmpd quantize`"
+        )
     if settings.get("group_count", 1) != 1:
         count = settings["group_count"]
         raise UserError(
@@ -129,7 +101,8 @@ def check(checkpoint: Checkpoint, precisions: Sequence[int]) -> None:
 
 
 def layer(
-    checkpoint: Checkpoint,
+    checkpoint: NamedTensors,
+    parent: int,
     name: str,
     linear: nn.Linear,
     precisions: Sequence[int],
@@ -140,9 +113,7 @@ def layer(
     """The quantized layer in place of `linear` (with a bias if that has one), and what is wrong with its
     tensors."""
     shape, bias = (linear.out_features, linear.in_features), linear.bias is not None
-    problems = _mismatches(
-        checkpoint, name, shape, _settings(checkpoint)["parent_precision"], precisions, bias
-    )
+    problems = _mismatches(checkpoint, name, shape, parent, precisions, bias)
 
     def read() -> PackedWeights:
         packed = PackedWeights(
@@ -157,46 +128,8 @@ def layer(
     return AnyPrecisionLinear(shape, precisions, state, read, dtype, kernel), problems
 
 
-def load(
-    checkpoint: Checkpoint, precisions: Sequence[int], dtype: torch.dtype, kernel: str | None = None
-) -> PreTrainedModel:
-    """The model with `AnyPrecisionLinear`s that offer `precisions`; everything else exists once, as `dtype`,
-    on the CPU.
-
-    ValueError naming tensors that are missing or misshapen, or precisions that the checkpoint does not hold.
-    """
-    check(checkpoint, precisions)
-    arch = _settings(checkpoint)["arch_config"]
-    prefix = f"{arch['model_name']}.{arch['layers_name']}."
-    names, state, problems = checkpoint.names(), PrecisionState(), []
-    state.set_uniform(max(precisions))
-
-    def make(name: str, linear: nn.Linear) -> nn.Module | None:
-        index, _, module = name.removeprefix(prefix).partition(".")
-        if not name.startswith(prefix) or not index.isdigit() or module not in arch["module_names"]:
-            return None
-        if f"{name}.qweight" not in names:
-            if f"{name}.weight" not in names:
-                problems.append(f"{name}.qweight is missing")
-            return None  # left unquantized by the tool that wrote the checkpoint
-        quantized, wrong = layer(checkpoint, name, linear, precisions, state, dtype, kernel)
-        problems.extend(wrong)
-        return quantized
-
-    model = build_skeleton(checkpoint)
-    replace_linears(model, make)
-    if problems:
-        raise UserError(
-            f"checkpoint {checkpoint.folder} is damaged: {'; '.join(problems[:8])}"
-            + (" …" if len(problems) > 8 else "")
-        )
-    fill(model, checkpoint, dtype)
-    checkpoint.release()
-    return model
-
-
 def _mismatches(
-    checkpoint: Checkpoint,
+    checkpoint: NamedTensors,
     name: str,
     shape: tuple[int, int],
     parent: int,

@@ -11,34 +11,34 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+import shutil
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
     AutoTokenizer,
-    GenerationConfig,
     PreTrainedConfig,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from pmpd.errors import UserError
+from pmpd.weights.fingerprint import tensor_digests
 
 _WEIGHT_FILES = (
-    "model.safetensors.index.json",
     "model.safetensors",
-    "pytorch_model.bin.index.json",
+    "model.safetensors.index.json",
     "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
 )
+"""The first of them that is there holds the weights: transformers' own order."""
+
+SIDE_SUFFIXES = frozenset({".json", ".jinja", ".model", ".py", ".tiktoken", ".txt"})
 
 
 class Checkpoint:
@@ -46,6 +46,9 @@ class Checkpoint:
 
     ValueError: no such folder, no config.json, no weights.
     """
+
+    dequantized: ClassVar[bool] = False
+    """Whether the tensors arrive dequantized, whatever the files and settings beside them say."""
 
     def __init__(self, folder: str | Path, trust_remote_code: bool = False) -> None:
         self.folder = Path(folder)
@@ -58,6 +61,11 @@ class Checkpoint:
             raise UserError(
                 f"checkpoint {folder}: no config.json in it; give the folder that holds config.json and the "
                 f"weights"
+            )
+        if (self.folder / "adapter_config.json").is_file():
+            raise UserError(
+                f"checkpoint {folder}: by its adapter_config.json an adapter (LoRA, for one) belongs to the "
+                f"weights; merge it into them (merge_and_unload) and save the result"
             )
 
     @cached_property
@@ -99,13 +107,16 @@ class Checkpoint:
             return AutoConfig.from_pretrained(
                 self.folder, trust_remote_code=self.trust_remote_code, local_files_only=True
             )
-        except ValueError as error:
+        except Exception as error:  # each config class checks its fields in a way of its own
             if "trust_remote_code" in str(error):
                 raise UserError(
                     f"checkpoint {self.folder}: its model is defined by code in the folder; read that code, "
                     f"then pass --trust-remote-code"
                 ) from error
-            raise
+            raise UserError(
+                f"checkpoint file {self.folder / 'config.json'} is not what transformers reads "
+                f"({one_line(error)}); correct it, or copy it again"
+            ) from error
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """UserError where the checkpoint has none that can be read."""
@@ -113,16 +124,19 @@ class Checkpoint:
             return AutoTokenizer.from_pretrained(
                 self.folder, trust_remote_code=self.trust_remote_code, local_files_only=True
             )
-        except (OSError, ValueError) as error:
+        except Exception as error:  # the tokenizers library raises plain exceptions
             raise UserError(
-                f"checkpoint {self.folder}: no usable tokenizer in it ({error}); copy the base model's "
-                f"tokenizer files there"
+                f"checkpoint {self.folder}: no usable tokenizer in it ({one_line(error)}); "
+                f"copy the base model's tokenizer files there"
             ) from error
 
     @cached_property
     def _index(self) -> dict[str, Path]:
         """Tensor name -> file."""
-        for pattern in _WEIGHT_FILES:
+        named = self.config_json.get(
+            "transformers_weights"
+        )  # a file of another name, by transformers' own key
+        for pattern in (*((Path(named).name,) if isinstance(named, str) else ()), *_WEIGHT_FILES):
             path = self.folder / pattern
             if not path.is_file():
                 continue
@@ -186,9 +200,15 @@ class Checkpoint:
         """
         self._files.clear()
 
+    def write_side_files(self, folder: Path) -> None:
+        """Copies what belongs to the model beside config and weights (tokenizer, templates, code)."""
+        for path in self.folder.iterdir():
+            if path.is_file() and path.suffix in SIDE_SUFFIXES and not path.name.endswith(".index.json"):
+                shutil.copyfile(path, folder / path.name)
+
     def fingerprint(self) -> str:
         """16 hex digits over what makes the model: config, end-of-sequence tokens, and name, shape, dtype and
-        a sample of each tensor. Not the path."""
+        every byte of each tensor. Not the path, nor how tensors are spread over files."""
         digest = hashlib.sha256()
         config = {
             key: value
@@ -198,18 +218,20 @@ class Checkpoint:
         if self.eos_token_id is not None:
             config["eos_token_id"] = self.eos_token_id
         digest.update(json.dumps(config, sort_keys=True).encode())
-        file = None
-        for name in sorted(self._index):
-            if self._index[name] != file:
-                self.release()  # a sample touches most pages of its file
-                file = self._index[name]
-            tensor = self.tensor(name)
-            flat = tensor.reshape(-1)
-            sample = flat[:: max(1, flat.numel() // 64)][:64].contiguous()
-            digest.update(f"{name} {list(tensor.shape)} {tensor.dtype}".encode())
-            digest.update(sample.view(torch.uint8).numpy().tobytes() if sample.numel() else b"")
-        self.release()
+        tensors: dict[str, str] = {}
+        for file in sorted(set(self._index.values())):
+            tensors |= tensor_digests(
+                file, [name for name, at in self._index.items() if at == file], self.tensor
+            )
+            self.release()  # its pages were all touched
+        for name in sorted(tensors):
+            digest.update(f"{name} {tensors[name]}".encode())
         return digest.hexdigest()[:16]
+
+
+def one_line(error: Exception) -> str:
+    """Class and text of another library's exception, for a message of ours."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _load_pickle(path: Path) -> dict[str, Tensor]:
@@ -225,123 +247,10 @@ def _load_pickle(path: Path) -> dict[str, Tensor]:
         raise UserError(
             f"it holds a {type(content).__name__}, not a dict of tensors; save the model's state_dict()"
         )
+    others = [name for name, value in content.items() if not isinstance(value, Tensor)]
+    if others:
+        raise UserError(
+            f"it holds {others[0]!r}, which is a {type(content[others[0]]).__name__} and no tensor; save the "
+            f"model's state_dict() itself, with nothing around it"
+        )
     return content
-
-
-@contextmanager
-def _parameters_on_meta() -> Iterator[None]:
-    """Inside, modules are built without memory for their parameters; buffers (rotary frequencies) are
-    real."""
-    register = nn.Module.register_parameter
-
-    def register_on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        register(module, name, param)
-        if param is not None:
-            module._parameters[name] = nn.Parameter(param.data.to("meta"), requires_grad=False)
-
-    nn.Module.register_parameter = register_on_meta  # type: ignore[assignment, method-assign]  # mypy counts self twice
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
-
-
-def build_skeleton(checkpoint: Checkpoint) -> PreTrainedModel:
-    """The model of the checkpoint's config with all parameters on the meta device, in eval mode.
-
-    ValueError naming a kind of model whose rows can't share a forward.
-    """
-    config = checkpoint.config()
-    try:
-        with _parameters_on_meta():
-            model = AutoModelForCausalLM.from_config(
-                config,
-                trust_remote_code=checkpoint.trust_remote_code,
-                dtype=torch.float32,
-                attn_implementation="sdpa",
-            )
-    except ValueError as error:
-        if "scaled_dot_product_attention" not in str(error):
-            raise
-        raise UserError(
-            f"checkpoint {checkpoint.folder}: models of type {config.model_type!r} are not supported: {error}"
-        ) from error
-    problem = _unsupported(model)
-    if problem:
-        raise UserError(
-            f"checkpoint {checkpoint.folder}: models of type {config.model_type!r} are not supported with "
-            f"{problem}"
-        )
-    if checkpoint.generation_json:
-        model.generation_config = GenerationConfig.from_dict(checkpoint.generation_json)
-    return model.eval()
-
-
-def _unsupported(model: PreTrainedModel) -> str | None:
-    """What keeps rows of several positions from sharing a forward of this model; None for all else."""
-    config = model.config.get_text_config(decoder=True)
-    if getattr(config, "attention_chunk_size", None) is not None:
-        return f"chunked attention (attention_chunk_size {config.attention_chunk_size})"
-    rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
-    for settings in (rope, *rope.values()):  # some have one per type of layer
-        kind = settings.get("rope_type", settings.get("type")) if isinstance(settings, dict) else None
-        if kind in ("dynamic", "longrope"):
-            return f"rope type {kind!r}: its frequencies follow the longest row of the batch"
-    others = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    if others or model._is_stateful:
-        return (
-            f"layers other than full and sliding attention ({', '.join(sorted(others)) or 'recurrent ones'})"
-        )
-    own = type(model).__module__.startswith(
-        "transformers."
-    )  # code of a checkpoint is judged by what it does, in `slots`
-    if own and not model._can_set_attn_implementation():
-        return "attention of their own, past transformers' attention interface"
-    return None
-
-
-def replace_linears(model: nn.Module, make: Callable[[str, nn.Linear], nn.Module | None]) -> None:
-    """Puts `make(name, linear)` in the place of every `nn.Linear` for which it is not None."""
-    for name, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear):
-            replacement = make(name, module)
-            if replacement is not None:
-                parent, _, attribute = name.rpartition(".")
-                setattr(model.get_submodule(parent), attribute, replacement)
-
-
-def fill(model: PreTrainedModel, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
-    """Gives every parameter that is still on the meta device its tensor from the checkpoint, floating ones as
-    `dtype`.
-
-    ValueError naming all tensors that are missing or of another shape.
-    """
-    problems, names = [], checkpoint.names()
-    for name, parameter in list(model.named_parameters()):
-        if not parameter.is_meta or name not in names:
-            continue
-        tensor = checkpoint.tensor(name)
-        if tensor.shape != parameter.shape:
-            problems.append(
-                f"{name} has shape {list(tensor.shape)}, the config asks for {list(parameter.shape)}"
-            )
-            continue
-        module_name, _, attribute = name.rpartition(".")
-        model.get_submodule(module_name)._parameters[attribute] = nn.Parameter(
-            tensor.to(dtype) if tensor.is_floating_point() else tensor, requires_grad=False
-        )
-    for name, buffer in list(model.named_buffers()):
-        module_name, _, attribute = name.rpartition(".")
-        module = model.get_submodule(module_name)
-        if name in names and attribute not in module._non_persistent_buffers_set:
-            stored = checkpoint.tensor(name)
-            module._buffers[attribute] = stored.to(dtype) if buffer.is_floating_point() else stored
-    model.tie_weights()
-    problems += [
-        f"{name} is missing"
-        for name, parameter in model.named_parameters()
-        if parameter.is_meta and name not in names
-    ]
-    if problems:
-        shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
-        raise UserError(f"checkpoint {checkpoint.folder} does not fit its own config.json: {shown}")

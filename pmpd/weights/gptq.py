@@ -11,44 +11,26 @@ end first: 32 values fill b words, and for b = 3 two of them straddle a word bou
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pmpd.errors import UserError
 from pmpd.kernels import dispatch
-from pmpd.kernels.reference import _BUDGET, CacheBudget
-from pmpd.weights.base import PrecisionLinear, PrecisionState
+from pmpd.kernels import gptq as codes
+from pmpd.kernels.gptq import PackedGPTQ
+from pmpd.weights.base import PrecisionState
 from pmpd.weights.checkpoint import Checkpoint
+from pmpd.weights.lazy import LazyLinear
+from pmpd.weights.naming import NamedTensors
 
 BITS = (2, 3, 4, 8)
 FORMATS = ("gptq", "gptq_v2")
-_ROWS_AT_ONCE = 1024
 _WORDS_OF_THREE_BITS = (0x24924924, 0x92492492, 0x49249249)
 """What some writers subtract from every three words of 3-bit zeros: not a 1 at the place of each value, but
 it can be added again."""
-
-
-class PackedGPTQ(NamedTuple):
-    """`qweight` int32 [K b / 32, N], `qzeros` int32 [G, N b / 32] as `gptq_v2` stores them, `scales` [G, N],
-    `g_idx` int32 [K]."""
-
-    qweight: Tensor
-    qzeros: Tensor
-    scales: Tensor
-    g_idx: Tensor
-    bits: int
-
-    def to(self, device: torch.device) -> PackedGPTQ:
-        return PackedGPTQ(
-            self.qweight.to(device),
-            self.qzeros.to(device),
-            self.scales.to(device),
-            self.g_idx.to(device),
-            self.bits,
-        )
 
 
 def settings_of(checkpoint: Checkpoint) -> dict[str, Any] | None:
@@ -69,11 +51,11 @@ def settings_of(checkpoint: Checkpoint) -> dict[str, Any] | None:
             f"checkpoint {checkpoint.folder}: dynamic is {dynamic!r}; it must map patterns of names to "
             f"settings"
         )
-    _check(checkpoint, settings)
+    _check(checkpoint.folder, settings)
     return settings
 
 
-def _check(checkpoint: Checkpoint, settings: dict[str, Any]) -> None:
+def _check(folder: Path, settings: dict[str, Any]) -> None:
     """ValueError naming a setting that can't be read, of the checkpoint or of one module."""
     for name, value, allowed in (
         ("quant_method", settings.get("quant_method") or settings.get("method") or "gptq", ("gptq",)),
@@ -82,19 +64,19 @@ def _check(checkpoint: Checkpoint, settings: dict[str, Any]) -> None:
     ):
         if value not in allowed:
             raise UserError(
-                f"checkpoint {checkpoint.folder}: {name} is {value!r}; allowed: "
-                f"{', '.join(map(str, allowed))}"
+                f"checkpoint {folder}: {name} is {value!r}; allowed: "
+                f"{', '.join(map(str, allowed))}; give the unquantized model, or quantize that with "
+                f"`pmpd quantize`"
             )
     size = settings.get("group_size", -1)
     if size not in (-1, None) and not (type(size) is int and size > 0):
         raise UserError(
-            f"checkpoint {checkpoint.folder}: group_size is {size!r}; allowed: -1 for whole rows, or a "
-            f"number of inputs"
+            f"checkpoint {folder}: group_size is {size!r}; allowed: -1 for whole rows, or a number of inputs"
         )
 
 
 def layer(
-    checkpoint: Checkpoint,
+    checkpoint: NamedTensors,
     settings: dict[str, Any],
     name: str,
     linear: nn.Linear,
@@ -105,7 +87,7 @@ def layer(
     """The layer in place of `linear`, without its bias, and what is wrong with its tensors. `settings` as of
     `settings_of`."""
     whole, settings = settings, {**settings, **_override(settings, name)}
-    _check(checkpoint, settings)
+    _check(checkpoint.folder, settings)
     bits, (columns, rows) = settings["bits"], (linear.in_features, linear.out_features)
     size = settings.get("group_size", -1)
     groups = 1 if size in (-1, None) else -(-columns // size)
@@ -148,34 +130,6 @@ def layer(
     return GPTQLinear((rows, columns), (bits,), state, read, dtype, kernel), problems
 
 
-def unpack(words: Tensor, bits: int, count: int) -> Tensor:
-    """int32 [count · bits / 32, C] -> uint8 [count, C]: values packed little end first along the first
-    dimension."""
-    blocks = -(-count // 32)
-    words = nn.functional.pad(words, (0, 0, 0, blocks * bits - len(words))).view(blocks, bits, -1)
-    values = torch.empty(blocks, 32, words.shape[-1], dtype=torch.uint8, device=words.device)
-    for i in range(32):
-        word, shift = divmod(i * bits, 32)
-        value = words[:, word] >> shift
-        if shift + bits > 32:  # the rest is in the next word; the shift above filled with the sign
-            value = (value & ((1 << (32 - shift)) - 1)) | (words[:, word + 1] << (32 - shift))
-        values[:, i] = (value & ((1 << bits) - 1)).to(torch.uint8)
-    return values.view(blocks * 32, -1)[:count]
-
-
-def _pack(values: Tensor, bits: int) -> Tensor:
-    """The inverse of `unpack`: uint8 [count, C] -> int32 [count · bits / 32, C]."""
-    count, blocks = len(values), -(-len(values) // 32)
-    values = nn.functional.pad(values.int(), (0, 0, 0, blocks * 32 - count)).view(blocks, 32, -1)
-    words = torch.zeros(blocks, bits, values.shape[-1], dtype=torch.int32, device=values.device)
-    for i in range(32):
-        word, shift = divmod(i * bits, 32)
-        words[:, word] |= values[:, i] << shift
-        if shift + bits > 32:
-            words[:, word + 1] |= values[:, i] >> (32 - shift)
-    return words.view(blocks * bits, -1)[: count * bits // 32]
-
-
 def _add_one(qzeros: Tensor, bits: int, by_word: bool) -> Tensor:
     """`qzeros` of format `gptq` as `gptq_v2` has them: the inverse of what `_minus_one` says of their
     writer."""
@@ -183,80 +137,22 @@ def _add_one(qzeros: Tensor, bits: int, by_word: bool) -> Tensor:
         ones = _WORDS_OF_THREE_BITS if bits == 3 else (sum(1 << shift for shift in range(0, 32, bits)),)
         words = torch.tensor([ones[column % len(ones)] for column in range(qzeros.shape[1])])
         return (qzeros + words).to(torch.int32)  # int64 sums, cut to their lowest 32 bits
-    return _pack(
-        (unpack(qzeros.T, bits, qzeros.shape[1] * 32 // bits) + 1) & (2**bits - 1), bits
+    return codes.pack(
+        (codes.unpack(qzeros.T, bits, qzeros.shape[1] * 32 // bits) + 1) & (2**bits - 1), bits
     ).T.contiguous()
 
 
-def dequantize(packed: PackedGPTQ, dtype: torch.dtype) -> Tensor:
-    """The matrix [N, K]; scale times code is exact in float32 and rounded to `dtype` once."""
-    columns, rows = len(packed.g_idx), packed.scales.shape[1]
-    codes = unpack(packed.qweight, packed.bits, columns)
-    zeros = unpack(packed.qzeros.T, packed.bits, rows).T.float()
-    scales, groups = packed.scales.float(), packed.g_idx.long()
-    weight = torch.empty(rows, columns, dtype=dtype, device=codes.device)
-    for start in range(0, columns, _ROWS_AT_ONCE):
-        some = slice(start, start + _ROWS_AT_ONCE)
-        weight[:, some] = (scales[groups[some]] * (codes[some] - zeros[groups[some]])).T
-    return weight
+class GPTQLinear(LazyLinear[PackedGPTQ]):
+    """One quantized linear at one precision, without bias: with Triton's kernel where that is the choice for
+    the device, else plain PyTorch."""
 
+    def _pack(self, packed: PackedGPTQ, device: torch.device, dtype: torch.dtype) -> Any:
+        packed = packed.to(device)
+        if dispatch.choose(device, dtype, self._kernel).name == "triton":
+            from pmpd.kernels.triton import GPTQMatrix
 
-class ReferenceGPTQ:
-    """Plain PyTorch, for any device: the first multiplication dequantizes and keeps the result, beside the
-    codes, while all layers' fit the budget of the reference kernel (CACHE_BYTES); past it every
-    multiplication dequantizes anew."""
-
-    def __init__(self, packed: PackedGPTQ, dtype: torch.dtype, budget: CacheBudget = _BUDGET) -> None:
-        self._packed, self._dtype, self._budget = packed, dtype, budget
-        self._dense: Tensor | None = None
-
-    def multiply(self, x: Tensor) -> Tensor:
-        dense = self.dequantize()
-        if self._dense is None and self._budget.take(self, dense.nbytes):
-            self._dense = dense
-        return nn.functional.linear(x, dense)
-
-    def dequantize(self) -> Tensor:
-        """Not kept: whoever asks for the matrix has a use of its own for it."""
-        return dequantize(self._packed, self._dtype) if self._dense is None else self._dense
-
-    def packed_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self._packed[:4])
-
-
-class GPTQLinear(PrecisionLinear):
-    """One quantized linear at one precision, without bias. `read` gives its tensors from the (memory-mapped)
-    checkpoint; they are laid out for the device's kernel at the first multiplication, and again after a move
-    to another device or dtype."""
-
-    def __init__(
-        self,
-        shape: tuple[int, int],
-        precisions: Sequence[int],
-        state: PrecisionState,
-        read: Callable[[], PackedGPTQ],
-        dtype: torch.dtype,
-        kernel: str | None = None,
-    ) -> None:
-        super().__init__(in_features=shape[1], out_features=shape[0], precisions=precisions, state=state)
-        self._read = read
-        self._kernel = kernel
-        self._matrix: Any = None
-        self._probe = torch.empty(0, dtype=dtype)  # follows .to(device/dtype) as a buffer would
-
-    @property
-    def matrix(self) -> Any:
-        """The weights in the layout of the kernel: Triton's where that is the choice for the device, else
-        plain PyTorch."""
-        if self._matrix is None:
-            packed, dtype = self._read().to(self._probe.device), self._probe.dtype
-            if dispatch.choose(self._probe.device, dtype, self._kernel).name == "triton":
-                from pmpd.kernels.triton import GPTQMatrix
-
-                self._matrix = GPTQMatrix(*packed[:4], packed.bits, 0, dtype)
-            else:
-                self._matrix = ReferenceGPTQ(packed, dtype)
-        return self._matrix
+            return GPTQMatrix(*packed[:4], packed.bits, 0, dtype)
+        return codes.ReferenceGPTQ(packed, dtype)
 
     def multiply(self, x: Tensor, bits: int) -> Tensor:
         return self.matrix.multiply(x)
@@ -266,15 +162,6 @@ class GPTQLinear(PrecisionLinear):
 
     def bias_vector(self) -> Tensor | None:
         return None
-
-    def packed_bytes(self) -> int:
-        return self.matrix.packed_bytes()
-
-    def _apply(self, fn, recurse: bool = True):  # nn.Module's hook behind .to(), .cuda(), .half()
-        moved = fn(self._probe)
-        if moved.device != self._probe.device or moved.dtype != self._probe.dtype:
-            self._probe, self._matrix = moved, None
-        return super()._apply(fn, recurse)
 
 
 def _format(settings: dict[str, Any]) -> str:

@@ -22,7 +22,7 @@ def local_folder(model_path: str | Path, name: str = "--model-path", revision: s
 
         return download_folder(str(model_path), name)
     folder = Path(model_path)
-    if folder.is_dir() or (folder.suffix == ".json" and folder.is_file()):
+    if folder.is_dir() or (folder.suffix.lower() in (".json", ".gguf") and folder.is_file()):
         return folder
     folder = download(str(model_path), [*CONFIG_FILES, "*.safetensors"], f"{name} {model_path}", revision)
     if not any(

@@ -10,19 +10,22 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pmpd.errors import UserError
-from pmpd.weights import anyprec, dense, gptq
+from pmpd.weights import dense, formats
 from pmpd.weights.base import PrecisionLinear, PrecisionState
-from pmpd.weights.checkpoint import Checkpoint, build_skeleton, fill, replace_linears
+from pmpd.weights.checkpoint import Checkpoint
+from pmpd.weights.gguf import GGUFCheckpoint, gguf_file
 from pmpd.weights.hub import CONFIG_FILES, download
+from pmpd.weights.mixed_linear import MixedLinear
+from pmpd.weights.naming import FirstOf, NamedTensors
+from pmpd.weights.skeleton import build_skeleton, fill, replace_linears
 
 Layer = Callable[[str, nn.Linear], tuple[PrecisionLinear | None, list[str]]]
 """(name, linear) -> its quantized layer without bias (None where the checkpoint leaves it unquantized), and
@@ -106,71 +109,19 @@ class MultiCheckpoint(Checkpoint):
         ).hexdigest()[:16]
 
 
-class MixedLinear(PrecisionLinear):
-    """A linear layer whose precisions are layers of their own: `parts` precision -> layer without bias, None
-    for the unquantized weight.
-
-    That weight and the bias exist once, as parameters. The parts are no submodules, so that the tree is the
-    same for every format.
-    """
-
-    weight: nn.Parameter | None
-    bias: nn.Parameter | None
-
-    def __init__(
-        self, linear: nn.Linear, parts: Mapping[int, PrecisionLinear | None], state: PrecisionState
-    ) -> None:
-        super().__init__(linear.in_features, linear.out_features, tuple(parts), state)
-        self._parts = dict(parts)
-        self.register_parameter(
-            "weight", cast(nn.Parameter, linear.weight) if None in parts.values() else None
-        )
-        self.register_parameter("bias", linear.bias)
-
-    def multiply(self, x: Tensor, bits: int) -> Tensor:
-        part = self._parts[bits]
-        if part is None:
-            assert self.weight is not None
-            return nn.functional.linear(x, self.weight, self.bias)
-        y = part.multiply(x, bits)
-        return y if self.bias is None else y + self.bias
-
-    def dequantize(self, bits: int) -> Tensor:
-        part = self._parts[bits]
-        if part is None:
-            assert self.weight is not None
-            return self.weight
-        return part.dequantize(bits)
-
-    def bias_vector(self) -> Tensor | None:
-        return self.bias
-
-    def packed_bytes(self) -> int:
-        """Of the quantized precisions (the unquantized weight is a parameter)."""
-        return sum(part.packed_bytes() for part in self._unique_parts())
-
-    def _unique_parts(self) -> list[PrecisionLinear]:
-        return [part for part in dict.fromkeys(self._parts.values()) if part is not None]
-
-    def _apply(self, fn, recurse: bool = True):  # nn.Module's hook behind .to(), .cuda(), .half()
-        for part in self._unique_parts():
-            part._apply(fn, recurse)
-        return super()._apply(fn, recurse)
-
-
 def open_checkpoint(path: str | Path, trust_remote_code: bool = False, multi: bool = False) -> Checkpoint:
     """A folder, or a JSON file that names one for each precision (`multi`: it must be that)."""
-    kind = MultiCheckpoint if multi or Path(path).suffix == ".json" else Checkpoint
-    return kind(path, trust_remote_code)
+    if multi or Path(path).suffix == ".json":
+        return MultiCheckpoint(path, trust_remote_code)
+    file = gguf_file(path)
+    return Checkpoint(path, trust_remote_code) if file is None else GGUFCheckpoint(file, trust_remote_code)
 
 
 def precisions_of(checkpoint: Checkpoint) -> tuple[int, ...]:
     """Descending. ValueError where the checkpoint holds none but the unquantized weights."""
-    return (
-        checkpoint.precisions
-        if isinstance(checkpoint, MultiCheckpoint)
-        else anyprec.precisions_of(checkpoint)
-    )
+    if isinstance(checkpoint, MultiCheckpoint):
+        return checkpoint.precisions
+    return formats.precisions_of(checkpoint)
 
 
 def load(
@@ -192,7 +143,9 @@ def load(
     state = PrecisionState()
     problems: list[str] = []
     state.set_uniform(max(precisions))
-    members = {bits: checkpoint.members[bits] for bits in sorted(precisions, reverse=True)}
+    model = build_skeleton(checkpoint)
+    named = {holder: NamedTensors(holder, model) for holder in checkpoint.holders}
+    members = {bits: named[checkpoint.members[bits]] for bits in sorted(precisions, reverse=True)}
     layers = {
         member: _layers_of(
             member, [bits for bits in members if members[bits] is member], state, dtype, kernel
@@ -218,7 +171,6 @@ def load(
             return None  # unquantized in all of them
         return MixedLinear(linear, {bits: parts[member] for bits, member in members.items()}, state)
 
-    model = build_skeleton(checkpoint)
     head = model.get_output_embeddings()  # has no tensor of its own where it is tied to the embedding
     replace_linears(model, make)
     if problems:
@@ -226,43 +178,44 @@ def load(
         raise UserError(
             f"checkpoints of {checkpoint.file} do not fit the base model: {'; '.join(problems[:8])}{more}"
         )
-    fill(model, checkpoint, dtype)
-    _check_shared(model, checkpoint, set(checkpoint.members.values()) - set(members.values()))
+    fill(model, FirstOf(list(named.values()), model), dtype)
+    unused = {named[member] for member in checkpoint.members.values()} - set(members.values())
+    _check_shared(model, checkpoint, list(named.values()), unused)
     return model
 
 
 def _layers_of(
-    member: Checkpoint, precisions: list[int], state: PrecisionState, dtype: torch.dtype, kernel: str | None
+    member: NamedTensors, precisions: list[int], state: PrecisionState, dtype: torch.dtype, kernel: str | None
 ) -> Layer:
-    """How `member` gives the layers of its `precisions`. ValueError where it does not hold them."""
-    names = member.names()
-    settings = gptq.settings_of(member)
-    if "anyprec" in member.config_json:
-        anyprec.check(member, precisions)
-    elif settings is not None:
-        if precisions != [settings["bits"]]:
-            raise UserError(
-                f"checkpoint {member.folder} holds {settings['bits']} bits, and stands for precision "
-                f"{precisions}"
-            )
-    elif precisions != [dense.BITS]:
+    """How `member` gives the layers of its `precisions`. UserError where it does not hold them."""
+    form = formats.format_of(member.checkpoint)
+    if form is None and precisions != [dense.BITS]:
         raise UserError(
             f"checkpoint {member.folder} is not quantized (no quantize_config.json), and stands for "
             f"precision {precisions}"
         )
+    if form is not None:
+        held = form.precisions(member.checkpoint) or ()
+        if len(held) == 1 and precisions != list(held):
+            raise UserError(
+                f"checkpoint {member.folder} holds {held[0]} bits, and stands for precision {precisions}"
+            )
+        form.check(member.checkpoint, precisions)
 
     def layer(name: str, linear: nn.Linear) -> tuple[PrecisionLinear | None, list[str]]:
-        if f"{name}.qweight" not in names:
+        if form is None:
             return None, []
-        if "anyprec" in member.config_json:
-            return anyprec.layer(member, name, linear, precisions, state, dtype, kernel)
-        assert settings is not None  # no other format has a qweight
-        return gptq.layer(member, settings, name, linear, state, dtype, kernel)
+        return formats.layer_of(form, member, name, linear, precisions, state, dtype, kernel)
 
     return layer
 
 
-def _check_shared(model: nn.Module, checkpoint: MultiCheckpoint, unused: Collection[Checkpoint]) -> None:
+def _check_shared(
+    model: nn.Module,
+    checkpoint: MultiCheckpoint,
+    holders: Sequence[NamedTensors],
+    unused: Collection[NamedTensors],
+) -> None:
     """ValueError naming the tensors that exist once in `model`, under all names they have, and of which a
     checkpoint that is used holds others than the one they are from."""
     names_of: dict[int, list[str]] = {}
@@ -270,7 +223,7 @@ def _check_shared(model: nn.Module, checkpoint: MultiCheckpoint, unused: Collect
         names_of.setdefault(id(tensor), []).append(name)
     problems = []
     for names in names_of.values():
-        found = [(holder, name) for holder in checkpoint.holders for name in names if name in holder.names()]
+        found = [(holder, name) for holder in holders for name in names if name in holder.names()]
         if len(found) < 2:
             continue
         (first, first_name), *others = found

@@ -60,10 +60,10 @@ class ModelSpec:
 
     def open_unquantized(self) -> Checkpoint:
         """As `open`. UserError where it is a quantized one."""
-        from pmpd.weights import dense
+        from pmpd.weights.formats import check_unquantized
 
         checkpoint = self.open()
-        dense.check(checkpoint, self.flag)
+        check_unquantized(checkpoint, self.flag)
         return checkpoint
 
     def compute_dtype(self, device: torch.device) -> torch.dtype:
