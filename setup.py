@@ -11,6 +11,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 NATIVE = runpy.run_path(str(ROOT / "pmpd" / "kernels" / "_sources.py"))
@@ -36,6 +37,17 @@ class BuildNative(build_ext):
             )
 
 
+class BuildPython(build_py):
+    """Writes the commit into what is built (not into the source tree), where git knows it."""
+
+    def run(self) -> None:
+        super().run()
+        provenance = runpy.run_path(str(ROOT / "pmpd" / "storage" / "provenance.py"))
+        commit = provenance["commit_of"](ROOT)
+        if commit and not self.editable_mode:
+            Path(self.build_lib, "pmpd", provenance["COMMIT_FILE"].name).write_text(commit + "\n")
+
+
 setup(
     ext_modules=[
         Extension(
@@ -58,5 +70,5 @@ setup(
             optional=True,
         )
     ],
-    cmdclass={"build_ext": BuildNative},
+    cmdclass={"build_ext": BuildNative, "build_py": BuildPython},
 )

@@ -8,7 +8,6 @@ differently worded prompts can never be compared by accident: whoever changes a 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any, Literal, Protocol
 
 from pmpd.errors import UserError
 from pmpd.storage.records import Record, hub_records, source_of, text_problem
+from pmpd.storage.row_ids import utf8_id
 
 Split = Literal["test", "validation"]
 Reference = Literal["dataset", "reference_output"]
@@ -96,8 +96,7 @@ def text_field(record: Mapping[str, Any], name: str) -> str:
 
 def prompt_id(benchmark: Benchmark, split: str, key: str) -> str:
     identity = {"dataset": benchmark.name, "config": benchmark.version, "split": split, "key": key}
-    canonical = json.dumps(identity, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+    return utf8_id(identity)
 
 
 def text_key(*texts: str) -> str:

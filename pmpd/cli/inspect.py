@@ -9,7 +9,7 @@ import pyarrow as pa
 import tyro
 
 from pmpd.errors import UserError
-from pmpd.storage.dataset import dataset_folder, datasets_under, list_shards, read_shard
+from pmpd.storage.dataset import SOURCE_KEY, dataset_folder, datasets_under, list_shards, read_shard
 from pmpd.storage.files import exists, resolve
 from pmpd.storage.manifest import MANIFEST_KEYS, read_manifest
 from pmpd.storage.schemas import SCHEMA_VERSION
@@ -34,7 +34,7 @@ def describe(dataset: str | Path) -> tuple[list[str], list[str]]:
     nulls: dict[str, int] = {}
     types: dict[str, str] = {}
     ids: dict[str, int] = {}
-    versions = set()
+    versions, sources = set(), set()
     for path in paths:
         try:
             table = read_shard(path)
@@ -44,6 +44,7 @@ def describe(dataset: str | Path) -> tuple[list[str], list[str]]:
         rows += len(table)
         size += resolve(path)[0].get_file_info(resolve(path)[1]).size
         versions.add((table.schema.metadata or {}).get(b"pmpd.schema_version", b"none").decode())
+        sources |= {(table.schema.metadata or {}).get(SOURCE_KEY, b"unknown").decode()}
         for column in table.schema:
             if types.setdefault(column.name, str(column.type)) != str(column.type):
                 problems.append(
@@ -99,6 +100,7 @@ def describe(dataset: str | Path) -> tuple[list[str], list[str]]:
         + (f", commit {commit}" if commit else "")
         + (f", on {manifest['device']}" if manifest.get("device") else "")
     )
+    lines.append(f"    made by sources {', '.join(sorted(sources))}")
     lines += [f"    {key} = {value}" for key, value in manifest.get("config", {}).items()]
     lines += [f"    model {role}: {model}" for role, model in manifest.get("models", {}).items()]
     return lines, problems

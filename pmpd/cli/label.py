@@ -143,12 +143,16 @@ def main(job: LabelJob, console: Console | None = None) -> farm.FarmResult | Non
         identity["dtype"] = job.dtype
     label_identity = {**identity, "precisions": list(chain), "model": quantized.fingerprint()}
     label_identity["rule"] = rule.identity
-    for folder, config in ((prompts, identity), (references, identity), (labels, label_identity)):
-        storage.check_config(folder, config)  # before any work
+    for folder, config in ((references, identity), (labels, label_identity), (prompts, identity)):
+        # before any work; prompts of which nothing was made yet are made again
+        if folder != prompts or job.stage == "prompts" or storage.list_shards(references):
+            storage.check_config(folder, config)
 
     result = None
     farm.connect(options)
     with storage.Lease(output) as lease:
+        if job.stage != "prompts" and storage.discard_unused(prompts, identity, [references, labels]):
+            console.print("the prompts of another configuration, of which nothing was made yet, are replaced")
         counts = write_prompts(source, tokenizer, positions - job.max_new_tokens, prompts, identity)
         told = ", ".join(
             f"{counts[what]} {what}" for what in ("duplicates", "empty", "malformed") if counts.get(what)

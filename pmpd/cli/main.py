@@ -57,6 +57,9 @@ COMMANDS = {
         "pmpd.cli.perplexity", "PerplexityJob", "how well a checkpoint foretells a text, at every precision"
     ),
     "report": Command("pmpd.cli.report", "ReportJob", "scores, figures and a page from answers"),
+    "compact": Command(
+        "pmpd.cli.compact", "CompactJob", "few large files in place of many small shards", "every row is kept"
+    ),
     "inspect": Command("pmpd.cli.inspect", "InspectJob", "schema, row counts and nulls of results"),
     "export-fastchat": Command(
         "pmpd.cli.export_fastchat", "ExportJob", "answers as FastChat's judge reads them"

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -108,9 +106,11 @@ def generate(
     are in `folder`."""
     conversations, identity = storage.join(folder, "conversations"), sweep.identity()
     answers = storage.join(folder, "answers")
-    for dataset in (conversations, answers):
-        storage.check_config(dataset, identity)  # before any work
+    storage.check_config(answers, identity)  # before any work
+    if storage.list_shards(answers):
+        storage.check_config(conversations, identity)
     with Lease(folder) as lease:
+        storage.discard_unused(conversations, identity, [answers])
         write_conversations(sweep, conversations)
         task = GenerateTask(model, sweep.runs, slots, reuse_cache)
         return run(task, {"conversations": conversations}, answers, identity, options, lease)
@@ -119,43 +119,18 @@ def generate(
 def write_conversations(sweep: Sweep, dataset: str) -> None:
     """Writes the CONVERSATIONS data set unless it is there already; one that was cut short is written
     again."""
-    manifest = storage.check_config(dataset, sweep.identity())
-    if manifest is not None and storage.is_whole(dataset, manifest, "conversation_id"):
-        return
-    begin = time.monotonic()
-    storage.write_manifest(
-        dataset, storage.CONVERSATIONS, sweep.identity(), table="conversations", complete=False
-    )
-    storage.remove_temporary(dataset)
-    for path in storage.list_shards(dataset):
-        storage.remove(path)
-    rows = conversation_rows(
-        sweep.benchmark,
-        sweep.split,
-        sweep.questions,
-        sweep.runs,
-        sweep.model_id,
-        sweep.template,
-        sweep.choices,
-    )
-    count = 0
-    for index in itertools.count():
-        shard = list(itertools.islice(rows, CONVERSATIONS_PER_SHARD))
-        if not shard:
-            break
-        storage.write_shard(
-            storage.to_table(shard, storage.CONVERSATIONS),
-            storage.join(storage.data_folder(dataset), f"part-{index:05}.parquet"),
-        )
-        count += len(shard)
-    seconds = time.monotonic() - begin
-    counts = {"rows": count, "errors": 0}
-    storage.write_manifest(
+    storage.write_dataset(
         dataset,
         storage.CONVERSATIONS,
+        lambda counts: conversation_rows(
+            sweep.benchmark,
+            sweep.split,
+            sweep.questions,
+            sweep.runs,
+            sweep.model_id,
+            sweep.template,
+            sweep.choices,
+        ),
         sweep.identity(),
-        table="conversations",
-        complete=True,
-        counts=counts,
-        seconds=seconds,
+        rows_per_shard=CONVERSATIONS_PER_SHARD,
     )

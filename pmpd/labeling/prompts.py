@@ -13,10 +13,7 @@ counted.
 from __future__ import annotations
 
 import hashlib
-import itertools
-import json
 import re
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -113,9 +110,7 @@ def prompt_id(config: PromptConfig, text: str) -> str:
         "text": text,
         "seed": config.seed,
     }
-    return hashlib.sha256(
-        json.dumps(row, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
-    ).hexdigest()[:16]
+    return storage.ascii_id(row)
 
 
 def cut_length(tokens: int, seed: int, key: str) -> int:
@@ -200,30 +195,14 @@ def write_prompts(
     `row_config` is what defines the rows. A dataset that was cut short is written again: prompts are cheap
     and always the same. ValueError: the folder is of another configuration, or as in `make_prompts`.
     """
-    manifest = storage.check_config(dataset, row_config)
-    if manifest is not None and storage.is_whole(dataset, manifest, "prompt_id"):
-        return manifest["counts"]
-    begin = time.monotonic()
-    storage.write_manifest(dataset, storage.PROMPTS, row_config, table="prompts", complete=False)
-    storage.remove_temporary(dataset)
-    for path in storage.list_shards(dataset):
-        storage.remove(path)
-    counts: Counter[str] = Counter()
-    rows = make_prompts(config, tokenizer, max_prompt_tokens, counts)
-    for index in itertools.count():
-        shard = list(itertools.islice(rows, ROWS_PER_SHARD))
-        if not shard:
-            break
-        path = storage.join(storage.data_folder(dataset), f"part-{index:05}.parquet")
-        storage.write_shard(storage.to_table(shard, storage.PROMPTS), path, ROWS_PER_GROUP)
-        counts["rows"] += len(shard)
-        counts["shards"] += 1
-    counts["errors"] = counts["empty"] + counts["malformed"]
-    seconds = time.monotonic() - begin
-    storage.write_manifest(
-        dataset, storage.PROMPTS, row_config, table="prompts", complete=True, counts=counts, seconds=seconds
+    return storage.write_dataset(
+        dataset,
+        storage.PROMPTS,
+        lambda counts: make_prompts(config, tokenizer, max_prompt_tokens, counts),
+        row_config,
+        rows_per_shard=ROWS_PER_SHARD,
+        row_group_rows=ROWS_PER_GROUP,
     )
-    return dict(counts)
 
 
 def records(config: PromptConfig) -> Iterator[tuple[str, str, str | None]]:

@@ -9,17 +9,14 @@ from __future__ import annotations
 
 from pmpd.storage.copies import cache_folder, download_folder, upload_folder
 from pmpd.storage.dataset import (
-    Scan,
-    Shard,
     data_folder,
+    dataset_folder,
     drop_rows,
-    inspect_shard,
     list_shards,
     read_rows,
     read_shard,
     read_table,
     remove_temporary,
-    scan,
     set_aside,
     to_table,
     write_shard,
@@ -39,13 +36,16 @@ from pmpd.storage.manifest import (
     MANIFEST_KEYS,
     check_config,
     differing_keys,
-    git_commit,
+    discard_unused,
     is_whole,
     package_versions,
     read_manifest,
     write_manifest,
 )
 from pmpd.storage.parquet import ForeignTypeError, check_tables, open_parquet, parquet_of
+from pmpd.storage.provenance import git_commit, source_fingerprint
+from pmpd.storage.row_ids import ascii_id, utf8_id
+from pmpd.storage.scan import Scan, Shard, inspect_shard, scan
 from pmpd.storage.schemas import (
     CONVERSATIONS,
     GENERATIONS,
@@ -69,6 +69,7 @@ from pmpd.storage.uri import (
     shown,
     without_secrets,
 )
+from pmpd.storage.writing import write_dataset
 
 __all__ = [
     "CONVERSATIONS",
@@ -88,6 +89,7 @@ __all__ = [
     "ShardWriteError",
     "StorageError",
     "absolute",
+    "ascii_id",
     "base_name",
     "cache_folder",
     "check_config",
@@ -95,7 +97,9 @@ __all__ = [
     "connect",
     "connections",
     "data_folder",
+    "dataset_folder",
     "differing_keys",
+    "discard_unused",
     "download_folder",
     "drop_rows",
     "exists",
@@ -122,11 +126,14 @@ __all__ = [
     "scan",
     "set_aside",
     "shown",
+    "source_fingerprint",
     "table_schema",
     "to_table",
     "upload_folder",
+    "utf8_id",
     "without_secrets",
     "write_bytes",
+    "write_dataset",
     "write_manifest",
     "write_shard",
 ]

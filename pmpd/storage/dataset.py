@@ -6,8 +6,6 @@ from __future__ import annotations
 import posixpath
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +15,19 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from pmpd.errors import UserError
-from pmpd.storage.files import StorageError, exists, list_files, remove, resolve, write_bytes
+from pmpd.storage.files import exists, files_in, list_files, remove, resolve, write_bytes
 from pmpd.storage.multipart import abort_uploads
-from pmpd.storage.parquet import ForeignTypeError, open_parquet
+from pmpd.storage.parquet import open_parquet
+from pmpd.storage.provenance import source_fingerprint
 from pmpd.storage.schemas import features_type
 from pmpd.storage.uri import base_name, join, parent, shown
+
+SOURCE_KEY = b"pmpd.source"
+"""In a shard's schema metadata: `source_fingerprint` of the code that made its rows."""
+
+
+COMPACTED, COMMITTED = "_compacted", "_compacted.json"
+"""Beside the data: the folder that a compaction writes, and the file that says it counts."""
 
 
 def data_folder(dataset: str | Path) -> str:
@@ -38,7 +44,29 @@ def dataset_folder(path: str | Path) -> str:
 
 def list_shards(dataset: str | Path) -> list[str]:
     """Full paths of the dataset's shards, sorted; [] where there is none."""
-    return sorted(path for path in list_files(data_folder(dataset)) if shown(path).endswith(".parquet"))
+    return [path for path, *_ in shard_files(dataset)]
+
+
+def shard_files(dataset: str | Path) -> list[tuple[str, int, int]]:
+    """(path, bytes, time of the last change in ns) of the shards, sorted; [] where there is none."""
+    return parquet_in(live_folder(dataset))
+
+
+def parquet_in(folder: str) -> list[tuple[str, int, int]]:
+    """As `shard_files`, of any folder."""
+    return sorted(
+        (path, info.size, info.mtime_ns)
+        for path, info in files_in(folder)
+        if shown(path).endswith(".parquet")
+    )
+
+
+def live_folder(dataset: str | Path) -> str:
+    """Where the shards that count lie: in `data`, except from the moment a compaction is done until its files
+    have been brought there."""
+    folder = dataset_folder(dataset)
+    committed = join(folder, COMMITTED)
+    return join(folder, COMPACTED) if exists(committed) else join(folder, "data")
 
 
 def remove_temporary(dataset: str | Path) -> None:
@@ -49,6 +77,10 @@ def remove_temporary(dataset: str | Path) -> None:
             if shown(path).endswith(".tmp"):
                 remove(path)
     abort_uploads(dataset)
+    if exists(join(dataset_folder(dataset), COMMITTED)):
+        from pmpd.storage.compaction import finish
+
+        finish(dataset_folder(dataset))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -108,10 +140,12 @@ def table_name(schema: pa.Schema) -> str:
 
 def write_shard(table: pa.Table, path: str | Path, row_group_rows: int | None = None) -> int:
     """Writes one Parquet file, all or nothing, with checksums; its size in bytes. Row groups are what
-    `read_rows` reads at least.
+    `read_rows` reads at least. The file says which sources wrote it (`pmpd.source`), unless the table says so
+    already.
 
     ShardWriteError where the disk is full or not writable: nothing else is touched by that.
     """
+    table = table.replace_schema_metadata({SOURCE_KEY: source_fingerprint(), **(table.schema.metadata or {})})
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink, compression="zstd", write_page_checksum=True, row_group_size=row_group_rows)
     content = sink.getvalue()
@@ -134,7 +168,12 @@ def read_table(dataset: str | Path, columns: Sequence[str] | None = None) -> pa.
             f"{shown(dataset)}: no Parquet in {shown(data_folder(dataset))}; give a dataset folder, e.g. "
             f"results/label/labels"
         )
-    return pa.concat_tables([read_shard(path, columns) for path in shards])
+    try:
+        return pa.concat_tables([read_shard(path, columns) for path in shards])
+    except FileNotFoundError:  # compacted in the meantime
+        if list_shards(dataset) == shards:
+            raise
+        return read_table(dataset, columns)
 
 
 def read_rows(path: str | Path, rows: Sequence[int]) -> list[dict[str, Any]]:
@@ -150,88 +189,6 @@ def read_rows(path: str | Path, rows: Sequence[int]) -> list[dict[str, Any]]:
         tables[group].slice(row - int(starts[group]), 1).to_pylist()[0]
         for group, row in zip(groups.tolist(), rows, strict=True)
     ]
-
-
-@dataclass(frozen=True)
-class Shard:
-    """What the driver knows of one readable shard."""
-
-    path: str
-    ids: tuple[str, ...]
-    errors: tuple[bool, ...]
-    """Whether the row's `error` is set; all False where the table has no such column."""
-    lengths: tuple[int, ...]
-    """The row's `prompt_tokens` (0 where null or not in the table)."""
-    schema: pa.Schema
-
-
-def inspect_shard(path: str | Path, id_column: str, full: bool = True) -> Shard:
-    """Reads what identifies the rows of a shard. With `full` every byte of every column is read against its
-    checksum.
-
-    ValueError where the shard is damaged or has no such column.
-    """
-    try:
-        with open_parquet(path) as parquet:
-            schema = parquet.schema_arrow
-            if id_column not in schema.names:
-                raise UserError(f"no column {id_column}")
-            wanted = [name for name in (id_column, "error", "prompt_tokens") if name in schema.names]
-            if full:
-                for group in range(parquet.num_row_groups):
-                    parquet.read_row_group(group)
-            table = parquet.read(columns=wanted)
-    except (StorageError, ForeignTypeError):
-        raise
-    except (pa.ArrowException, OSError, ValueError, EOFError) as error:
-        raise UserError(f"shard {shown(path)} can't be read: {error}") from error
-    count = len(table)
-    errors = table["error"].is_valid().to_pylist() if "error" in wanted else [False] * count
-    lengths = (
-        [length or 0 for length in table["prompt_tokens"].to_pylist()]
-        if "prompt_tokens" in wanted
-        else [0] * count
-    )
-    return Shard(str(path), tuple(table[id_column].to_pylist()), tuple(errors), tuple(lengths), schema)
-
-
-@dataclass
-class Scan:
-    """The shards of a dataset as found on disk."""
-
-    shards: list[Shard] = field(default_factory=list)
-    unreadable: dict[str, str] = field(default_factory=dict)
-    """Path -> why."""
-
-    def where(self) -> dict[str, tuple[int, int]]:
-        """Id -> (index into `shards`, row): where it was found first."""
-        found: dict[str, tuple[int, int]] = {}
-        for index, shard in enumerate(self.shards):
-            for row, key in enumerate(shard.ids):
-                found.setdefault(key, (index, row))
-        return found
-
-
-def scan(dataset: str | Path, id_column: str = "prompt_id", full: bool = True) -> Scan:
-    """Looks at every shard of a dataset: the only truth about what is done."""
-    paths = list_shards(dataset)
-
-    def look(path: str) -> Shard | str:
-        try:
-            return inspect_shard(path, id_column, full)
-        except (StorageError, ForeignTypeError):  # no damage: nothing of it may be set aside
-            raise
-        except ValueError as error:
-            return str(error)
-
-    result = Scan()
-    with ThreadPoolExecutor(min(8, max(1, len(paths)))) as pool:
-        for path, found in zip(paths, pool.map(look, paths), strict=True):
-            if isinstance(found, str):
-                result.unreadable[path] = found
-            else:
-                result.shards.append(found)
-    return result
 
 
 def set_aside(path: str, dataset: str | Path) -> str:

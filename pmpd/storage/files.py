@@ -174,11 +174,19 @@ def remove(path: str | Path) -> None:
 
 
 def list_files(folder: str, hidden: bool = False) -> list[str]:
+    return [path for path, _ in files_in(folder, hidden)]
+
+
+def files_in(folder: str, hidden: bool = False) -> list[tuple[str, pafs.FileInfo]]:
+    """(path, size and time) of the files in a folder; [] where there is none."""
     file_system, inner = resolve(folder)
     with told(folder):
         infos = file_system.get_file_info(pafs.FileSelector(inner, allow_not_found=True))
-    names = [info.base_name for info in infos if info.type == pafs.FileType.File]
-    return [join(folder, name) for name in names if hidden or not name.startswith((".", "_"))]
+    return [
+        (join(folder, info.base_name), info)
+        for info in infos
+        if info.type == pafs.FileType.File and (hidden or not info.base_name.startswith((".", "_")))
+    ]
 
 
 class ShardWriteError(StorageError):

@@ -6,10 +6,9 @@ import contextlib
 import importlib
 import importlib.metadata
 import json
-import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,10 @@ from typing import Any
 import pyarrow as pa
 
 from pmpd.errors import UserError
-from pmpd.storage.dataset import dataset_folder, list_shards, scan
-from pmpd.storage.files import read_bytes, write_bytes
+from pmpd.storage.dataset import dataset_folder, list_shards
+from pmpd.storage.files import read_bytes, remove, write_bytes
+from pmpd.storage.provenance import git_commit, source_fingerprint
+from pmpd.storage.scan import scan
 from pmpd.storage.schemas import SCHEMA_VERSION
 from pmpd.storage.uri import join, redacted, shown
 
@@ -37,6 +38,7 @@ MANIFEST_KEYS = (
     "packages",
     "python",
     "git_commit",
+    "source_fingerprint",
 )
 
 
@@ -68,6 +70,7 @@ def write_manifest(
         "packages": package_versions(),
         "python": ".".join(map(str, sys.version_info[:3])),
         "git_commit": git_commit(),
+        "source_fingerprint": source_fingerprint(),
         "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "columns": {} if schema is None else {column.name: str(column.type) for column in schema},
     }
@@ -111,7 +114,7 @@ def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 def check_config(dataset: str | Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
     """The manifest of an earlier run into this folder, if any. ValueError, naming the keys, where that had
-    another configuration."""
+    another configuration and left rows. A run that failed before its first row refuses nothing."""
     manifest = read_manifest(dataset)
     if manifest is None:
         if list_shards(dataset):
@@ -121,6 +124,8 @@ def check_config(dataset: str | Path, config: Mapping[str, Any]) -> dict[str, An
             )
         return None
     different = differing_keys(manifest["config"], config)
+    if different and not manifest["complete"] and not list_shards(dataset):
+        return None
     if different:
         raise UserError(
             f"output folder {shown(dataset)}: made with another configuration ({'; '.join(different)}); "
@@ -130,15 +135,28 @@ def check_config(dataset: str | Path, config: Mapping[str, Any]) -> dict[str, An
     return manifest
 
 
+def discard_unused(dataset: str | Path, config: Mapping[str, Any], derived: Sequence[str]) -> bool:
+    """Removes a dataset of another configuration where no row of `derived` was made from it yet: what a run
+    that failed early left behind. Whether it did. Only for the one run that holds the folder."""
+    manifest = read_manifest(dataset)
+    if (
+        manifest is None
+        or not differing_keys(manifest["config"], config)
+        or any(list_shards(other) for other in derived)
+    ):
+        return False
+    for path in [*list_shards(dataset), join(dataset, "manifest.json")]:
+        remove(path)
+    return True
+
+
 def is_whole(dataset: str | Path, manifest: Mapping[str, Any], id_column: str) -> bool:
     """Whether the manifest calls the dataset complete and its shards, all readable, hold as many rows as it
     counts."""
     if not manifest["complete"]:
         return False
     found = scan(dataset, id_column)
-    return not found.unreadable and sum(len(shard.ids) for shard in found.shards) == manifest["counts"].get(
-        "rows"
-    )
+    return not found.unreadable and len(found) == manifest["counts"].get("rows")
 
 
 @cache
@@ -149,19 +167,3 @@ def package_versions() -> dict[str, str]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[name] = importlib.metadata.version(name)
     return versions
-
-
-@cache
-def git_commit() -> str | None:
-    """Commit of the source tree this module runs from ("+" = with changes), None outside of one."""
-
-    def git(*arguments: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-
-    try:
-        return git("rev-parse", "HEAD") + (
-            "+" if git("status", "--porcelain", "--untracked-files=no") else ""
-        )
-    except (OSError, subprocess.SubprocessError):
-        return None
