@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 
+import numpy as np
 import pytest
 
 from pmpd import farm, storage
@@ -22,6 +23,7 @@ from pmpd.farm.ledger import Ledger, unit_rows
 from pmpd.farm.progress import Progress
 from pmpd.farm.task import Beat, Place, Unit, UnitResult
 from pmpd.farm.workbench import Workbench, poisons_process
+from pmpd.storage import keys
 from pmpd.storage.lease import LeaseLostError
 from pmpd.storage.summary import read_summary
 from tests import farm_fakes
@@ -217,17 +219,17 @@ def test_out_of_memory_does_not_end_the_process():
 
 
 def test_reconcile_names_what_is_wrong():
-    schema = farm_fakes.SCHEMA
     output = storage.Scan(
-        [
-            storage.Shard("a", ("1", "2"), (False,) * 2, (0,) * 2, schema),
-            storage.Shard("b", ("2", "9"), (False,) * 2, (0,) * 2, schema),
-        ]
+        ["a", "b"],
+        np.array([0, 2, 4]),
+        keys.encode(["1", "2", "2", "9"]),
+        np.zeros(4, bool),
+        np.zeros(4, np.int32),
     )
     with pytest.raises(
         farm.ReconcileError, match=r"1 missing \(3\); 1 more than once \(2\); 1 unknown \(9\)"
     ):
-        ledger.reconcile({"1": 0, "2": 0, "3": 0}, output, "out", True)
+        ledger.reconcile(keys.encode(["1", "2", "3"]), output, "out", True)
 
 
 def test_progress_is_one_line_with_all_numbers():
@@ -481,3 +483,38 @@ def test_a_beat_tells_how_far_a_unit_is(bench):
     assert seen[-1].forwards == 30
     assert 0.1 <= seen[-1].longest_seconds < 60
     assert worker.beat() is None
+
+
+@pytest.mark.parametrize("one_row", [True, False])
+def test_of_an_item_in_two_shards_the_one_without_error_stays(tmp_path, one_row):
+    """Items of several rows may have them in one shard, and only there."""
+    shards_of = {"a": [("1", True), ("2", False)], "b": [("1", False), ("3", False)], "c": [("4", False)] * 2}
+    schema = storage.table_schema(
+        "made", [("prompt_id", storage.PROMPTS.field(0).type), ("error", storage.PROMPTS.field(0).type)]
+    )
+    for name, rows in shards_of.items():
+        table = storage.to_table(
+            [{"prompt_id": key, "error": "x" if bad else None} for key, bad in rows], schema
+        )
+        storage.write_shard(table, tmp_path / "data" / f"{name}.parquet")
+    assert ledger.drop_duplicates(storage.scan(tmp_path), one_row)
+    left = {shard.path[-9:]: shard.ids for shard in storage.scan(tmp_path).shards}
+    assert left == {"a.parquet": ("2",), "b.parquet": ("1", "3"), "c.parquet": ("4",) * (1 if one_row else 2)}
+    assert not ledger.drop_duplicates(storage.scan(tmp_path), one_row)
+
+
+def test_units_follow_the_shards_of_a_large_input(tmp_path):
+    """A unit of neighbours in length alone would open as many files as it has rows."""
+    for shard in range(100):
+        rows = [{"prompt_id": f"{shard:08x}{row:08x}", "prompt_tokens": 100 + row % 3} for row in range(64)]
+        storage.write_shard(
+            storage.to_table(rows, storage.PROMPTS), tmp_path / "data" / f"{shard:03}.parquet"
+        )
+    book = Ledger(FakeTask(), {"prompts": str(tmp_path)}, tmp_path / "out", {})
+    book.scan_inputs()
+    units = list(book.units(book.todo(), 32))
+    assert sum(len(unit.ids) for unit in units) == 6400
+    assert max(len({path for path, _ in unit.rows["prompts"]}) for unit in units) <= 2
+    for unit in units[:3]:
+        for key, (path, row) in zip(unit.ids, unit.rows["prompts"], strict=True):
+            assert storage.read_rows(path, [row])[0]["prompt_id"] == key

@@ -96,19 +96,19 @@ def _run(
     ledger.scan_inputs()
     ledger.repair_output(options.retry_errors)
     progress = Progress(
-        task.table, len(ledger.ids), len(ledger.done), sum(ledger.done.values()), stream,
+        task.table, ledger.items, ledger.items_done, ledger.items_failed, stream,
         options.progress_seconds, task.most_forwards, _publisher(task.table, options),
     )  # fmt: skip
     for path in ledger.unreadable:
         progress.say(f"a damaged shard was set aside as {path}; its rows are done again")
-    if ledger.done:
-        progress.say(f"{len(ledger.done)} of {len(ledger.ids)} rows are there already")
+    if ledger.items_done:
+        progress.say(f"{ledger.items_done} of {ledger.items} rows are there already")
 
     pool: Pool | None = None
     try:
         for attempt in range(ROUNDS):
             todo = ledger.todo()
-            if not todo:
+            if not len(todo):
                 break
             if pool is None:
                 ledger.begin()

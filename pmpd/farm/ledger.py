@@ -1,19 +1,26 @@
 """What a run has to do and has done, as the files tell it: scan, repair, to do, reconcile, finish. Imports no
 Ray.
 
-The output is the only truth: to do = ids of the input - ids in readable shards of the output.
+The output is the only truth: to do = ids of the input - ids in readable shards of the output. Ids are held as
+numpy arrays (`pmpd.storage.keys`), so that 10^7 rows fit into the driver.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from pmpd import storage
 from pmpd.errors import UserError
 from pmpd.farm.task import FarmTask, Unit
+from pmpd.storage import keys as ids_of
+
+MANY_SHARDS = 64
+"""From so many on, the items of a unit are neighbours in the input's shards too: 32 items of 32 shards would
+open 32 files."""
 
 
 class ReconcileError(UserError):
@@ -37,78 +44,110 @@ class Ledger:
         self.manifest = storage.check_config(self.dataset, config) or {}
         self.unreadable: list[str] = []
         """Damaged shards, where they were set aside."""
-        self.done: dict[str, bool] = {}
-        """Id of an item in the output -> whether one of its rows has an error."""
         self.output = storage.Scan()
+        self._done = np.zeros(0, np.uint64)  # sorted, each once
+        self.items_failed = 0
+        """Items of the output one of whose rows has an error."""
+
+    @property
+    def items(self) -> int:
+        """Items of the input."""
+        return len(self._ids)
+
+    @property
+    def items_done(self) -> int:
+        """Items in the output."""
+        return len(self._done)
 
     # -- before the work
 
     def scan_inputs(self) -> None:
-        found = {name: storage.scan(path, self.id_column) for name, path in self.inputs.items()}
-        for name, scan in found.items():
+        self._places: dict[str, tuple[list[str], np.ndarray]] = {}
+        """Input -> its shards, and where each begins in the order of its rows."""
+        self._row_of: dict[str, np.ndarray] = {}
+        """Input -> for each item, in the order of ids, its row."""
+        for name, path in self.inputs.items():
+            scan = storage.scan(path, self.id_column, remember=True)
             if scan.unreadable:
                 raise UserError(
                     f"input {name}: {next(iter(scan.unreadable.values()))}; run the stage that makes "
                     f"{name} again: it does the rows of that shard and keeps the others"
                 )
-        self._shards = {name: scan.shards for name, scan in found.items()}
-        self._where = {name: scan.where() for name, scan in found.items()}
-        primary, *others = self.inputs
-        self.ids = self._where[primary]
-        if not self.ids:
-            raise UserError(f"input {self.inputs[primary]}: it holds no rows; nothing to do")
-        for name in others:
-            lacking = [key for key in self.ids if key not in self._where[name]]
-            if lacking:
-                raise UserError(
-                    f"input {name} lacks {len(lacking)} of {len(self.ids)} ids, e.g. "
-                    f"{', '.join(lacking[:3])}; run the stage that makes it first"
-                )
+            if not self._row_of:
+                self._ids, first = np.unique(scan.keys, return_index=True)
+                self._lengths = scan.lengths[first]
+                rows = first
+                if not len(self._ids):
+                    raise UserError(f"input {path}: it holds no rows; nothing to do")
+            else:
+                rows = self._rows_in(name, scan.keys)
+            self._places[name] = (scan.paths, scan.starts)
+            self._row_of[name] = rows.astype(np.uint32)
+
+    def _rows_in(self, name: str, keys: np.ndarray) -> np.ndarray:
+        """For each item its first row among the keys of another input."""
+        held, first = np.unique(keys, return_index=True)
+        lacking = ids_of.missing(self._ids, held)
+        if len(lacking):
+            raise UserError(
+                f"input {name} lacks {len(lacking)} of {len(self._ids)} ids, e.g. "
+                f"{', '.join(ids_of.decode(self._ids[lacking[:3]]))}; run the stage that makes it first"
+            )
+        ids, held = ids_of.alike(self._ids, held)
+        return first[np.searchsorted(held, ids)]
 
     def repair_output(self, retry_errors: bool = False) -> None:
         """Takes out of the output what must not count: half-written files, damaged shards, second rows of an
         item, and, if asked, errors. UserError where it holds items that the input has not."""
         storage.remove_temporary(self.dataset)
-        output = storage.scan(self.dataset, self.id_column)
+        output = storage.scan(self.dataset, self.id_column, remember=True)
         self.unreadable = [storage.set_aside(path, self.dataset) for path in output.unreadable]
         if drop_duplicates(output, self.one_row_per_item):
             output = storage.scan(self.dataset, self.id_column, full=False)
         if retry_errors:
             drop_errors(output)
         self._read_output()
-        unknown = [key for key in self.done if key not in self.ids]
-        if unknown:
+        unknown = ids_of.missing(self._done, self._ids)
+        if len(unknown):
             raise UserError(
                 f"output folder {self.dataset}: it holds {len(unknown)} ids that are not in the input, e.g. "
-                f"{', '.join(unknown[:3])}: the input has changed; choose another output folder"
+                f"{', '.join(ids_of.decode(self._done[unknown[:3]]))}: the input has changed; choose another "
+                f"output folder"
             )
 
     @property
     def known_models(self) -> dict[str, Any]:
         """Fingerprints of the models that the rows in the output are from."""
-        return dict(self.manifest.get("models", {})) if self.done else {}
+        return dict(self.manifest.get("models", {})) if self.items_done else {}
 
     # -- the work
 
-    def todo(self) -> list[str]:
-        """Ids without a row in the output; long prompts first, so that the end has no straggler."""
-        shards = self._shards[next(iter(self.inputs))]
+    def todo(self) -> np.ndarray:
+        """Items without a row in the output (their places in the order of ids); long prompts first, so
+        that the end has no straggler. Of a large input, items of about one length come in the order of its
+        shards."""
+        todo = ids_of.missing(self._ids, self._done)
+        lengths = self._lengths[todo]
+        name = next(iter(self.inputs))
+        if len(self._places[name][0]) <= MANY_SHARDS:
+            return todo[np.argsort(-lengths, kind="stable")]
+        about = (8 * np.log2(np.maximum(lengths, 1))).astype(np.int16)
+        return todo[np.lexsort((self._row_of[name][todo], -about))]
 
-        def rank(key: str) -> tuple[int, str]:
-            shard, row = self.ids[key]
-            return -shards[shard].lengths[row], key
-
-        return sorted((key for key in self.ids if key not in self.done), key=rank)
-
-    def units(self, todo: list[str], size: int) -> Iterator[Unit]:
+    def units(self, todo: np.ndarray, size: int) -> Iterator[Unit]:
         """Units of neighbours in length, `size` items each. Made as they are asked for."""
         for first in range(0, len(todo), size):
-            ids = tuple(todo[first : first + size])
+            items = todo[first : first + size]
             rows = {
-                name: tuple((self._shards[name][at[key][0]].path, at[key][1]) for key in ids)
-                for name, at in self._where.items()
+                name: tuple(self._place(name, row) for row in self._row_of[name][items])
+                for name in self.inputs
             }
-            yield Unit(ids, rows)
+            yield Unit(tuple(ids_of.decode(self._ids[items])), rows)
+
+    def _place(self, name: str, row: int) -> tuple[str, int]:
+        paths, starts = self._places[name]
+        shard = int(np.searchsorted(starts, row, side="right")) - 1
+        return paths[shard], int(row - starts[shard])
 
     def reread(self) -> None:
         """What the output holds after work was done."""
@@ -117,23 +156,24 @@ class Ledger:
             self._read_output()
 
     def _read_output(self) -> None:
-        self.output = storage.scan(self.dataset, self.id_column, full=False)
-        self.done = items_of(self.output)
+        self.output = storage.scan(self.dataset, self.id_column, full=False, remember=True)
+        self._done = np.unique(self.output.keys)
+        self.items_failed = len(np.unique(self.output.keys[self.output.errors]))
 
     # -- after the work
 
     def reconcile(self) -> None:
         """ReconcileError unless every input id is in the output exactly once, and no other."""
-        reconcile(self.ids, self.output, self.dataset, self.one_row_per_item)
+        reconcile(self._ids, self.output, self.dataset, self.one_row_per_item)
 
     @property
     def rows(self) -> int:
-        return sum(len(shard.ids) for shard in self.output.shards)
+        return len(self.output)
 
     @property
     def errors(self) -> int:
         """Rows with an error."""
-        return sum(sum(shard.errors) for shard in self.output.shards)
+        return int(self.output.errors.sum())
 
     def begin(self) -> None:
         """Says in the manifest that rows are coming."""
@@ -143,9 +183,9 @@ class Ledger:
         """Says in the manifest that the output is whole. `seconds` are this run's."""
         counts = {
             "rows": self.rows,
-            "items": len(self.done),
+            "items": self.items_done,
             "errors": self.errors,
-            "shards": len(self.output.shards),
+            "shards": len(self.output.paths),
             "unreadable": len(self.unreadable),
         }
         device = device or str(self.manifest.get("device", ""))
@@ -162,7 +202,7 @@ class Ledger:
     ) -> None:
         storage.write_manifest(
             self.dataset,
-            self.output.shards[0].schema if complete and self.output.shards else None,
+            self.output.schema if complete else None,
             self.config,
             table=self.table,
             complete=complete,
@@ -179,61 +219,63 @@ def unit_rows(todo: int, most: int, workers: int) -> int:
     return max(1, min(most, -(-todo // workers)))
 
 
-def items_of(output: storage.Scan) -> dict[str, bool]:
-    """Item id -> whether one of its rows has an error."""
-    items: dict[str, bool] = {}
-    for shard in output.shards:
-        for key, error in zip(shard.ids, shard.errors, strict=True):
-            items[key] = items.get(key, False) or error
-    return items
+def _shards_of(output: storage.Scan, rows: np.ndarray) -> np.ndarray:
+    return np.searchsorted(output.starts, rows, side="right") - 1
+
+
+def _doubled(output: storage.Scan, one_row_per_item: bool) -> list[np.ndarray]:
+    """The rows of each item that is there more than once: twice at all, or (where items have several rows) in
+    more than one shard."""
+    order = np.argsort(output.keys, kind="stable")
+    ordered = output.keys[order]
+    begins = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]])) if len(order) else order
+    if len(begins) == len(order):
+        return []
+    if not one_row_per_item:
+        shards = _shards_of(output, order)
+        several = np.maximum.reduceat(shards, begins) != np.minimum.reduceat(shards, begins)
+    else:
+        several = np.diff(np.append(begins, len(order))) > 1
+    ends = np.append(begins[1:], len(order))
+    return [order[begins[item] : ends[item]] for item in np.flatnonzero(several)]
 
 
 def drop_duplicates(output: storage.Scan, one_row_per_item: bool) -> bool:
     """An item that is in two shards (a worker outlived its run) stays in one: one without error if there is
     one. Whether there was any."""
-    best: dict[str, tuple[bool, int, int]] = {}
-    for index, shard in enumerate(output.shards):
-        for row, (key, error) in enumerate(zip(shard.ids, shard.errors, strict=True)):
-            candidate = (error, index, row)
-            if key not in best or candidate < best[key]:
-                best[key] = candidate
-
-    def doubled(index: int, row: int, key: str) -> bool:
-        return best[key][1] != index or (one_row_per_item and best[key][2] != row)
-
-    return _drop(output, doubled)
+    out: list[np.ndarray] = []
+    for rows in _doubled(output, one_row_per_item):
+        best = rows[np.argmin(output.errors[rows])]
+        kept = rows == best if one_row_per_item else _shards_of(output, rows) == _shards_of(output, best)
+        out.append(rows[~kept])
+    return _drop(output, np.concatenate(out) if out else np.zeros(0, np.int64))
 
 
 def drop_errors(output: storage.Scan) -> bool:
     """Takes the items with an error out, so that they are to do again."""
-    bad = {key for key, error in items_of(output).items() if error}
-    return _drop(output, lambda index, row, key: key in bad)
+    return _drop(output, np.flatnonzero(np.isin(output.keys, output.keys[output.errors])))
 
 
-def _drop(output: storage.Scan, out: Callable[[int, int, str], bool]) -> bool:
-    changed = False
-    for index, shard in enumerate(output.shards):
-        rows = [row for row, key in enumerate(shard.ids) if out(index, row, key)]
-        if rows:
-            storage.drop_rows(shard.path, rows)
-            changed = True
-    return changed
+def _drop(output: storage.Scan, rows: np.ndarray) -> bool:
+    """Whether there was any such row."""
+    shards = _shards_of(output, rows)
+    for shard in np.unique(shards):
+        storage.drop_rows(output.paths[shard], (rows[shards == shard] - output.starts[shard]).tolist())
+    return len(rows) > 0
 
 
-def reconcile(ids: Mapping[str, Any], output: storage.Scan, dataset: str, one_row_per_item: bool) -> None:
-    """ReconcileError unless every input id is in the output exactly once, and no other."""
-    counts: Counter[str] = Counter()
-    for shard in output.shards:
-        counts.update(shard.ids if one_row_per_item else set(shard.ids))
+def reconcile(ids: np.ndarray, output: storage.Scan, dataset: str, one_row_per_item: bool) -> None:
+    """ReconcileError unless every id of the input (each once) is in the output exactly once, and no other."""
+    held = np.unique(output.keys)
     problems = {
-        "missing": [key for key in ids if key not in counts],
-        "more than once": [key for key, count in counts.items() if count > 1],
-        "unknown": [key for key in counts if key not in ids],
+        "missing": ids[ids_of.missing(ids, held)],
+        "more than once": output.keys[[rows[0] for rows in _doubled(output, one_row_per_item)]],
+        "unknown": held[ids_of.missing(held, ids)],
     }
     told = [
-        f"{len(keys)} {what} ({', '.join(keys[:3])}{', …' if len(keys) > 3 else ''})"
+        f"{len(keys)} {what} ({', '.join(ids_of.decode(keys[:3]))}{', …' if len(keys) > 3 else ''})"
         for what, keys in problems.items()
-        if keys
+        if len(keys)
     ]
     if output.unreadable:
         told.append(f"{len(output.unreadable)} unreadable shard(s) ({next(iter(output.unreadable))})")

@@ -7,6 +7,7 @@ takes it as it is) and `manifest.json` beside it (what made it). Paths are local
 
 from __future__ import annotations
 
+from pmpd.storage.compaction import remove_temporary
 from pmpd.storage.copies import cache_folder, download_folder, upload_folder
 from pmpd.storage.dataset import (
     data_folder,
@@ -16,7 +17,6 @@ from pmpd.storage.dataset import (
     read_rows,
     read_shard,
     read_table,
-    remove_temporary,
     set_aside,
     to_table,
     write_shard,

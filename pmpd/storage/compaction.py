@@ -26,7 +26,14 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from pmpd.errors import UserError
-from pmpd.storage.dataset import COMMITTED, COMPACTED, SOURCE_KEY, dataset_folder, shard_files
+from pmpd.storage.dataset import (
+    COMMITTED,
+    COMPACTED,
+    SOURCE_KEY,
+    dataset_folder,
+    remove_leftovers,
+    shard_files,
+)
 from pmpd.storage.files import exists, list_files, read_bytes, remove, resolve, told, write_bytes
 from pmpd.storage.keys import alike
 from pmpd.storage.manifest import read_manifest
@@ -216,6 +223,14 @@ def finish(folder: str) -> None:
     file_system, inner = resolve(leftover)
     if exists(leftover):
         file_system.delete_dir(inner)
+
+
+def remove_temporary(dataset: str | Path) -> None:
+    """Removes what killed writers left behind, and finishes a compaction that was stopped after its commit.
+    Only for the one run that holds the folder."""
+    remove_leftovers(dataset)
+    if exists(join(dataset_folder(dataset), COMMITTED)):
+        finish(dataset_folder(dataset))
 
 
 def _duplicate(source: str, target: str) -> None:

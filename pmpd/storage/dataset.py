@@ -69,7 +69,7 @@ def live_folder(dataset: str | Path) -> str:
     return join(folder, COMPACTED) if exists(committed) else join(folder, "data")
 
 
-def remove_temporary(dataset: str | Path) -> None:
+def remove_leftovers(dataset: str | Path) -> None:
     """Removes what killed writers left behind, in the dataset's folder and its data. Only for the one run
     that holds the folder."""
     for folder in (str(dataset), data_folder(dataset)):
@@ -77,10 +77,6 @@ def remove_temporary(dataset: str | Path) -> None:
             if shown(path).endswith(".tmp"):
                 remove(path)
     abort_uploads(dataset)
-    if exists(join(dataset_folder(dataset), COMMITTED)):
-        from pmpd.storage.compaction import finish
-
-        finish(dataset_folder(dataset))
 
 
 # ------------------------------------------------------------------------------------------------------------

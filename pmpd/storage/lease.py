@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pmpd.errors import UserError
-from pmpd.storage.dataset import remove_temporary
+from pmpd.storage.compaction import remove_temporary
 from pmpd.storage.files import join, read_bytes, remove, write_bytes
 
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from pmpd.storage.dataset import data_folder, list_shards, remove_temporary, table_name, to_table, write_shard
+from pmpd.storage.compaction import remove_temporary
+from pmpd.storage.dataset import data_folder, list_shards, table_name, to_table, write_shard
 from pmpd.storage.files import remove
 from pmpd.storage.manifest import check_config, is_whole, write_manifest
 from pmpd.storage.uri import join
