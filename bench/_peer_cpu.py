@@ -21,7 +21,7 @@ import torch
 from bench import _llama_cpp, _random_llama, _record
 from pmpd import PMPDForCausalLM
 from pmpd.decode.engine import Engine
-from pmpd.decode.slots import Plan, Stretch
+from pmpd.decode.slots import Stretch, TokenPlaces
 from pmpd.kernels import llama_step, native
 
 BITS = (4, 3, 2)
@@ -65,11 +65,13 @@ class Ours:
         """One token of each of `rows` rows."""
         where = torch.full((rows,), position)
         self.engine.state.set_uniform(self.bits)
-        self.engine.forward(torch.arange(rows) + 5, Plan(torch.arange(rows), where, position + 1, rows), None)
+        self.engine.forward(
+            torch.arange(rows) + 5, TokenPlaces(torch.arange(rows), where, position + 1, rows), None
+        )
 
     def prefill(self, tokens: int) -> None:
         """One prompt."""
-        plan = Plan(
+        plan = TokenPlaces(
             torch.zeros(tokens, dtype=torch.int64),
             torch.arange(tokens),
             tokens,

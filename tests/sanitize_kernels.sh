@@ -16,4 +16,4 @@ sanitized() {  # Python itself keeps memory to the end, so leaks are not looked 
 }
 # A library that can't be loaded would have all tests skipped, which passes.
 sanitized -c "import sys, torch; from pmpd.kernels import cpu; sys.exit(cpu.unavailable(torch.device('cpu'), torch.float32))"
-sanitized -m pytest tests/test_kernels_cpu.py -p no:cacheprovider "$@"
+sanitized -m pytest tests/test_kernels_cpu.py tests/test_llama_cpu.py -p no:cacheprovider "$@"
