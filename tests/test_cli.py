@@ -1,0 +1,96 @@
+"""The command `pmpd` itself: what answers before anything heavy is imported, and how commands end."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import pmpd
+from pmpd.cli import main as cli
+from pmpd.cli.main import COMMANDS, Command, main
+from pmpd.errors import UserError
+
+ROOT = Path(__file__).parent.parent
+HEAVY = ("torch", "ray", "transformers", "datasets", "matplotlib", "fastchat")
+"""Each takes half a second or more to import."""
+
+PROBE = f"""
+import sys
+from pmpd.cli.main import main
+try:
+    code = main(sys.argv[1:])
+except SystemExit as left:
+    code = left.code
+print("imported:", [name for name in {HEAVY} if name in sys.modules], "code:", code)
+"""
+
+
+def answer(*arguments: str) -> str:
+    """What `pmpd ARGUMENTS` prints in a process of its own, and which heavy packages it imported."""
+    done = subprocess.run(
+        [sys.executable, "-c", PROBE, *arguments], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    return done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_imports_nothing_heavy(name):
+    told = answer(name, "--help")
+    assert "imported: [] code: 0" in told
+    assert f"usage: pmpd {name}" in told
+
+
+def test_a_mistyped_flag_is_told_before_anything_heavy_is_imported():
+    told = answer("label", "--szie", "3")
+    assert "imported: [] code: 2" in told
+    assert "--size" in told, "the flag that was meant is not named"
+
+
+def test_usage_names_every_command(capsys):
+    assert main(["--help"]) == 0
+    told = capsys.readouterr().out
+    assert all(f"  {name} " in told for name in COMMANDS)
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"pmpd {pmpd.__version__}\n"
+
+
+def test_an_unknown_command_names_the_known_ones(capsys):
+    assert main(["lable"]) == 2
+    assert "label" in capsys.readouterr().err
+
+
+@pytest.fixture
+def failing(monkeypatch):
+    """Makes `pmpd inspect` raise what is given."""
+
+    def install(error: BaseException) -> None:
+        def fail(_):
+            raise error
+
+        import pmpd.cli.inspect
+
+        monkeypatch.setattr(pmpd.cli.inspect, "main", fail)
+
+    return install
+
+
+def test_only_a_user_error_loses_its_traceback(failing, capsys):
+    failing(UserError("what was given; what is allowed; what to do"))
+    assert main(["inspect", "x"]) == 1
+    assert capsys.readouterr().err == "error: what was given; what is allowed; what to do\n"
+    failing(ValueError("operands could not be broadcast together"))
+    with pytest.raises(ValueError, match="broadcast"):
+        main(["inspect", "x"])
+
+
+def test_a_stopped_command_says_what_is_kept(failing, capsys, monkeypatch):
+    failing(KeyboardInterrupt())
+    command = COMMANDS["inspect"]
+    monkeypatch.setitem(
+        cli.COMMANDS, "inspect", Command(command.module, command.config, command.summary, "rows")
+    )
+    assert main(["inspect", "x"]) == 130
+    assert "stopped; rows: run the same command again to go on" in capsys.readouterr().err
