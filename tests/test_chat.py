@@ -10,7 +10,8 @@ from rich.console import Console
 
 from pmpd import PMPDForCausalLM
 from pmpd.cli import chat
-from pmpd.cli.chat import ChatJob, Pieces, parse_scheduler
+from pmpd.cli.chat import Pieces, parse_scheduler
+from pmpd.cli.flags.chat import ChatJob
 from tests.helpers import byte_tokenizer
 
 

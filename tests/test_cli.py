@@ -10,8 +10,10 @@ import pytest
 
 import pmpd
 from pmpd.cli import main as cli
+from pmpd.cli.flags.generate import GenerateJob
 from pmpd.cli.main import COMMANDS, Command, main
 from pmpd.errors import UserError
+from pmpd.evaluation.sweep import DEFAULT_SWEEP
 
 ROOT = Path(__file__).parent.parent
 HEAVY = ("torch", "ray", "transformers", "datasets", "matplotlib", "fastchat")
@@ -47,6 +49,11 @@ def test_a_mistyped_flag_is_told_before_anything_heavy_is_imported():
     told = answer("label", "--szie", "3")
     assert "imported: [] code: 2" in told
     assert "--size" in told, "the flag that was meant is not named"
+
+
+def test_the_flags_name_the_default_sweep():
+    """The flags import no scheduler, so they spell the default out."""
+    assert GenerateJob.schedulers == ",".join(DEFAULT_SWEEP)
 
 
 def test_usage_names_every_command(capsys):
@@ -90,7 +97,7 @@ def test_a_stopped_command_says_what_is_kept(failing, capsys, monkeypatch):
     failing(KeyboardInterrupt())
     command = COMMANDS["inspect"]
     monkeypatch.setitem(
-        cli.COMMANDS, "inspect", Command(command.module, command.config, command.summary, "rows")
+        cli.COMMANDS, "inspect", Command(command.module, command.flags, command.summary, "rows")
     )
     assert main(["inspect", "x"]) == 130
     assert "stopped; rows: run the same command again to go on" in capsys.readouterr().err

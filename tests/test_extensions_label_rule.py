@@ -5,7 +5,8 @@ from __future__ import annotations
 from rich.console import Console
 
 from pmpd import storage
-from pmpd.cli.label import LabelJob, main
+from pmpd.cli.flags.label import LabelJob
+from pmpd.cli.label import main
 from pmpd.labeling.rule import RULES, LabelRule
 from tests.ray_sessions import local_ray
 

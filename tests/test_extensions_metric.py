@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from pmpd import storage
-from pmpd.cli.report import ReportJob, main
+from pmpd.cli.flags.report import ReportJob
+from pmpd.cli.report import main
 from pmpd.evaluation.compare import compare
 from pmpd.evaluation.score import ScoreConfig, pick_static, score
 from pmpd.metrics.base import METRICS, Metric, mean_of

@@ -101,7 +101,8 @@ def test_a_run_lives_through_a_lost_node_and_takes_in_a_new_one(nodes, prompts, 
 
 @pytest.mark.slow
 def test_the_label_job_has_a_worker_per_logical_gpu(nodes, dense_folder, anyprec_folder, tmp_path):
-    from pmpd.cli.label import LabelJob, main
+    from pmpd.cli.flags.label import LabelJob
+    from pmpd.cli.label import main
 
     (tmp_path / "texts.txt").write_text(
         "\n\n".join(f"{i}. " + "The quick brown fox jumps over the lazy dog. " * 8 for i in range(60))

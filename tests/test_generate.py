@@ -328,8 +328,9 @@ def write_answers(folder: Path, rows: list[dict]) -> Path:
 def test_the_job_generates_resumes_and_refuses_another_configuration(
     tmp_path: Path, anyprec_folder, dense_folder, capsys
 ) -> None:
-    from pmpd.cli.generate import GenerateJob, main
-    from pmpd.cli.report import ReportJob
+    from pmpd.cli.flags.generate import GenerateJob
+    from pmpd.cli.flags.report import ReportJob
+    from pmpd.cli.generate import main
     from pmpd.cli.report import main as report
 
     questions = tmp_path / "q.jsonl"
@@ -380,7 +381,8 @@ def test_the_job_generates_resumes_and_refuses_another_configuration(
 def test_bad_input_is_refused_before_a_worker_starts(
     tmp_path: Path, anyprec_folder, dense_folder, options: dict, said: str
 ) -> None:
-    from pmpd.cli.generate import GenerateJob, main
+    from pmpd.cli.flags.generate import GenerateJob
+    from pmpd.cli.generate import main
 
     questions = tmp_path / "q.jsonl"
     questions.write_text('{"id": "1", "category": "c", "turns": ["a"]}\n')

@@ -14,8 +14,9 @@ from rich.console import Console
 import pmpd.cli.generate
 import pmpd.evaluation.answer
 from pmpd import PMPDForCausalLM, farm, storage
-from pmpd.cli.generate import GenerateJob, best_command, main
-from pmpd.cli.report import ReportJob
+from pmpd.cli.flags.generate import GenerateJob
+from pmpd.cli.flags.report import ReportJob
+from pmpd.cli.generate import best_command, main
 from pmpd.cli.report import main as report
 from pmpd.evaluation.answer import Generator
 from pmpd.evaluation.results import read_generations

@@ -12,7 +12,8 @@ import pytest
 from pmpd import demo
 from pmpd.benchmarks import get_benchmark, load_questions
 from pmpd.benchmarks.iwslt import BY_TARGET
-from pmpd.cli.generate import GenerateJob, folder_name, sampling_plan, scheduler_options
+from pmpd.cli.flags.generate import GenerateJob
+from pmpd.cli.generate import folder_name, sampling_plan, scheduler_options
 from pmpd.evaluation.answer import Generator, conversation_rows
 from pmpd.evaluation.compare import compare
 from pmpd.evaluation.presets import get_preset

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from pmpd import storage
-from pmpd.cli.judge import JudgeJob, main, pairs_of_runs, read_references
-from pmpd.cli.report import ReportJob
+from pmpd.cli.flags.judge import JudgeJob
+from pmpd.cli.flags.report import ReportJob
+from pmpd.cli.judge import main, pairs_of_runs, read_references
 from pmpd.cli.report import main as report
 from pmpd.evaluation.judge import (
     answered,

@@ -20,7 +20,8 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 
 from pmpd import demo, farm, storage
-from pmpd.cli.label import LabelJob, label_table, main, output_folder
+from pmpd.cli.flags.label import LabelJob
+from pmpd.cli.label import label_table, main, output_folder
 from pmpd.cli.main import main as run_command
 from pmpd.demo.texts import documents_of
 from pmpd.demo.train import stream_loss, token_stream

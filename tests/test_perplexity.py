@@ -15,7 +15,8 @@ from rich.console import Console
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from pmpd.cli.perplexity import PerplexityJob, main
+from pmpd.cli.flags.perplexity import PerplexityJob
+from pmpd.cli.perplexity import main
 from pmpd.cli.steps import Steps
 from pmpd.evaluation.perplexity import Perplexity, perplexity, token_stream, windows
 from tests.helpers import byte_tokenizer, write_dense

@@ -17,7 +17,8 @@ from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from pmpd.cli.quantize import QuantizeJob, main
+from pmpd.cli.flags.quantize import QuantizeJob
+from pmpd.cli.quantize import main
 from pmpd.kernels import bitplanes
 from pmpd.quantize import convert, work
 from pmpd.quantize.calibration import calibration_samples

@@ -361,7 +361,8 @@ def test_an_unfinished_run_is_named() -> None:
 
 
 def test_the_job_reads_folders_writes_scores_and_refuses_a_mixture(tmp_path: Path) -> None:
-    from pmpd.cli.report import ReportJob, main
+    from pmpd.cli.flags.report import ReportJob
+    from pmpd.cli.report import main
 
     rows = generation_rows(questions=6, two_turns=2)
     for name, fp in (("fp", True), ("quantized", False)):

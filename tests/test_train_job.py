@@ -26,7 +26,8 @@ from ray import tune
 
 import pmpd.training.fit
 from pmpd import farm, storage
-from pmpd.cli.train import TrainJob, main
+from pmpd.cli.flags.train import TrainJob
+from pmpd.cli.train import main
 from pmpd.farm import train
 from pmpd.farm.train import FEATURE_COLUMNS, Fleet, LabelSource, RaggedCollate, fit, read_labels, search
 from pmpd.schedulers.artefact import load_artefact

@@ -1,11 +1,5 @@
 """Talk to a model in the terminal: the answer streams, each token in the colour of its precision, with bits
-and tokens per second below.
-
-    pmpd chat --model-path quantized/
-    /scheduler static 20        another schedule from the next answer on; /help lists the commands
-
-Works without a terminal too: a line of standard input is a turn, and nothing is coloured.
-"""
+and tokens per second below."""
 
 from __future__ import annotations
 
@@ -22,6 +16,7 @@ from rich.text import Text
 
 from pmpd import PMPDForCausalLM, demo
 from pmpd.benchmarks.conversation import choose_template, stops, template_note
+from pmpd.cli.flags.chat import ChatJob
 from pmpd.decode.ending import StopStrings
 from pmpd.decode.requests import Completion, Prefix, Request, Sampling, TokenEvent
 from pmpd.errors import UserError
@@ -32,52 +27,13 @@ from pmpd.schedulers.base import Scheduler, find, names
 COLOURS = {16: "white", 8: "cyan", 4: "green", 3: "yellow", 2: "red"}
 """By precision; another one is magenta."""
 
+
 HELP = """\
 /scheduler NAME [VALUE] [OPTION=VALUE ...]   e.g. /scheduler static 20, /scheduler static 20,60,
                                              /scheduler confidence threshold=0.8, /scheduler uniform 3
 /reset                                       forget the conversation
 /help                                        this text
 /quit                                        (or the end of the input) leave"""
-
-
-@dataclass(frozen=True)
-class ChatJob:
-    """Talk to a model in the terminal. Without flags: the embedded demo."""
-
-    model_path: str = str(demo.ANYPREC)
-    """Quantized or unquantized checkpoint: a folder, or a Hugging Face id."""
-    precisions: str | None = None
-    """Precision chain, descending, e.g. 4,3,2; default all that the checkpoint holds."""
-    scheduler: str | None = None
-    """As /scheduler takes it: "static 20", "kv_cache save_dir=FOLDER", "uniform 3". Default: every token at
-    the highest precision."""
-    max_new_tokens: int = 256
-    """New tokens per answer."""
-    temperature: float = 0.0
-    """0 = greedy."""
-    top_p: float = 1.0
-    """Only the likeliest tokens that together have this probability; 1 = all."""
-    top_k: int = 0
-    """Only so many of the likeliest tokens; 0 = all."""
-    repetition_penalty: float = 1.0
-    """1 = none."""
-    seed: int = 0
-    """Of the sampling."""
-    template: str | None = None
-    """A FastChat template, "plain" or "tokenizer"; default the tokenizer's own where it has one."""
-    kernel: str | None = None
-    """Force an implementation of the multiplication: reference, cpu, triton."""
-    trust_remote_code: bool = False
-    """Run model code that comes with the checkpoint."""
-
-    def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise UserError(f"--max-new-tokens {self.max_new_tokens}: at least 1")
-        _ = self.sampling
-
-    @property
-    def sampling(self) -> Sampling:
-        return Sampling(self.temperature, self.top_p, self.top_k, self.seed, self.repetition_penalty)
 
 
 @dataclass
@@ -158,7 +114,7 @@ class Chat:
             max_new_tokens=self.job.max_new_tokens,
             prefix=self._reusable(ids),
             want_prefix=True,
-            sampling=self.job.sampling,
+            sampling=sampling_of(self.job),
             stop=lambda tokens: tokens[-1] in ends.token_ids or bool(ends.strings and strings(tokens)),
         )
         tokens: list[int] = []
@@ -275,6 +231,10 @@ def lines(console: Console) -> Iterator[str]:
             yield console.input("> ") if sys.stdin.isatty() else input()
         except (EOFError, KeyboardInterrupt):
             return
+
+
+def sampling_of(job: ChatJob) -> Sampling:
+    return Sampling(job.temperature, job.top_p, job.top_k, job.seed, job.repetition_penalty)
 
 
 def main(job: ChatJob, console: Console | None = None) -> None:

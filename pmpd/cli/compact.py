@@ -1,38 +1,15 @@
-"""Few files with large row groups in place of many small shards.
-
-    pmpd compact results/label/labels
-    pmpd compact s3://bucket/labels
-
-Every row stays as it is, and whoever reads meanwhile sees the old files or the new ones. A run that was
-stopped goes on when the same command is given again, and a farm run goes on from a compacted
-dataset as from any other.
-"""
+"""Few files with large row groups in place of many small shards."""
 
 from __future__ import annotations
 
 import contextlib
-from dataclasses import dataclass
 
-import tyro
 from rich.console import Console
 
 from pmpd import storage
+from pmpd.cli.flags.compact import CompactJob
 from pmpd.errors import UserError
-from pmpd.storage.compaction import ROW_GROUP_BYTES, Compaction, compact
-
-
-@dataclass(frozen=True)
-class CompactJob:
-    """Few files with large row groups in place of many small shards."""
-
-    path: tyro.conf.Positional[str]
-    """A dataset folder (results/label/labels); local or a URI."""
-    row_group_mb: int = ROW_GROUP_BYTES >> 20
-    """Size of a row group in memory, in MB."""
-
-    def __post_init__(self) -> None:
-        if self.row_group_mb < 1:
-            raise UserError(f"--row-group-mb {self.row_group_mb}: at least 1")
+from pmpd.storage.compaction import Compaction, compact
 
 
 def main(job: CompactJob, console: Console | None = None) -> Compaction:

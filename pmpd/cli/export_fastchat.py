@@ -2,23 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-import tyro
-
+from pmpd.cli.flags.export_fastchat import ExportJob
 from pmpd.evaluation.fastchat_export import export
-
-
-@dataclass(frozen=True)
-class ExportJob:
-    """Answers as {model_id}-{run}.jsonl for FastChat's gen_judgment.py."""
-
-    path: tyro.conf.Positional[str]
-    """Output folder of `pmpd generate` for one benchmark, e.g. results/generate/mt_bench."""
-    folder: tyro.conf.Positional[str]
-    """Where FastChat looks for answers, e.g. data/mt_bench/model_answer."""
-    runs: str | None = None
-    """Only these runs, comma-separated."""
 
 
 def main(job: ExportJob) -> None:

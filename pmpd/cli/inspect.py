@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
-import tyro
 
+from pmpd.cli.flags.inspect import InspectJob
 from pmpd.errors import UserError
 from pmpd.storage.dataset import SOURCE_KEY, dataset_folder, datasets_under, list_shards, read_shard
 from pmpd.storage.files import exists, resolve
 from pmpd.storage.manifest import MANIFEST_KEYS, read_manifest
 from pmpd.storage.schemas import SCHEMA_VERSION
-
-# ------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class InspectJob:
-    """Schema, row counts and nulls of a dataset; checks its manifest."""
-
-    path: tyro.conf.Positional[str]
-    """A dataset folder, a folder of them (results/label), or one Parquet file; local or a URI."""
 
 
 def describe(dataset: str | Path) -> tuple[list[str], list[str]]:

@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from pmpd import gpu
+from pmpd.cli.flags.kernels import KernelsJob
 from pmpd.kernels import dispatch, native
-
-
-@dataclass(frozen=True)
-class KernelsJob:
-    """Which kernels multiply on this machine, and why."""
 
 
 def main(job: KernelsJob) -> None:

@@ -1,22 +1,14 @@
-"""Label prompts with the switch class that keeps their quality: what the KV-cache scheduler is trained on.
-
-    pmpd label                                    # the embedded demo, on this machine
-    ray job submit --working-dir . -- pmpd label --model-path … --output-dir s3://bucket/labels
-
-Prompts, references by the unquantized model, and labels each become a Parquet dataset in the output folder. A
-run that was stopped, in whatever way, goes on where it stopped when the same command is given again.
-"""
+"""Label prompts with the switch class that keeps their quality: what the KV-cache scheduler is trained on."""
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
-from typing import Literal
 
 from rich.console import Console
 from rich.table import Table
 
-from pmpd import demo, farm, storage
+from pmpd import farm, storage
+from pmpd.cli.flags.label import LabelJob
 from pmpd.errors import UserError
 from pmpd.farm.connection import output_folder
 from pmpd.farm.label_task import LabelTask, ReferenceTask
@@ -25,65 +17,7 @@ from pmpd.labeling.label import LabelConfig
 from pmpd.labeling.prompts import PromptConfig, write_prompts
 from pmpd.labeling.rule import NothingToScoreError, get_rule
 from pmpd.schedulers.chain import NUM_CLASSES, class_steps, parse_chain
-from pmpd.weights.model_spec import Dtype, ModelSpec, check_held, shared_tokenizer
-
-
-@dataclass(frozen=True)
-class LabelJob:
-    """Label prompts with the switch class that keeps their quality. Without flags: the embedded demo."""
-
-    model_path: str = str(demo.ANYPREC)
-    """Any-Precision checkpoint, seen under this path by every node: a folder, or a Hugging Face id."""
-    reference_model_path: str = str(demo.DENSE)
-    """Unquantized checkpoint of the same model, likewise."""
-    dataset: str = "demo"
-    """demo, a Hugging Face id (allenai/c4), a file of records with a field `text` (.json, .jsonl, .csv,
-    each also .gz; .txt, .parquet, .arrow), or a folder of such files: shards, a clone of a hub data set,
-    what save_to_disk wrote. A URI too."""
-    dataset_config: str | None = None
-    """Configuration of a Hugging Face dataset (allenai/c4: en), or a folder of that name."""
-    split: str | None = None
-    """Split of the dataset; default train, of the demo held_out, of files without a split in their names
-    all."""
-    size: int = 96
-    """Prompts; all there are where the dataset holds fewer."""
-    precisions: str = "4,3,2"
-    """Precision chain, descending; neighbours are the pairs that get a label each."""
-    max_new_tokens: int = 256
-    """New tokens per trajectory."""
-    rule: str = "rouge_l"
-    """Label rule, part of the labels' identity: rouge_l (ROUGE-L of the texts, any script), agreement (how
-    many tokens agree with the reference), published (ROUGE-L over trajectories as the published code
-    decodes them)."""
-    batch_size: int | Literal["auto"] = 32
-    """Trajectories that decode together in a worker, and prompts per unit of work (and Parquet file); auto:
-    what its memory holds."""
-    num_workers: int | None = None
-    """Default: one per GPU; without GPUs one per two cores. 0: in this process, as where Ray is not
-    installed."""
-    gpus_per_worker: float | None = None
-    """Default: 1 where the cluster has GPUs, else 0; a fraction shares a GPU."""
-    stall_seconds: float | None = None
-    """A worker without progress for so long is replaced; default: 20 of the longest steps, 300 at least."""
-    price_per_worker_hour: float | None = None
-    """Puts the cost of 1,000 rows into summary.json."""
-    output_dir: str = "results/label"
-    """Local folder, shared storage of the cluster, or a URI (s3://bucket/folder)."""
-    seed: int = 0
-    """Of the prompts' random lengths."""
-    stage: Literal["all", "prompts", "references", "labels"] = "all"
-    """Only this one (prompts are always made first), or all."""
-    use_multi_model: bool = False
-    """--model-path is a JSON of one checkpoint per precision (GPTQ), not an Any-Precision checkpoint."""
-    retry_errors: bool = False
-    """Do rows again that have an error."""
-    kernel: str | None = None
-    """Force an implementation of the multiplication: reference, cpu, triton."""
-    dtype: Dtype = "auto"
-    """What activations and unquantized weights are; auto: float32 on a CPU, float16 on a GPU. Where float16
-    overflows, bfloat16 does not."""
-    trust_remote_code: bool = False
-    """Run model code that comes with a checkpoint."""
+from pmpd.weights.model_spec import ModelSpec, check_held, shared_tokenizer
 
 
 def main(job: LabelJob, console: Console | None = None) -> farm.FarmResult | None:

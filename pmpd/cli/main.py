@@ -20,11 +20,11 @@ from pmpd.errors import UserError
 
 @dataclass(frozen=True)
 class Command:
-    """Where a command is: a module with a config dataclass, from which the flags are made, and
-    `main(config)`; an int that `main` returns is the exit code."""
+    """Where a command is: `flags/MODULE.py` has the dataclass that its flags are made from, `MODULE.py` has
+    `main` of it; an int that `main` returns is the exit code."""
 
     module: str
-    config: str
+    flags: str
     summary: str
     kept: str | None = None
     """What a stopped run leaves behind."""
@@ -32,39 +32,35 @@ class Command:
 
 COMMANDS = {
     "quantize": Command(
-        "pmpd.cli.quantize",
+        "quantize",
         "QuantizeJob",
         "an Any-Precision checkpoint of an unquantized one",
         "finished texts, layers and tuning steps are kept",
     ),
     "label": Command(
-        "pmpd.cli.label", "LabelJob", "prompts, references and labels of texts", "finished rows are kept"
+        "label", "LabelJob", "prompts, references and labels of texts", "finished rows are kept"
     ),
-    "train": Command(
-        "pmpd.cli.train", "TrainJob", "the KV-cache scheduler from labels", "finished epochs are kept"
-    ),
+    "train": Command("train", "TrainJob", "the KV-cache scheduler from labels", "finished epochs are kept"),
     "generate": Command(
-        "pmpd.cli.generate",
+        "generate",
         "GenerateJob",
         "answers of a benchmark under schedulers",
         "finished conversations are kept",
     ),
     "judge": Command(
-        "pmpd.cli.judge", "JudgeJob", "ratings of answers by a judge model", "finished judgments are kept"
+        "judge", "JudgeJob", "ratings of answers by a judge model", "finished judgments are kept"
     ),
-    "chat": Command("pmpd.cli.chat", "ChatJob", "talk to a model in the terminal, bits in colour"),
+    "chat": Command("chat", "ChatJob", "talk to a model in the terminal, bits in colour"),
     "perplexity": Command(
-        "pmpd.cli.perplexity", "PerplexityJob", "how well a checkpoint foretells a text, at every precision"
+        "perplexity", "PerplexityJob", "how well a checkpoint foretells a text, at every precision"
     ),
-    "report": Command("pmpd.cli.report", "ReportJob", "scores, figures and a page from answers"),
+    "report": Command("report", "ReportJob", "scores, figures and a page from answers"),
     "compact": Command(
-        "pmpd.cli.compact", "CompactJob", "few large files in place of many small shards", "every row is kept"
+        "compact", "CompactJob", "few large files in place of many small shards", "every row is kept"
     ),
-    "inspect": Command("pmpd.cli.inspect", "InspectJob", "schema, row counts and nulls of results"),
-    "export-fastchat": Command(
-        "pmpd.cli.export_fastchat", "ExportJob", "answers as FastChat's judge reads them"
-    ),
-    "kernels": Command("pmpd.cli.kernels", "KernelsJob", "which kernels multiply on this machine, and why"),
+    "inspect": Command("inspect", "InspectJob", "schema, row counts and nulls of results"),
+    "export-fastchat": Command("export_fastchat", "ExportJob", "answers as FastChat's judge reads them"),
+    "kernels": Command("kernels", "KernelsJob", "which kernels multiply on this machine, and why"),
 }
 
 INTERRUPTED = 130
@@ -148,11 +144,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         rest = _without_secrets(rest)
         with terminable():
-            module = importlib.import_module(command.module)
+            flags = importlib.import_module(f"pmpd.cli.flags.{command.module}")
             config = tyro.cli(
-                getattr(module, command.config), prog=f"pmpd {name}", description=module.__doc__, args=rest
+                getattr(flags, command.flags), prog=f"pmpd {name}", description=flags.__doc__, args=rest
             )
-            result = module.main(config)
+            # only now: torch, Ray and transformers take seconds to import
+            result = importlib.import_module(f"pmpd.cli.{command.module}").main(config)
         return result if isinstance(result, int) else 0
     except UserError as error:
         told = str(error) if config is None else in_flags(str(error), config)

@@ -1,16 +1,11 @@
 """Quantize a causal language model into an Any-Precision checkpoint: one folder that holds several
-precisions.
-
-    pmpd quantize --model-path meta-llama/Llama-2-7b-chat-hf --dataset allenai/c4 --output-dir anyprec-7b
-
-An interrupted run goes on where it stopped when the same command is given again.
-"""
+precisions."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from pmpd.quantize.config import QuantizeConfig
 
@@ -18,36 +13,15 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from pmpd.quantize.convert import Summary
+from pmpd import demo
+from pmpd.cli.flags.quantize import QuantizeJob
 
-DEMO = Path(__file__).parents[1] / "demo" / "model"
 _STAGES = {
     "inputs": "inputs of the layers on calibration texts",
     "layers": "layers quantized",
     "tuning": "tuning steps",
     "validation": "precisions validated",
 }
-
-
-@dataclass(frozen=True)
-class QuantizeJob(QuantizeConfig):
-    """Quantize a model to several precisions at once (Any-Precision format)."""
-
-    model_path: str = str(DEMO)
-    """Unquantized checkpoint: a folder, or a Hugging Face id."""
-    output_dir: str | None = None
-    """Folder to write, or a URI (s3://bucket/folder); default: anyprec-NAME-PARENT-SEED in the current
-    folder."""
-    dataset: str = "demo"
-    """Calibration texts: demo, a local .json[.gz]/.jsonl/.parquet/.txt file, a folder of such, or a Hugging
-    Face id (allenai/c4)."""
-    dataset_config: str | None = None
-    """Configuration of a Hugging Face dataset."""
-    split: str | None = None
-    """Split of the dataset; default: train."""
-    dtype: Literal["float32", "bfloat16"] | None = None
-    """What the model runs are computed in; default: float32 on a CPU, bfloat16 on a GPU."""
-    trust_remote_code: bool = False
-    """Run model code that comes with the checkpoint."""
 
 
 def main(config: QuantizeJob, console: Console | None = None) -> Summary:
@@ -68,10 +42,8 @@ def main(config: QuantizeJob, console: Console | None = None) -> Summary:
         if folder == Path(config.model_path)
         else config.model_path.split("/")[-1]
     )
-    output = (
-        config.output_dir
-        or f"anyprec-{'demo' if folder == DEMO else name}-{config.parent_precision}-{config.seed_precision}"
-    )
+    told = "demo" if folder == demo.DENSE else name
+    output = config.output_dir or f"anyprec-{told}-{config.parent_precision}-{config.seed_precision}"
     source = PromptConfig(
         config.dataset, config.dataset_config, config.split or ("train" if config.dataset == "demo" else None)
     )

@@ -1,9 +1,5 @@
 """Score what pmpd generate answered and write the report: one HTML page, its figures, Markdown, and the
-scores as Parquet.
-
-pmpd report                                    # everything under results/generate
-pmpd report --inputs results/a results/b       # several folders, e.g. the unquantized answers apart
-"""
+scores as Parquet."""
 
 from __future__ import annotations
 
@@ -11,13 +7,14 @@ import json
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from pmpd import storage
+from pmpd.cli.flags.report import ReportJob
 from pmpd.errors import UserError
 from pmpd.evaluation.compare import Comparison, compare
 from pmpd.evaluation.judge_scores import JudgeTable, judge_table
@@ -26,27 +23,6 @@ from pmpd.evaluation.score import ScoreConfig, score
 from pmpd.metrics.base import get_metric
 from pmpd.report.build import notes, unfinished, write_report
 from pmpd.report.source import Report, Source
-
-
-@dataclass(frozen=True)
-class ReportJob:
-    """Score what pmpd generate answered and write the report."""
-
-    inputs: tuple[str, ...] = ("results/generate",)
-    """Output folders of pmpd generate and pmpd judge (everything below them is read)."""
-    output_dir: str = "results/report"
-    """Folder or URI (s3://bucket/folder) for report.html, report.md, figures/ and scores/."""
-    bert_score: str | None = None
-    """Also BERTScore, with the model in this folder or of this name (needs pip install 'pmpd[bertscore]')."""
-    metric: str | None = None
-    """The metric of headlines, figure and table; default each benchmark's own."""
-    run_code: bool = False
-    """Run generated code against its tests (humaneval), each program in a limited process of its own. It
-    still runs as you: use a container."""
-    resamples: int = 2000
-    """Bootstrap resamples behind the 95 % intervals."""
-    seed: int = 0
-    """Seed of the resamples."""
 
 
 def main(job: ReportJob, console: Console | None = None) -> Path:

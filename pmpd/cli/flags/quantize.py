@@ -1,0 +1,36 @@
+"""Quantize a causal language model into an Any-Precision checkpoint: one folder that holds several
+precisions.
+
+    pmpd quantize --model-path meta-llama/Llama-2-7b-chat-hf --dataset allenai/c4 --output-dir anyprec-7b
+
+An interrupted run goes on where it stopped when the same command is given again."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from pmpd import demo
+from pmpd.quantize.config import QuantizeConfig
+
+
+@dataclass(frozen=True)
+class QuantizeJob(QuantizeConfig):
+    """Quantize a model to several precisions at once (Any-Precision format)."""
+
+    model_path: str = str(demo.DENSE)
+    """Unquantized checkpoint: a folder, or a Hugging Face id."""
+    output_dir: str | None = None
+    """Folder to write, or a URI (s3://bucket/folder); default: anyprec-NAME-PARENT-SEED in the current
+    folder."""
+    dataset: str = "demo"
+    """Calibration texts: demo, a local .json[.gz]/.jsonl/.parquet/.txt file, a folder of such, or a Hugging
+    Face id (allenai/c4)."""
+    dataset_config: str | None = None
+    """Configuration of a Hugging Face dataset."""
+    split: str | None = None
+    """Split of the dataset; default: train."""
+    dtype: Literal["float32", "bfloat16"] | None = None
+    """What the model runs are computed in; default: float32 on a CPU, bfloat16 on a GPU."""
+    trust_remote_code: bool = False
+    """Run model code that comes with the checkpoint."""

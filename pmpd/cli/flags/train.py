@@ -1,0 +1,35 @@
+"""Fit the KV-cache scheduler to labels: `pmpd train` after `pmpd label`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import tyro
+
+from pmpd.training.config import TrainConfig
+
+
+@dataclass(frozen=True)
+class TrainJob:
+    """Fit one classifier per pair of the precision chain to a labels dataset."""
+
+    data_path: str = "results/label"
+    """Labels dataset, or the --output-dir of pmpd label."""
+    output_dir: str = "results/train"
+    """Gets `scheduler/` (the artefact) and `runs/` (checkpoints). The same command goes on where it
+    stopped."""
+    precisions: str | None = None
+    """Precision chain, e.g. 4,3,2; default: every pair in the labels."""
+    num_workers: int = 1
+    """Ray Train workers. Each needs a CPU, and one more is needed to read."""
+    gpus_per_worker: float = 0
+    """0 trains on CPUs."""
+    tune: int = 0
+    """Search learning rate, epochs, accumulation, weight decay and dropout with so many trials first; 0 = as
+    given."""
+    target_bits: float | None = None
+    """Calibrate on the validation prompts for so many bits on average: what the scheduler `budget` then
+    keeps to."""
+    num_heads: int | None = None
+    """KV heads of the labelled model; default: as the labels' manifest says."""
+    training: tyro.conf.OmitArgPrefixes[TrainConfig] = field(default_factory=TrainConfig)
