@@ -131,7 +131,7 @@ def pairs_of_runs(job: JudgeJob, runs: Sequence[str]) -> list[tuple[str, str]]:
         return [(run, other) for index, run in enumerate(runs) for other in runs[index + 1 :]]
     uniform = [run for run in runs if run.removeprefix("uniform-").isdigit()]
     baseline = job.baseline or max(uniform, key=lambda run: int(run.removeprefix("uniform-")), default=None)
-    if baseline not in runs:
+    if baseline is None or baseline not in runs:
         raise UserError(f"--baseline {baseline}: answers are there of {', '.join(runs)}")
     return [(run, baseline) for run in runs if run != baseline]
 

@@ -233,7 +233,7 @@ class Generator:
             return {"error": completion.error, "finish_reason": "error"}
         classes, scores = completion.classes, completion.scores
         tokenizer = self.model.tokenizer
-        text = stop.cut(tokenizer.decode(completion.tokens, skip_special_tokens=True))
+        text = stop.cut(str(tokenizer.decode(completion.tokens, skip_special_tokens=True)))
         return {
             "output_text": (ending.cut(text) if ending else text).strip(),
             "output_tokens": len(completion.tokens),

@@ -11,8 +11,8 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
-from collections.abc import Mapping
 from dataclasses import dataclass
+from email.message import Message
 from typing import Any
 
 from pmpd.errors import UserError
@@ -117,7 +117,7 @@ def _start_of(error: urllib.error.HTTPError) -> str:
         return ""
 
 
-def _retry_after(headers: Mapping[str, str]) -> float | None:
+def _retry_after(headers: Message) -> float | None:
     try:
         return max(0.0, float(headers.get("Retry-After") or ""))
     except ValueError:

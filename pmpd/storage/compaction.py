@@ -173,14 +173,13 @@ def _schema_of(paths: list[str]) -> tuple[pa.Schema, list[str]]:
 
 def _compare(held: Scan, written: list[str], id_column: str, folder: str) -> None:
     """UserError unless the new files, read back against their checksums, hold the ids of the old ones."""
-    keys: list[np.ndarray] = []
     for path in written:
         with open_parquet(path) as parquet:
             for group in range(parquet.num_row_groups):
                 parquet.read_row_group(group)
     new = scan(join(folder, COMPACTED), id_column, full=False, folder_itself=True)
-    keys = [np.sort(part) for part in alike(held.keys, new.keys)]
-    if new.unreadable or not np.array_equal(*keys) or new.errors.sum() != held.errors.sum():
+    old_keys, new_keys = (np.sort(part) for part in alike(held.keys, new.keys))
+    if new.unreadable or not np.array_equal(old_keys, new_keys) or new.errors.sum() != held.errors.sum():
         raise UserError(
             f"{shown(folder)}: what was written is not what was read; nothing is changed, try again"
         )

@@ -142,7 +142,6 @@ class GenerateJob:
             raise UserError(
                 f"--high-bit-steps {self.high_bit_steps}: --static-search looks for them; give one of the two"
             )
-        _ = self.chain
 
     @property
     def searched(self) -> bool:
