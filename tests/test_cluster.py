@@ -205,8 +205,8 @@ def test_every_documented_command_parses():
     assert {command[0] for command in commands} >= {"quantize", "label"}
     assert len(commands) >= 5
     for name, *flags in commands:
-        module = importlib.import_module(COMMANDS[name].module)
-        tyro.cli(getattr(module, COMMANDS[name].config), args=flags)
+        module = importlib.import_module(f"pmpd.cli.flags.{COMMANDS[name].module}")
+        tyro.cli(getattr(module, COMMANDS[name].flags), args=flags)
 
 
 def test_the_dashboard_shows_the_metrics_that_a_run_publishes():

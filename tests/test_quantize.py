@@ -358,7 +358,8 @@ def test_a_hub_id_is_downloaded_with_pickles_only_where_there_is_nothing_else(
 ) -> None:
     asked = []
 
-    def download(model_id: str, allow_patterns: list[str]) -> str:
+    def download(model_id: str, allow_patterns: list[str], revision: str | None) -> str:
+        assert revision is None
         asked.append((model_id, allow_patterns))
         return str(tmp_path)
 

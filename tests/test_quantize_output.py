@@ -14,7 +14,7 @@ from pmpd.quantize import feedback
 from pmpd.quantize.feedback import choose_codes, damped, error_factor, output_errors, refit_tables
 from pmpd.quantize.kmeans import QuantizedRows, quantize_rows
 from pmpd.quantize.moments import NORM_LIMIT, InputMoments, add_input_moments
-from pmpd.quantize.tuning import TunedLinear, divergence, tune_tables, with_tables
+from pmpd.quantize.tuning import TunedLinear, better_tables, divergence, tune_tables, with_tables
 from tests.helpers import write_dense
 
 
@@ -211,6 +211,18 @@ def test_tuning_lowers_the_divergence_goes_on_and_leaves_the_model_as_it_was(tmp
     for name, rows in tuned.items():
         for bits, table in rows.tables.items():
             assert torch.equal(table, resumed[name].tables[bits])
+
+
+def test_tuning_that_makes_a_precision_worse_is_not_kept(tmp_path: Path) -> None:
+    model, fitted = small_model(tmp_path)
+    samples = torch.randint(0, 256, (4, 48), generator=torch.Generator().manual_seed(0))
+    tuned, _ = tune_tables(model, fitted, samples, 0.02)
+    kept, perplexity = better_tables(fitted, {"2": 9.0, "3": 5.0}, tuned, {"2": 8.0, "3": 6.0})
+    assert perplexity == {"2": 8.0, "3": 5.0}
+    for name, rows in kept.items():
+        assert not torch.equal(tuned[name].tables[2], fitted[name].tables[2]), "the tuning changed nothing"
+        assert torch.equal(rows.tables[2], tuned[name].tables[2])
+        assert torch.equal(rows.tables[3], fitted[name].tables[3])
 
 
 def test_a_layer_switches_between_its_weights_and_its_tables(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ from pmpd.quantize.feedback import damped, quantize_for_output
 from pmpd.quantize.kmeans import QuantizedRows, quantize_rows, weighted_error
 from pmpd.quantize.layers import LayerPlan, find_layers
 from pmpd.quantize.moments import InputMoments, add_input_moments
-from pmpd.quantize.tuning import TuningState, set_bits, tune_tables, with_tables
+from pmpd.quantize.tuning import TuningState, better_tables, set_bits, tune_tables, with_tables
 from pmpd.quantize.work import WorkFolder, save
 from pmpd.weights import dense, formats
 from pmpd.weights.checkpoint import Checkpoint
@@ -388,12 +388,16 @@ class _Run:
             self.work.save("tuning", state.tensors, {"step": state.step, "divergence": state.divergence})
             self.on_progress("tuning", state.step, steps)
 
+        fitted = quantized
         if steps:
             quantized, state = tune_tables(
                 self.loaded(), quantized, self.samples.tuning, self.config.tuning_rate, state, on_step
             )
         if len(self.samples.validation):
             found = self._validate(quantized, self.samples.validation)
+            if steps:
+                before = self._validate(fitted, self.samples.validation)
+                quantized, found = better_tables(fitted, before, quantized, found)
         tables = {
             f"{path}.lut{bits}": table.cpu()
             for path, rows in quantized.items()

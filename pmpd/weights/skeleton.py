@@ -163,13 +163,9 @@ def fill(model: PreTrainedModel, tensors: NamedTensors, dtype: torch.dtype | Non
             module._buffers[attribute] = (
                 stored.to(dtype or stored.dtype) if buffer.is_floating_point() else stored
             )
-    if not problems:
-        model.tie_weights(missing_keys=set(missing), recompute_mapping=False)
-        problems = [
-            f"{name} is missing"
-            for name, parameter in model.named_parameters()
-            if parameter.is_meta and name in missing
-        ]
+    model.tie_weights(missing_keys=set(missing), recompute_mapping=False)
+    absent = [name for name, parameter in model.named_parameters() if parameter.is_meta and name in missing]
+    problems = [*(f"{name} is missing" for name in absent), *problems]
     if problems:
         shown = "; ".join(problems[:8]) + (f"; and {len(problems) - 8} more" if len(problems) > 8 else "")
         raise UserError(f"checkpoint {tensors.folder} does not fit its own config.json: {shown}")
