@@ -219,7 +219,8 @@ def test_a_sweep_names_its_runs_and_has_no_doubles() -> None:
             )
         )
     ]
-    assert names == ["fp", "uniform-4", "uniform-3", "static-0", "static-85", "static-170", "random-7"]
+    uniform = ["uniform-4", "uniform-3", "uniform-3-prefill-4"]
+    assert names == ["fp", *uniform, "static-0", "static-85", "static-170", "random-7"]
     assert [run.name for run in sweep_runs(SweepConfig(schedulers=("naive",), high_bit_steps=((10,),)))] == [
         "static-10/20"
     ]
