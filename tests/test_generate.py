@@ -358,9 +358,11 @@ def test_the_job_generates_resumes_and_refuses_another_configuration(
         with pytest.raises(ValueError, match=r"questions: 6 -> 3"):
             main(GenerateJob(**{**job, "question_end": 3}))
     rows = [row for _, _, found in read_generations(folder) for row in found]
-    assert len(rows) == 5 * 9, "fp, three widths, one static; 3 questions of one turn and 3 of two"
+    assert len(rows) == 7 * 9, (
+        "fp, three widths, two prefilled at 4, one static; 3 questions of one turn, 3 of two"
+    )
     workers = {(row["run"], row["conversation_id"], row["worker"]) for row in rows}
-    assert len(workers) == 5 * 6, "a conversation stays on its worker"
+    assert len(workers) == 7 * 6, "a conversation stays on its worker"
     page = report(ReportJob((folder,), str(tmp_path / "report"), resamples=200))
     assert page.exists()
     scores = storage.read_table(tmp_path / "report" / "scores").to_pylist()
