@@ -1,9 +1,14 @@
-"""Without a GPU, Triton's kernels run in its interpreter; triton reads this once, when it is first
-imported."""
+"""What must be set before torch and Triton load. Without a GPU, Triton's kernels run in its interpreter, which
+triton reads once, when it is first imported. OpenMP's threads spin for a bounded time: tests and their Ray
+workers share the machine."""
 
 import os
 
-import torch
+from pmpd import threads
+
+threads.prepare()
+
+import torch  # noqa: E402
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")

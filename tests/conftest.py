@@ -4,16 +4,11 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 
-from pmpd import threads
-
-threads.prepare()  # a bounded spin, before torch loads: tests and their Ray workers share the machine
-
-import torch  # noqa: E402
-
-import tests.ray_sessions  # noqa: E402, F401 - one authentication mode for all of the process
-from pmpd import PMPDForCausalLM  # noqa: E402
-from tests.helpers import write_anyprec, write_dense  # noqa: E402
+import tests.ray_sessions  # noqa: F401 - one authentication mode for all of the process
+from pmpd import PMPDForCausalLM
+from tests.helpers import write_anyprec, write_dense
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
 

@@ -366,7 +366,8 @@ def test_the_job_generates_resumes_and_refuses_another_configuration(
     page = report(ReportJob((folder,), str(tmp_path / "report"), resamples=200))
     assert page.exists()
     scores = storage.read_table(tmp_path / "report" / "scores").to_pylist()
-    assert {row["run"] for row in scores} == {"fp", "uniform-4", "uniform-3", "uniform-2", "static-2/4"}
+    uniform = {"uniform-4", "uniform-3", "uniform-2", "uniform-3-prefill-4", "uniform-2-prefill-4"}
+    assert {row["run"] for row in scores} == {"fp", *uniform, "static-2/4"}
 
 
 @pytest.mark.parametrize(
