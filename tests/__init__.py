@@ -1,6 +1,6 @@
-"""What must be set before torch and Triton load. Without a GPU, Triton's kernels run in its interpreter, which
-triton reads once, when it is first imported. OpenMP's threads spin for a bounded time: tests and their Ray
-workers share the machine."""
+"""Set before torch and Triton load. Without a GPU, Triton's kernels run in its interpreter, which it reads
+once, when it is first imported. OpenMP's threads spin for a bounded time: tests and their Ray workers
+share the machine."""
 
 import os
 
