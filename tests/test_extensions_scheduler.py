@@ -107,7 +107,8 @@ def test_a_sweep_takes_it_with_its_options_and_names_its_runs():
     *_, run = sweep_runs(config)
     assert (run.name, run.kind, run.options) == ("countdown-rest=4", "countdown", {"rest": 4})
     assert json.loads(run.describe())["rest"] == 4
-    assert len(sweep_runs(config)) == 4, "an alias is the same run"
+    uniform = ["uniform-4", "uniform-3", "uniform-2", "uniform-3-prefill-4", "uniform-2-prefill-4"]
+    assert [other.name for other in sweep_runs(config)] == [*uniform, run.name], "an alias is the same run"
     with pytest.raises(ValueError, match=r"known are fp, uniform, static, naive, .*countdown, count"):
         SweepConfig(("countup",))
     with pytest.raises(ValueError, match="scheduler 'countdown', option pause: it takes precisions, rest"):
@@ -143,7 +144,6 @@ def test_it_is_in_scores_figures_and_report(anyprec_model, tmp_path):
     report = Report([comparison], scores, [Source(1, "here", MANIFEST)], keys, ScoreConfig(resamples=100))
     written = write_report(report, tmp_path)
     assert b">countdown<" in written["demo-quality.svg"].read_bytes(), "no entry in the figure's legend"
-    assert b"countdown" in written["demo-lengths.svg"].read_bytes()
     page = written["report.html"].read_text()
     assert "</span>countdown</th>" in page, "no line in the table"
     assert '">countdown<b>' in page, "no card of its own"

@@ -480,7 +480,7 @@ def test_a_beat_tells_how_far_a_unit_is(bench):
         time.sleep(0.01)
     assert {beat.unit for beat in seen} == {unit.name}
     assert [beat.forwards for beat in seen] == sorted(beat.forwards for beat in seen)
-    assert seen[-1].forwards == 30
+    assert 20 < seen[-1].forwards <= 30, "the last beat seen is of the third row"
     assert 0.1 <= seen[-1].longest_seconds < 60
     assert worker.beat() is None
 

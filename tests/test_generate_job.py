@@ -144,7 +144,10 @@ def test_the_command_after_a_search_keeps_the_flags_that_are_no_searchs() -> Non
 @pytest.mark.parametrize(
     ("options", "runs"),
     [
-        ({}, ["fp", "uniform-4", "uniform-3", "uniform-2"]),
+        (
+            {},
+            ["fp", "uniform-4", "uniform-3", "uniform-2", "uniform-3-prefill-4", "uniform-2-prefill-4"],
+        ),
         ({"scheduler": "naive", "high_bit_steps": "1,3"}, ["static-1/3"]),
         ({"scheduler": "naive", "precisions": "4,2", "high_bit_steps": "2"}, ["static-2"]),
         ({"use_fp": True}, ["fp"]),
@@ -159,9 +162,9 @@ def test_flags_choose_the_runs(asked, flags: dict, options: dict, runs: list[str
 
 def test_choices_differ_for_the_random_scheduler_only_and_each_has_its_rows(asked, flags: dict) -> None:
     rows = run(flags, schedulers="uniform,random", num_choices=3, max_new_tokens=64)
-    assert len(rows) == 4 * 3 * 4, "four runs, three choices, three questions of which one has two turns"
+    assert len(rows) == 6 * 3 * 4, "six runs, three choices, three questions of which one has two turns"
     assert len({row["row_id"] for row in rows}) == len(rows)
-    steps = {kind: {} for kind in ("uniform", "random")}
+    steps = {kind: {} for kind in ("uniform", "uniform_prefill", "random")}
     for row in rows:
         steps[row["kind"]].setdefault((row["run"], row["prompt_id"], row["turn"]), set()).add(
             tuple(row["output_ids"] + row["switch_steps"])

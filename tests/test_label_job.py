@@ -26,6 +26,7 @@ from pmpd.cli.main import main as run_command
 from pmpd.demo.texts import documents_of
 from pmpd.demo.train import stream_loss, token_stream
 from pmpd.labeling.label import LabelConfig, label_prompts, reference_prompts
+from pmpd.labeling.rule import RULES
 from pmpd.model import PMPDForCausalLM
 from pmpd.weights.base import shared_state
 from tests.gptq_writer import write_chain
@@ -61,6 +62,7 @@ def job(dense_folder, anyprec_folder, dataset, tmp_path):
         batch_size=4,
         output_dir=str(tmp_path / "out"),
         kernel="reference",
+        rule="agreement",  # a model of random weights writes symbols, which ROUGE-L can't compare
     )
 
 
@@ -86,7 +88,7 @@ def test_labels_equal_those_of_the_pure_functions_with_another_batch_size(cluste
         for row in storage.read_table(storage.join(job.output_dir, "prompts")).to_pylist()
         if not row["error"]
     ]
-    config = LabelConfig((4, 3, 2), NEW_TOKENS, 2)
+    config = LabelConfig((4, 3, 2), NEW_TOKENS, 2, RULES["agreement"])
     references = {
         row["prompt_id"]: row
         for row in reference_prompts(PMPDForCausalLM(job.reference_model_path).eval(), prompts, config)
@@ -133,7 +135,7 @@ def test_labels_of_a_chain_of_gptq_checkpoints_equal_those_of_the_pure_functions
         for name in ("prompts", "references")
     )
     model = PMPDForCausalLM(chain, (4, 2), use_anyprec=False, kernel="reference").eval()
-    config = LabelConfig((4, 2), NEW_TOKENS, 3)
+    config = LabelConfig((4, 2), NEW_TOKENS, 3, RULES["agreement"])
     for expected in label_prompts(model, prompts, {row["prompt_id"]: row for row in references}, config):
         row = rows[expected["prompt_id"]]
         assert [(pair["label"], pair["high_ids"]) for pair in row["pairs"]] == [

@@ -193,7 +193,8 @@ def test_calls_one_after_the_other_share_an_engine(model):
 def test_a_hugging_face_id_is_downloaded(anyprec_folder, anyprec_model, monkeypatch):
     asked = []
 
-    def download(model_id: str, allow_patterns: list[str]) -> str:
+    def download(model_id: str, allow_patterns: list[str], revision: str | None) -> str:
+        assert revision is None
         asked.append(model_id)
         return str(anyprec_folder())
 

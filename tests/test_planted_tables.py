@@ -50,11 +50,12 @@ class Touch:
 def planted(tmp_path):
     """(mark, function that plants the column into a shard). The type is registered, as Ray Data does."""
     mark = tmp_path / "mark"
-    registered = True
+    rays = True  # Ray Data's own type is there already, if something in this process has imported it
     try:
-        pa.register_extension_type(Planted())
-    except pa.ArrowKeyError:  # Ray Data's own is there already
-        registered = False
+        pa.unregister_extension_type(NAME)
+    except pa.ArrowKeyError:
+        rays = False
+    pa.register_extension_type(Planted())
 
     def plant(path: Path, nested: bool = False) -> None:
         type_ = Planted(pickle.dumps(Touch(mark)))
@@ -68,8 +69,11 @@ def planted(tmp_path):
             mark.rmdir()
 
     yield mark, plant
-    if registered:
-        pa.unregister_extension_type(NAME)
+    pa.unregister_extension_type(NAME)
+    if rays:
+        from ray.data._internal.object_extensions.arrow import ArrowPythonObjectType
+
+        pa.register_extension_type(ArrowPythonObjectType())
 
 
 @pytest.mark.parametrize("nested", [False, True])

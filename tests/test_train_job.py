@@ -127,7 +127,7 @@ def test_a_labels_folder_without_kv_heads_asks_for_them(dataset, tmp_path):
     [
         ({"data_path": "nothing"}, r"--data-path .*nothing: no labels there; .*pmpd label"),
         ({"precisions": "4,x"}, r"--precisions 4,x: bit widths"),
-        ({"precisions": "3,4"}, r"--precisions 3,4: bit widths"),
+        ({"precisions": "3,4"}, r"precisions \[3, 4\]: a precision chain is distinct and descending"),
         ({"precisions": "4,2"}, r"wanted \[\(4, 2\)\]"),
         ({"tune": -1}, "--tune -1"),
         (

@@ -12,10 +12,18 @@ import pyarrow as pa
 import pytest
 import torch
 
-from pmpd import training
-from pmpd.training.config import TrainConfig
-from pmpd.training.data import Features, Labels
-from pmpd.training.fit import Workers
+from pmpd.training.config import SPLITS, TrainConfig
+from pmpd.training.data import (
+    NO_LABEL,
+    Features,
+    Labels,
+    features_from_table,
+    join_features,
+    labels_from_table,
+)
+from pmpd.training.evaluate import compare, confusion, evaluate, measures, policies
+from pmpd.training.fit import DivergedError, TrainState, Workers, class_weights, epoch_order, train
+from pmpd.training.result import artefact
 
 DIM = 4
 PAIRS = ((4, 3), (3, 2))
@@ -85,22 +93,22 @@ CONFIG = TrainConfig(num_train_epochs=5, learning_rate=0.01, batch_size=16, drop
 def test_tables_give_back_labels_and_features_exactly_whatever_the_row_order():
     labels, features = made_up(20)
     shuffled = table(labels, features, np.random.default_rng(1).permutation(20), errors=3)
-    assert training.labels_from_table(shuffled).ids == labels.ids
-    assert np.array_equal(training.labels_from_table(shuffled).labels, labels.labels)
+    assert labels_from_table(shuffled).ids == labels.ids
+    assert np.array_equal(labels_from_table(shuffled).labels, labels.labels)
     parts = [
-        training.features_from_table(shuffled.slice(0, 7)),
-        training.features_from_table(shuffled.slice(7)),
+        features_from_table(shuffled.slice(0, 7)),
+        features_from_table(shuffled.slice(7)),
     ]
-    joined = training.join_features(parts)
+    joined = join_features(parts)
     assert joined.ids == features.ids
     assert torch.equal(joined.keys, features.keys)
     assert torch.equal(joined.values, features.values)
     assert torch.equal(joined.lengths, features.lengths)
-    assert training.labels_from_table(shuffled, [(3, 2)]).fingerprint() != labels.fingerprint()
+    assert labels_from_table(shuffled, [(3, 2)]).fingerprint() != labels.fingerprint()
     with pytest.raises(ValueError, match=r"wanted \[\(4, 2\)\]"):
-        training.labels_from_table(shuffled, [(4, 2)])
+        labels_from_table(shuffled, [(4, 2)])
     with pytest.raises(ValueError, match="twice"):
-        training.labels_from_table(pa.concat_tables([shuffled, shuffled]))
+        labels_from_table(pa.concat_tables([shuffled, shuffled]))
 
 
 def test_batches_are_zero_padded_and_hold_their_rows():
@@ -130,16 +138,16 @@ def test_the_split_is_by_prompt_and_does_not_depend_on_the_other_rows():
 def test_only_the_training_split_is_rebalanced():
     column = np.asarray([0] * 70 + [1] * 20 + [3] * 10)
     rows = np.arange(0, 100, 2)
-    order = training.epoch_order(column, rows, "oversample", np.random.default_rng(0))
+    order = epoch_order(column, rows, "oversample", np.random.default_rng(0))
     assert set(order) == set(rows), "rows of another split were drawn, or some were lost"
     assert Counter(column[order].tolist()) == {0: 35, 1: 35, 3: 35}
-    assert sorted(training.epoch_order(column, rows, "none", np.random.default_rng(0))) == sorted(rows)
-    weights = training.class_weights(column, rows, "weights")
+    assert sorted(epoch_order(column, rows, "none", np.random.default_rng(0))) == sorted(rows)
+    weights = class_weights(column, rows, "weights")
     assert weights[2] == 0
     assert torch.allclose(weights[torch.from_numpy(column[rows])].mean(), torch.tensor(1.0))
     labels, features = made_up()
-    state = training.train(labels, features, 2, CONFIG)
-    report = training.evaluate(labels, labels.splits(TrainConfig()), state.logits)
+    state = train(labels, features, 2, CONFIG)
+    report = evaluate(labels, labels.splits(TrainConfig()), state.logits)
     assert sum(report["4-3"]["test"]["label_counts"]) == (labels.splits(TrainConfig()) == 2).sum()
 
 
@@ -147,8 +155,8 @@ def test_only_the_training_split_is_rebalanced():
 def test_a_two_class_toy_problem_is_learned_by_both_pairs(rebalance):
     labels, features = made_up(240)
     config = TrainConfig(num_train_epochs=8, learning_rate=0.01, batch_size=16, rebalance=rebalance)
-    state = training.train(labels, features, 2, config, heads=["kv_cache"])
-    report = training.evaluate(labels, labels.splits(TrainConfig()), state.logits)
+    state = train(labels, features, 2, config, heads=["kv_cache"])
+    report = evaluate(labels, labels.splits(TrainConfig()), state.logits)
     for pair in ("4-3", "3-2"):
         learned, majority = (
             report[pair]["test"]["policies"][name]["accuracy"] for name in ("learned", "majority")
@@ -157,9 +165,9 @@ def test_a_two_class_toy_problem_is_learned_by_both_pairs(rebalance):
         assert majority < 0.75
 
 
-def fitted(**changes) -> training.TrainState:
+def fitted(**changes) -> TrainState:
     labels, features = made_up()
-    return training.train(labels, features, 2, replace(CONFIG, **changes), heads=["mean_pooled"])
+    return train(labels, features, 2, replace(CONFIG, **changes), heads=["mean_pooled"])
 
 
 def test_accumulated_micro_batches_step_as_one_large_batch():
@@ -185,12 +193,10 @@ def test_weight_decay_pulls_the_weights_towards_zero():
 
 def test_training_is_deterministic_on_cpu():
     labels, features = made_up()
-    first, second = (training.train(labels, features, 2, CONFIG) for _ in range(2))
+    first, second = (train(labels, features, 2, CONFIG) for _ in range(2))
     for name, logits in first.logits.items():
         assert torch.equal(logits, second.logits[name])
-    other = training.train(
-        labels, features, 2, TrainConfig(**{**vars(CONFIG), "seed": 1}), heads=["kv_cache"]
-    )
+    other = train(labels, features, 2, TrainConfig(**{**vars(CONFIG), "seed": 1}), heads=["kv_cache"])
     assert not torch.equal(first.logits["kv_cache/4-3"], other.logits["kv_cache/4-3"])
 
 
@@ -199,17 +205,17 @@ def test_training_neither_draws_from_the_process_wide_generator_nor_sets_it():
     each other's numbers."""
     labels, features = made_up()
     before = torch.get_rng_state()
-    first = training.train(labels, features, 2, CONFIG)
+    first = train(labels, features, 2, CONFIG)
     assert torch.equal(torch.get_rng_state(), before)
     torch.rand(7)
     assert torch.equal(
-        training.train(labels, features, 2, CONFIG).logits["kv_cache/4-3"], first.logits["kv_cache/4-3"]
+        train(labels, features, 2, CONFIG).logits["kv_cache/4-3"], first.logits["kv_cache/4-3"]
     )
 
 
 def test_a_resumed_training_ends_as_an_undisturbed_one():
     labels, features = made_up()
-    undisturbed = training.train(labels, features, 2, CONFIG)
+    undisturbed = train(labels, features, 2, CONFIG)
 
     saved = io.BytesIO()
 
@@ -222,10 +228,10 @@ def test_a_resumed_training_ends_as_an_undisturbed_one():
             raise Killed
 
     with pytest.raises(Killed):
-        training.train(labels, features, 2, CONFIG, on_epoch=kill)
+        train(labels, features, 2, CONFIG, on_epoch=kill)
     saved.seek(0)
-    state = training.TrainState.from_plain(torch.load(saved, weights_only=True))
-    resumed = training.train(labels, features, 2, CONFIG, state=state)
+    state = TrainState.from_plain(torch.load(saved, weights_only=True))
+    resumed = train(labels, features, 2, CONFIG, state=state)
     assert resumed.history() == undisturbed.history()
     for name, logits in undisturbed.logits.items():
         assert torch.equal(logits, resumed.logits[name]), name
@@ -237,7 +243,7 @@ def test_two_workers_with_half_the_features_fit_what_one_does():
 
     labels, features = made_up(80)
     config = TrainConfig(num_train_epochs=2, learning_rate=0.01, batch_size=16, dropout=0.0)
-    alone = training.train(labels, features, 2, config, heads=["kv_cache"])
+    alone = train(labels, features, 2, config, heads=["kv_cache"])
     barrier, inbox, results = threading.Barrier(2), [None, None], [None, None]
 
     def run(rank: int) -> None:
@@ -253,9 +259,7 @@ def test_two_workers_with_half_the_features_fit_what_one_does():
         part = Features(
             tuple(features.ids[i] for i in mine), keys[valid].half(), values[valid].half(), lengths
         )
-        results[rank] = training.train(
-            labels, part, 2, config, workers=Workers(rank, 2, add), heads=["kv_cache"]
-        )
+        results[rank] = train(labels, part, 2, config, workers=Workers(rank, 2, add), heads=["kv_cache"])
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(2)]
     for thread in threads:
@@ -275,7 +279,7 @@ def test_early_stopping_keeps_the_weights_of_the_lowest_validation_loss():
     noise = np.random.default_rng(3).integers(0, 2, labels.labels.shape) * 3
     labels = Labels(labels.ids, labels.pairs, noise)
     config = TrainConfig(num_train_epochs=60, learning_rate=0.03, batch_size=16, patience=3)
-    state = training.train(labels, features, 2, config, heads=["kv_cache"])
+    state = train(labels, features, 2, config, heads=["kv_cache"])
     fit = state.fits["kv_cache/4-3"]
     losses = [line["validation_loss"] for line in fit.history]
     assert len(losses) < 60, "nothing can be learned from noise, so it must stop early"
@@ -289,36 +293,36 @@ def test_early_stopping_keeps_the_weights_of_the_lowest_validation_loss():
 
 def test_rows_without_a_label_for_a_pair_are_left_out_of_that_pair():
     labels, features = made_up()
-    labels.labels[:40, 1] = training.NO_LABEL
-    state = training.train(labels, features, 2, TrainConfig(num_train_epochs=1), heads=["mean_pooled"])
-    report = training.evaluate(labels, labels.splits(TrainConfig()), state.logits)
+    labels.labels[:40, 1] = NO_LABEL
+    state = train(labels, features, 2, TrainConfig(num_train_epochs=1), heads=["mean_pooled"])
+    report = evaluate(labels, labels.splits(TrainConfig()), state.logits)
     assert sum(split["rows"] for split in report["4-3"].values()) == 120
     assert sum(split["rows"] for split in report["3-2"].values()) == 80
 
 
 def test_a_training_that_diverges_says_so_and_its_state_goes_on():
     labels, features = made_up()
-    state = training.TrainState()
+    state = TrainState()
     with pytest.raises(
-        training.DivergedError,
+        DivergedError,
         match=r"pair 4-3, epoch 1: the validation loss is .*lower --learning-rate, it is 1e\+30",
     ):
-        training.train(labels, features, 2, replace(CONFIG, learning_rate=1e30), state=state)
-    state = training.TrainState.from_plain(state.to_plain())
-    resumed = training.train(labels, features, 2, CONFIG, state=state, heads=["kv_cache"])
-    assert resumed.history() == training.train(labels, features, 2, CONFIG, heads=["kv_cache"]).history()
+        train(labels, features, 2, replace(CONFIG, learning_rate=1e30), state=state)
+    state = TrainState.from_plain(state.to_plain())
+    resumed = train(labels, features, 2, CONFIG, state=state, heads=["kv_cache"])
+    assert resumed.history() == train(labels, features, 2, CONFIG, heads=["kv_cache"]).history()
 
 
 def test_labels_that_are_no_class_are_refused():
     labels, features = made_up(20)
     labels.labels[3, 1] = 7
     with pytest.raises(ValueError, match=r"\[7\] are no classes, those are 0 to 3"):
-        training.labels_from_table(table(labels, features))
+        labels_from_table(table(labels, features))
 
 
 def test_measures_by_hand():
     labels, chosen = np.asarray([0, 1, 3, 3]), np.asarray([0, 2, 1, 3])
-    measured = training.measures(training.confusion(labels, np.eye(4)[chosen]), (4, 2))
+    measured = measures(confusion(labels, np.eye(4)[chosen]), (4, 2))
     assert measured["accuracy"] == pytest.approx(0.5)
     assert measured["quality_loss"] == pytest.approx(0.25), "one row of four got less than its label"
     assert measured["average_bits"] == pytest.approx(2 + 2 * (0 + 2 / 3 + 1 / 3 + 1) / 4)
@@ -327,11 +331,9 @@ def test_measures_by_hand():
 
 def test_every_baseline_is_reported_and_the_oracle_is_one():
     labels = np.asarray([0] * 6 + [1] * 2 + [2] + [3])
-    report = training.compare(
-        labels, training.policies(np.asarray([0, 0, 3]), labels, {"learned": labels}), (3, 2)
-    )
-    policies = report["policies"]
-    assert set(policies) == {
+    report = compare(labels, policies(np.asarray([0, 0, 3]), labels, {"learned": labels}), (3, 2))
+    reported = report["policies"]
+    assert set(reported) == {
         "learned",
         "majority",
         "static_0",
@@ -341,13 +343,13 @@ def test_every_baseline_is_reported_and_the_oracle_is_one():
         "random",
         "oracle",
     }
-    assert policies["oracle"]["accuracy"] == 1
-    assert policies["oracle"]["quality_loss"] == 0
-    assert policies["majority"]["accuracy"] == policies["static_0"]["accuracy"] == pytest.approx(0.6)
-    assert policies["random"]["accuracy"] == pytest.approx(2 / 3 * 0.6 + 1 / 3 * 0.1)
-    assert policies["static_3"]["average_bits"] == 3
-    assert policies["learned"]["accuracy_minus_majority"] == pytest.approx(0.4)
-    low, high = policies["majority"]["interval"]["accuracy"]
+    assert reported["oracle"]["accuracy"] == 1
+    assert reported["oracle"]["quality_loss"] == 0
+    assert reported["majority"]["accuracy"] == reported["static_0"]["accuracy"] == pytest.approx(0.6)
+    assert reported["random"]["accuracy"] == pytest.approx(2 / 3 * 0.6 + 1 / 3 * 0.1)
+    assert reported["static_3"]["average_bits"] == 3
+    assert reported["learned"]["accuracy_minus_majority"] == pytest.approx(0.4)
+    low, high = reported["majority"]["interval"]["accuracy"]
     assert low < 0.6 < high
 
 
@@ -376,9 +378,9 @@ def test_settings_out_of_range_are_refused(bad):
 def test_a_pair_with_too_few_labels_is_refused():
     labels, features = made_up(3)
     with pytest.raises(ValueError, match="label more prompts"):
-        training.train(labels, features, 2, CONFIG)
+        train(labels, features, 2, CONFIG)
     labels, _ = made_up()
-    labels.labels[labels.splits(CONFIG) == 1, 1] = training.NO_LABEL
+    labels.labels[labels.splits(CONFIG) == 1, 1] = NO_LABEL
     assert len(labels.rows(0, CONFIG)["validation"]) > 0
     with pytest.raises(ValueError, match=r"pair 3-2: .*leave the validation split empty"):
         labels.rows(1, CONFIG)
@@ -387,7 +389,7 @@ def test_a_pair_with_too_few_labels_is_refused():
 def test_the_artefact_reports_both_heads_beside_the_baselines():
     labels, features = made_up()
     config = replace(CONFIG, num_train_epochs=1, split_shares=(0.6, 0.2, 0.2))
-    files, metrics = training.artefact(labels, training.train(labels, features, 2, config), 2, config, "m1")
+    files, metrics = artefact(labels, train(labels, features, 2, config), 2, config, "m1")
     assert list(files)[-1] == "config.json", "a folder without it is not finished"
     for splits in metrics.values():
         for name, report in splits.items():
@@ -395,4 +397,4 @@ def test_the_artefact_reports_both_heads_beside_the_baselines():
             assert set(report["policies"]) == heads | {"majority", "random", "oracle"} | {
                 f"static_{k}" for k in range(4)
             }
-            assert report["rows"] == (labels.splits(config) == training.SPLITS.index(name)).sum()
+            assert report["rows"] == (labels.splits(config) == SPLITS.index(name)).sum()
