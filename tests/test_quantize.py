@@ -130,6 +130,7 @@ def test_calibration_samples_depend_on_the_seed_and_nothing_else() -> None:
         calibration_samples([""], tokenizer, 5, 32, seed=1)
 
 
+@pytest.mark.slow
 def test_layers_in_groups_give_the_same_result(half_folder: Path, quantized: Path, tmp_path: Path) -> None:
     """Little memory for the moments means more passes over the samples, not another result."""
     steps = []
@@ -147,6 +148,7 @@ def test_layers_in_groups_give_the_same_result(half_folder: Path, quantized: Pat
     assert steps[-1] == ("validation", 4, 4)
 
 
+@pytest.mark.slow
 def test_a_run_killed_between_layers_goes_on(half_folder: Path, quantized: Path, tmp_path: Path) -> None:
     program = (
         "import os, signal, sys\n"
@@ -373,6 +375,7 @@ def test_a_hub_id_is_downloaded_with_pickles_only_where_there_is_nothing_else(
     assert "*.safetensors" in asked[0][1]
 
 
+@pytest.mark.slow
 def test_the_job_says_what_it_wrote_and_what_comes_next(half_folder: Path, tmp_path: Path) -> None:
     (tmp_path / "texts.txt").write_text("\n\n".join(TEXTS))
     output = tmp_path / "out"
