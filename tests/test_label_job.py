@@ -489,7 +489,7 @@ def test_as_a_submitted_job_on_a_small_head(cpus, tmp_path):
                     failing, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, check=False
                 )
                 assert failed.returncode == 1
-                assert "holds 4, 3, 2, not 8, 9" in failed.stdout
+                assert "holds 4, 3, 2, not 9, 8" in failed.stdout
         finally:
             head.terminate()
             head.wait(timeout=60)
