@@ -138,13 +138,6 @@ class Head:
         return Job(list(arguments), done.returncode, time.monotonic() - begin, done.stdout)
 
 
-def gpu_processes() -> list[int]:
-    """Ids of the processes that hold GPU memory on this host."""
-    query = ["nvidia-smi", "--query-compute-apps=pid", "--format=csv,noheader"]
-    told = subprocess.run(query, capture_output=True, text=True, check=False).stdout
-    return [int(line) for line in told.split() if line.isdigit()]
-
-
 def worker_processes(head: Head) -> list[int]:
     """Ids of the farm's worker actors below a head: descendants of its raylet whose title names the actor."""
     found = []

@@ -90,7 +90,7 @@ def main(config: FarmBench) -> int:
                 compare(entry, alone, count)
             killed = steps.run(
                 f"label {name}, a worker killed",
-                lambda n=name, p=paths: killed_worker(head, config, n, p, gpus),
+                lambda n=name, p=paths: killed_worker(head, config, n, p),
             )
             compare(killed, alone, max(config.workers))
             if gpus:
@@ -145,16 +145,8 @@ def label(
 ) -> dict[str, Any]:
     output = config.results / f"label-{name}-{workers}{'-shared' * bool(share)}"
     with utilisation(range(gpus)) as busy:
-        job = head.job(
-            *label_arguments(config, paths, output),
-            *flags(config, workers, share),
-            timeout=config.step_seconds,
-        )
-    ended(job)
-    return {
-        **measured(output),
-        "busy_percent": {k: round(statistics.mean(v), 1) for k, v in busy.items() if v},
-    }
+        result = label_into(head, config, paths, output, workers, share)
+    return {**result, "busy_percent": {k: round(statistics.mean(v), 1) for k, v in busy.items() if v}}
 
 
 def measured(output: Path) -> dict[str, Any]:
@@ -211,7 +203,7 @@ def kill_one(head: Head, dataset: Path) -> Iterator[list[int]]:
         thread.join(timeout=10)
 
 
-def killed_worker(head: Head, config: FarmBench, name: str, paths: list[str], gpus: int) -> dict[str, Any]:
+def killed_worker(head: Head, config: FarmBench, name: str, paths: list[str]) -> dict[str, Any]:
     output = config.results / f"label-{name}-killed"
     workers = max(config.workers)
     with kill_one(head, output / "labels") as killed:
@@ -221,9 +213,11 @@ def killed_worker(head: Head, config: FarmBench, name: str, paths: list[str], gp
     return {**result, "killed": len(killed)}
 
 
-def label_into(head: Head, config: FarmBench, paths: list[str], output: Path, workers: int) -> dict[str, Any]:
+def label_into(
+    head: Head, config: FarmBench, paths: list[str], output: Path, workers: int, share: float | None = None
+) -> dict[str, Any]:
     job = head.job(
-        *label_arguments(config, paths, output), *flags(config, workers, None), timeout=config.step_seconds
+        *label_arguments(config, paths, output), *flags(config, workers, share), timeout=config.step_seconds
     )
     ended(job)
     return measured(output)

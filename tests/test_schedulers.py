@@ -131,7 +131,10 @@ def test_one_dictionary_serves_all_schedulers():
         ("random", {"precisions": [4, 3], "prior": [0, 0, 0, 0]}, r"with a positive sum"),
         ("random", {"precisions": [4, 3], "prior": [1, 1, -1, 1]}, r"weights >= 0"),
         ("random", {"precisions": [4, 3], "prior": [1, 1, float("nan"), 1]}, r"weights >= 0"),
-        ("confidence", {"precisions": [4, 3], "threshold": 0}, r"threshold 0, .*0 < threshold <= 1"),
+        (
+            "confidence", {"precisions": [4, 3], "threshold": 0},
+            r"threshold 0, patience 4, calibration 0: 0 < threshold <= 1",
+        ),
     ],
 )  # fmt: skip
 def test_the_door_refuses_what_it_can_not_use_and_says_what_it_takes(name, options, told):
