@@ -35,7 +35,15 @@ def main(job: LabelJob, console: Console | None = None) -> farm.FarmResult | Non
         job.stall_seconds,
         job.price_per_worker_hour,
     )
-    source = PromptConfig(job.dataset, job.dataset_config, job.split, job.size, job.seed)
+    source = PromptConfig(
+        job.dataset,
+        job.dataset_config,
+        job.split,
+        job.size,
+        job.seed,
+        job.prompt_form,
+        job.max_prompt_tokens,
+    )
     model = ModelSpec(
         job.model_path, job.use_multi_model, chain, job.kernel, job.dtype, job.trust_remote_code
     )
@@ -67,6 +75,7 @@ def main(job: LabelJob, console: Console | None = None) -> farm.FarmResult | Non
         "dataset_config": source.resolved_config,
         "split": source.resolved_split,
         "size": job.size,
+        **source.unusual,
     }
     identity |= {
         "seed": job.seed,

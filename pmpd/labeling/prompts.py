@@ -2,7 +2,7 @@
 
 A *record* is one text and where it came from. A *prompt* is the beginning of a record: the document is
 tokenized, truncated to what the model can take, and cut to a random length n in [min(32, n//2), n]. The cut
-depends on the seed and the prompt's id only.
+depends on the seed and the prompt's id only. Records that are prompts already are not cut (`form`).
 
 `prompt_id` = first 16 hex digits of SHA-256 over the canonical JSON of dataset name, config, split, text and
 seed. The name of a local file or folder is its last path component, so moving it changes no id, and neither
@@ -18,10 +18,10 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal, get_args
 
 from pmpd import storage
-from pmpd.benchmarks.tokens import encode_document
+from pmpd.benchmarks.tokens import encode_document, encode_prompt
 from pmpd.errors import UserError
 from pmpd.storage.records import SUFFIXES, Record, RecordSource, hub_records, source_of, text_problem
 
@@ -42,6 +42,10 @@ _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 _DEFAULT_CONFIGS = {"allenai/c4": "en"}
 
 
+Form = Literal["cut", "whole", "chat"]
+"""What of a record is the prompt: its beginning, all of it, or a question to the model's chat template."""
+
+
 @dataclass(frozen=True)
 class PromptConfig:
     """Which records become prompts."""
@@ -54,8 +58,15 @@ class PromptConfig:
     size: int = 64
     """Number of prompts; all there are where the dataset holds fewer."""
     seed: int = 0
+    form: Form = "cut"
+    longest: int = MAX_DOCUMENT_TOKENS
+    """Documents are truncated to so many tokens at most."""
 
     def __post_init__(self) -> None:
+        if self.form not in get_args(Form):
+            raise UserError(f"--prompt-form {self.form}: choose one of {', '.join(get_args(Form))}")
+        if not 1 <= self.longest <= MAX_DOCUMENT_TOKENS:
+            raise UserError(f"--max-prompt-tokens {self.longest}: 1 to {MAX_DOCUMENT_TOKENS}")
         if self.size < 1:
             raise UserError(f"--size {self.size}: give the number of prompts, at least 1")
         if self.dataset == "demo" and self.split not in (None, "train", "validation", "held_out"):
@@ -70,6 +81,16 @@ class PromptConfig:
         if self.split:
             return self.split
         return "held_out" if self.dataset == "demo" else "train" if self.kind == "hub" else None
+
+    @property
+    def unusual(self) -> dict[str, Any]:
+        """Those of `form` and `longest` that are not the default: part of what makes the rows."""
+        told = {"prompt_form": self.form, "max_prompt_tokens": self.longest}
+        return {
+            name: value
+            for name, value in told.items()
+            if value != {"prompt_form": "cut", "max_prompt_tokens": MAX_DOCUMENT_TOKENS}[name]
+        }
 
     @cached_property
     def kind(self) -> str:
@@ -109,6 +130,7 @@ def prompt_id(config: PromptConfig, text: str) -> str:
         "split": config.resolved_split,
         "text": text,
         "seed": config.seed,
+        **config.unusual,
     }
     return storage.ascii_id(row)
 
@@ -127,7 +149,8 @@ def make_prompts(
     """The first `config.size` prompts as PROMPTS rows. Memory grows with the ids only.
 
     `max_prompt_tokens`: what the model's positions leave (positions - max_new_tokens); documents are
-    truncated to the smaller of it and 2048 tokens. A document without a token, and a record that is no text
+    truncated to the smaller of it and `config.longest` tokens. A chat prompt that is too long is an error
+    row, since a cut would take its question's end away. A document without a token, and a record that is no text
     (malformed, null, half a surrogate pair), becomes a row with `error` set. `counts` receives records,
     duplicates, empty and malformed. UserError: no usable record (names file and line of the first), no room
     for a prompt, a file that can't be read.
@@ -138,7 +161,7 @@ def make_prompts(
             f"below its number of positions"
         )
     counts = Counter() if counts is None else counts
-    limit = min(MAX_DOCUMENT_TOKENS, max_prompt_tokens)
+    limit = min(config.longest, max_prompt_tokens)
     special = set(tokenizer.all_special_ids)
     seen: set[bytes] = set()
     first_problem = None
@@ -156,13 +179,16 @@ def make_prompts(
             if counts["malformed"] == len(seen) == _PATIENCE:
                 break
         else:
-            ids = _tokens(tokenizer, text)
+            ids = _tokens(tokenizer, text, config.form)
             if all(token in special for token in ids):
                 counts["empty"] += 1
                 problem = "the document tokenizes to nothing"
+            elif config.form == "chat" and len(ids) > limit:
+                problem = f"the question takes {len(ids)} tokens, {limit} fit"
         row = {"prompt_id": key, "source": source, "document_tokens": len(ids), "error": problem}
         if problem is None:
-            cut = ids[: cut_length(min(len(ids), limit), config.seed, key)]
+            kept = min(len(ids), limit)
+            cut = ids[: cut_length(kept, config.seed, key)] if config.form == "cut" else ids[:kept]
             text = tokenizer.decode(cut, skip_special_tokens=True)
             yield {**row, "prompt_tokens": len(cut), "prompt_text": text, "input_ids": cut}
         else:
@@ -179,11 +205,18 @@ def make_prompts(
         )
 
 
-def _tokens(tokenizer: Any, text: str) -> list[int]:
+def _tokens(tokenizer: Any, text: str, form: Form) -> list[int]:
     """Tokens of a document; of one that is longer than any model reads, of its beginning."""
+    text = text[:MAX_DOCUMENT_CHARACTERS]
     if not text.strip():
         return []
-    return encode_document(tokenizer, text[:MAX_DOCUMENT_CHARACTERS])
+    if form != "chat":
+        return encode_document(tokenizer, text)
+    if not getattr(tokenizer, "chat_template", None):
+        raise UserError("--prompt-form chat: the model's tokenizer has no chat template; use whole or cut")
+    turn = [{"role": "user", "content": text}]
+    rendered = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+    return encode_prompt(tokenizer, rendered, [text])
 
 
 def write_prompts(

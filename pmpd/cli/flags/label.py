@@ -34,6 +34,11 @@ class LabelJob:
     all."""
     size: int = 96
     """Prompts; all there are where the dataset holds fewer."""
+    prompt_form: Literal["cut", "whole", "chat"] = "cut"
+    """What of a record is the prompt: its beginning, cut at a random length; all of it; or all of it as a
+    question in the model's chat template."""
+    max_prompt_tokens: int = 2048
+    """Prompts have so many tokens at most."""
     precisions: str = "4,3,2"
     """Precision chain, descending; neighbours are the pairs that get a label each."""
     max_new_tokens: int = 256
