@@ -1,8 +1,8 @@
 """The two kinds of prompt of the scheduler study: continuations of real texts, and instructions.
 
 Both come from the second half of the texts' records, so that a quantizer that was calibrated on the first
-half (as `bench.quantize` does it) has seen none of them. Records follow each other by article, so neighbouring
-lines are kept together when prompts are split (`GROUP_LINES`).
+half (as `bench.quantize` does it) has seen none of them. Records follow each other by article, so
+neighbouring lines are kept together when prompts are split (`GROUP_LINES`).
 """
 
 from __future__ import annotations

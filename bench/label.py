@@ -23,7 +23,8 @@ from bench import _record
 from pmpd import PMPDForCausalLM, demo
 from pmpd.decode import oracle
 from pmpd.demo.texts import MIN_PROMPT_CHARACTERS, documents_of
-from pmpd.labeling.label import LabelConfig, decode_text, label_prompts, reference_prompts
+from pmpd.labeling.config import LabelConfig
+from pmpd.labeling.label import decode_text, label_prompts, reference_prompts
 from pmpd.labeling.rule import label_of
 from pmpd.schedulers.chain import NUM_CLASSES, class_steps
 from pmpd.schedulers.static import StaticScheduler

@@ -17,7 +17,8 @@ from transformers import AutoModelForCausalLM
 
 from pmpd import PMPDForCausalLM, Scheduler
 from pmpd.kernels import gptq as codes
-from pmpd.labeling.label import LabelConfig, label_prompts
+from pmpd.labeling.config import LabelConfig
+from pmpd.labeling.label import label_prompts
 from pmpd.weights import gptq
 from pmpd.weights.base import PrecisionLinear, PrecisionState
 from pmpd.weights.mixed import MixedLinear, MultiCheckpoint

@@ -25,7 +25,8 @@ from pmpd.cli.label import label_table, main, output_folder
 from pmpd.cli.main import main as run_command
 from pmpd.demo.texts import documents_of
 from pmpd.demo.train import stream_loss, token_stream
-from pmpd.labeling.label import LabelConfig, label_prompts, reference_prompts
+from pmpd.labeling.config import LabelConfig
+from pmpd.labeling.label import label_prompts, reference_prompts
 from pmpd.labeling.rule import RULES
 from pmpd.model import PMPDForCausalLM
 from pmpd.weights.base import shared_state

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
 from pmpd.labeling import published
-from pmpd.labeling.label import LabelConfig, label_prompts, reference_prompts
+from pmpd.labeling.config import LabelConfig
+from pmpd.labeling.label import label_prompts, reference_prompts
 from pmpd.labeling.rule import RULES, Trajectory, get_rule, label_of
 from pmpd.metrics.rouge import rouge_l, words
 from tests.test_labeling import CHAIN, ENDS, NEW_TOKENS, STEPS, models, prompt_rows, words_of  # noqa: F401
@@ -96,7 +97,7 @@ def test_agreement_is_the_first_position_that_leaves_the_reference():
 def test_rules_have_identities_and_an_unknown_one_is_refused():
     assert RULES["rouge_l"].identity == "rouge_l/3/v1"
     assert len({rule.identity for rule in RULES.values()}) == len(RULES)
-    with pytest.raises(ValueError, match="--rule rouge: known are rouge_l, agreement, published"):
+    with pytest.raises(ValueError, match="--rule rouge: known are rouge_l, agreement, kl, published"):
         get_rule("rouge")
 
 

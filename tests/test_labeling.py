@@ -11,7 +11,8 @@ from rouge_score.rouge_scorer import RougeScorer
 from pmpd import PMPDForCausalLM, Scheduler
 from pmpd.cli import generate, label
 from pmpd.decode import oracle
-from pmpd.labeling.label import LabelConfig, label_prompts, reference_prompts
+from pmpd.labeling.config import LabelConfig
+from pmpd.labeling.label import label_prompts, reference_prompts
 from pmpd.labeling.rule import label_of
 from pmpd.metrics.rouge import rouge_l
 from tests.helpers import write_anyprec, write_dense

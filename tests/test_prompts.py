@@ -270,3 +270,21 @@ def test_written_prompts_are_reused_when_whole_and_made_again_when_cut_short(
     )
     with pytest.raises(ValueError, match="size: 64 -> 65"):
         write_prompts(config, tokenizer, 512, folder, {"size": 65})
+
+
+def test_whole_and_chat_prompts_are_not_cut_and_have_ids_of_their_own(tokenizer, tmp_path):
+    path = write_lines(tmp_path / "texts.jsonl", c4(TEXTS))
+    cut, whole = made(tokenizer, path), made(tokenizer, path, form="whole", longest=150)
+    assert [row["prompt_tokens"] for row in whole] == [min(row["document_tokens"], 150) for row in whole], (
+        "whole prompts lose nothing but what is too long"
+    )
+    assert not {row["prompt_id"] for row in cut} & {row["prompt_id"] for row in whole}
+    with pytest.raises(ValueError, match="--prompt-form chat: the model's tokenizer has no chat template"):
+        made(tokenizer, path, form="chat")
+    chatty = byte_tokenizer()
+    chatty.chat_template = "{% for m in messages %}<{{ m['content'] }}>{% endfor %}!"
+    rows = made(chatty, path, form="chat", longest=450)
+    assert rows[0]["prompt_text"] == f"<{TEXTS[0]}>!"
+    assert [row["error"] is None for row in rows] == [True, True, False, True]
+    assert "the question takes" in rows[2]["error"]
+    assert "450 fit" in rows[2]["error"], "a question without its end is another question"

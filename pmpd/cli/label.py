@@ -13,7 +13,7 @@ from pmpd.errors import UserError
 from pmpd.farm.connection import output_folder
 from pmpd.farm.label_task import LabelTask, ReferenceTask
 from pmpd.farm.task import FarmTask
-from pmpd.labeling.label import LabelConfig
+from pmpd.labeling.config import LabelConfig
 from pmpd.labeling.prompts import PromptConfig, write_prompts
 from pmpd.labeling.rule import NothingToScoreError, get_rule
 from pmpd.schedulers.chain import NUM_CLASSES, class_steps, parse_chain
@@ -113,7 +113,7 @@ def main(job: LabelJob, console: Console | None = None) -> farm.FarmResult | Non
             task: FarmTask = ReferenceTask(reference_model, job.max_new_tokens, slots)
             result = farm.run(task, {"prompts": prompts}, references, identity, options, lease)
         if job.stage in ("all", "labels"):
-            task = LabelTask(model, chain, job.max_new_tokens, slots, rule)
+            task = LabelTask(model, chain, job.max_new_tokens, slots, rule, reference_model)
             result = farm.run(
                 task, {"prompts": prompts, "references": references}, labels, label_identity, options, lease
             )

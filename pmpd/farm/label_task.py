@@ -28,7 +28,8 @@ class ReferenceTask(FarmTask):
         return float(self.max_new_tokens)
 
     def build(self, place: Place) -> BuiltTask:
-        from pmpd.labeling.label import LabelConfig, reference_prompts
+        from pmpd.labeling.config import LabelConfig
+        from pmpd.labeling.label import reference_prompts
 
         model, device = load_model(self.model, place)
         config = LabelConfig(max_new_tokens=self.max_new_tokens, slots=self.slots)
@@ -51,29 +52,41 @@ class LabelTask(FarmTask):
     max_new_tokens: int
     slots: int | None
     rule: LabelRule = RULES["rouge_l"]
+    reference_model: ModelSpec | None = None
+    """The unquantized model, which a teacher-forced rule needs beside the quantized one."""
     table = "labels"
 
     @property
     def most_forwards(self) -> float:
-        """Trajectories share what they have in common: of each pair, the branches from their forks on."""
+        """Trajectories share what they have in common: of each pair, the branches from their forks on. A
+        teacher-forced rule takes two forwards of the row a precision, and the prefill's."""
+        if self.rule.branches == "teacher_forced":
+            return 2.0 * len(self.precisions) + 1
         steps, most = class_steps(self.max_new_tokens), float(self.max_new_tokens)
         return most + (len(self.precisions) - 1) * sum(most - step for step in steps[:-1])
 
     def build(self, place: Place) -> BuiltTask:
-        from pmpd.labeling.label import LabelConfig, label_prompts
+        from pmpd.labeling.config import LabelConfig
+        from pmpd.labeling.label import label_prompts
 
         model, device = load_model(self.model, place)
+        forced = self.rule.branches == "teacher_forced"
+        assert not forced or self.reference_model is not None
+        unquantized = load_model(self.reference_model, place)[0] if forced and self.reference_model else None
         config = LabelConfig(self.precisions, self.max_new_tokens, self.slots, self.rule)
 
         def label(items: list[Item]) -> Iterable[dict[str, Any]]:
             references = {item["references"]["prompt_id"]: item["references"] for item in items}
-            return label_prompts(model, [item["prompts"] for item in items], references, config)
+            return label_prompts(model, [item["prompts"] for item in items], references, config, unquantized)
+
+        def tokens(row: dict[str, Any]) -> int:  # none is decoded by a teacher-forced rule
+            return sum(count or 0 for pair in row["pairs"] for count in pair["branch_tokens"])
 
         return BuiltTask(
             run=label,
             schema=storage.labels_schema(model.head_dim),
             models={"model": model.fingerprint, "num_key_value_heads": model.kv_heads},
             device=device,
-            tokens=lambda row: sum(count or 0 for pair in row["pairs"] for count in pair["branch_tokens"]),
+            tokens=tokens,
             pulse=model.pulse,
         )

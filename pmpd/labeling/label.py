@@ -22,40 +22,14 @@ from itertools import pairwise
 from typing import Any, cast
 
 from pmpd.decode.requests import Completion, Fork, Request
-from pmpd.errors import UserError
 from pmpd.labeling import published
-from pmpd.labeling.rule import RULES, LabelRule, NothingToScoreError, Trajectory, label_of
+from pmpd.labeling.config import FORCED_COLUMNS, LabelConfig, error_row, row_head
+from pmpd.labeling.forced import forced_labels
+from pmpd.labeling.rule import NothingToScoreError, Trajectory
 from pmpd.metrics.rouge import rouge_l
 from pmpd.model import PMPDForCausalLM
-from pmpd.schedulers.chain import NUM_CLASSES, check_chain, class_steps
+from pmpd.schedulers.chain import NUM_CLASSES, class_steps
 from pmpd.schedulers.static import StaticScheduler
-
-MAX_PROMPT_TOKENS = 2048
-"""Documents are truncated to this many tokens."""
-
-
-@dataclass(frozen=True)
-class LabelConfig:
-    """How prompts are labeled."""
-
-    precisions: tuple[int, ...] = (4, 3, 2)
-    """The precision chain; consecutive members are the pairs that get a label each. The first is also the
-    prefill's precision."""
-    max_new_tokens: int = 256
-    """New tokens of every trajectory, at most."""
-    slots: int | None = 64
-    """Trajectories that decode together; None: as many as memory holds."""
-    rule: LabelRule = RULES["rouge_l"]
-    """Which class is the label, by the trajectories' likeness to the reference."""
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "precisions", check_chain(self.precisions))
-        if self.max_new_tokens < 4:
-            raise UserError(
-                f"max_new_tokens {self.max_new_tokens}: four at least, so that the switch classes differ"
-            )
-        if self.slots is not None and self.slots < 1:
-            raise UserError(f"slots {self.slots}: one at least")
 
 
 def reference_prompts(
@@ -82,10 +56,11 @@ def label_prompts(
     prompts: Iterable[Mapping[str, Any]],
     references: Mapping[str, Mapping[str, Any]],
     config: LabelConfig,
+    unquantized: PMPDForCausalLM | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Labels of each row of the PROMPTS table. `references`: prompt_id -> REFERENCES row. Yields LABELS rows
-    without `worker`, each as soon as all its trajectories have ended; `keys` and `values` are float16 arrays
-    [T, D].
+    """Labels of each row of the PROMPTS table. `references`: prompt_id -> REFERENCES row. `unquantized`: the
+    model of the references, for teacher-forced rules. Yields LABELS rows without `worker`, each as soon as
+    all its trajectories have ended; `keys` and `values` are float16 arrays [T, D].
 
     A prompt whose reference is missing, an error or nothing that can be scored, or whose logits are not
     finite, becomes a row with `error` set.
@@ -95,7 +70,7 @@ def label_prompts(
     for key, row in rows.items():
         reference = references.get(key)
         if reference is None or reference["error"]:
-            yield _error_row(
+            yield error_row(
                 row,
                 config,
                 f"ValueError: no reference output "
@@ -104,6 +79,10 @@ def label_prompts(
         else:
             usable[key] = row
     if not usable:
+        return
+    if config.rule.branches == "teacher_forced":
+        assert unquantized is not None, "a teacher-forced rule needs the unquantized model"
+        yield from forced_labels(model, unquantized, usable, references, config)
         return
     decode = _published_branches if config.rule.branches == "published" else _own_branches
     for key, pairs in decode(model, usable, config):
@@ -219,7 +198,7 @@ def _label_row(
     completions = [completion for pair in decoded for completion in (pair.high, *pair.branches)]
     errors = [completion.error for completion in completions if completion.error]
     if errors:
-        return _error_row(row, config, errors[0])
+        return error_row(row, config, errors[0])
     target = Trajectory(tuple(reference["reference_ids"]), reference["reference_text"])
     features = decoded[0].high.features
     assert features is not None
@@ -229,10 +208,10 @@ def _label_row(
             for (high, low), pair in zip(pairwise(config.precisions), decoded, strict=True)
         ]
     except NothingToScoreError as error:
-        return _error_row(row, config, f"{type(error).__name__}: {error}")
+        return error_row(row, config, f"{type(error).__name__}: {error}")
     unique = {id(completion): completion for completion in completions}.values()
     return {
-        **_row_head(row, config),
+        **row_head(row, config),
         "reference_text": reference["reference_text"],
         "reference_ids": reference["reference_ids"],
         "pairs": pairs,
@@ -240,6 +219,7 @@ def _label_row(
         "values": features[1],
         "feature_tokens": len(features[0]),
         "seconds": sum(c.decode_seconds for c in unique) + decoded[0].high.prefill_seconds,
+        **dict.fromkeys(FORCED_COLUMNS),
         "error": None,
     }
 
@@ -265,29 +245,13 @@ def _judged(
     assert high is not None
     assert high_score is not None
     return {
-        "label": label_of(scores, high_score),
+        "label": config.rule.label(scores, high_score),
         "scores": scores,
         "rouge_l": rouge,
         "high_rouge_l": rouge[-1],
         "high_text": high.text,
         "high_ids": list(high.tokens),
         "branch_tokens": [None if one is None else len(one.tokens) for one in everyone],
-    }
-
-
-def _error_row(row: Mapping[str, Any], config: LabelConfig, error: str | None) -> dict[str, Any]:
-    nothing = dict.fromkeys(("reference_text", "reference_ids", "pairs", "keys", "values", "feature_tokens"))
-    return {**_row_head(row, config), **nothing, "seconds": 0.0, "error": error}
-
-
-def _row_head(row: Mapping[str, Any], config: LabelConfig) -> dict[str, Any]:
-    ids = list(row["input_ids"])
-    return {
-        "prompt_id": row["prompt_id"],
-        "prompt_tokens": len(ids),
-        "prompt_text": row["prompt_text"],
-        "input_ids": ids,
-        "rule": config.rule.identity,
     }
 
 

@@ -150,8 +150,8 @@ def make_prompts(
 
     `max_prompt_tokens`: what the model's positions leave (positions - max_new_tokens); documents are
     truncated to the smaller of it and `config.longest` tokens. A chat prompt that is too long is an error
-    row, since a cut would take its question's end away. A document without a token, and a record that is no text
-    (malformed, null, half a surrogate pair), becomes a row with `error` set. `counts` receives records,
+    row, since a cut would take its question's end away. A document without a token, and a record that is no
+    text (malformed, null, half a surrogate pair), becomes a row with `error` set. `counts` receives records,
     duplicates, empty and malformed. UserError: no usable record (names file and line of the first), no room
     for a prompt, a file that can't be read.
     """

@@ -73,6 +73,33 @@ PAIR = pa.struct(
 )
 
 
+_FLOATS = pa.list_(pa.float32())
+
+CURVE = pa.struct(
+    [
+        ("bits", pa.int8()),
+        ("divergence", _FLOATS),  # nats: KL(unquantized, this precision) of decode forwards 1..m
+        ("top_probability", _FLOATS),  # of this precision's distributions, likewise
+        ("margin", _FLOATS),
+        ("entropy", _FLOATS),
+        ("agrees", pa.list_(pa.bool_())),  # whether its likeliest token is the reference's
+        ("probe_divergence", pa.float32()),  # nats from the highest precision, over the prompt's last tokens
+    ]
+)
+"""Teacher forcing: one precision's way along the reference output (`pmpd.labeling.curves`)."""
+
+
+PROMPT_STATE = pa.struct(
+    [
+        ("loss", pa.float32()),  # nats, mean over the prompt's last tokens at the highest precision
+        ("entropy", pa.float32()),
+        ("margin", pa.float32()),
+        ("last_entropy", pa.float32()),  # behind the last token alone
+        ("last_margin", pa.float32()),
+    ]
+)
+
+
 def features_type(head_dim: int) -> pa.DataType:
     """KV features of one row: T prompt tokens of `head_dim` halves."""
     return pa.list_(pa.list_(pa.float16(), head_dim))
@@ -96,6 +123,8 @@ def labels_schema(head_dim: int) -> pa.Schema:
             ("keys", features_type(head_dim)),
             ("values", features_type(head_dim)),
             ("feature_tokens", pa.int32()),  # T
+            ("prompt_state", PROMPT_STATE),  # these two by teacher-forced rules only
+            ("curves", pa.list_(CURVE)),  # one per precision, descending
             ("seconds", pa.float32()),
             ("worker", pa.string()),
             ("error", pa.string()),

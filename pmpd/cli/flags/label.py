@@ -45,7 +45,8 @@ class LabelJob:
     """New tokens per trajectory."""
     rule: str = "rouge_l"
     """Label rule, part of the labels' identity: rouge_l (ROUGE-L of the texts, any script), agreement (how
-    many tokens agree with the reference), published (ROUGE-L over trajectories as the published code
+    many tokens agree with the reference), kl (divergence from the unquantized model along its own output;
+    nothing is decoded), published (ROUGE-L over trajectories as the published code
     decodes them)."""
     batch_size: int | Literal["auto"] = 32
     """Trajectories that decode together in a worker, and prompts per unit of work (and Parquet file); auto:
