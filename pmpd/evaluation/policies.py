@@ -1,0 +1,261 @@
+"""Policies that decide before decode forward 1: static ones, and those that look at the prompt.
+
+A policy is a function (train, test, target bits, seed) -> Outcome on `test` per target. It is fitted and
+calibrated on `train` alone. Those that choose a plan per prompt do so by predicted loss + multiplier x bits;
+the multiplier is one number for the whole workload, and a mix of two neighbouring multipliers meets the
+target on `train` exactly.
+
+Legend: N prompts, C precisions, M decode forwards, P plans, F features, S segments of the decode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+from pmpd.evaluation.curve_set import CurveSet, Outcome
+from pmpd.evaluation.frontier import lower_hull, mix_for, static_plans
+
+Policy = Callable[[CurveSet, CurveSet, Sequence[float], int], list[Outcome]]
+
+MULTIPLIERS = np.geomspace(1e-5, 1e2, 120)
+"""Nats a bit, tried in turn."""
+
+SEGMENTS = 4
+CLUSTERS = 6
+RIDGE = 10.0
+"""Penalty of the regression, on standardised features."""
+
+
+def hull_mix(
+    train_bits_K: np.ndarray,
+    train_loss_K: np.ndarray,
+    test: Callable[[int], Outcome],
+    targets: Sequence[float],
+) -> list[Outcome]:
+    """Of K settings with these means on the training prompts, the mix of two on the lower hull that meets
+    each target there, on the test prompts."""
+    hull = lower_hull(train_bits_K, train_loss_K)
+    outcomes = {}
+    found = []
+    for target in targets:
+        first, second, share = mix_for(train_bits_K[hull], target)
+        for at in (first, second):
+            if at not in outcomes:
+                outcomes[at] = test(int(hull[at]))
+        found.append(Outcome.mix(outcomes[first], outcomes[second], share))
+    return found
+
+
+def _plans(curves: CurveSet) -> np.ndarray:
+    return static_plans(curves.chain, curves.loss.shape[2])
+
+
+def static(train: CurveSet, test: CurveSet, targets: Sequence[float], seed: int) -> list[Outcome]:
+    """The best progressive plan, or mix of two, for all prompts."""
+    plans = _plans(train)
+    loss, bits = train.plan_tables(plans)
+    total = train.forwards.sum()
+    test_loss, test_bits = test.plan_tables(plans)
+    return hull_mix(
+        bits.sum(0) / total,
+        loss.sum(0) / total,
+        lambda k: Outcome(test_loss[:, k], test_bits[:, k], test.forwards),
+        targets,
+    )
+
+
+def random_plan(train: CurveSet, test: CurveSet, targets: Sequence[float], seed: int) -> list[Outcome]:
+    """One of the lower hull's plans at random per prompt, at the target's bits on average: a policy without
+    any knowledge, whose gain is 0 at most."""
+    plans = _plans(train)
+    loss, bits = train.plan_tables(plans)
+    total = train.forwards.sum()
+    hull = lower_hull(bits.sum(0) / total, loss.sum(0) / total)
+    means = (bits.sum(0) / total)[hull]
+    test_loss, test_bits = test.plan_tables(plans[hull])
+    draws = np.random.default_rng(seed).random(len(test))
+    rows = np.arange(len(test))
+    found = []
+    for target in targets:
+        first, second, share = mix_for(means, target)
+        chosen = np.where(draws < share, second, first)
+        found.append(Outcome(test_loss[rows, chosen], test_bits[rows, chosen], test.forwards))
+    return found
+
+
+def any_order(train: CurveSet, test: CurveSet, targets: Sequence[float], seed: int) -> list[Outcome]:
+    """A static plan that may rise: for each decode forward the precision of least mean loss + multiplier x
+    bits."""
+    weight = np.maximum(train.valid.sum(0), 1)
+    mean = train.loss.sum(0) / weight  # [C, M]
+    costs = mean[None] + MULTIPLIERS[:, None, None] * train.widths[None, :, None]
+    plans = np.unique(costs.argmin(1), axis=0)
+    loss, bits = train.plan_tables(plans)
+    total = train.forwards.sum()
+    test_loss, test_bits = test.plan_tables(plans)
+    return hull_mix(
+        bits.sum(0) / total,
+        loss.sum(0) / total,
+        lambda k: Outcome(test_loss[:, k], test_bits[:, k], test.forwards),
+        targets,
+    )
+
+
+def by_prediction(
+    train: CurveSet,
+    test: CurveSet,
+    targets: Sequence[float],
+    predicted: Callable[[CurveSet, np.ndarray], np.ndarray],
+) -> list[Outcome]:
+    """Per prompt the plan of least `predicted` loss [N, P] (sums over its forwards) + multiplier x bits."""
+    plans = _plans(train)
+
+    def chosen(part: CurveSet) -> tuple[np.ndarray, np.ndarray]:  # loss and bits, [N, K] each
+        loss, bits = part.plan_tables(plans)
+        costs = predicted(part, plans)
+        at = np.stack([(costs + each * bits).argmin(1) for each in MULTIPLIERS], axis=1)
+        return np.take_along_axis(loss, at, axis=1), np.take_along_axis(bits, at, axis=1)
+
+    # by bits alone, not by the loss on the prompts that the prediction was fitted to
+    train_bits = chosen(train)[1].sum(0) / train.forwards.sum()
+    bits_K, first = np.unique(train_bits, return_index=True)
+    test_loss, test_bits = chosen(test)
+    found = []
+    for target in targets:
+        a, b, share = mix_for(bits_K, target)
+        ends = [Outcome(test_loss[:, first[k]], test_bits[:, first[k]], test.forwards) for k in (a, b)]
+        found.append(Outcome.mix(ends[0], ends[1], share))
+    return found
+
+
+def oracle_plan(train: CurveSet, test: CurveSet, targets: Sequence[float], seed: int) -> list[Outcome]:
+    """The plan that hindsight chooses for each prompt: no policy that decides once per prompt among these
+    plans gains more."""
+    return by_prediction(test, test, targets, lambda part, plans: part.plan_tables(plans)[0])
+
+
+def oracle_token(train: CurveSet, test: CurveSet, targets: Sequence[float], seed: int) -> list[Outcome]:
+    """The precision that hindsight chooses for each decode forward."""
+    outcomes = []
+    for multiplier in MULTIPLIERS:
+        levels = (test.loss + multiplier * test.widths[None, :, None]).argmin(1)
+        outcomes.append(test.outcome(levels))
+    means = np.asarray([(outcome.mean_bits, outcome.mean_loss) for outcome in outcomes])
+    return hull_mix(means[:, 0], means[:, 1], lambda k: outcomes[k], targets)
+
+
+# ---- Prompts in classes
+
+
+def by_class(
+    train: CurveSet, test: CurveSet, targets: Sequence[float], train_class: np.ndarray, test_class: np.ndarray
+) -> list[Outcome]:
+    """One static plan per class of prompts."""
+    plans = _plans(train)
+    loss, _ = train.plan_tables(plans)
+    overall = loss.sum(0) / train.forwards.sum()
+    means = {}
+    for name in np.unique(train_class):
+        rows = train_class == name
+        means[int(name)] = loss[rows].sum(0) / train.forwards[rows].sum()
+    classes = {id(train): train_class, id(test): test_class}
+
+    def predicted(part: CurveSet, _: np.ndarray) -> np.ndarray:
+        names = classes[id(part)].tolist()
+        return np.stack([means.get(name, overall) for name in names]) * part.forwards[:, None]
+
+    return by_prediction(train, test, targets, predicted)
+
+
+def per_kind(train: CurveSet, test: CurveSet, targets: Sequence[float], seed: int) -> list[Outcome]:
+    """A static plan per kind of prompt."""
+    return by_class(train, test, targets, train.kinds, test.kinds)
+
+
+def per_cluster(train: CurveSet, test: CurveSet, targets: Sequence[float], seed: int) -> list[Outcome]:
+    """A static plan per cluster of the prompts' features (k-means)."""
+    x, y = standardised(train.features, test.features)
+    centres = kmeans(x, CLUSTERS, seed)
+    return by_class(train, test, targets, nearest(x, centres), nearest(y, centres))
+
+
+def standardised(train: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    mean, deviation = train.mean(0), np.maximum(train.std(0), 1e-9)
+    return (train - mean) / deviation, (test - mean) / deviation
+
+
+def kmeans(points: np.ndarray, count: int, seed: int, rounds: int = 50) -> np.ndarray:
+    """Centres [K, F] by Lloyd's rounds from random points; an empty cluster keeps its centre."""
+    generator = np.random.default_rng(seed)
+    centres = points[generator.choice(len(points), min(count, len(points)), replace=False)]
+    for _ in range(rounds):
+        at = nearest(points, centres)
+        moved = np.stack(
+            [points[at == k].mean(0) if (at == k).any() else centres[k] for k in range(len(centres))]
+        )
+        if np.allclose(moved, centres):
+            break
+        centres = moved
+    return centres
+
+
+def nearest(points: np.ndarray, centres: np.ndarray) -> np.ndarray:
+    return ((points[:, None] - centres[None]) ** 2).sum(-1).argmin(1)
+
+
+# ---- Regression of the loss curve
+
+
+def ridge(x: np.ndarray, y: np.ndarray, penalty: float = RIDGE) -> Callable[[np.ndarray], np.ndarray]:
+    """Linear regression of y [N, K] on standardised x [N, F], with an intercept that is not penalised."""
+    mean = y.mean(0)
+    weights = np.linalg.solve(x.T @ x + penalty * np.eye(x.shape[1]), x.T @ (y - mean))
+    return lambda points: points @ weights + mean
+
+
+def segment_of(forwards: int) -> np.ndarray:
+    """The segment of each decode forward: int [M]."""
+    return np.minimum(np.arange(forwards) * SEGMENTS // forwards, SEGMENTS - 1)
+
+
+def segment_means(curves: CurveSet) -> np.ndarray:
+    """Mean loss at each precision over each segment of the decode: [N, C, S]; of a segment that the reference
+    does not reach, the whole decode's."""
+    at = segment_of(curves.loss.shape[2])
+    whole = curves.loss.sum(2) / curves.forwards[:, None]
+    parts = []
+    for s in range(SEGMENTS):
+        count = curves.valid[:, at == s].sum(1)[:, None]
+        mean = curves.loss[:, :, at == s].sum(2) / np.maximum(count, 1)
+        parts.append(np.where(count > 0, mean, whole))
+    return np.stack(parts, axis=2)
+
+
+def regression(train: CurveSet, test: CurveSet, targets: Sequence[float], seed: int) -> list[Outcome]:
+    """The loss curve, by precision and segment, regressed on the prompt's features (in logarithms, and
+    brought back to the right mean); the plan per prompt by the prediction."""
+    x, _ = standardised(train.features, train.features)
+    y = segment_means(train)
+    model = ridge(x, np.log(y + 1e-4).reshape(len(train), -1))
+    scale = y.mean(0) / np.exp(model(x)).reshape(y.shape).mean(0)
+
+    def predicted(part: CurveSet, plans: np.ndarray) -> np.ndarray:
+        _, points = standardised(train.features, part.features)
+        curve = np.exp(model(points)).reshape(-1, *y.shape[1:]) * scale  # [N, C, S]
+        along = curve[:, :, segment_of(plans.shape[1])] * part.valid[:, None, :]  # [N, C, M]
+        chosen = plans[:, None, :] == np.arange(len(part.chain))[None, :, None]
+        return along.reshape(len(part), -1) @ chosen.reshape(len(plans), -1).T
+
+    return by_prediction(train, test, targets, predicted)
+
+
+POLICIES: dict[str, Policy] = {
+    "random": random_plan,
+    "static, any order": any_order,
+    "static per kind": per_kind,
+    "static per cluster": per_cluster,
+    "regression": regression,
+}
+"""What is compared with `static`, by name. A program may add more."""

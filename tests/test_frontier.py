@@ -1,0 +1,188 @@
+"""The comparison with the static frontier on made-up curves whose answer is known: a policy with a true gain
+is found, one without is not, and the oracle bounds them all."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from pmpd.evaluation import curve_set, frontier, online_policies, policies
+from pmpd.evaluation.curve_set import CurveSet, Outcome, cross_fitted, folds
+from pmpd.evaluation.frontier import Resampling, StaticFrontier, gain_of, holm, lower_hull, prompts_needed
+from pmpd.schedulers.base import ObservedRows
+from pmpd.schedulers.online import OnlineScheduler
+
+CHAIN, FORWARDS = (4, 3, 2), 24
+WIDTH_LOSS = np.asarray([0.05, 0.2, 0.8])
+TARGETS = (2.5, 3.0)
+
+
+def made_up(prompts: int, seed: int, kind_effect: float = 0.0, step_effect: float = 0.0) -> CurveSet:
+    """Loss = a width's mean x what the prompt's kind and the step's hidden state make of it x noise. The
+    entropy behind a forward shows the state of the next one, whatever the precision."""
+    rng = np.random.default_rng(seed)
+    kinds = rng.integers(0, 2, prompts)
+    hidden = rng.normal(size=(prompts, FORWARDS + 1))
+    for t in range(1, FORWARDS + 1):
+        hidden[:, t] = 0.8 * hidden[:, t - 1] + 0.6 * hidden[:, t]
+    lengths = rng.integers(FORWARDS // 2, FORWARDS + 1, prompts)
+    valid = np.arange(FORWARDS) < lengths[:, None]
+    factor = np.exp(kind_effect * (2 * kinds - 1)[:, None] + step_effect * hidden[:, :-1])
+    noise = rng.gamma(4, 0.25, size=(prompts, len(CHAIN), FORWARDS))
+    loss = WIDTH_LOSS[None, :, None] * factor[:, None, :] * noise * valid[:, None, :]
+    entropy = np.repeat(np.exp(hidden[:, None, 1:]), len(CHAIN), axis=1)
+    features = np.column_stack([kinds + 0.3 * rng.normal(size=prompts), rng.normal(size=(prompts, 3))])
+    return CurveSet(
+        keys=tuple(f"{i:016x}" for i in range(prompts)),
+        groups=np.arange(prompts) // 2,
+        kinds=kinds,
+        chain=CHAIN,
+        loss=loss,
+        valid=valid,
+        statistics={"entropy": entropy, "margin": np.exp(-entropy), "top_probability": np.exp(-entropy)},
+        start={"entropy": np.exp(hidden[:, 0]), "margin": np.exp(-np.exp(hidden[:, 0]))},
+        features=features,
+        feature_names=("a", "b", "c", "d"),
+    )
+
+
+def static_frontier(curves: CurveSet, fold, resamples: int = 400) -> StaticFrontier:
+    budgets = np.linspace(CHAIN[-1], CHAIN[0], 21).tolist()
+    resampling = Resampling.of(curves.groups, resamples, seed=3)
+    return StaticFrontier(cross_fitted(curves, fold, policies.static, budgets), resampling)
+
+
+def gains(curves: CurveSet, policy, targets=TARGETS) -> list[frontier.Gain]:
+    fold = folds(curves, 4, seed=1)
+    below = static_frontier(curves, fold)
+    outcomes = cross_fitted(curves, fold, policy, targets)
+    return [gain_of("it", outcome, below, t) for outcome, t in zip(outcomes, targets, strict=True)]
+
+
+def test_a_policy_with_a_true_gain_is_found_and_the_oracle_gains_more():
+    curves = made_up(300, seed=0, kind_effect=1.0)
+    told = replace(curves, features=curves.features[:, :1])  # without what tells nothing
+    for policy in (policies.per_kind, policies.per_cluster, policies.regression):
+        for gain in gains(told if policy is policies.per_cluster else curves, policy):
+            assert gain.low > 0, (policy.__name__, gain)
+            assert abs(gain.bits - gain.target_bits) < 0.1, "the budget was not kept"
+    best = gains(curves, policies.oracle_plan)
+    tokens = gains(curves, policies.oracle_token)
+    for kind, plan, token in zip(gains(curves, policies.per_kind), best, tokens, strict=True):
+        assert kind.gain < plan.gain < token.gain
+
+
+def test_the_gain_found_is_the_true_one():
+    """Two kinds, the second without any loss at fewer bits: the best policy gives it the lowest precision, so
+    the first kind has twice what the mean leaves above the lowest."""
+    curves = made_up(4000, seed=5)
+    loss = np.broadcast_to(WIDTH_LOSS[None, :, None], curves.loss.shape) * curves.valid[:, None, :]
+    loss = np.where(curves.kinds[:, None, None] == 1, 0.0, loss)
+    flat = CurveSet(**{**vars(curves), "loss": loss})
+    (gain,) = gains(flat, policies.per_kind, (2.5,))
+    # static at 2.5 bits: half of the prompts lose (0.8 + 0.2) / 2; by kind: those at 3 bits lose 0.2
+    assert gain.static_loss == pytest.approx(0.25, abs=0.01)
+    assert gain.loss == pytest.approx(0.1, abs=0.01)
+    assert gain.low < 0.15 < gain.high or gain.gain == pytest.approx(0.15, abs=0.01)
+
+
+def test_an_online_policy_is_found_where_the_state_tells_of_the_next_step_only():
+    curves = made_up(160, seed=2, step_effect=1.0)
+    for policy in (online_policies.online, online_policies.online_regression):
+        for gain in gains(curves, policy):
+            assert gain.low > 0, (policy.__name__, gain)
+    for gain in gains(curves, policies.regression):
+        assert gain.p > 0.01, "a policy that sees the prompt can't gain by the steps"
+
+
+def test_no_policy_is_found_where_there_is_nothing_to_know():
+    """The share of false finds over many made-up studies, every policy in each."""
+    found, tried, kept = 0, 0, []
+    for seed in range(20):
+        curves = made_up(80, seed=100 + seed)
+        fold = folds(curves, 4, seed)
+        below = static_frontier(curves, fold, resamples=200)
+        study = []
+        for policy in (policies.random_plan, policies.per_kind, policies.per_cluster, policies.regression):
+            for outcome in cross_fitted(curves, fold, policy, TARGETS):
+                gain = gain_of("it", outcome, below)
+                found, tried = found + (gain.p < 0.05 and gain.gain > 0), tried + 1
+                study.append(gain.p if gain.gain > 0 else 1.0)
+        kept.append(min(holm(study)) < 0.05)
+    assert found / tried <= 0.06, f"{found} of {tried} tries of nothing were called a gain"
+    assert sum(kept) <= 3, "Holm's correction must keep whole studies free of false finds"
+
+
+def test_the_frontier_is_convex_and_a_static_plan_gains_nothing():
+    curves = made_up(60, seed=4)
+    fold = folds(curves, 3, seed=0)
+    below = static_frontier(curves, fold)
+    assert (np.diff(below.loss) <= 1e-9).all()
+    for target in (2.3, 3.1, 3.8):
+        (outcome,) = cross_fitted(curves, fold, policies.static, [target])
+        gain = gain_of("static", outcome, below, target)
+        assert abs(gain.percent) < 1.0
+        assert gain.low <= 1e-6
+    hull = lower_hull(np.asarray([2.0, 3.0, 4.0, 3.0, 2.5]), np.asarray([1.0, 0.5, 0.1, 0.9, 0.74]))
+    assert hull.tolist() == [0, 4, 1, 2] or hull.tolist() == [0, 1, 2]
+
+
+def test_folds_and_resamples_keep_groups_together():
+    curves = made_up(40, seed=6)
+    fold = folds(curves, 5, seed=9)
+    assert all(len(set(fold[curves.groups == group])) == 1 for group in set(curves.groups.tolist()))
+    counts = Resampling.of(curves.groups, 50, seed=0).counts
+    assert (counts[:, 0::2] == counts[:, 1::2]).all()
+    assert (counts.sum(1) == 40).all()
+
+
+def test_an_outcome_is_weighted_by_forwards():
+    curves = made_up(10, seed=7)
+    levels = np.ones(curves.valid.shape, dtype=int)
+    levels[::2] = 2
+    outcome = curves.outcome(levels)
+    bits = [3.0 if n % 2 else 2.0 for n in range(10) for _ in range(int(curves.valid[n].sum()))]
+    assert outcome.mean_bits == pytest.approx(np.mean(bits))
+    half = Outcome.mix(outcome, curves.outcome(np.zeros_like(levels)), 0.25)
+    assert half.mean_bits == pytest.approx(0.75 * np.mean(bits) + 0.25 * 4)
+    loss, bits_NP = curves.plan_tables(levels[:2])
+    np.testing.assert_allclose(loss[1, 1], curves.loss[1, 1, curves.valid[1]].sum())
+    np.testing.assert_allclose(bits_NP[0, 0], 2 * curves.valid[0].sum())
+
+
+def test_holm_and_the_number_of_prompts_are_the_textbooks():
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    gain = frontier.Gain("a", 3.0, 3.0, 0.9, 1.0, 0.1, 0.0, 0.2, error=0.05, p=0.04)
+    assert prompts_needed(gain, 100, percent=14.01) == 100
+    assert prompts_needed(gain, 100, percent=1.4007) == pytest.approx(10000, abs=2)
+
+
+def test_the_simulated_online_scheduler_is_the_scheduler():
+    curves = made_up(12, seed=8, step_effect=1.0)
+    setting = online_policies.Thresholds("entropy", 0.8, 1.6, patience=2, hold=3)
+    levels = online_policies.follow(curves, setting)
+    scheduler = OnlineScheduler(CHAIN, "entropy", 0.8, 1.6, 2, 3)
+    states = [type(scheduler).begin(scheduler, _prefill(12)).states[0]] * 12
+    place = np.zeros(12, dtype=int)
+    for t in range(FORWARDS):
+        assert (levels[:, t] == place).all(), t
+        seen = {"entropy": curves.statistics["entropy"][np.arange(12), place, t]}
+        rows = ObservedRows(["a"] * 12, np.full(12, t + 1), np.asarray(CHAIN)[place], None, states, seen)
+        place = np.asarray([CHAIN.index(bits) for bits in scheduler.observe(rows).tolist()])
+    assert len(set(levels.ravel().tolist())) == 3, "not all precisions were used"
+
+
+def _prefill(rows: int):
+    from pmpd.schedulers.base import PrefillState
+
+    return PrefillState(["a"] * rows, [FORWARDS] * rows, [5] * rows, lambda: None)
+
+
+def test_labels_without_curves_are_refused():
+    row = {"prompt_id": "a", "error": None, "curves": None}
+    with pytest.raises(ValueError, match="the labels have no curves; label with `pmpd label --rule kl`"):
+        curve_set.curve_set([row], {"a": 0}, {"a": 0})
+    with pytest.raises(ValueError, match="2 to 4 bits"):
+        frontier.check_targets(CHAIN, [5.0])
