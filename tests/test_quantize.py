@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -190,7 +191,12 @@ def test_a_run_killed_between_layers_goes_on(half_folder: Path, quantized: Path,
     [(("inputs", 8), [("inputs", 9, 9)]), (("tuning", 2), [("tuning", 3, 4), ("tuning", 4, 4)])],
 )
 def test_a_run_goes_on_behind_the_last_group_of_texts_or_tuning_step(
-    half_folder: Path, quantized: Path, tmp_path: Path, where: tuple[str, int], next_steps: list
+    half_folder: Path,
+    quantized: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    where: tuple[str, int],
+    next_steps: list,
 ) -> None:
     class Stopped(Exception):
         pass
@@ -199,6 +205,7 @@ def test_a_run_goes_on_behind_the_last_group_of_texts_or_tuning_step(
         if (stage, done) == where:
             raise Stopped
 
+    monkeypatch.setattr(convert, "_SECONDS_PER_SAVE", 0.0)
     with pytest.raises(Stopped):
         quantize_checkpoint(half_folder, tmp_path / "out", SMALL, TEXTS, on_progress=stop)
     steps = []
@@ -243,16 +250,43 @@ def test_other_settings_do_not_take_up_an_unfinished_run(
 ) -> None:
     samples = split_samples(torch.zeros(8, 4, dtype=torch.int64), 2, 4)
     others = split_samples(torch.ones(8, 4, dtype=torch.int64), 2, 4)
-    checkpoint = Checkpoint(half_folder)
-    prints = {
-        convert._fingerprint(checkpoint, QuantizeConfig(), None),
-        convert._fingerprint(checkpoint, QuantizeConfig(), samples),
-        convert._fingerprint(checkpoint, QuantizeConfig(), others),
-        convert._fingerprint(checkpoint, QuantizeConfig(tuning_rate=0.01), samples),
-        convert._fingerprint(checkpoint, QuantizeConfig(parent_precision=3), None),
-        convert._fingerprint(Checkpoint(quantized), QuantizeConfig(), None),
+    config, checkpoint = QuantizeConfig(), Checkpoint(half_folder)
+    layers = {
+        convert._layers_fingerprint(checkpoint, config, None),
+        convert._layers_fingerprint(checkpoint, config, samples.inputs),
+        convert._layers_fingerprint(checkpoint, config, others.inputs),
+        convert._layers_fingerprint(checkpoint, QuantizeConfig(parent_precision=3), None),
+        convert._layers_fingerprint(Checkpoint(quantized), config, None),
     }
-    assert len(prints) == 6
+    assert len(layers) == 5
+    whole = {
+        convert._fingerprint("layers", config, None),
+        convert._fingerprint("others", config, None),
+        convert._fingerprint("layers", config, samples),
+        convert._fingerprint("layers", config, others),
+        convert._fingerprint("layers", QuantizeConfig(tuning_rate=0.01), samples),
+    }
+    assert len(whole) == 5
+
+
+def test_other_tuning_takes_up_the_same_layers(half_folder: Path, quantized: Path, tmp_path: Path) -> None:
+    class Stopped(Exception):
+        pass
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if stage == "tuning":
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        quantize_checkpoint(
+            half_folder, tmp_path / "out", replace(SMALL, tuning_rate=0.3), TEXTS, on_progress=stop
+        )
+    stages = []
+    quantize_checkpoint(
+        half_folder, tmp_path / "out", SMALL, TEXTS, on_progress=lambda stage, *_: stages.append(stage)
+    )
+    assert not {"inputs", "layers"} & set(stages)
+    assert same(tmp_path / "out", quantized)
 
 
 def test_a_finished_folder_is_returned_and_a_foreign_one_is_left_alone(

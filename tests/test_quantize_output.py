@@ -11,10 +11,17 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from pmpd.quantize import feedback
-from pmpd.quantize.feedback import choose_codes, damped, error_factor, output_errors, refit_tables
+from pmpd.quantize.feedback import (
+    RowMetric,
+    choose_codes,
+    damped,
+    error_factor,
+    output_errors,
+    refit_tables,
+)
 from pmpd.quantize.kmeans import QuantizedRows, quantize_rows
 from pmpd.quantize.moments import NORM_LIMIT, InputMoments, add_input_moments
-from pmpd.quantize.tuning import TunedLinear, better_tables, divergence, tune_tables, with_tables
+from pmpd.quantize.tuning import TunedLinear, basis, better_tables, divergence, tune_tables, with_tables
 from tests.helpers import write_dense
 
 
@@ -26,6 +33,10 @@ def example(rows: int = 24, columns: int = 192, seed: int = 0) -> tuple[torch.Te
     x = torch.randn(2000, columns // 4, generator=generator) @ mix
     x += 0.3 * torch.randn(2000, columns, generator=generator)
     return weight, damped(x.T @ x)
+
+
+def by_precision(metric: RowMetric) -> torch.Tensor:
+    return torch.stack([metric.errors[bits] for bits in sorted(metric.errors)]).double()
 
 
 def seeds(weight: torch.Tensor, hessian: torch.Tensor, parent: int = 4) -> QuantizedRows:
@@ -58,7 +69,8 @@ def test_without_correlation_feedback_rounds_to_the_nearest_value() -> None:
 def test_a_refit_never_raises_an_error_and_knows_it(parent: int) -> None:
     weight, hessian = example()
     rows = seeds(weight, hessian, parent)
-    fitted, errors = refit_tables(weight, hessian, rows)
+    fitted, metric = refit_tables(weight, hessian, rows)
+    errors = by_precision(metric)
     before = output_errors(weight, hessian, rows)
     assert (errors <= before * (1 + 1e-4)).all()
     assert (errors.sum(1) < 0.95 * before.sum(1)).all()
@@ -81,13 +93,37 @@ def test_a_refit_is_the_least_squares_solution() -> None:
                 assert (worse >= best * (1 - 1e-3)).all()
 
 
+@pytest.mark.parametrize(("seed", "parent"), [(2, 4), (3, 6), (5, 6)])
+def test_the_metric_says_what_moving_a_table_costs(seed: int, parent: int) -> None:
+    """At the table of least squares, any change δ costs δᵀ M δ; columns of the basis cost the row's error."""
+    weight, hessian = example(rows=5, columns=64)
+    rows = quantize_rows(weight, hessian.diagonal().float().expand(weight.shape), seed, parent)
+    fitted, metric = refit_tables(weight, hessian, rows)
+    best = by_precision(metric)
+    highest = max(seed, 4)
+    assert metric.sums.shape == (5, 2**highest, 2**highest)
+    for index, bits in enumerate(range(seed, highest + 1)):
+        table = fitted.tables[bits].float()
+        change = 0.1 * torch.randn(table.shape, generator=torch.Generator().manual_seed(bits)).double()
+        moved = QuantizedRows(fitted.codes, {**fitted.tables, bits: table + change.float()})
+        cost = output_errors(weight, hessian, moved)[index] - best[index]
+        expected = torch.einsum("ni,nij,nj->n", change, metric.of(bits), change)
+        torch.testing.assert_close(cost, expected, rtol=0.05, atol=1e-6)
+        costs = basis(metric, bits).double().transpose(1, 2) @ metric.of(bits) @ basis(metric, bits).double()
+        used = torch.stack([(fitted.codes >> (parent - bits) == c).any(1) for c in range(2**bits)], 1)
+        found = costs.diagonal(dim1=1, dim2=2) / best[index].unsqueeze(1)
+        assert (found <= 1 + 1e-3).all(), "the ridge only shortens steps"
+        assert found[used].median() > 0.5
+
+
 def test_rows_and_runs_do_not_depend_on_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, hessian = example()
-    whole, errors = feedback.quantize_for_output(weight, hessian, 2, 4)
+    whole, metric = feedback.quantize_for_output(weight, hessian, 2, 4)
+    errors = by_precision(metric)
     again, _ = feedback.quantize_for_output(weight, hessian, 2, 4)
     assert torch.equal(whole.codes, again.codes)
     monkeypatch.setattr(feedback, "_FIT_ELEMENTS", 1)
-    _, half_errors = feedback.quantize_for_output(weight[:9], hessian, 2, 4)
+    half_errors = by_precision(feedback.quantize_for_output(weight[:9], hessian, 2, 4)[1])
     # a sum that rounds differently may tip one code, and with it what comes after
     assert (half_errors / errors[:, :9] - 1).abs().median() < 0.01
     kept = hessian.clone()
@@ -145,15 +181,19 @@ def test_a_massive_token_does_not_hide_the_others() -> None:
     assert float(moments.of("linear.0").trace()) <= (NORM_LIMIT**2 + 4 * 50) * median**2
 
 
-def small_model(tmp_path: Path) -> tuple[nn.Module, dict[str, QuantizedRows]]:
+def small_model(tmp_path: Path) -> tuple[nn.Module, dict[str, QuantizedRows], dict[str, RowMetric]]:
     folder = write_dense(tmp_path, "qwen2")  # with biases
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    quantized = {
-        name: quantize_rows(module.weight.detach(), None, 2, 3)
+    fitted = {
+        name: refit_tables(
+            module.weight.detach(),
+            torch.eye(module.in_features).double(),
+            quantize_rows(module.weight.detach(), None, 2, 3),
+        )
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear) and "layers" in name
     }
-    return model, quantized
+    return model, *({name: pair[index] for name, pair in fitted.items()} for index in (0, 1))
 
 
 def test_a_layer_with_tables_has_the_gradient_of_its_dequantized_weights() -> None:
@@ -164,13 +204,12 @@ def test_a_layer_with_tables_has_the_gradient_of_its_dequantized_weights() -> No
     x = torch.randn(2, 5, 32, requires_grad=True)
     for bits in (2, 3):
         layer.bits = bits
-        shift = layer.shift[bits].requires_grad_(True)
+        tuned = layer.tables[bits].requires_grad_(True)
         layer(x).square().sum().backward()
-        found, found_x = shift.grad, x.grad
+        found, found_x = tuned.grad, x.grad
         x.grad = None
-        plain = torch.zeros_like(shift).requires_grad_(True)
-        table = rows.tables[bits].float() + layer.scale * plain
-        weight = table.gather(1, (rows.codes >> (3 - bits)).long())
+        plain = rows.tables[bits].float().requires_grad_(True)
+        weight = plain.gather(1, (rows.codes >> (3 - bits)).long())
         nn.functional.linear(x, weight, linear.bias).square().sum().backward()
         torch.testing.assert_close(found, plain.grad)
         torch.testing.assert_close(found_x, x.grad)
@@ -180,10 +219,9 @@ def test_a_layer_with_tables_has_the_gradient_of_its_dequantized_weights() -> No
 def test_divergence_and_its_gradient() -> None:
     torch.manual_seed(0)
     logits, target = torch.randn(300, 9, requires_grad=True), torch.randn(300, 9)
+    target = target.log_softmax(1)
     value, gradient = divergence(logits.detach(), target)
-    loss = nn.functional.kl_div(
-        logits.log_softmax(1), target.log_softmax(1), log_target=True, reduction="batchmean"
-    )
+    loss = nn.functional.kl_div(logits.log_softmax(1), target, log_target=True, reduction="batchmean")
     loss.backward()
     assert value == pytest.approx(loss.item(), rel=1e-5)
     torch.testing.assert_close(gradient, logits.grad)
@@ -191,7 +229,7 @@ def test_divergence_and_its_gradient() -> None:
 
 
 def test_tuning_lowers_the_divergence_goes_on_and_leaves_the_model_as_it_was(tmp_path: Path) -> None:
-    model, quantized = small_model(tmp_path)
+    model, quantized, metrics = small_model(tmp_path)
     samples = torch.randint(0, 256, (1, 48), generator=torch.Generator().manual_seed(0)).expand(8, -1)
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
     states: list[dict[str, torch.Tensor]] = []
@@ -199,7 +237,7 @@ def test_tuning_lowers_the_divergence_goes_on_and_leaves_the_model_as_it_was(tmp
     def keep(state) -> None:
         states.append({name: tensor.clone() for name, tensor in state.tensors.items()})
 
-    tuned, state = tune_tables(model, quantized, samples, 0.02, on_step=keep)
+    tuned, state = tune_tables(model, quantized, metrics, samples, 0.2, on_step=keep)
     for bits in (2, 3):
         values = [step[bits] for step in state.divergence if bits in step]
         assert len(values) == (8 if bits == 2 else 4)
@@ -207,16 +245,16 @@ def test_tuning_lowers_the_divergence_goes_on_and_leaves_the_model_as_it_was(tmp
     assert all(torch.equal(before[name], parameter) for name, parameter in model.named_parameters())
     assert all(torch.equal(tuned[name].codes, rows.codes) for name, rows in quantized.items())
     state.step, state.tensors, state.divergence = 3, states[2], state.divergence[:3]
-    resumed, _ = tune_tables(model, quantized, samples, 0.02, state)
+    resumed, _ = tune_tables(model, quantized, metrics, samples, 0.2, state)
     for name, rows in tuned.items():
         for bits, table in rows.tables.items():
             assert torch.equal(table, resumed[name].tables[bits])
 
 
 def test_tuning_that_makes_a_precision_worse_is_not_kept(tmp_path: Path) -> None:
-    model, fitted = small_model(tmp_path)
+    model, fitted, metrics = small_model(tmp_path)
     samples = torch.randint(0, 256, (4, 48), generator=torch.Generator().manual_seed(0))
-    tuned, _ = tune_tables(model, fitted, samples, 0.02)
+    tuned, _ = tune_tables(model, fitted, metrics, samples, 0.2)
     kept, perplexity = better_tables(fitted, {"2": 9.0, "3": 5.0}, tuned, {"2": 8.0, "3": 6.0})
     assert perplexity == {"2": 8.0, "3": 5.0}
     for name, rows in kept.items():
@@ -226,7 +264,7 @@ def test_tuning_that_makes_a_precision_worse_is_not_kept(tmp_path: Path) -> None
 
 
 def test_a_layer_switches_between_its_weights_and_its_tables(tmp_path: Path) -> None:
-    model, quantized = small_model(tmp_path)
+    model, quantized, _ = small_model(tmp_path)
     ids = torch.arange(12).unsqueeze(0)
     with torch.no_grad():
         plain = model(ids).logits
@@ -242,6 +280,6 @@ def test_a_layer_switches_between_its_weights_and_its_tables(tmp_path: Path) -> 
 @pytest.mark.gpu
 def test_a_gpu_quantizes_as_well_as_a_cpu() -> None:
     weight, hessian = example()
-    _, here = feedback.quantize_for_output(weight, hessian, 2, 4)
-    _, there = feedback.quantize_for_output(weight.cuda(), hessian.cuda(), 2, 4)
+    here = by_precision(feedback.quantize_for_output(weight, hessian, 2, 4)[1])
+    there = by_precision(feedback.quantize_for_output(weight.cuda(), hessian.cuda(), 2, 4)[1])
     torch.testing.assert_close(there.cpu().sum(1), here.sum(1), rtol=0.03, atol=0)

@@ -2,9 +2,9 @@
 
 Three stages: what the inputs of the layers look like on calibration texts (`moments`), codes and tables layer
 by layer (`feedback`), and the tables of all layers tuned together (`tuning`). Everything unfinished lives in
-a work folder beside the output, named by a fingerprint of model, calibration tokens and settings: a run that
-is started again goes on behind the last group of texts, the last layer or the last tuning step; the output
-folder appears at the end, complete, by one rename.
+a work folder beside the output, named by a fingerprint of what codes depend on: a run that is started again
+goes on behind the last group of texts, the last layer or the last saved tuning step, and one with other
+settings of the tuning uses the same layers. The output folder appears at the end, complete, by one rename.
 
 Peak memory: one copy of the model (float32 on a CPU, bfloat16 on a GPU), and beside it, one after the other,
 the second moments of a group of layers (`moments_bytes`), or one byte a quantized weight with the activations
@@ -35,7 +35,7 @@ from pmpd.evaluation.perplexity import perplexity
 from pmpd.kernels import bitplanes
 from pmpd.quantize.calibration import calibration_samples
 from pmpd.quantize.config import QuantizeConfig
-from pmpd.quantize.feedback import damped, quantize_for_output
+from pmpd.quantize.feedback import RowMetric, damped, quantize_for_output
 from pmpd.quantize.kmeans import QuantizedRows, quantize_rows, weighted_error
 from pmpd.quantize.layers import LayerPlan, find_layers
 from pmpd.quantize.moments import InputMoments, add_input_moments
@@ -48,11 +48,14 @@ from pmpd.weights.mixed import open_checkpoint
 from pmpd.weights.naming import NamedTensors
 from pmpd.weights.skeleton import build_skeleton, fill
 
-_LAYOUT = 2
+_LAYOUT = 3
 """Raised when what is computed or stored changes, so that an older work folder is not taken up."""
 
 _SAMPLES_PER_SAVE = 8
 """After so many pieces of text the moments are written, so that a killed run loses no more."""
+
+_SECONDS_PER_SAVE = 20.0
+"""After so many seconds of tuning its state is written."""
 
 _VALIDATION_SAMPLES = 4
 """Pieces of text, not used for anything else, on which the result is measured at the end."""
@@ -127,7 +130,8 @@ def quantize_checkpoint(
     check_unquantized(checkpoint)
     plan, stored = _checked_plan(checkpoint)
     samples = _samples(checkpoint, config, texts) if config.weighted else None
-    fingerprint = _fingerprint(checkpoint, config, samples)
+    layers = _layers_fingerprint(checkpoint, config, None if samples is None else samples.inputs)
+    fingerprint = _fingerprint(layers, config, samples)
     if (done := _finished(output, fingerprint)) is not None:
         return done
     run = _Run(
@@ -136,7 +140,8 @@ def quantize_checkpoint(
         plan,
         config,
         samples,
-        WorkFolder(output.parent / f".{output.name}.work-{fingerprint}"),
+        WorkFolder(output.parent / f".{output.name}.work-{layers}"),
+        f"tuning-{fingerprint}",
         device,
         dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16),
         moments_bytes,
@@ -213,16 +218,28 @@ def split_samples(pieces: Tensor, inputs: int, tuning: int) -> _Samples:
     return _Samples(first, halves.repeat(-(-tuning // len(halves)), 1)[:tuning], kept)
 
 
-def _fingerprint(checkpoint: Checkpoint, config: QuantizeConfig, samples: _Samples | None) -> str:
-    """16 hex digits; what has no influence on the result is left out."""
+def _layers_fingerprint(checkpoint: Checkpoint, config: QuantizeConfig, inputs: Tensor | None) -> str:
+    """16 hex digits of what codes and fitted tables depend on."""
     digest = hashlib.sha256(
         f"{_LAYOUT} {checkpoint.fingerprint()} {config.seed_precision} {config.parent_precision}".encode()
     )
+    _add(digest, inputs)
+    return digest.hexdigest()[:16]
+
+
+def _fingerprint(layers: str, config: QuantizeConfig, samples: _Samples | None) -> str:
+    """16 hex digits of all that the result depends on; what has no influence is left out."""
+    digest = hashlib.sha256(layers.encode())
     if samples is not None:
-        for part in (samples.inputs, samples.tuning, samples.validation):
-            digest.update(f" {list(part.shape)}".encode() + part.contiguous().numpy().tobytes())
+        _add(digest, samples.tuning)
+        _add(digest, samples.validation)
         digest.update(f" {config.tuning_rate}".encode())
     return digest.hexdigest()[:16]
+
+
+def _add(digest: Any, pieces: Tensor | None) -> None:
+    if pieces is not None:
+        digest.update(f" {list(pieces.shape)}".encode() + pieces.contiguous().numpy().tobytes())
 
 
 def _finished(output: Path, fingerprint: str) -> Summary | None:
@@ -251,6 +268,9 @@ class _Run:
     config: QuantizeConfig
     samples: _Samples | None
     work: WorkFolder
+    """Of the layers: other settings of the tuning take up the same one."""
+    tuning_name: str
+    """Of the tuning's file in it."""
     device: torch.device
     dtype: torch.dtype
     moments_bytes: int
@@ -323,6 +343,7 @@ class _Run:
     def _quantize_layer(self, layer: int, moments: InputMoments | None) -> None:
         """Writes the layer's tensors, with the errors of each precision beside them."""
         tensors: dict[str, Tensor] = {}
+        metrics: dict[str, Tensor] = {}
         errors = {bits: [0.0, 0.0] for bits in self.config.precisions}
         shared: dict[str, list[str]] = {}  # linears of one input are one matrix
         for path in self.paths([layer]):
@@ -336,9 +357,9 @@ class _Run:
                     rows = quantize_rows(weight, None, seed, parent)
                     found = [weighted_error(weight, None, rows, bits) for bits in self.config.precisions]
                 else:
-                    rows, by_row = quantize_for_output(weight, moments.sums[key], seed, parent)
+                    rows, metric = quantize_for_output(weight, moments.sums[key], seed, parent)
                     total = float(((weight @ damped(moments.sums[key]).float()) * weight).sum())
-                    found = [(error, total) for error in by_row.sum(1).tolist()]
+                    found = [(float(metric.errors[bits].sum()), total) for bits in self.config.precisions]
             except ValueError as error:
                 raise UserError(f"{', '.join(paths)}: {error}") from error
             for bits, pair in zip(self.config.precisions, found, strict=True):
@@ -350,7 +371,12 @@ class _Run:
                 start += len(part)
                 for bits, table in rows.tables.items():
                     tensors[f"{path}.lut{bits}"] = table[span].cpu()
+                if moments is not None:
+                    metrics[f"{path}.sums"] = metric.sums[span].cpu()
+                    metrics |= {f"{path}.error{b}": error[span].cpu() for b, error in metric.errors.items()}
                 tensors[f"{path}.qweight"] = bitplanes.pack(rows.codes[span].contiguous(), parent).cpu()
+        if metrics:
+            self.work.save(f"metric-{layer:05d}", metrics)
         self.work.save(self.layer_name(layer), tensors, errors)
 
     def total_errors(self) -> tuple[dict[str, float], int]:
@@ -377,21 +403,35 @@ class _Run:
         if self.samples is None or not len(self.samples.tuning) + len(self.samples.validation):
             return state, found
         quantized = self._quantized()
-        if self.work.has("tuning"):
-            meta = self.work.meta("tuning")
+        if self.work.has(self.tuning_name):
+            meta = self.work.meta(self.tuning_name)
             divergence = [{int(bits): value for bits, value in step.items()} for step in meta["divergence"]]
-            tensors = {key: tensor.to(self.device) for key, tensor in self.work.load("tuning").items()}
+            tensors = {
+                key: tensor.to(self.device) for key, tensor in self.work.load(self.tuning_name).items()
+            }
             state = TuningState(meta["step"], tensors, divergence)
         steps = len(self.samples.tuning)
+        saved = time.monotonic()
 
         def on_step(state: TuningState) -> None:
-            self.work.save("tuning", state.tensors, {"step": state.step, "divergence": state.divergence})
+            nonlocal saved
+            if time.monotonic() - saved >= _SECONDS_PER_SAVE or state.step == steps:
+                self.work.save(
+                    self.tuning_name, state.tensors, {"step": state.step, "divergence": state.divergence}
+                )
+                saved = time.monotonic()
             self.on_progress("tuning", state.step, steps)
 
         fitted = quantized
         if steps:
             quantized, state = tune_tables(
-                self.loaded(), quantized, self.samples.tuning, self.config.tuning_rate, state, on_step
+                self.loaded(),
+                quantized,
+                self._metrics(),
+                self.samples.tuning,
+                self.config.tuning_rate,
+                state,
+                on_step,
             )
         if len(self.samples.validation):
             found = self._validate(quantized, self.samples.validation)
@@ -417,10 +457,20 @@ class _Run:
                 )
         return result
 
+    def _metrics(self) -> dict[str, RowMetric]:
+        """Beside the result of stage two."""
+        result = {}
+        for layer in range(self.plan.count):
+            stored = self.work.load(f"metric-{layer:05d}")
+            for path in self.paths([layer]):
+                errors = {bits: stored[f"{path}.error{bits}"] for bits in self.config.precisions}
+                result[path] = RowMetric(errors, stored[f"{path}.sums"])
+        return result
+
     def _validate(self, quantized: dict[str, QuantizedRows], pieces: Tensor) -> dict[str, float]:
         """Precision, 16 too -> perplexity on `pieces`."""
         model = self.loaded()
-        found = {}
+        found: dict[str, float] = {}
         with with_tables(model, quantized) as linears:
             choices = [None, *reversed(self.config.precisions)]
             for done, bits in enumerate(choices, start=1):

@@ -17,6 +17,8 @@ second moments of the inputs.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -36,6 +38,9 @@ errors in the end differ by a few parts in a thousand, either way."""
 _BLOCK = 64
 """Columns after which the errors are passed on to all later columns."""
 
+MAX_METRIC_BITS = 4
+"""Of the metric that is kept: 2**b values squared for each row."""
+
 _FIT_ELEMENTS = 4 * 1024 * 1024
 """Of the one-hot matrix of one chunk of rows."""
 
@@ -52,9 +57,9 @@ def damped(hessian: Tensor) -> Tensor:
 @torch.no_grad()
 def quantize_for_output(
     weight: Tensor, hessian: Tensor, seed_bits: int, parent_bits: int
-) -> tuple[QuantizedRows, Tensor]:
-    """`weight` [N, K] quantized so that tr((W − Ŵ) H (W − Ŵ)ᵀ) is small at each precision seed..parent; with
-    the rows' parts of it, float64 [B, N], lowest precision first (H damped).
+) -> tuple[QuantizedRows, RowMetric]:
+    """`weight` [N, K] quantized so that tr((W − Ŵ) H (W − Ŵ)ᵀ) is small at each precision seed..parent (H
+    damped); with the rows' parts of it and what moving their tables would cost.
 
     Works on the device of `weight`; `hessian` float [K, K] symmetric, not negative. A row's result does not
     depend on the other rows. ValueError: see `quantize_rows`.
@@ -164,12 +169,30 @@ def _shares(weight: Tensor, tables: list[Tensor]) -> Tensor:
     return torch.stack(shares)
 
 
-def refit_tables(weight: Tensor, damped_hessian: Tensor, rows: QuantizedRows) -> tuple[QuantizedRows, Tensor]:
+@dataclass(frozen=True)
+class RowMetric:
+    """The error of a row's output as a function of its tables: `errors` precision b -> float32 [N], at the
+    tables there are; `sums` float32 [N, C, C] = Sᵀ H S, S marking each column's code at C = 2**b codes, of
+    the highest precision b ≤ `MAX_METRIC_BITS` (all tables are above it: of the lowest)."""
+
+    errors: dict[int, Tensor]
+    sums: Tensor
+
+    def of(self, bits: int) -> Tensor:
+        """float64 [N, 2**bits, 2**bits]: a table moved by δ costs δᵀ M δ; `bits` at most those of `sums`."""
+        return _merged(self.sums.double(), bits)
+
+
+def refit_tables(
+    weight: Tensor, damped_hessian: Tensor, rows: QuantizedRows
+) -> tuple[QuantizedRows, RowMetric]:
     """The same codes with, for each row and precision, the table t that minimizes (w − St)ᵀ H (w − St), where
     S [K, 2**b] marks each column's code, stored as float16; values that no column uses stay. And these
-    errors, float64 [B, N], lowest precision first."""
+    errors."""
     precisions = sorted(rows.tables)
     parent = precisions[-1]
+    kept = max([bits for bits in precisions if bits <= MAX_METRIC_BITS], default=precisions[0])
+    sums = torch.empty(len(weight), 2**kept, 2**kept, device=weight.device)
     tables = {bits: table.clone() for bits, table in rows.tables.items()}
     n, k = weight.shape
     errors = torch.empty(len(precisions), n, dtype=torch.float64, device=weight.device)
@@ -185,15 +208,21 @@ def refit_tables(weight: Tensor, damped_hessian: Tensor, rows: QuantizedRows) ->
         normal = (marks.transpose(1, 2) @ spread).double()  # Sᵀ H S: [r, C, C]
         right = (marks.transpose(1, 2) @ target.unsqueeze(2)).double()  # Sᵀ H w: [r, C, 1]
         for index, bits in reversed(list(enumerate(precisions))):
-            while normal.shape[1] > 2**bits:  # a code's two children become one
-                r, size = normal.shape[0], normal.shape[1] // 2
-                normal = normal.view(r, size, 2, size, 2).sum((2, 4))
-                right = right.view(r, size, 2, 1).sum(2)
+            normal, right = _merged(normal, bits), right.view(len(right), 2**bits, -1).sum(2, keepdim=True)
+            if bits == kept:
+                sums[part] = normal.float()
             table = _better_table(normal, right, tables[bits][part])
             value = table.double().unsqueeze(2)
             tables[bits][part] = table
             errors[index][part] = (whole + _change(normal, right, value)).clamp(min=0)
-    return QuantizedRows(rows.codes, tables), errors
+    by_precision = {bits: row.float() for bits, row in zip(precisions, errors, strict=True)}
+    return QuantizedRows(rows.codes, tables), RowMetric(by_precision, sums)
+
+
+def _merged(metric: Tensor, bits: int) -> Tensor:
+    """[N, 2**b, 2**b], b ≥ bits -> [N, 2**bits, 2**bits]: codes with the same top bits become one."""
+    n, size, times = len(metric), 2**bits, metric.shape[1] >> bits
+    return metric.view(n, size, times, size, times).sum((2, 4))
 
 
 def _change(normal: Tensor, right: Tensor, table: Tensor) -> Tensor:
