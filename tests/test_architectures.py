@@ -195,10 +195,19 @@ def test_what_another_tool_quantized_is_refused_by_name(tmp_path, method):
     rewrite(folder, foreign)
     if method:
         edit(folder, quantization_config={"quant_method": method})
-    with pytest.raises(
-        ValueError, match=method or "q_proj.weight is float8_e4m3fn: another tool quantized it"
-    ):
+    told = method or "q_proj.weight is float8_e4m3fn: another tool quantized it"
+    with pytest.raises(ValueError, match=told):
         PMPDForCausalLM(folder)
+    with pytest.raises(ValueError, match=told):
+        quantize_checkpoint(folder, tmp_path / "out", QuantizeConfig(weighted=False), [])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_model_without_a_tokenizer_is_not_quantized(tmp_path):
+    """What was written could not be loaded."""
+    architecture("llama").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="no usable tokenizer"):
+        quantize_checkpoint(tmp_path, tmp_path / "out", QuantizeConfig(weighted=False), [])
 
 
 @pytest.mark.parametrize("tensor", [True, False], ids=["tensors", "settings"])
@@ -224,6 +233,7 @@ def test_sparse_outliers_are_refused_instead_of_being_dropped(anyprec_folder, tm
         ("mixtral", {"num_local_experts": 2}, "a mixture of experts"),
         ("t5", {}, "an encoder beside the decoder"),
         ("llava", {}, "inputs other than text"),
+        ("gemma2", {}, "soft-capped attention"),
     ],
 )
 def test_models_of_other_kinds_are_refused_by_name(tmp_path, name, overrides, told):
@@ -232,6 +242,8 @@ def test_models_of_other_kinds_are_refused_by_name(tmp_path, name, overrides, to
     byte_tokenizer().save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=told):
         PMPDForCausalLM(tmp_path)
+    with pytest.raises(ValueError, match=told):
+        quantize_checkpoint(tmp_path, tmp_path / "out", QuantizeConfig(weighted=False), [])
 
 
 def nested(folder: Path) -> None:

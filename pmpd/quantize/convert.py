@@ -128,6 +128,7 @@ def quantize_checkpoint(
     device = device or torch.device("cuda" if gpu.available() else "cpu")
     checkpoint, output = open_checkpoint(model_path, trust_remote_code), Path(output_dir).absolute()
     check_unquantized(checkpoint)
+    checkpoint.tokenizer()  # without one, what is written could not be loaded
     plan, stored = _checked_plan(checkpoint)
     samples = _samples(checkpoint, config, texts) if config.weighted else None
     layers = _layers_fingerprint(checkpoint, config, None if samples is None else samples.inputs)
@@ -524,5 +525,7 @@ def _write(
     (folder / "manifest.json").write_text(json.dumps(asdict(summary), indent=2) + "\n")
     save(tensors, folder / "model.safetensors", {"format": "pt"})
     # what can't be loaded is not worth keeping
-    formats.load(Checkpoint(folder, checkpoint.trust_remote_code), None, torch.float16)
+    written = Checkpoint(folder, checkpoint.trust_remote_code)
+    formats.load(written, None, torch.float16)
+    written.tokenizer()
     os.replace(folder, output)

@@ -134,6 +134,9 @@ def check_unquantized(checkpoint: Checkpoint, name: str = "checkpoint") -> None:
     ]
     if checkpoint.dequantized:
         return
+    settings = checkpoint.config_json.get("quantization_config")
+    if isinstance(settings, dict) and (method := settings.get("quant_method")):
+        marks = [f"config.json has 'quantization_config', by {method}"]
     if (checkpoint.folder / "quantize_config.json").is_file():
         marks.append("it has a quantize_config.json")
     if not marks:

@@ -89,6 +89,8 @@ def _unsupported_config(config: PreTrainedConfig) -> str | None:
         )
     if getattr(config, "attention_chunk_size", None) is not None:
         return f"chunked attention (attention_chunk_size {config.attention_chunk_size})"
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        return f"soft-capped attention (attn_logit_softcapping {config.attn_logit_softcapping})"
     experts = next((getattr(config, name) for name in _EXPERTS if getattr(config, name, None)), None)
     if experts:
         return f"a mixture of experts ({experts} of them): MoE layers have no weights of several precisions"
