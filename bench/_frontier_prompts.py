@@ -13,8 +13,8 @@ from pathlib import Path
 
 from pmpd.labeling.prompts import PromptConfig, records
 
-GROUP_LINES = 20
-"""Lines of a file that are of one group: of ten records, about two articles."""
+GROUP_LINES = 10
+"""Lines of a file that are of one group: of five records, about one article."""
 
 PART_CHARACTERS = 500
 """A record of twice as many gives two passages."""

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from pmpd.evaluation.curve_set import CurveSet, Outcome
-from pmpd.evaluation.policies import MULTIPLIERS, hull_mix, ridge
+from pmpd.evaluation.policies import MULTIPLIERS, Policy, hull_mix, ridge
 
 QUANTILES = (0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.97)
 """Of the doubt on the training prompts: where thresholds are tried."""
@@ -177,3 +177,7 @@ def online_regression(train: CurveSet, test: CurveSet, targets: Sequence[float],
         lambda k: test.outcome(follow_prediction(test, model, MULTIPLIERS[::2][k])),
         targets,
     )
+
+
+ONLINE_POLICIES: dict[str, Policy] = {"online": online, "online regression": online_regression}
+"""By name, as `policies.POLICIES`."""

@@ -259,3 +259,6 @@ POLICIES: dict[str, Policy] = {
     "regression": regression,
 }
 """What is compared with `static`, by name. A program may add more."""
+
+ORACLES: dict[str, Policy] = {"oracle, plan": oracle_plan, "oracle, token": oracle_token}
+"""What hindsight gains, by the time of decision."""

@@ -1,0 +1,102 @@
+"""The scheduler study from labels to page, on a tiny model; and the agreement of labels made twice."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from rich.console import Console
+
+from bench import _frontier_prompts, _record, label_noise
+from bench.frontier import Exact, Steps, Study, load
+from pmpd import storage
+from pmpd.cli.flags.label import LabelJob
+from pmpd.cli.label import main
+from pmpd.labeling.noise import agreement, label_sets
+
+CHAIN = (4, 3, 2)
+
+
+@pytest.fixture(scope="module")
+def labelled(dense_folder, anyprec_folder, tmp_path_factory):
+    """Output folders of two label jobs by divergence, and the models."""
+    folder = tmp_path_factory.mktemp("study")
+    texts = folder / "texts.jsonl"
+    paragraph = "Lobster number {0} is blue. It lives in cold water and eats what it finds there. " * 14
+    texts.write_text("".join(json.dumps({"text": paragraph.format(i)}) + "\n" for i in range(24)))
+    lines = _frontier_prompts.write(str(texts), None, folder / "texts", continuations=14, tasks=10)
+    assert lines == {"continuations": 14, "instructions": 10}
+    models = str(anyprec_folder()), str(dense_folder())
+    for name in lines:
+        job = LabelJob(
+            model_path=models[0],
+            reference_model_path=models[1],
+            dataset=str(folder / "texts" / f"{name}.jsonl"),
+            max_new_tokens=14,
+            max_prompt_tokens=60,
+            rule="kl",
+            output_dir=str(folder / name),
+            kernel="reference",
+            num_workers=0,
+        )
+        main(job, Console(quiet=True))
+    return tuple(str(folder / name) for name in lines), models
+
+
+def test_the_study_runs_from_labels_to_page(labelled, tmp_path, monkeypatch):
+    folders, models = labelled
+    monkeypatch.setattr(_record, "RESULTS", tmp_path)
+    monkeypatch.setattr(_record.write, "__defaults__", ("cpu", tmp_path))
+    exact, steps = tmp_path / "exact.json", tmp_path / "steps.json"
+    Exact(folders, *models, exact, prompts=3).run()
+    found = json.loads(exact.read_text())
+    for bits in CHAIN:
+        assert abs(found[f"uniform {bits}"]["error_percent"]) < 0.1, "a uniform decode's curve is exact"
+    assert found["up and down"]["prompts"] == 6
+    Steps(models[0], steps, repeats=2).run()
+    Study(folders, (2.5, 3.0), 2, 50, steps=steps, exact=exact, name="it").run()
+    results = json.loads((tmp_path / "it.json").read_text())["results"]
+    curves, _ = load(folders)
+    assert results["prompts"] == len(curves) > 10
+    assert sorted(set(curves.kinds.tolist())) == [0, 1]
+    assert len(results["policies"]) == 2 * 7
+    oracles = {(row["policy"], row["target_bits"]): row["gain_percent"] for row in results["oracles"]}
+    for row in results["policies"]:
+        assert row["p_holm"] >= row["p"]
+        assert row["gain_percent"] <= oracles["oracle, token", row["target_bits"]] + 1e-6
+    assert {row["policy"] for row in results["decode_time"]} == {row["policy"] for row in results["policies"]}
+    page = (tmp_path / "it.md").read_text()
+    assert "| online regression" in page
+    assert f"{len(curves)} held-out prompts" in page
+
+
+def test_agreement_of_labels_made_twice_bounds_a_classifier():
+    first = {str(i): 0 if i < 60 else 3 for i in range(100)}
+    second = {**first, **{str(i): 3 for i in range(20)}}
+    found = agreement(first, second)
+    assert (found.prompts, found.agreement, found.majority) == (100, 0.8, 0.6)
+    assert found.ceiling == pytest.approx(0.8**0.5)
+    assert found.by_chance == pytest.approx(0.6 * 0.4 + 0.4 * 0.6)
+    assert found.low < 0.8 < found.high
+    assert agreement(first, first).kappa == 1
+    with pytest.raises(ValueError, match="share no prompt"):
+        agreement(first, {"other": 1})
+
+
+def test_labels_of_two_rules_come_from_one_run():
+    pair = {"high": 4, "low": 3, "label": 1, "rouge_l": [0.2, 0.4, 0.5, 0.5], "high_rouge_l": 0.5}
+    rows = [
+        {"prompt_id": "a", "rule": "agreement/3/v1", "pairs": [pair], "error": None},
+        {"prompt_id": "b", "rule": "agreement/3/v1", "pairs": None, "error": "ValueError: bad"},
+    ]
+    found = label_sets(rows, {"a": "7"})
+    assert found == {"agreement/3/v1": {(4, 3): {"7": 1}}, "rouge_l/3/v1": {(4, 3): {"7": 2}}}
+
+
+def test_the_noise_table_joins_prompts_by_their_line(labelled, tmp_path, monkeypatch):
+    folders, _ = labelled
+    monkeypatch.setattr(_record.write, "__defaults__", ("cpu", tmp_path))
+    rows = label_noise.main(label_noise.Config(folders[:1], folders))
+    same = [row for row in rows if row["against"] == storage.base_name(folders[0])]
+    assert [row["agreement"] for row in same] == [1.0, 1.0]
+    assert {row["pair"] for row in rows} == {"4-3", "3-2"}
