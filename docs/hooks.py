@@ -15,6 +15,7 @@ TABLES = {
     "labels": schemas.labels_schema(64),
     "conversations": schemas.CONVERSATIONS,
     "generations": schemas.GENERATIONS,
+    "judgments": schemas.JUDGMENTS,
     "scores": schemas.SCORES,
 }
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
+import re
 import subprocess
 import sys
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 
 import pytest
@@ -101,3 +104,23 @@ def test_a_stopped_command_says_what_is_kept(failing, capsys, monkeypatch):
     )
     assert main(["inspect", "x"]) == 130
     assert "stopped; rows: run the same command again to go on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_is_one_paragraph_a_flag_and_names_what_it_takes(name, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "1000")
+    with pytest.raises(SystemExit):
+        main([name, "--help"])
+    told = capsys.readouterr().out
+    assert "None" not in told, "None is no value that a user can give"
+    flags = importlib.import_module(f"pmpd.cli.flags.{COMMANDS[name].module}")
+    for field in fields(getattr(flags, COMMANDS[name].flags)):
+        if is_dataclass(field.type) or field.name == "training":
+            continue
+        flag = f"--{field.name.replace('_', '-')}"
+        line = next((line for line in told.splitlines() if re.search(rf"{flag}[ ,]", line)), None)
+        if line is None:
+            assert f" {field.name.upper()} " in told, f"{field.name} has no name in the help"
+    assert not [line for line in told.splitlines() if re.match(r"│ {20,}[a-z]", line)], (
+        "a flag's text is broken"
+    )

@@ -8,12 +8,17 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tyro
 
 from pmpd import demo
 from pmpd.benchmarks import get_benchmark, load_questions
 from pmpd.benchmarks.iwslt import BY_TARGET
 from pmpd.cli.flags.generate import GenerateJob
-from pmpd.cli.generate import folder_name, sampling_plan, scheduler_options
+from pmpd.cli.flags.label import LabelJob
+from pmpd.cli.generate import folder_name, sampling_plan, scheduler_names, scheduler_options
+from pmpd.cli.generate import main as generate
+from pmpd.cli.label import what_is_labelled
+from pmpd.errors import UserError
 from pmpd.evaluation.answer import Generator, conversation_rows
 from pmpd.evaluation.compare import compare
 from pmpd.evaluation.presets import get_preset
@@ -23,6 +28,7 @@ from pmpd.evaluation.sweep import SweepConfig, sweep_runs
 from pmpd.model import PMPDForCausalLM
 from pmpd.schedulers.base import Scheduler
 from pmpd.schedulers.chain import NEVER
+from pmpd.weights.model_spec import ModelSpec
 from tests.generation_rows import generation_rows
 
 
@@ -178,3 +184,44 @@ def test_the_published_threshold_is_mean_and_deviation_of_a_rows_first_scores() 
                 "0.5 + 0.2236 is more than 0.72; nothing is sure while it is measured"
             )
     assert steps.tolist() == [[6], [6]], "row b: deviation 0, so its mean is enough"
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ({}, ("demo", None, None, "rouge_l")),
+        ({"preset": "published"}, ("allenai/c4", "en", "validation", "published")),
+        ({"preset": "published", "split": "train"}, ("allenai/c4", "en", "train", "published")),
+        ({"preset": "published", "rule": "agreement"}, ("allenai/c4", "en", "validation", "agreement")),
+        ({"preset": "published", "dataset": "demo"}, ("demo", None, None, "published")),
+        ({"dataset": "allenai/c4"}, ("allenai/c4", None, None, "rouge_l")),
+    ],
+)
+def test_published_labels_are_of_c4_validation_by_the_published_rule(flags, expected) -> None:
+    source, rule = what_is_labelled(LabelJob(**flags))
+    assert (source.dataset, source.config, source.split, rule.name) == expected
+
+
+def test_flags_of_the_published_command_are_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a user types it, up to the checkpoint: both models have the revision and the dtype."""
+    words = """--model-path a/b --reference-model-path a/c --bench-name IWSLT --search --revision v1
+               --dtype bfloat16 --precisions 4,3 --classifier_path x --max_new_tokens 60"""
+    job = tyro.cli(GenerateJob, args=words.split())
+    assert (job.static_search, job.classifier_path, job.max_new_tokens) == (True, "x", 60)
+    assert get_benchmark(job.bench_name) is get_benchmark("iwslt")
+    assert get_benchmark("dsum") is get_benchmark("dialogsum")
+    assert scheduler_names(GenerateJob(scheduler="naive"), "dataset") == ["naive"]
+    opened = []
+
+    def opening(spec: ModelSpec) -> None:
+        opened.append(spec)
+        raise UserError("stop here")
+
+    monkeypatch.setattr(ModelSpec, "open", opening)
+    for scheduler in ("naive", "fp"):
+        with pytest.raises(UserError, match="stop here"):
+            generate(replace(job, scheduler=scheduler, static_search=False))
+    found = [(spec.path, spec.revision, spec.dtype) for spec in opened]
+    assert found == [("a/b", "v1", "bfloat16"), ("a/c", "v1", "bfloat16")]
+    with pytest.raises(UserError, match=r"--dtype float8: choose one of auto"):
+        ModelSpec("a/b", dtype="float8")

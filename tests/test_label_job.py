@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -21,10 +22,11 @@ from safetensors.torch import load_file, save_file
 
 from pmpd import demo, farm, storage
 from pmpd.cli.flags.label import LabelJob
-from pmpd.cli.label import label_table, main, output_folder
+from pmpd.cli.label import label_table, main, output_folder, tell_unscored
 from pmpd.cli.main import main as run_command
 from pmpd.demo.texts import documents_of
 from pmpd.demo.train import stream_loss, token_stream
+from pmpd.errors import UserError
 from pmpd.labeling.config import LabelConfig
 from pmpd.labeling.label import label_prompts, reference_prompts
 from pmpd.labeling.rule import RULES
@@ -498,3 +500,30 @@ def test_as_a_submitted_job_on_a_small_head(cpus, tmp_path):
 
 def test_environment_of_these_tests_reaches_no_other_ray():
     assert ENVIRONMENT["RAY_ADDRESS"] == "local"
+
+
+def test_a_run_whose_references_can_not_be_scored_says_so_at_its_end(job):
+    """Random weights write symbols, which ROUGE-L can't compare: labels of such texts say little."""
+    console = Console(record=True, width=200)
+    with contextlib.suppress(UserError):  # every row may be one of those
+        main(dataclasses.replace(job, rule="rouge_l", num_workers=0, size=9), console)
+    errors = storage.read_table(storage.join(job.output_dir, "labels"), ["error"])["error"].to_pylist()
+    unscored = sum("nothing to score" in (error or "") for error in errors)
+    assert unscored > len(errors) / 10, "this model's references can be scored: the test shows nothing"
+    assert f"{unscored} of {len(errors)} references have nothing to score" in console.export_text()
+
+
+@pytest.mark.parametrize(("unscored", "told"), [(0, False), (1, False), (2, True), (10, True)])
+def test_more_than_a_tenth_with_nothing_to_score_are_told(tmp_path, unscored, told):
+    rows = [{"prompt_id": f"{i:016x}", "error": None} for i in range(10)]
+    for row in rows[:unscored]:
+        row["error"] = "NothingToScoreError: nothing to score: the reference has no word"
+    rows[-1]["error"] = rows[-1]["error"] or "ValueError: another fault is not counted"
+    storage.write_shard(
+        storage.to_table(rows, LABELS), storage.join(storage.data_folder(tmp_path), "a.parquet")
+    )
+    console = Console(record=True, width=200)
+    tell_unscored(str(tmp_path), console)
+    printed = console.export_text()
+    assert (f"{unscored} of 10 references have nothing to score" in printed) == told
+    assert bool(printed) == told

@@ -10,12 +10,13 @@ from rich.table import Table
 from pmpd import farm, storage
 from pmpd.cli.flags.label import LabelJob
 from pmpd.errors import UserError
+from pmpd.evaluation.presets import get_preset
 from pmpd.farm.connection import output_folder
 from pmpd.farm.label_task import LabelTask, ReferenceTask
 from pmpd.farm.task import FarmTask
 from pmpd.labeling.config import LabelConfig
 from pmpd.labeling.prompts import PromptConfig, write_prompts
-from pmpd.labeling.rule import NothingToScoreError, get_rule
+from pmpd.labeling.rule import LabelRule, NothingToScoreError, get_rule
 from pmpd.schedulers.chain import NUM_CLASSES, class_steps, parse_chain
 from pmpd.weights.model_spec import ModelSpec, check_held, shared_tokenizer
 
@@ -25,7 +26,7 @@ def main(job: LabelJob, console: Console | None = None) -> farm.FarmResult | Non
     cure."""
     console = console or Console()
     slots, unit_rows = farm.batch_of(job.batch_size)
-    rule = get_rule(job.rule)
+    source, rule = what_is_labelled(job)
     chain = LabelConfig(parse_chain(job.precisions), job.max_new_tokens, slots).precisions
     options = farm.FarmOptions(
         job.num_workers,
@@ -34,15 +35,6 @@ def main(job: LabelJob, console: Console | None = None) -> farm.FarmResult | Non
         job.retry_errors,
         job.stall_seconds,
         job.price_per_worker_hour,
-    )
-    source = PromptConfig(
-        job.dataset,
-        job.dataset_config,
-        job.split,
-        job.size,
-        job.seed,
-        job.prompt_form,
-        job.max_prompt_tokens,
     )
     model = ModelSpec(
         job.model_path, job.use_multi_model, chain, job.kernel, job.dtype, job.trust_remote_code
@@ -68,6 +60,8 @@ def main(job: LabelJob, console: Console | None = None) -> farm.FarmResult | Non
         console.print(
             f"{len(files.files)} files read, {files.skipped} of other splits or configurations left out"
         )
+    if source.kind == "tokens":
+        console.print(f"{source.dataset}: {source.torch_records.told}", soft_wrap=True)
     output = output_folder(job.output_dir)
     prompts, references, labels = (storage.join(output, name) for name in ("prompts", "references", "labels"))
     identity = {
@@ -140,6 +134,20 @@ def main(job: LabelJob, console: Console | None = None) -> farm.FarmResult | Non
         if result.errors == result.rows:
             raise UserError(f"every row has an error; the first one: {first_error(result.dataset)}")
     return result
+
+
+def what_is_labelled(job: LabelJob) -> tuple[PromptConfig, LabelRule]:
+    """The prompts and the label rule: the flags, then the preset, then the defaults. A preset's configuration
+    and split are those of its own data set."""
+    preset = get_preset(job.preset).labels if job.preset else {}
+    dataset = job.dataset or preset.get("dataset", "demo")
+    config, split = job.dataset_config, job.split
+    if dataset == preset.get("dataset"):
+        config, split = config or preset["dataset_config"], split or preset["split"]
+    source = PromptConfig(
+        dataset, config, split, job.size, job.seed, job.prompt_form, job.max_prompt_tokens
+    )
+    return source, get_rule(job.rule or preset.get("rule", "rouge_l"))
 
 
 def tell_unscored(dataset: str, console: Console) -> None:

@@ -139,6 +139,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     import tyro
 
+    from pmpd.cli.helptext import with_paragraphs
+
     threads.prepare()  # before the command's module imports torch
     config = None
     try:
@@ -146,7 +148,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with terminable():
             flags = importlib.import_module(f"pmpd.cli.flags.{command.module}")
             config = tyro.cli(
-                getattr(flags, command.flags), prog=f"pmpd {name}", description=flags.__doc__, args=rest
+                with_paragraphs(getattr(flags, command.flags)),
+                prog=f"pmpd {name}",
+                description=flags.__doc__,
+                args=rest,
             )
             # only now: torch, Ray and transformers take seconds to import
             result = importlib.import_module(f"pmpd.cli.{command.module}").main(config)

@@ -10,8 +10,10 @@ from rich.table import Table
 
 from pmpd import farm, storage
 from pmpd.cli.flags.train import TrainJob
+from pmpd.cli.given_labels import labels_of_file
 from pmpd.errors import UserError
 from pmpd.farm.train import Fleet, LabelSource, fit, read_labels, search
+from pmpd.labeling.prompts import TORCH_SUFFIX
 from pmpd.schedulers.chain import pairs_of, parse_chain
 from pmpd.training.result import artefact, check_target
 
@@ -50,7 +52,11 @@ def main(job: TrainJob) -> dict[str, Any]:
     if job.tune < 0:
         raise UserError(f"--tune {job.tune}: a number of trials, 0 to train as given")
     output = farm.output_folder(job.output_dir)
-    source = LabelSource.open(farm.output_folder(job.data_path), job.num_heads)
+    console = Console()
+    if job.data_path.endswith(TORCH_SUFFIX):
+        source = labels_of_file(job, output, console)
+    else:
+        source = LabelSource.open(farm.output_folder(job.data_path), job.num_heads)
     labels = read_labels(source.path, pairs_of(parse_chain(job.precisions)) if job.precisions else None)
     for pair in range(len(labels.pairs)):
         labels.rows(
@@ -61,7 +67,7 @@ def main(job: TrainJob) -> dict[str, Any]:
     farm.connect()
     fleet = Fleet(job.num_workers, gpus_per_worker=job.gpus_per_worker)
     fleet.check()
-    config, console = job.training, Console()
+    config = job.training
     found: dict[str, bytes] = {}
     if job.tune:
         config, trials = search(source.path, labels, source.num_heads, config, job.tune, output)

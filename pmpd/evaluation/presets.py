@@ -27,13 +27,15 @@ class Preset:
     """Variants of benchmarks, under their names."""
     scheduler_options: Mapping[str, Mapping[str, Any]]
     """Scheduler -> its options."""
+    labels: Mapping[str, str]
+    """What `pmpd label` reads and by which rule: dataset, dataset_config, split, rule."""
 
     def benchmark(self, name: str) -> Benchmark:
         found = get_benchmark(name)
         return self.benchmarks.get(found.name, found)
 
 
-NO_PRESET = Preset({}, {}, {}, {})
+NO_PRESET = Preset({}, {}, {}, {}, {})
 
 CALIBRATION = 10
 """Scores of a row from which the published confidence threshold follows: their mean and one standard
@@ -48,6 +50,12 @@ PRESETS: dict[str, Preset] = {
             "static": {"published_steps": True},
             "kv_cache": {"published_steps": True},
             "confidence": {"calibration": CALIBRATION},
+        },
+        labels={
+            "dataset": "allenai/c4",
+            "dataset_config": "en",
+            "split": "validation",
+            "rule": "published",
         },
     )
 }

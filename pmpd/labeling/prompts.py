@@ -1,4 +1,4 @@
-"""C4, local text files and the demo's texts -> prompts with stable ids.
+"""C4, local text files, the demo's texts and torch files of token ids -> prompts with stable ids.
 
 A *record* is one text and where it came from. A *prompt* is the beginning of a record: the document is
 tokenized, truncated to what the model can take, and cut to a random length n in [min(32, n//2), n]. The cut
@@ -23,6 +23,8 @@ from typing import Any, Literal, get_args
 from pmpd import storage
 from pmpd.benchmarks.tokens import encode_document, encode_prompt
 from pmpd.errors import UserError
+from pmpd.labeling.torch_records import TorchRecords
+from pmpd.labeling.torch_rows import prompt_rows
 from pmpd.storage.records import SUFFIXES, Record, RecordSource, hub_records, source_of, text_problem
 
 MAX_DOCUMENT_TOKENS = 2048
@@ -39,6 +41,8 @@ _PATIENCE = 100
 """Records that may be unusable before the first usable one."""
 _UNUSABLE = "\0unusable\0"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+TORCH_SUFFIX = ".pt"
+"""Of files of token ids (`pmpd.labeling.torch_records`)."""
 _DEFAULT_CONFIGS = {"allenai/c4": "en"}
 
 
@@ -69,6 +73,10 @@ class PromptConfig:
             raise UserError(f"--max-prompt-tokens {self.longest}: 1 to {MAX_DOCUMENT_TOKENS}")
         if self.size < 1:
             raise UserError(f"--size {self.size}: give the number of prompts, at least 1")
+        if self.split is not None and self.dataset.endswith(TORCH_SUFFIX):
+            raise UserError(f"--split {self.split}: a {TORCH_SUFFIX} file has no splits; drop the flag")
+        if self.form == "chat" and self.dataset.endswith(TORCH_SUFFIX):
+            raise UserError(f"--prompt-form chat: a {TORCH_SUFFIX} file holds tokens of prompts, no texts")
         if self.dataset == "demo" and self.split not in (None, "train", "validation", "held_out"):
             raise UserError(f"--split {self.split}: the demo has train, validation and held_out")
 
@@ -94,21 +102,22 @@ class PromptConfig:
 
     @cached_property
     def kind(self) -> str:
-        """demo, local or hub. ValueError where `dataset` is none of them."""
+        """demo, tokens (a torch file of prompts), local or hub. ValueError where `dataset` is none of
+        them."""
         if self.dataset == "demo":
             return "demo"
         if storage.exists(self.dataset):
-            return "local"
+            return "tokens" if self.dataset.endswith(TORCH_SUFFIX) else "local"
         looks_local = (
             "://" in self.dataset
             or self.dataset.startswith((".", "/", "~"))
-            or self.dataset.endswith(SUFFIXES)
+            or self.dataset.endswith((*SUFFIXES, TORCH_SUFFIX))
         )
         if not looks_local and _HUB_ID.fullmatch(self.dataset):
             return "hub"
         raise UserError(
             f"--dataset {self.dataset}: no such file or folder; give demo, a Hugging Face id (allenai/c4), "
-            f"a file ({', '.join(SUFFIXES)}) or a folder of such files"
+            f"a file ({', '.join(SUFFIXES)}; {TORCH_SUFFIX} of token ids) or a folder of such files"
         )
 
     @cached_property
@@ -117,9 +126,15 @@ class PromptConfig:
         return source_of(self.dataset, split=self.split, config=self.config, columns=("text",))
 
     @cached_property
+    def torch_records(self) -> TorchRecords:
+        """The records of a torch file."""
+        return TorchRecords.read(self.dataset)
+
+    @cached_property
     def name(self) -> str:
         """What stands for the dataset in a prompt_id."""
-        return storage.base_name(storage.absolute(self.dataset)) if self.kind == "local" else self.dataset
+        is_file = self.kind in ("local", "tokens")
+        return storage.base_name(storage.absolute(self.dataset)) if is_file else self.dataset
 
 
 def prompt_id(config: PromptConfig, text: str) -> str:
@@ -162,6 +177,9 @@ def make_prompts(
         )
     counts = Counter() if counts is None else counts
     limit = min(config.longest, max_prompt_tokens)
+    if config.kind == "tokens":
+        yield from prompt_rows(config.torch_records, tokenizer, limit, config.size, counts)
+        return
     special = set(tokenizer.all_special_ids)
     seen: set[bytes] = set()
     first_problem = None
@@ -241,6 +259,11 @@ def write_prompts(
 def records(config: PromptConfig) -> Iterator[tuple[str, str, str | None]]:
     """(source, text, problem) of a dataset's records in a fixed order. Where there is a problem, the text
     stands for the record in its id only."""
+    if config.kind == "tokens":
+        raise UserError(
+            f"--dataset {config.dataset}: a file of token ids, for `pmpd label`; texts are needed here, give "
+            f"a file of them ({', '.join(SUFFIXES)})"
+        )
     if config.kind == "demo":
         yield from ((source, text, None) for source, text in _demo(config))
         return

@@ -73,6 +73,15 @@ PAIR = pa.struct(
 )
 
 
+LABELLED_PROMPTS = table_schema(
+    "labelled_prompts",
+    [
+        *((column.name, column.type) for column in PROMPTS),
+        ("pairs", pa.list_(PAIR)),  # labels that came with the prompts
+    ],
+)
+
+
 _FLOATS = pa.list_(pa.float32())
 
 CURVE = pa.struct(

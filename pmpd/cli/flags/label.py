@@ -23,10 +23,10 @@ class LabelJob:
     """Any-Precision checkpoint, seen under this path by every node: a folder, or a Hugging Face id."""
     reference_model_path: str = str(demo.DENSE)
     """Unquantized checkpoint of the same model, likewise."""
-    dataset: str = "demo"
-    """demo, a Hugging Face id (allenai/c4), a file of records with a field `text` (.json, .jsonl, .csv,
-    each also .gz; .txt, .parquet, .arrow), or a folder of such files: shards, a clone of a hub data set,
-    what save_to_disk wrote. A URI too."""
+    dataset: str | None = None
+    """Default: demo. Or a Hugging Face id (allenai/c4), a file of records with a field `text` (.json, .jsonl,
+    .csv, each also .gz; .txt, .parquet, .arrow), a folder of such files (shards, a clone of a hub data set,
+    what save_to_disk wrote), or a .pt file of token ids, as the published first stage is. A URI too."""
     dataset_config: str | None = None
     """Configuration of a Hugging Face dataset (allenai/c4: en), or a folder of that name."""
     split: str | None = None
@@ -43,11 +43,14 @@ class LabelJob:
     """Precision chain, descending; neighbours are the pairs that get a label each."""
     max_new_tokens: int = 256
     """New tokens per trajectory."""
-    rule: str = "rouge_l"
-    """Label rule, part of the labels' identity: rouge_l (ROUGE-L of the texts, any script), agreement (how
-    many tokens agree with the reference), kl (divergence from the unquantized model along its own output;
-    nothing is decoded), published (ROUGE-L over trajectories as the published code
-    decodes them)."""
+    rule: str | None = None
+    """Label rule, part of the labels' identity: rouge_l (default; ROUGE-L of the texts, any script),
+    agreement (how many tokens agree with the reference), kl (divergence from the unquantized model along its
+    own output; nothing is decoded), published (ROUGE-L over trajectories as the published code decodes
+    them)."""
+    preset: str | None = None
+    """published: the settings of published labels, which are C4's validation split and the rule published
+    (docs/guides/published-differences.md); other flags go first."""
     batch_size: int | Literal["auto"] = 32
     """Trajectories that decode together in a worker, and prompts per unit of work (and Parquet file); auto:
     what its memory holds."""

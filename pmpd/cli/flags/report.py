@@ -1,8 +1,8 @@
 """Score what pmpd generate answered and write the report: one HTML page, its figures, Markdown, and the
 scores as Parquet.
 
-pmpd report                                    # everything under results/generate
-pmpd report --inputs results/a results/b       # several folders, e.g. the unquantized answers apart"""
+    pmpd report                                    # everything under results/generate
+    pmpd report --inputs results/a results/b       # several folders, e.g. the unquantized answers apart"""
 
 from __future__ import annotations
 

@@ -14,7 +14,8 @@ class TrainJob:
     """Fit one classifier per pair of the precision chain to a labels dataset."""
 
     data_path: str = "results/label"
-    """Labels dataset, or the --output-dir of pmpd label."""
+    """Labels dataset, the --output-dir of pmpd label, or a .pt file of labelled prompts, as the published
+    second stage is."""
     output_dir: str = "results/train"
     """Gets `scheduler/` (the artefact) and `runs/` (checkpoints). The same command goes on where it
     stopped."""
@@ -32,4 +33,7 @@ class TrainJob:
     keeps to."""
     num_heads: int | None = None
     """KV heads of the labelled model; default: as the labels' manifest says."""
+    model_path: str | None = None
+    """Only with a .pt file: the quantized checkpoint that its labels are of, whose prefills give the KV
+    features where the file has none."""
     training: tyro.conf.OmitArgPrefixes[TrainConfig] = field(default_factory=TrainConfig)
