@@ -13,7 +13,14 @@ import pytest
 from pmpd.benchmarks import get_benchmark, load_questions
 from pmpd.benchmarks.mt_bench import FASTCHAT_IDS, turns_hash
 from pmpd.evaluation.fastchat_export import answer_files, export
-from pmpd.evaluation.judge import PROMPT_FILE
+from pmpd.evaluation.judge import (
+    PROMPT_FILE,
+    answered,
+    judgment,
+    load_judge_prompts,
+    pair_matches,
+    single_matches,
+)
 from tests.generation_rows import generation_rows, write_generations
 from tests.judge_stub import rating_of, stub_judge
 
@@ -103,6 +110,61 @@ def test_fastchats_programs_judge_the_export_and_show_its_results(tmp_path: Path
     first = next(row for row in rows if (row["run"], row["question_id"], row["turn"]) == ("fp", "81", 1))
     assert any(first["output_text"] in text for text in asked), "the judge sees the first choice's answer"
     assert all(model in shown for model in models)
+
+
+def test_fastchat_fills_our_prompts_and_reads_verdicts_as_we_do(tmp_path: Path) -> None:
+    """FastChat's own programs ask exactly what `pmpd judge` asks, and give the same scores and winners."""
+    data = tmp_path / "data" / "mt_bench"
+    rows = [row for row in judged_rows(1) if row["run"] != "fp"]
+    write_generations(tmp_path / "in", rows)
+    (data / "reference_answer").mkdir(parents=True)
+    (data / "question.jsonl").write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
+    reference = {"question_id": 82, "choices": [{"index": 0, "turns": ["one", "two"]}]}
+    (data / "reference_answer" / "gpt-4.jsonl").write_text(json.dumps(reference) + "\n")
+    shutil.copy(PROMPT_FILE, tmp_path / "data")
+    export(str(tmp_path / "in"), str(data / "model_answer"))
+    asked_of = {"82": ["one", "two"]}
+    categories = {str(question["question_id"]): question for question in QUESTIONS}
+    rows = [{**row, "category": categories[row["question_id"]]["category"]} for row in rows]
+    turns = {row["prompt_id"]: categories[row["question_id"]]["turns"] for row in rows}
+    answers, _ = answered(rows, turns)
+
+    def said(messages: list[dict], _: object) -> str:
+        text = messages[-1]["content"]
+        if "assistant_a" in text:
+            return f"Weighed. [[{'ABC'[len(text) % 3]}]]"
+        return ("Rating: [[7.5]]", "so [6]", "[[10]] not [[3]]")[len(text) % 3]
+
+    with stub_judge(said) as judge:
+        fastchat(judge.url, tmp_path, "gen_judgment", "--mode", "single", "--judge-model", "gpt-4")
+        fastchat(
+            judge.url, tmp_path, "gen_judgment", "--mode", "pairwise-baseline", "--baseline-model",
+            "demo-uniform-4", "--judge-model", "gpt-4",
+        )  # fmt: skip
+
+    def judgments(mode: str) -> list[dict]:
+        path = data / "model_judgment" / f"gpt-4_{mode}.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()]
+
+    ours = {match["prompt_text"]: match for match in single_matches(
+        answers, asked_of, load_judge_prompts(None, "single"))}  # fmt: skip
+    theirs = judgments("single")
+    assert {entry["user_prompt"] for entry in theirs} == set(ours)
+    for entry in theirs:
+        assert judgment(ours[entry["user_prompt"]], entry["judgment"])["score"] == entry["score"]
+
+    pairs = [("static-13/26", "uniform-4")]
+    ours = {match["prompt_text"]: match for match in pair_matches(
+        answers, pairs, asked_of, load_judge_prompts(None, "pair"))}  # fmt: skip
+    theirs = judgments("pair")
+    games = [(entry, game) for entry in theirs for game in ("g1", "g2")]
+    assert {entry[f"{game}_user_prompt"] for entry, game in games} == set(ours)
+    assert len(games) == len(ours) == 8
+    models = {"demo-static-13_26": "run", "demo-uniform-4": "other"}
+    for entry, game in games:
+        row = judgment(ours[entry[f"{game}_user_prompt"]], entry[f"{game}_judgment"])
+        won = entry[f"{game}_winner"]
+        assert row["winner"] == ("tie" if won == "tie" else models[entry[won]])
 
 
 def test_choices_carry_what_published_scorers_read() -> None:
