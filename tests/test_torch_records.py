@@ -17,6 +17,7 @@ from transformers import BatchEncoding
 from pmpd import storage
 from pmpd.cli.flags.label import LabelJob
 from pmpd.cli.flags.train import TrainJob
+from pmpd.cli.given_labels import labels_of_file
 from pmpd.cli.label import main as label
 from pmpd.cli.train import main as train
 from pmpd.errors import UserError
@@ -184,58 +185,85 @@ def test_a_file_that_torch_did_not_write_or_that_is_cut_short(tmp_path):
         PromptConfig(str(tmp_path / "absent.pt")).kind  # noqa: B018
 
 
-def test_both_stages_end_to_end(tmp_path, dense_folder, anyprec_folder):
-    """A first-stage file is labeled; a second-stage file of those prompts and labels trains a classifier,
-    with the features of the file and with those that the model makes, which are the same."""
+@pytest.fixture(scope="module")
+def labelled(tmp_path_factory, dense_folder, anyprec_folder):
+    """(prompt -> its LABELS row, what the command printed) of a first-stage file that was labeled."""
+    folder = tmp_path_factory.mktemp("stages")
     generator = np.random.default_rng(0)
     prompts = [generator.integers(33, 127, size).tolist() for size in generator.integers(4, 24, 40)]
-    first = tmp_path / "1st_stage_train_dataset_tiny_40.pt"
+    first = folder / "1st_stage_train_dataset_tiny_40.pt"
     torch.save({"input_ids": [*prompts, [999]]}, first)
     job = LabelJob(
         model_path=str(anyprec_folder()), reference_model_path=str(dense_folder()), dataset=str(first),
         size=100, precisions="3,2", max_new_tokens=4, rule="agreement", num_workers=0, kernel="reference",
-        output_dir=str(tmp_path / "label"),
+        output_dir=str(folder / "label"),
     )  # fmt: skip
     console = Console(record=True, width=200)
     result = label(job, console)
     assert (result.rows, result.errors) == (41, 1)
-    assert "41 records with the fields input_ids" in console.export_text()
-    labelled = storage.read_table(str(tmp_path / "label" / "labels")).to_pylist()
-    labelled = {tuple(row["input_ids"]): row for row in labelled if row["error"] is None}
-    assert set(labelled) == set(map(tuple, prompts))
+    rows = storage.read_table(str(folder / "label" / "labels")).to_pylist()
+    found = {tuple(row["input_ids"]): row for row in rows if row["error"] is None}
+    assert set(found) == set(map(tuple, prompts)), "the prompts are taken as they are"
+    return found, console.export_text()
 
-    second = [
-        {"input_ids": torch.tensor(ids), "label": labelled[tuple(ids)]["pairs"][0]["label"]}
-        for ids in prompts
-    ]
-    torch.save(second, tmp_path / "plain.pt")
-    for record in second:
-        row = labelled[tuple(record["input_ids"].tolist())]
-        record |= {name: torch.tensor(np.asarray(row[name])) for name in ("keys", "values")}
-    torch.save(second, tmp_path / "features.pt")
-    training = TrainConfig(num_train_epochs=1, split_shares=(0.6, 0.2, 0.2))
-    common = TrainJob(precisions="3,2", training=training)
-    with pytest.raises(UserError, match="no KV features; give --model-path"):
-        train(replace(common, data_path=str(tmp_path / "plain.pt"), output_dir=str(tmp_path / "x")))
+
+def second_stage(labelled, path, features: bool) -> None:
+    records = []
+    for ids, row in labelled.items():
+        record = {"input_ids": torch.tensor(ids), "label": row["pairs"][0]["label"]}
+        if features:
+            record |= {name: torch.tensor(np.asarray(row[name])) for name in ("keys", "values")}
+        records.append(record)
+    torch.save(records, path)
+
+
+def same_as(dataset, labelled) -> None:
+    made = storage.read_table(str(dataset)).to_pylist()
+    assert len(made) == len(labelled)
+    for row in made:
+        expected = labelled[tuple(row["input_ids"])]
+        assert row["error"] is None
+        assert row["pairs"][0]["label"] == expected["pairs"][0]["label"]
+        for part in ("keys", "values"):
+            given = [np.asarray(one[part], np.float32) for one in (row, expected)]
+            np.testing.assert_allclose(*given, atol=2e-3)
+
+
+TRAINING = TrainJob(precisions="3,2", training=TrainConfig(num_train_epochs=1, split_shares=(0.6, 0.2, 0.2)))
+
+
+def test_a_first_stage_file_is_labeled_and_told(labelled):
+    assert "1st_stage_train_dataset_tiny_40.pt: 41 records with the fields input_ids" in labelled[1]
+
+
+def test_a_second_stage_file_with_features_is_a_labels_dataset(labelled, tmp_path, anyprec_folder):
+    path, output = str(tmp_path / "second.pt"), str(tmp_path / "out")
+    second_stage(labelled[0], path, features=True)
+    job = replace(TRAINING, data_path=path, output_dir=output)
     with pytest.raises(UserError, match=r"averaged over the kv heads.*give --num-heads, or --model-path"):
-        train(replace(common, data_path=str(tmp_path / "features.pt"), output_dir=str(tmp_path / "x")))
+        train(job)
+    source = labels_of_file(replace(job, model_path=str(anyprec_folder())), output, Console(quiet=True))
+    assert source.num_heads == 2, "the model says how many heads the features were averaged over"
+    same_as(source.path, labelled[0])
+    assert len(read_labels(source.path, [(3, 2)]).ids) == 40
+    again = labels_of_file(replace(job, num_heads=2), output, Console(quiet=True))
+    assert again.path == source.path
+    second_stage(dict(list(labelled[0].items())[:9]), path, features=True)
+    with pytest.raises(UserError, match="made with another configuration"):
+        labels_of_file(replace(job, num_heads=2), output, Console(quiet=True))
 
-    found = {}
+
+@pytest.mark.slow
+def test_a_second_stage_file_without_features_trains(labelled, tmp_path, anyprec_folder):
+    """The model's prefills on the farm give the features that a label run has."""
+    path, output = str(tmp_path / "second.pt"), tmp_path / "out"
+    second_stage(labelled[0], path, features=False)
+    job = replace(TRAINING, data_path=path, output_dir=str(output))
+    with pytest.raises(UserError, match="no KV features; give --model-path"):
+        train(job)
     with local_ray(2):
-        for name, given in (("plain", {"model_path": str(anyprec_folder())}), ("features", {"num_heads": 2})):
-            output = tmp_path / name
-            train(replace(common, data_path=str(tmp_path / f"{name}.pt"), output_dir=str(output), **given))
-            load_artefact(output, [(3, 2)], dim=16, num_heads=2)
-            found[name] = read_labels(str(output / "labels"))
-            made = storage.read_table(str(output / "labels")).to_pylist()
-            assert len(made) == 40
-            for row in made:
-                expected = labelled[tuple(row["input_ids"])]
-                assert row["pairs"][0]["label"] == expected["pairs"][0]["label"]
-                for part in ("keys", "values"):
-                    np.testing.assert_allclose(
-                        np.asarray(row[part], np.float32), np.asarray(expected[part], np.float32), atol=2e-3
-                    )
-    assert found["plain"].fingerprint() == found["features"].fingerprint()
-    config = json.loads((tmp_path / "plain" / "scheduler" / "config.json").read_text())
+        train(replace(job, model_path=str(anyprec_folder())))
+    same_as(output / "labels", labelled[0])
+    load_artefact(output, [(3, 2)], dim=16, num_heads=2)
+    config = json.loads((output / "scheduler" / "config.json").read_text())
     assert config["model_fingerprint"], "features of a model are bound to that model"
