@@ -144,9 +144,7 @@ def what_is_labelled(job: LabelJob) -> tuple[PromptConfig, LabelRule]:
     config, split = job.dataset_config, job.split
     if dataset == preset.get("dataset"):
         config, split = config or preset["dataset_config"], split or preset["split"]
-    source = PromptConfig(
-        dataset, config, split, job.size, job.seed, job.prompt_form, job.max_prompt_tokens
-    )
+    source = PromptConfig(dataset, config, split, job.size, job.seed, job.prompt_form, job.max_prompt_tokens)
     return source, get_rule(job.rule or preset.get("rule", "rouge_l"))
 
 
