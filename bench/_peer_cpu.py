@@ -235,9 +235,9 @@ def main(config: PeerConfig, peer: bool, show_profile: bool, output: Path = _rec
     with tempfile.TemporaryDirectory(prefix="pmpd-peer-") as name:
         folder = Path(name)
         _random_llama.write(folder / "quantized", shape, BITS)
-        model = PMPDForCausalLM(folder / "quantized", dtype=torch.bfloat16).eval()
+        model = PMPDForCausalLM(folder / "quantized", dtype=torch.bfloat16, head_bits=config.head_bits).eval()
         length = max(config.prefill_tokens, PROMPT + config.steps) + 1
-        engine = Engine(model.model, ROWS, length, head_bits=config.head_bits)
+        engine = Engine(model.model, ROWS, length)
         profiles = profile(engine, config, bandwidth, step_bytes, clock) if show_profile else []
         contenders: dict[str, Ours | Theirs] = {f"pmpd {bits}": Ours(engine, bits) for bits in BITS}
         problem = _llama_cpp.missing() if peer else "not asked for"

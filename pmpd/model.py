@@ -25,6 +25,7 @@ from pmpd.errors import UserError
 from pmpd.schedulers.base import Scheduler
 from pmpd.weights import formats, mixed
 from pmpd.weights.base import PrecisionLinear, compute_dtype, head_dim, kv_heads
+from pmpd.weights.byte_head import byte_head_unavailable, use_byte_head
 from pmpd.weights.mixed import MultiCheckpoint
 from pmpd.weights.model_spec import ModelSpec
 
@@ -59,7 +60,9 @@ class PMPDForCausalLM(nn.Module):
     modules exist once. `precisions`: those to load (default: all the checkpoint holds). `prefill_bit`
     defaults to the highest of them. `dtype`: what activations and unquantized weights are (default: float32;
     `.cuda()` keeps it, so pass float16 there). `kernel`: forces an implementation of the multiplication
-    (`reference`, `cpu`, `triton`). `trust_remote_code`: allows model code from the checkpoint folder to run.
+    (`reference`, `cpu`, `triton`). `head_bits` 8: the head has 8 bits instead of 16, which halves what is
+    read of it (bfloat16 on a CPU with AVX2). `trust_remote_code`: allows model code from the checkpoint
+    folder to run.
 
     ValueError: no such checkpoint, precisions it does not hold, tensors missing or misshapen.
     """
@@ -72,9 +75,12 @@ class PMPDForCausalLM(nn.Module):
         *,
         dtype: torch.dtype | None = None,
         kernel: str | None = None,
+        head_bits: int = 16,
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
+        if head_bits not in (16, 8):
+            raise UserError(f"head bits {head_bits}: a head has 16 bits or 8")
         try:
             wanted = (
                 None
@@ -89,6 +95,9 @@ class PMPDForCausalLM(nn.Module):
                 f"holds"
             )
         dtype = dtype or compute_dtype(torch.device("cpu"))
+        problem = None if head_bits == 16 else byte_head_unavailable(dtype, torch.device("cpu"), kernel)
+        if problem:
+            raise UserError(f"head of 8 bits: {problem}")
         spec = ModelSpec(
             str(model_path), not use_anyprec, trust_remote_code=trust_remote_code, flag="model_path"
         )
@@ -105,6 +114,8 @@ class PMPDForCausalLM(nn.Module):
             }
         else:
             self.model, self.precisions = formats.load(checkpoint, wanted, dtype, kernel)
+        if head_bits == 8:
+            use_byte_head(self.model)
         self.tokenizer = checkpoint.tokenizer()
         give_pad_token(self.tokenizer)
         self.eos_token_ids = end_token_ids(self.model, self.tokenizer)
@@ -123,12 +134,17 @@ class PMPDForCausalLM(nn.Module):
     @classmethod
     def from_spec(cls, spec: ModelSpec, device: torch.device) -> PMPDForCausalLM:
         """The model of `spec` on `device`."""
+        dtype = spec.compute_dtype(device)
+        problem = None if spec.head_bits == 16 else byte_head_unavailable(dtype, device, spec.kernel)
+        if problem:
+            raise UserError(f"--head-bits {spec.head_bits}: {problem}")
         model = cls(
             spec.path,
             spec.precisions,
             not spec.multi_model,
-            dtype=spec.compute_dtype(device),
+            dtype=dtype,
             kernel=spec.kernel,
+            head_bits=spec.head_bits,
             trust_remote_code=spec.trust_remote_code,
         )
         return model.to(device)

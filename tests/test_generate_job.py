@@ -8,6 +8,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 import tyro
 from rich.console import Console
 
@@ -21,6 +22,7 @@ from pmpd.cli.report import main as report
 from pmpd.evaluation.answer import Generator
 from pmpd.evaluation.results import read_generations
 from pmpd.farm.generate_task import Sweep, write_conversations
+from pmpd.weights.byte_head import byte_head_unavailable
 from pmpd.weights.model_spec import ModelSpec
 from tests.gptq_writer import write_chain
 
@@ -43,7 +45,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Sweep, ModelSpec]]:
         if storage.check_config(answers, sweep.identity()) is not None:
             return
         write_conversations(sweep, storage.join(folder, "conversations"))
-        model = PMPDForCausalLM(source.path, source.precisions, kernel=source.kernel).eval()
+        model = PMPDForCausalLM.from_spec(source, torch.device("cpu")).eval()
         asked = storage.read_table(storage.join(folder, "conversations")).to_pylist()
         rows = list(Generator(model, sweep.runs, slots, reuse_cache, "test").answer(asked))
         storage.write_shard(
@@ -215,6 +217,19 @@ def test_workers_get_absolute_paths_and_the_rows_identity_does_not_know_them(
     run({**relative, "model_path": flags["model_path"]})
     assert [source.path for _, source in asked] == [flags["model_path"]] * 2
     assert ModelSpec("owner/name").path == "owner/name"
+
+
+def test_a_head_of_8_bits_is_part_of_what_the_rows_are_and_the_unquantized_model_keeps_its_own(
+    asked, flags: dict
+) -> None:
+    eight = {**flags, "dtype": "bfloat16", "kernel": None, "head_bits": 8}
+    if problem := byte_head_unavailable(torch.bfloat16, torch.device("cpu")):
+        pytest.skip(problem)
+    run(eight)
+    assert [source.head_bits for _, source in asked] == [16, 8]
+    assert [sweep.identity().get("head_bits") for sweep, _ in asked] == [None, 8]
+    with pytest.raises(ValueError, match=r"made with another configuration \(head_bits"):
+        run({**eight, "head_bits": 16})
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 
@@ -32,6 +33,7 @@ from pmpd.labeling.label import label_prompts, reference_prompts
 from pmpd.labeling.rule import RULES
 from pmpd.model import PMPDForCausalLM
 from pmpd.weights.base import shared_state
+from pmpd.weights.byte_head import byte_head_unavailable
 from tests.gptq_writer import write_chain
 from tests.helpers import write_dense
 from tests.ray_sessions import ENVIRONMENT, ROOT, environment, local_ray
@@ -150,6 +152,20 @@ def test_labels_of_a_chain_of_gptq_checkpoints_equal_those_of_the_pure_functions
 
 
 @pytest.mark.slow
+def test_a_head_of_8_bits_is_part_of_what_labels_are_and_not_of_what_references_are(job):
+    if problem := byte_head_unavailable(torch.bfloat16, torch.device("cpu")):
+        pytest.skip(problem)
+    eight = dataclasses.replace(job, num_workers=0, size=3, kernel=None, dtype="bfloat16", head_bits=8)
+    assert main(eight, Console(quiet=True)).errors == 0
+    configs = [
+        storage.read_manifest(storage.join(job.output_dir, name))["config"]
+        for name in ("labels", "references")
+    ]
+    assert [config.get("head_bits") for config in configs] == [8, None]
+    with pytest.raises(ValueError, match=r"made with another configuration \(head_bits"):
+        main(dataclasses.replace(eight, head_bits=16), Console(quiet=True))
+
+
 def test_stages_can_be_run_one_by_one(cluster, job):
     assert main(dataclasses.replace(job, stage="prompts"), Console(quiet=True)) is None
     with pytest.raises(ValueError, match="references lacks 10 of 10 ids"):

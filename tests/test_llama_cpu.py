@@ -102,9 +102,9 @@ def test_the_native_step_is_near_the_modules_in_float32(anyprec_folder, architec
     folder, bits = anyprec_folder(architecture), [4, 4, 3, 3, 2]
 
     def logits(dtype: torch.dtype, use_lean: bool) -> torch.Tensor:
-        engine = Engine(
-            PMPDForCausalLM(folder, dtype=dtype).eval().model, 5, 64, lean=use_lean, head_bits=head_bits
-        )
+        bits_of_head = head_bits if use_lean else 16
+        model = PMPDForCausalLM(folder, dtype=dtype, head_bits=bits_of_head).eval().model
+        engine = Engine(model, 5, 64, lean=use_lean)
         assert (engine.lean is not None and engine.lean.native is not None) == use_lean
         return decode(engine, [0, 1, 2, 3, 4], prefilled(engine, 5), bits)
 

@@ -12,14 +12,17 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from pmpd import PMPDForCausalLM
+from pmpd.errors import UserError
 from pmpd.farm.load_model import load_model
 from pmpd.farm.task import Place
+from pmpd.weights.byte_head import byte_head_unavailable
 from pmpd.weights.model_spec import ModelSpec, check_held, shared_tokenizer
 from tests.helpers import write_dense
 from tests.test_checkpoint import copied
 
 PROMPT = torch.tensor([[5, 66, 7, 201]])
 PLACE = Place("here", 2)
+NO_BYTE_HEAD = byte_head_unavailable(torch.bfloat16, torch.device("cpu"))
 
 
 def test_a_worker_elsewhere_loads_the_model_that_the_command_opened(anyprec_folder, monkeypatch, tmp_path):
@@ -82,3 +85,39 @@ def test_precisions_and_tokenizers_that_do_not_fit_are_refused(anyprec_folder, t
     )
     with pytest.raises(ValueError, match="have different tokenizers; give two checkpoints of one model"):
         shared_tokenizer([checkpoint, ModelSpec(str(other)).open()])
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"dtype": "auto"}, "--head-bits 8 with --dtype auto: .* add --dtype bfloat16"),
+        ({"dtype": "bfloat16", "kernel": "reference"}, "--head-bits 8 with --kernel reference: .*cpu kernel"),
+        ({"dtype": "bfloat16", "head_bits": 4}, "--head-bits 4: a head has 16 bits or 8"),
+    ],
+)
+def test_a_head_of_8_bits_is_refused_where_it_can_not_be(options, reason):
+    with pytest.raises(UserError, match=reason):
+        ModelSpec("model", **{"head_bits": 8, **options})
+
+
+def test_a_head_of_8_bits_is_not_for_a_gpu(anyprec_folder):
+    spec = ModelSpec(str(anyprec_folder()), dtype="bfloat16", head_bits=8)
+    with pytest.raises(UserError, match=r"--head-bits 8: .* the model is on cuda"):
+        PMPDForCausalLM.from_spec(spec, torch.device("cuda"))
+
+
+@pytest.mark.skipif(bool(NO_BYTE_HEAD), reason=str(NO_BYTE_HEAD))
+@pytest.mark.parametrize("architecture", ["llama", "gpt_neox"])
+def test_a_head_of_8_bits_is_near_that_of_16_wherever_the_model_decodes(anyprec_folder, architecture):
+    """With the modules' own forward and with the engine's, recognised tree or not."""
+    folder = anyprec_folder(architecture)
+    models = [PMPDForCausalLM(folder, dtype=torch.bfloat16, head_bits=bits).eval() for bits in (16, 8)]
+    ids = torch.arange(3, 40)[None]
+    with torch.inference_mode():
+        first, second = (model.model(input_ids=ids, use_cache=False).logits.float() for model in models)
+    error = float((second - first).norm() / first.norm())
+    assert 0 < error < 0.02
+    assert int(models[1].generate(PROMPT, 8).new_token[0]) >= 1
+    models[1].float()
+    with pytest.raises(UserError, match=r"head of 8 bits: .* this is float32"):
+        models[1].generate(PROMPT, 8)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.text import Text
 
@@ -23,6 +24,7 @@ from pmpd.errors import UserError
 from pmpd.evaluation.answer import encode
 from pmpd.metrics.precision import average_bits, decode_forwards
 from pmpd.schedulers.base import Scheduler, find, names
+from pmpd.weights.model_spec import ModelSpec
 
 COLOURS = {16: "white", 8: "cyan", 4: "green", 3: "yellow", 2: "red"}
 """By precision; another one is magenta."""
@@ -247,9 +249,15 @@ def main(job: ChatJob, console: Console | None = None) -> None:
             raise UserError(
                 f"--precisions {job.precisions}: bit widths with commas between them, e.g. 4,3,2"
             ) from None
-    model = PMPDForCausalLM(
-        job.model_path, chain, kernel=job.kernel, trust_remote_code=job.trust_remote_code
-    ).eval()
+    spec = ModelSpec(
+        job.model_path,
+        precisions=None if chain is None else tuple(chain),
+        kernel=job.kernel,
+        dtype=job.dtype,
+        trust_remote_code=job.trust_remote_code,
+        head_bits=job.head_bits,
+    )
+    model = PMPDForCausalLM.from_spec(spec, torch.device("cpu")).eval()
     name = "demo" if job.model_path == str(demo.ANYPREC) else Path(job.model_path).name
     template = choose_template(name, model.tokenizer, job.template)
     chat = Chat(model, job, console, template, prefill_bit=model.precisions[0])

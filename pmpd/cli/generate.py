@@ -62,6 +62,7 @@ def main(job: GenerateJob, console: Console | None = None) -> str:
             job.dtype,
             job.trust_remote_code,
             job.revision,
+            job.head_bits,
         ),
     }
     wanted = {group: [name for name in names if (name == "fp") == (group == "fp")] for group in models}
@@ -122,6 +123,7 @@ def main(job: GenerateJob, console: Console | None = None) -> str:
             job.num_choices,
             job.static_search,
             job.dtype,
+            models[group].head_bits,
         )
     slots, unit_rows = farm.batch_of(job.batch_size)
     farm.connect(farm.FarmOptions(job.num_workers, job.gpus_per_worker))

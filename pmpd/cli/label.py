@@ -37,7 +37,13 @@ def main(job: LabelJob, console: Console | None = None) -> farm.FarmResult | Non
         job.price_per_worker_hour,
     )
     model = ModelSpec(
-        job.model_path, job.use_multi_model, chain, job.kernel, job.dtype, job.trust_remote_code
+        job.model_path,
+        job.use_multi_model,
+        chain,
+        job.kernel,
+        job.dtype,
+        job.trust_remote_code,
+        head_bits=job.head_bits,
     )
     reference_model = ModelSpec(
         job.reference_model_path,
@@ -80,6 +86,8 @@ def main(job: LabelJob, console: Console | None = None) -> farm.FarmResult | Non
         identity["dtype"] = job.dtype
     label_identity = {**identity, "precisions": list(chain), "model": quantized.fingerprint()}
     label_identity["rule"] = rule.identity
+    if job.head_bits != 16:
+        label_identity["head_bits"] = job.head_bits
     for folder, config in ((references, identity), (labels, label_identity), (prompts, identity)):
         # before any work; prompts of which nothing was made yet are made again
         if folder != prompts or job.stage == "prompts" or storage.list_shards(references):

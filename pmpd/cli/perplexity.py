@@ -36,6 +36,7 @@ def main(config: PerplexityJob, console: Console | None = None) -> dict[int, Per
         config.precisions or None,
         dtype=config.dtype,
         trust_remote_code=config.trust_remote_code,
+        head_bits=config.head_bits,
     )
     model = PMPDForCausalLM.from_spec(spec, device).eval()
     texts = (text for _, text, problem in records(source) if problem is None)
@@ -65,7 +66,10 @@ def main(config: PerplexityJob, console: Console | None = None) -> dict[int, Per
     console.print(f"perplexity of {config.model_path} on {config.dataset}", soft_wrap=True)
     console.print(table(found))
     scored = next(iter(found.values())).tokens
-    console.print(f"{scored:,} tokens scored, windows of {window}, stride {stride}, {dtype} on {device}")
+    console.print(
+        f"{scored:,} tokens scored, windows of {window}, stride {stride}, {dtype} on {device}, "
+        f"head of {config.head_bits} bits"
+    )
     if config.output is not None:
         _write(config, found, window, stride)
     return found
@@ -91,6 +95,7 @@ def _write(config: PerplexityJob, found: dict[int, Perplexity], window: int, str
         "stride": stride,
         "perplexity": {bits: value.value for bits, value in found.items()},
         "tokens": next(iter(found.values())).tokens,
+        "head_bits": config.head_bits,
     }
     assert config.output is not None
     Path(config.output).write_text(json.dumps(content, indent=1) + "\n")

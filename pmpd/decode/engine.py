@@ -26,8 +26,7 @@ class Engine:
     `slots`: rows that decode together. `max_length`: prompt plus new tokens that a row may have.
     `sync_every`: steps between two looks at the tokens (more hides the device's latency; rows run on past
     their end in between).
-    `lean`: take the written-out forward of `pmpd.decode.llama_cpu` where it knows the model. `head_bits` 8:
-    its head multiplies from 8 bits (bfloat16 models on a CPU with AVX2).
+    `lean`: take the written-out forward of `pmpd.decode.llama_cpu` where it knows the model.
     """
 
     def __init__(
@@ -37,12 +36,9 @@ class Engine:
         max_length: int = 2304,
         sync_every: int = 1,
         lean: bool = True,
-        head_bits: int = 16,
     ) -> None:
         if slots < 1:
             raise UserError(f"slots {slots}: an engine needs one slot at least")
-        if head_bits not in (16, 8):
-            raise UserError(f"head bits {head_bits}: a head has 16 or 8")
         self.model = model
         self.slots = slots
         self.max_length = max_length
@@ -52,7 +48,7 @@ class Engine:
         self.device = next(model.parameters()).device
         self.dtype = cast(Tensor, model.get_input_embeddings().weight).dtype
         self.vocabulary = len(cast(Tensor, model.get_input_embeddings().weight))
-        self.lean = recognise(model, self.state, head_bits) if lean else None
+        self.lean = recognise(model, self.state) if lean else None
         self.steps = GraphSteps.of(model) if lean and self.device.type == "cuda" else None
         spare = 1 if self.steps else 0  # a slot for the unused rows of a captured step
         self.cache = SlotCache(slots + spare, max_length)

@@ -21,9 +21,10 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM, MistralForCausalLM, PreTrainedModel, Qwen2ForCausalLM
 
 from pmpd.decode.slots import SlotCache, TokenPlaces, attend_slots
-from pmpd.kernels.cpu_fixed import ByteMatrix, FixedMatrix
+from pmpd.kernels.cpu_fixed import FixedMatrix
 from pmpd.kernels.llama_step import COLUMNS_MULTIPLE, LayerWeights, NativeStep
 from pmpd.weights.base import PrecisionLinear, PrecisionState, head_dim
+from pmpd.weights.byte_head import ByteHead
 
 if TYPE_CHECKING:
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
@@ -39,12 +40,9 @@ _LAYER = {"self_attn", "mlp", "input_layernorm", "post_attention_layernorm"}
 
 
 class LeanForward:
-    """The written-out forward of one recognised model on a CPU.
+    """The written-out forward of one recognised model on a CPU."""
 
-    `head_bits` 8: the head multiplies from signed bytes, where the decode step is native.
-    """
-
-    def __init__(self, model: PreTrainedModel, state: PrecisionState, head_bits: int = 16) -> None:
+    def __init__(self, model: PreTrainedModel, state: PrecisionState) -> None:
         self.model = model
         self.state = state
         tree, config = model.model, model.config
@@ -55,12 +53,13 @@ class LeanForward:
         self.heads = config.num_attention_heads
         self.kv_heads = config.num_key_value_heads
         self.scaling = tree.layers[0].self_attn.scaling
-        self.native = _native_step(self, head_bits)
+        self.native = _native_step(self)
         keep = self.native is None and _dense_bytes(model) <= DENSE_BYTES
         # one precision and no codes, so the head alone is worth a second copy in oneDNN's layout (1.1 B
         # model: 7 ms a step instead of 10)
-        keep_head = self.native is None and model.lm_head.weight.nbytes <= DENSE_BYTES
-        self.head = _Product([model.lm_head], keep or keep_head)
+        keep_head = self.native is None and _head_bytes(model) <= DENSE_BYTES
+        head = model.lm_head
+        self.head = head if isinstance(head, ByteHead) else _Product([head], keep or keep_head)
         self.layers = [
             (
                 layer.input_layernorm,
@@ -99,9 +98,7 @@ class LeanForward:
             gate, up = gate_up(_rms_norm(post_norm, x), segments).chunk(2, dim=-1)
             x = x + down(nn.functional.silu(gate) * up, segments)
         x = _rms_norm(self.norm, x if keep is None else x[keep])
-        if self.native is not None and self.native.byte_head is not None:
-            return self.native.byte_head.multiply(x)
-        return self.head(x, ())
+        return self.head(x) if isinstance(self.head, ByteHead) else self.head(x, ())
 
     def _native(self, step: NativeStep, input_ids: Tensor, places: TokenPlaces, cache: SlotCache) -> Tensor:
         """A decode step: float32 logits [n, V]."""
@@ -114,14 +111,15 @@ class LeanForward:
         )
 
 
-def _native_step(forward: LeanForward, head_bits: int) -> NativeStep | None:
+def _native_step(forward: LeanForward) -> NativeStep | None:
     """The whole step in the native library where every matrix is in fixed point, else None."""
     model = forward.model
     config, tree = model.config, model.model
     sizes = (config.hidden_size, config.intermediate_size, 2 * forward.head_dim)
     if any(size % COLUMNS_MULTIPLE for size in sizes):
         return None
-    if forward.embedding.dtype != torch.bfloat16 or model.lm_head.bias is not None:
+    head = model.lm_head
+    if forward.embedding.dtype != torch.bfloat16 or getattr(head, "bias", None) is not None:
         return None
     layers = []
     for layer in tree.layers[: config.num_hidden_layers]:
@@ -139,12 +137,11 @@ def _native_step(forward: LeanForward, head_bits: int) -> NativeStep | None:
         if any(norm.variance_epsilon != forward.norm.variance_epsilon for norm in norms):
             return None
         layers.append(LayerWeights(norms[0].weight, norms[1].weight, matrices, _window(attention)))
-    head = model.lm_head.weight
     return NativeStep(
         layers,
         forward.embedding.detach().contiguous(),
         forward.norm.weight,
-        ByteMatrix(head) if head_bits == 8 else head.detach().contiguous(),
+        head.matrix if isinstance(head, ByteHead) else head.weight.detach().contiguous(),
         forward.heads,
         forward.kv_heads,
         forward.head_dim,
@@ -153,11 +150,11 @@ def _native_step(forward: LeanForward, head_bits: int) -> NativeStep | None:
     )
 
 
-def recognise(model: PreTrainedModel, state: PrecisionState, head_bits: int = 16) -> LeanForward | None:
+def recognise(model: PreTrainedModel, state: PrecisionState) -> LeanForward | None:
     """The lean forward where `model` is exactly a tree it knows, on a CPU; else None."""
     if type(model) not in _TREES or next(model.parameters()).device.type != "cpu":
         return None
-    if type(model.lm_head) is not nn.Linear:
+    if type(model.lm_head) not in (nn.Linear, ByteHead):
         return None
     config = model.config
     if config.hidden_act != "silu" or getattr(config, "pretraining_tp", 1) != 1:
@@ -177,7 +174,7 @@ def recognise(model: PreTrainedModel, state: PrecisionState, head_bits: int = 16
             return None
         if type(layer.input_layernorm).__name__ not in ("LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm"):
             return None
-    return LeanForward(model, state, head_bits)
+    return LeanForward(model, state)
 
 
 class _Product:
@@ -255,9 +252,13 @@ def _window(attention: nn.Module) -> int | None:
     )
 
 
+def _head_bytes(model: PreTrainedModel) -> int:
+    return 0 if isinstance(model.lm_head, ByteHead) else model.lm_head.weight.nbytes
+
+
 def _dense_bytes(model: PreTrainedModel) -> int:
     """Memory of the dequantized matrices of all precisions, and of the head."""
-    total = model.lm_head.weight.nbytes
+    total = _head_bytes(model)
     for module in model.model.layers.modules():
         if isinstance(module, PrecisionLinear):
             total += 4 * module.in_features * module.out_features * len(module.precisions)

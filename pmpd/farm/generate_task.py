@@ -73,6 +73,7 @@ class Sweep:
     """Whether this is the grid of a static search, which the report leaves out."""
     dtype: Dtype = "auto"
     """What activations are, where that was asked for."""
+    head_bits: int = 16
 
     def unit_rows(self, batch_size: int) -> int:
         """Conversations of a unit of work: at most `batch_size`, and so that units do not straddle runs where
@@ -96,6 +97,7 @@ class Sweep:
             "model": self.model_fingerprint,
             "runs": {run.name: json.loads(run.describe()) for run in self.runs},
             **({} if self.dtype == "auto" else {"dtype": self.dtype}),
+            **({} if self.head_bits == 16 else {"head_bits": self.head_bits}),
         }
 
 

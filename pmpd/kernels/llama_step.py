@@ -82,7 +82,6 @@ class NativeStep:
         given."""
         self.cpu_clock = False
         """Count processor time of that thread instead of time on the wall."""
-        self.byte_head = head if isinstance(head, ByteMatrix) else None
         self._level = native.active_level()
         self._layers = (_Layer * len(layers))()
         self._keep: list[object] = [layers, embedding, head]

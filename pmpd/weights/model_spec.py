@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 """What activations and unquantized weights are; auto: float32 on a CPU, float16 on a GPU."""
 
+HeadBits = Literal[16, 8]
+"""How many bits a weight of the head has; 8: with the cpu kernel, for bfloat16 models."""
+
 
 @dataclass(frozen=True)
 class ModelSpec:
@@ -41,12 +44,26 @@ class ModelSpec:
     """Runs model code that comes with the checkpoint."""
     revision: str | None = None
     """Branch, tag or commit of a Hugging Face id's repository."""
+    head_bits: HeadBits = 16
     flag: str = "--model-path"
     """What the user gave the path as; errors name it."""
 
     def __post_init__(self) -> None:
         if self.dtype not in get_args(Dtype):
             raise UserError(f"--dtype {self.dtype}: choose one of {', '.join(get_args(Dtype))}")
+        if self.head_bits not in get_args(HeadBits):
+            raise UserError(f"--head-bits {self.head_bits}: a head has 16 bits or 8")
+        if self.head_bits == 8:
+            if self.dtype != "bfloat16":
+                raise UserError(
+                    f"--head-bits 8 with --dtype {self.dtype}: a head of 8 bits multiplies in fixed point, "
+                    "as bfloat16 models do on a CPU; add --dtype bfloat16"
+                )
+            if self.kernel not in (None, "cpu"):
+                raise UserError(
+                    f"--head-bits 8 with --kernel {self.kernel}: a head of 8 bits is part of the cpu kernel; "
+                    "leave --kernel out"
+                )
         if os.path.exists(self.path):  # a worker's working directory may be another; an id stays as it is
             object.__setattr__(self, "path", os.path.abspath(self.path))
 

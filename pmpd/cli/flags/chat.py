@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from pmpd import demo
 from pmpd.errors import UserError
+from pmpd.weights.model_spec import Dtype, HeadBits
 
 
 @dataclass(frozen=True)
@@ -41,6 +42,10 @@ class ChatJob:
     """A FastChat template, "plain" or "tokenizer"; default the tokenizer's own where it has one."""
     kernel: str | None = None
     """Force an implementation of the multiplication: reference, cpu, triton."""
+    dtype: Dtype = "auto"
+    """What activations and unquantized weights are; auto: float32 on a CPU, float16 on a GPU."""
+    head_bits: HeadBits = 16
+    """8: half the bytes of the head, with --dtype bfloat16 on a CPU with AVX2."""
     trust_remote_code: bool = False
     """Run model code that comes with the checkpoint."""
 

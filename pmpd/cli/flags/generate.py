@@ -17,7 +17,7 @@ import tyro
 
 from pmpd import demo
 from pmpd.errors import UserError
-from pmpd.weights.model_spec import Dtype
+from pmpd.weights.model_spec import Dtype, HeadBits
 
 
 @dataclass(frozen=True)
@@ -126,6 +126,8 @@ class GenerateJob:
     dtype: Dtype = "auto"
     """What activations and unquantized weights are; auto: float32 on a CPU, float16 on a GPU. Where float16
     overflows, bfloat16 does not."""
+    head_bits: HeadBits = 16
+    """8: half the bytes of the head, with --dtype bfloat16 on a CPU with AVX2."""
     trust_remote_code: bool = False
     """Run model code that comes with a checkpoint."""
 

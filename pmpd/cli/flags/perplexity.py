@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from pmpd import demo
 from pmpd.errors import UserError
-from pmpd.weights.model_spec import Dtype
+from pmpd.weights.model_spec import Dtype, HeadBits
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,8 @@ class PerplexityJob:
     """Windows that share a forward."""
     dtype: Dtype = "auto"
     """What activations and unquantized weights are; auto: float32 on a CPU, float16 on a GPU."""
+    head_bits: HeadBits = 16
+    """8: half the bytes of the head, with --dtype bfloat16 on a CPU with AVX2."""
     output: str | None = None
     """Also write the figures to this JSON file."""
     trust_remote_code: bool = False
