@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 from collections import Counter
 from dataclasses import replace
 
@@ -12,6 +13,8 @@ import pyarrow as pa
 import pytest
 import torch
 
+from pmpd import Scheduler
+from pmpd.schedulers.artefact import load_artefact
 from pmpd.training.config import SPLITS, TrainConfig
 from pmpd.training.data import (
     NO_LABEL,
@@ -23,7 +26,7 @@ from pmpd.training.data import (
 )
 from pmpd.training.evaluate import compare, confusion, evaluate, measures, policies
 from pmpd.training.fit import DivergedError, TrainState, Workers, class_weights, epoch_order, train
-from pmpd.training.result import artefact
+from pmpd.training.result import artefact, outputs_of
 
 DIM = 4
 PAIRS = ((4, 3), (3, 2))
@@ -398,3 +401,53 @@ def test_the_artefact_reports_both_heads_beside_the_baselines():
                 f"static_{k}" for k in range(4)
             }
             assert report["rows"] == (labels.splits(config) == SPLITS.index(name)).sum()
+
+
+def test_what_a_class_loses_is_learned_as_a_number_and_a_budget_chooses_by_it():
+    labels, features = made_up(240, seed=3)
+    side = (labels.labels[:, :1] == 3).astype(np.float32)[:, :, None]  # the prompts that need many bits
+    falling = np.asarray([1.0, 0.6, 0.3, 0.0], dtype=np.float32)
+    losses = np.concatenate([0.02 + 0.3 * side * falling, 0.02 + 2.0 * side * falling], axis=1)
+    assert losses.shape == (240, 2, 4)
+    with_losses = replace(labels, losses=losses)
+    config = TrainConfig(objective="loss", num_train_epochs=40, learning_rate=5e-3, dropout=0.0, seed=1)
+    with pytest.raises(ValueError, match="these labels say no losses"):
+        train(labels, features, 2, config)
+    state = train(with_losses, features, 2, config, heads=("kv_cache",))
+    said = -outputs_of(with_losses, state, config)
+    test = labels.splits(config) == 2
+    assert np.abs(said[test] - losses[test]).mean() < 0.25 * losses[test].mean(), "in nats, near what it is"
+    files, metrics = artefact(with_losses, state, 2, config, None, target_bits=3.0)
+    about = json.loads(files["config.json"])
+    assert about["outputs"] == "losses"
+    assert about["labels_fingerprint"] != labels.fingerprint()
+    learned = metrics["3-2"]["test"]["policies"]["learned"]
+    majority = metrics["3-2"]["test"]["policies"]["majority"]
+    assert 2 < learned["average_bits"] < 3, "the budget chooses neither all nor nothing"
+    assert learned["quality_loss"] < majority["quality_loss"] or majority["quality_loss"] == 0
+
+
+def test_an_artefact_of_losses_gives_nats_and_serves_a_budget_only(tmp_path):
+    labels, features = made_up(120, seed=5)
+    losses = np.abs(np.random.default_rng(0).normal(size=(120, 2, 4))).astype(np.float32)
+    with_losses = replace(labels, losses=losses)
+    config = TrainConfig(objective="loss", num_train_epochs=2)
+    state = train(with_losses, features, 2, config)
+    files, _ = artefact(with_losses, state, 2, config, None, target_bits=3.0)
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    loaded = load_artefact(tmp_path, PAIRS)
+    batch = features.batch(np.arange(120))
+    outputs = torch.stack([classifier(*batch) for classifier in loaded.classifiers], dim=1).numpy()
+    np.testing.assert_allclose(outputs, outputs_of(with_losses, state, config), rtol=1e-4, atol=1e-5)
+    assert Scheduler.get_scheduler("budget", precisions=[4, 3, 2], save_dir=tmp_path).target_bits == 3.0
+    with pytest.raises(ValueError, match="use --schedulers budget"):
+        Scheduler.get_scheduler("kv_cache", precisions=[4, 3, 2], save_dir=tmp_path)
+
+
+def test_losses_are_read_where_the_rule_decoded_nothing():
+    pairs = [{"high": 4, "low": 3, "label": 1, "scores": [-0.4, -0.3, -0.2, -0.1], "high_rouge_l": None}]
+    rows = pa.table({"prompt_id": ["a", "b"], "pairs": [pairs, pairs]})
+    assert labels_from_table(rows).losses.tolist() == np.float32([[[0.4, 0.3, 0.2, 0.1]]] * 2).tolist()
+    rouge = [{**pairs[0], "high_rouge_l": 0.5}]
+    assert labels_from_table(pa.table({"prompt_id": ["a"], "pairs": [rouge]})).losses is None

@@ -15,6 +15,7 @@ from pmpd.errors import UserError
 from pmpd.farm.train import Fleet, LabelSource, fit, read_labels, search
 from pmpd.labeling.prompts import TORCH_SUFFIX
 from pmpd.schedulers.chain import pairs_of, parse_chain
+from pmpd.training.fit import loss_scale
 from pmpd.training.result import artefact, check_target
 
 
@@ -64,6 +65,10 @@ def main(job: TrainJob) -> dict[str, Any]:
         )  # before Ray starts: whether there is something to train and to validate on
     if job.target_bits is not None:
         check_target(labels.pairs, job.target_bits)
+    if job.training.objective == "loss":
+        loss_scale(labels, 0, job.training)
+        if job.target_bits is None:
+            raise UserError("--objective loss: give --target-bits, by which the class is chosen")
     farm.connect()
     fleet = Fleet(job.num_workers, gpus_per_worker=job.gpus_per_worker)
     fleet.check()

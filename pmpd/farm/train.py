@@ -240,7 +240,7 @@ def fit(
     The same settings on the same labels go on where an earlier run stopped (worker or driver killed), or
     return its result. DivergedError where a validation loss is not finite.
     """
-    name = _name("train", dataclasses.asdict(config), labels.fingerprint(), num_heads)
+    name = _name("train", dataclasses.asdict(config), labels.fingerprint(config.objective), num_heads)
     finished = storage.join(output_dir, "runs", f"{name}.pt")
     content = storage.read_bytes(finished)
     if content is not None:
@@ -356,7 +356,7 @@ def search(
     model. The same search on the same labels goes on where an earlier one stopped, or returns its result,
     from `output_dir`/runs.
     """
-    name = _name("tune", dataclasses.asdict(config), labels.fingerprint(), num_heads, trials)
+    name = _name("tune", dataclasses.asdict(config), labels.fingerprint(config.objective), num_heads, trials)
     found = _Found.read(storage.join(output_dir, "runs", f"{name}.json"))
     if not found.complete and len(found.trials) < trials:
         known = [{setting: trial[setting] for setting in SPACE} for trial in found.trials]

@@ -34,6 +34,8 @@ class ArtefactConfig:
     """Fingerprint of the quantized model whose caches were labelled; None = not known (published state
     dicts)."""
     labels_fingerprint: str | None = None
+    outputs: str = "logits"
+    """What the four outputs of a classifier are: logits of the classes, or negative losses in nats."""
     architecture: str = "kv_cache"
     version: int = ARTEFACT_VERSION
     budget: dict[str, Any] | None = None

@@ -39,12 +39,15 @@ def risks(scores: np.ndarray) -> np.ndarray:
     return np.concatenate([above, np.zeros_like(p[..., :1])], axis=-1)
 
 
-def choose_classes(scores: np.ndarray, chain: Sequence[int], multiplier: float) -> np.ndarray:
+def choose_classes(
+    scores: np.ndarray, chain: Sequence[int], multiplier: float, outputs: str = "logits"
+) -> np.ndarray:
     """int [B, J] from logits [B, J, 4]: the class of least risk + multiplier x bits; a tie takes the cheaper
-    one."""
+    one. `outputs` "losses": the scores are negative losses in nats, and these take the risk's place."""
     widths = -np.diff(np.asarray(chain, dtype=float))  # [J]: what a decode at the high one costs more
     costs = widths[:, None] * np.asarray(FRACTIONS)  # [J, 4]
-    return (risks(scores) + multiplier * costs).argmin(axis=-1)
+    risk = -np.asarray(scores, dtype=float) if outputs == "losses" else risks(scores)
+    return (risk + multiplier * costs).argmin(axis=-1)
 
 
 def plan_bits(classes: np.ndarray, chain: Sequence[int]) -> np.ndarray:
@@ -70,15 +73,17 @@ class Calibration:
         return abs(self.bits - self.target_bits) <= TOLERANCE
 
 
-def calibrate(scores: np.ndarray, chain: Sequence[int], target_bits: float) -> Calibration:
-    """The smallest multiplier under which these prompts, logits [B, J, 4], take at most `target_bits` on
-    average. ValueError where there are none."""
+def calibrate(
+    scores: np.ndarray, chain: Sequence[int], target_bits: float, outputs: str = "logits"
+) -> Calibration:
+    """The smallest multiplier under which these prompts, logits (or negative losses) [B, J, 4], take at most
+    `target_bits` on average. ValueError where there are none."""
     chain = check_chain(chain)
     if len(scores) == 0:
         raise UserError("target_bits: there are no validation prompts to calibrate on; label more prompts")
 
     def bits(multiplier: float) -> float:
-        return float(plan_bits(choose_classes(scores, chain, multiplier), chain).mean())
+        return float(plan_bits(choose_classes(scores, chain, multiplier, outputs), chain).mean())
 
     low, high = 0.0, LARGEST
     if bits(low) <= target_bits:
@@ -97,6 +102,7 @@ class BudgetScheduler(KVCacheScheduler):
     --target-bits`, which holds the multiplier; multiplier: another one (0 = no budget, so never switch)."""
 
     name = "budget"
+    outputs = ("logits", "losses")
 
     def __init__(
         self,
@@ -121,7 +127,8 @@ class BudgetScheduler(KVCacheScheduler):
     def classes(self, state: PrefillState) -> tuple[np.ndarray, np.ndarray]:
         _, scores = super().classes(state)
         finite = np.isfinite(scores).all(-1)
-        chosen = choose_classes(np.where(finite[..., None], scores, 0), self.precisions, self.multiplier)
+        known = np.where(finite[..., None], scores, 0)
+        chosen = choose_classes(known, self.precisions, self.multiplier, self.artefact.config.outputs)
         return np.where(finite, chosen, NUM_CLASSES - 1), scores
 
     def describe(self) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -37,6 +37,8 @@ class KVCacheScheduler(ClassScheduler):
     """
 
     name = "kv_cache"
+    outputs: ClassVar[tuple[str, ...]] = ("logits",)
+    """What the classifiers may say of a class (`ArtefactConfig.outputs`)."""
 
     def __init__(
         self,
@@ -60,6 +62,11 @@ class KVCacheScheduler(ClassScheduler):
             model_fingerprint=model_fingerprint,
             read=_reader(self.save_dir),
         )
+        if self.artefact.config.outputs not in self.outputs:
+            raise UserError(
+                f"{self.save_dir}: its classifiers say what a class loses, which a bit budget chooses by; "
+                f"use --schedulers budget"
+            )
         self.switch_points = self._points(precision_switch_points)
 
     def check_model(self, fingerprint: str | None, dim: int, num_heads: int) -> None:

@@ -27,6 +27,9 @@ class TrainConfig:
     """Rows per micro-batch, all workers together."""
     dropout: float = 0.1
     """Probability that an attention weight is dropped in training."""
+    objective: Literal["class", "loss"] = "class"
+    """What is learned: the label, or the loss of each class as a number (labels by divergence, `--rule kl`),
+    from which a bit budget chooses the class; then no class is rare and nothing is rebalanced."""
     rebalance: Literal["oversample", "weights", "none"] = "oversample"
     """How rare classes of the training split are made up for: drawn more often, weighted in the loss, or not
     at all."""
@@ -49,6 +52,8 @@ class TrainConfig:
                 f"{self.dropout}: "
                 "learning rate > 0, weight decay >= 0, 0 <= dropout < 1"
             )
+        if self.objective not in ("class", "loss"):
+            raise UserError(f"objective {self.objective!r}: class or loss")
         if self.rebalance not in ("oversample", "weights", "none"):
             raise UserError(f"rebalance {self.rebalance!r}: oversample, weights or none")
         shares = self.split_shares

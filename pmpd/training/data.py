@@ -34,14 +34,18 @@ class Labels:
     pairs: tuple[tuple[int, int], ...]
     labels: np.ndarray
     """int64 [N, J], NO_LABEL where a row has none for a pair."""
+    losses: np.ndarray | None = None
+    """float32 [N, J, 4], nats: what each class loses by a teacher-forced rule; None: labels of another."""
 
-    def fingerprint(self) -> str:
-        """First 16 hex digits of the SHA-256 over ids, pairs and labels: the same for the same labels in any
-        order or sharding."""
+    def fingerprint(self, objective: str = "class") -> str:
+        """First 16 hex digits of the SHA-256 over ids, pairs and labels (for the objective "loss" the losses
+        too): the same for the same labels in any order or sharding."""
         lines = [
             f"{key} {' '.join(map(str, row))}"
             for key, row in zip(self.ids, self.labels.tolist(), strict=True)
         ]
+        if objective == "loss" and self.losses is not None:
+            lines += [row.astype("<f4").tobytes().hex() for row in self.losses]
         return hashlib.sha256("\n".join([str(self.pairs), *lines]).encode()).hexdigest()[:16]
 
     def splits(self, config: TrainConfig) -> np.ndarray:
@@ -111,7 +115,21 @@ def labels_from_table(table: pa.Table, pairs: Sequence[tuple[int, int]] | None =
             f"labels: {strange} are no classes, those are 0 to {NUM_CLASSES - 1}; label these prompts again"
         )
     values = [[NO_LABEL if row.get(pair) is None else row[pair] for pair in wanted] for row in rows]
-    return Labels(ids, tuple(wanted), np.asarray(values, dtype=np.int64))
+    return Labels(ids, tuple(wanted), np.asarray(values, dtype=np.int64), _losses(table, wanted))
+
+
+def _losses(table: pa.Table, wanted: Sequence[tuple[int, int]]) -> np.ndarray | None:
+    """Losses of the classes, float32 [N, J, 4], of labels by a teacher-forced rule (it decodes nothing, so
+    its rows have scores and no ROUGE-L); None for others."""
+    rows = [{(int(p["high"]), int(p["low"])): p for p in row} for row in table["pairs"].to_pylist()]
+    scores = []
+    for row in rows:
+        for pair in wanted:
+            held = row.get(pair) or {}
+            if None in (held.get("scores") or [None]) or held.get("high_rouge_l") is not None:
+                return None
+            scores.append(held["scores"])
+    return -np.asarray(scores, dtype=np.float32).reshape(len(rows), len(wanted), NUM_CLASSES)
 
 
 @dataclass(frozen=True)

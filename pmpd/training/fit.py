@@ -93,6 +93,23 @@ def class_weights(labels_N: np.ndarray, rows: np.ndarray, rebalance: str) -> Ten
     )
 
 
+def loss_scale(labels: Labels, pair: int, config: TrainConfig) -> float:
+    """Nats that an output of 1 stands for: the mean loss of class 0 on the training prompts. UserError where
+    the labels have no losses."""
+    if labels.losses is None:
+        raise UserError(
+            "--training.objective loss: these labels say no losses; label with `pmpd label --rule kl`"
+        )
+    return max(float(labels.losses[labels.rows(pair, config)["train"], pair, 0].mean()), 1e-9)
+
+
+def scaled_losses(labels: Labels, pair: int, config: TrainConfig) -> np.ndarray:
+    """float32 [N, 4]."""
+    scale = loss_scale(labels, pair, config)
+    assert labels.losses is not None
+    return labels.losses[:, pair] / np.float32(scale)
+
+
 class PairTraining:
     """Fits the classifier of one pair, epoch by epoch; every worker calls the same methods in the same
     order."""
@@ -119,7 +136,9 @@ class PairTraining:
         self.local = np.asarray(
             [position.get(key, -1) for key in labels.ids]
         )  # position in `features`, -1 = another worker's
-        self.weights = class_weights(self.labels, self.rows["train"], config.rebalance).to(self.device)
+        self.rebalance = config.rebalance if config.objective == "class" else "none"
+        self.weights = class_weights(self.labels, self.rows["train"], self.rebalance).to(self.device)
+        self.targets = None if config.objective == "class" else -scaled_losses(labels, pair, config)
         self.model = model.to(self.device)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
@@ -142,9 +161,7 @@ class PairTraining:
         seed = int.from_bytes(
             hashlib.sha256(f"{self.config.seed}/{self.name}/{number}".encode()).digest()[:4], "big"
         )
-        order = epoch_order(
-            self.labels, self.rows["train"], self.config.rebalance, np.random.default_rng(seed)
-        )
+        order = epoch_order(self.labels, self.rows["train"], self.rebalance, np.random.default_rng(seed))
         size = self.config.batch_size
         per_step = size * self.config.gradient_accumulation_steps
         self.model.train()
@@ -173,16 +190,16 @@ class PairTraining:
         logits_NK = self.logits()
         for split in ("train", "validation"):
             rows = self.rows[split]
-            targets = torch.from_numpy(self.labels[rows])
+            labels = torch.from_numpy(self.labels[rows])
             if split == "validation":
-                line["validation_loss"] = float(F.cross_entropy(logits_NK[rows], targets))
+                line["validation_loss"] = float(self._criterion(logits_NK[rows], rows)) / len(rows)
                 if not math.isfinite(line["validation_loss"]):
                     raise DivergedError(
                         f"pair {self.name}, epoch {number}: the validation loss is "
                         f"{line['validation_loss']}; "
                         f"lower --learning-rate, it is {self.config.learning_rate:g}"
                     )
-            line[f"{split}_accuracy"] = float((logits_NK[rows].argmax(-1) == targets).float().mean())
+            line[f"{split}_accuracy"] = float((logits_NK[rows].argmax(-1) == labels).float().mean())
         self._close_epoch(number, line)
         return line
 
@@ -192,9 +209,16 @@ class PairTraining:
         if len(rows) == 0:
             return None
         logits = self.model(*self.features.batch(self.local[rows], self.device))
-        return F.cross_entropy(
-            logits, torch.from_numpy(self.labels[rows]).to(self.device), weight=self.weights, reduction="sum"
-        )
+        return self._criterion(logits, rows, self.weights)
+
+    def _criterion(self, logits: Tensor, rows: np.ndarray, weights: Tensor | None = None) -> Tensor:
+        """Summed loss of outputs [B, 4] for these rows: of classes, or of what they lose (outputs are
+        negative losses, so that higher is better as with logits)."""
+        if self.targets is not None:
+            wanted = torch.from_numpy(self.targets[rows]).to(logits.device)
+            return F.smooth_l1_loss(logits, wanted, reduction="sum") / NUM_CLASSES
+        wanted = torch.from_numpy(self.labels[rows]).to(logits.device)
+        return F.cross_entropy(logits, wanted, weight=weights, reduction="sum")
 
     def _sum_gradients(self) -> None:
         if self.workers.count == 1:

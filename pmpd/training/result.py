@@ -10,14 +10,17 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from pmpd.errors import UserError
 from pmpd.schedulers.artefact import ArtefactConfig, artefact_files
 from pmpd.schedulers.budget import calibrate, choose_classes, described, plan_bits
+from pmpd.schedulers.chain import NUM_CLASSES
 from pmpd.training.config import TrainConfig
 from pmpd.training.data import Labels
 from pmpd.training.evaluate import evaluate
-from pmpd.training.fit import TrainState
+from pmpd.training.fit import TrainState, loss_scale
 
 
 def check_target(pairs: Sequence[tuple[int, int]], target_bits: float) -> list[int]:
@@ -30,15 +33,46 @@ def check_target(pairs: Sequence[tuple[int, int]], target_bits: float) -> list[i
     return chain
 
 
+def outputs_of(labels: Labels, state: TrainState, config: TrainConfig, head: str = "kv_cache") -> np.ndarray:
+    """What the head says of every row, float32 [N, J, 4]: logits, or negative losses in nats."""
+    parts = [
+        state.logits[f"{head}/{high}-{low}"].float().numpy() * output_scale(labels, pair, config)
+        for pair, (high, low) in enumerate(labels.pairs)
+    ]
+    return np.stack(parts, axis=1)
+
+
+def output_scale(labels: Labels, pair: int, config: TrainConfig) -> float:
+    """What the pair's outputs are multiplied by: the nats of a loss of 1; 1 for logits."""
+    return loss_scale(labels, pair, config) if config.objective == "loss" else 1.0
+
+
+def output_kind(config: TrainConfig) -> str:
+    return "losses" if config.objective == "loss" else "logits"
+
+
 def budget_of(labels: Labels, state: TrainState, config: TrainConfig, target_bits: float) -> dict[str, Any]:
     """The calibration for `target_bits` on the validation prompts, and what it gives on the test prompts
     (`test_bits`, None where there are none)."""
-    chain = check_target(labels.pairs, target_bits)
-    logits = [state.logits[f"kv_cache/{high}-{low}"].float().numpy() for high, low in labels.pairs]
-    scores, splits = np.stack(logits, axis=1), labels.splits(config)  # [N, J, 4]
-    found = calibrate(scores[splits == 1], chain, target_bits)
-    test = choose_classes(scores[splits == 2], chain, found.multiplier)
+    chain, outputs = check_target(labels.pairs, target_bits), output_kind(config)
+    scores, splits = outputs_of(labels, state, config), labels.splits(config)
+    found = calibrate(scores[splits == 1], chain, target_bits, outputs)
+    test = choose_classes(scores[splits == 2], chain, found.multiplier, outputs)
     return {**described(found), "test_bits": float(plan_bits(test, chain).mean()) if len(test) else None}
+
+
+def budget_choices(
+    labels: Labels, state: TrainState, config: TrainConfig, multiplier: float
+) -> dict[str, Tensor]:
+    """As `TrainState.logits`, but 1 for the class that the budget chooses and 0 for the others."""
+    chain = [labels.pairs[0][0], *(low for _, low in labels.pairs)]
+    found = {}
+    for head in {name.split("/")[0] for name in state.logits}:
+        scores = outputs_of(labels, state, config, head)
+        classes = choose_classes(scores, chain, multiplier, output_kind(config))
+        for pair, (high, low) in enumerate(labels.pairs):
+            found[f"{head}/{high}-{low}"] = torch.eye(NUM_CLASSES)[torch.from_numpy(classes[:, pair])]
+    return found
 
 
 def learning_curves(history: Sequence[Mapping[str, Any]]) -> bytes:
@@ -70,6 +104,11 @@ def learning_curves(history: Sequence[Mapping[str, Any]]) -> bytes:
     return buffer.getvalue()
 
 
+def _scaled(weights: Mapping[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """A classifier whose outputs are `scale` times as large."""
+    return {name: tensor * scale if name.startswith("head.") else tensor for name, tensor in weights.items()}
+
+
 def artefact(
     labels: Labels,
     state: TrainState,
@@ -80,19 +119,27 @@ def artefact(
 ) -> tuple[dict[str, bytes], dict[str, Any]]:
     """File name → content of the `scheduler/` folder (weights, config.json, metrics.json, metrics.jsonl,
     learning_curves.png), and the metrics as a dictionary. `target_bits`: calibrate for so many on average."""
-    states = state.states(labels.pairs)
+    states = {
+        pair: _scaled(weights, output_scale(labels, index, config))
+        for index, (pair, weights) in enumerate(state.states(labels.pairs).items())
+    }
     dim = states[labels.pairs[0]]["queries"].shape[-1]
     budget = None if target_bits is None else budget_of(labels, state, config, target_bits)
     about = ArtefactConfig(
         budget=budget,
+        outputs=output_kind(config),
         dim=dim,
         num_heads=num_heads,
         pairs=labels.pairs,
         model_fingerprint=model_fingerprint,
-        labels_fingerprint=labels.fingerprint(),
+        labels_fingerprint=labels.fingerprint(config.objective),
         training=asdict(config),
     )
-    metrics = evaluate(labels, labels.splits(config), state.logits, config.seed)
+    logits: Mapping[str, Tensor] = state.logits
+    if config.objective == "loss":
+        assert budget is not None, "what a class loses chooses nothing without a budget"
+        logits = budget_choices(labels, state, config, budget["multiplier"])
+    metrics = evaluate(labels, labels.splits(config), logits, config.seed)
     files = artefact_files(about, states)
     finishing = files.pop("config.json")  # last: a folder without it is not finished
     files |= {
