@@ -21,7 +21,7 @@ from transformers import AutoModelForCausalLM
 from pmpd.cli.flags.quantize import QuantizeJob
 from pmpd.cli.quantize import main
 from pmpd.kernels import bitplanes
-from pmpd.quantize import convert, work
+from pmpd.quantize import convert, stages, work
 from pmpd.quantize.calibration import calibration_samples
 from pmpd.quantize.config import MAX_BITS, MIN_BITS, QuantizeConfig
 from pmpd.quantize.convert import quantize_checkpoint, split_samples
@@ -175,11 +175,13 @@ def test_a_run_killed_between_layers_goes_on(half_folder: Path, quantized: Path,
         "layer-00001.safetensors",
     ]
     (folder / "layer-00001.safetensors").write_bytes(b"half a file")  # what a full disk may leave
+    spent = json.loads((folder / "spent.json").read_text())[1]
     steps = []
     summary = quantize_checkpoint(
         half_folder, output, SMALL, TEXTS, on_progress=lambda *step: steps.append(step)
     )
     assert summary.reused_layers == 1
+    assert summary.processor_seconds > spent > 0, "what the killed run took counts"
     assert [step[1:] for step in steps if step[0] == "layers"] == [(2, 3), (3, 3)]
     assert not [step for step in steps if step[0] == "inputs"], "they were measured before the stop"
     assert same(output, quantized)
@@ -205,7 +207,7 @@ def test_a_run_goes_on_behind_the_last_group_of_texts_or_tuning_step(
         if (stage, done) == where:
             raise Stopped
 
-    monkeypatch.setattr(convert, "_SECONDS_PER_SAVE", 0.0)
+    monkeypatch.setattr(stages, "_SECONDS_PER_SAVE", 0.0)
     with pytest.raises(Stopped):
         quantize_checkpoint(half_folder, tmp_path / "out", SMALL, TEXTS, on_progress=stop)
     steps = []
@@ -222,6 +224,8 @@ def test_the_manifest_says_what_each_precision_is_worth(quantized: Path) -> None
     assert sorted(found, key=int) == ["2", "3", "4", "16"]
     assert abs(found["4"] / found["16"] - 1) < abs(found["2"] / found["16"] - 1)
     assert {bits: len(steps) for bits, steps in manifest["divergence"].items()} == {"2": 4, "3": 2, "4": 1}
+    assert manifest["processor_seconds"] > 0
+    assert manifest["peak_bytes"] > manifest["source_bytes"]
     assert manifest["divergence"]["4"][0] < manifest["divergence"]["3"][0] < manifest["divergence"]["2"][0]
     assert manifest["relative_error"]["4"] < manifest["relative_error"]["3"] < manifest["relative_error"]["2"]
 

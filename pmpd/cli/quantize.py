@@ -94,7 +94,9 @@ def report(summary: Summary, output: str, console: Console) -> None:
     console.print(
         f"wrote {output}: {summary.model_bytes / 1e6:.2f} MB (unquantized: {summary.source_bytes / 1e6:.2f} "
         f"MB), "
-        f"{summary.quantized_weights:,} weights quantized, {calibration}, {summary.seconds:.1f} s{again}"
+        f"{summary.quantized_weights:,} weights quantized, {calibration}, "
+        f"{summary.seconds:.1f} s ({summary.processor_seconds:.1f} of a processor), "
+        f"{summary.peak_bytes / 1e9:.1f} GB of memory at most{again}"
     )
     console.print(
         f"next: pmpd perplexity --model-path {output}, or pmpd label --model-path {output}", soft_wrap=True

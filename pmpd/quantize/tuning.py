@@ -149,9 +149,9 @@ def tune_tables(
     """Linear -> the same codes with tuned tables, by Adam, a step for each of `samples_ST` int64 [S, T].
 
     The lowest precision takes every sample, each higher one half as many as the one below it (its errors are
-    a quarter); precisions above `MAX_METRIC_BITS` take none. The step size is `rate` of the error that
-    quantizing made in each direction of a row's table: it rises over the first tenth of the steps, then falls
-    to 0 along a half cosine.
+    a quarter); precisions above `MAX_METRIC_BITS` take none. A step of a row's table, all its directions
+    together, is at most about `rate` of the error that quantizing the row made: that share rises over the
+    first tenth of the steps, then falls to 0 along a half cosine.
 
     `state`: of a tuning that was stopped; it goes on behind its step. Memory beside the model: one byte a
     quantized weight, three float32 per table value and 2**bits more of its basis, activations of one sample,
@@ -181,7 +181,7 @@ def tune_tables(
                     number, steps = index // every, -(-len(samples_ST) // every)
                     found[bits] = _step(
                         model, tuned, bases, bits, input_ids, target_TV,
-                        rate * _pace(number, steps), number + 1, state.tensors,
+                        rate / 2 ** (bits / 2) * _pace(number, steps), number + 1, state.tensors,
                     )  # fmt: skip
             state.divergence.append(found)
             state.step = index + 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,20 @@ from torch import Tensor
 
 
 class WorkFolder:
-    """Files by name; `meta` is any JSON that goes with the tensors."""
+    """Files by name; `meta` is any JSON that goes with the tensors. Knows the time spent on them, over all
+    runs: a killed run's up to its last file."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         path.mkdir(parents=True, exist_ok=True)
+        self._began = time.monotonic(), time.process_time()
+        spent = path / "spent.json"
+        self._before = tuple(json.loads(spent.read_text())) if spent.exists() else (0.0, 0.0)
+
+    def spent(self) -> tuple[float, float]:
+        """(seconds, processor seconds)"""
+        began, before = self._began, self._before
+        return before[0] + time.monotonic() - began[0], before[1] + time.process_time() - began[1]
 
     def file(self, name: str) -> Path:
         return self.path / f"{name}.safetensors"
@@ -33,6 +43,9 @@ class WorkFolder:
 
     def save(self, name: str, tensors: dict[str, Tensor], meta: Any = None) -> None:
         save(tensors, self.file(name), {"meta": json.dumps(meta)})
+        partial = self.path / f"spent.partial-{os.getpid()}"
+        partial.write_text(json.dumps(self.spent()))
+        partial.replace(self.path / "spent.json")
 
     def load(self, name: str) -> dict[str, Tensor]:
         return load_file(self.file(name))
