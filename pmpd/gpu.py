@@ -26,6 +26,16 @@ def capability(device: torch.device) -> tuple[int, int]:
     return torch.cuda.get_device_capability(device)
 
 
+def shared_memory(device: torch.device) -> tuple[int, int, int]:
+    """Multiprocessors, the most shared memory of one block, and that of a multiprocessor, in bytes."""
+    found = torch.cuda.get_device_properties(device)
+    return (
+        found.multi_processor_count,
+        found.shared_memory_per_block_optin,
+        found.shared_memory_per_multiprocessor,
+    )
+
+
 def free_bytes(device: torch.device) -> int:
     """Memory that can still be allocated: free on the device, plus what PyTorch's allocator holds unused."""
     free, _ = torch.cuda.mem_get_info(device)

@@ -233,17 +233,24 @@ def _nibbles(p0, p1, p2, p3, BITS: tl.constexpr, EMULATE: tl.constexpr):
 
 
 @triton.jit
-def _planes(base, plane_stride, BITS: tl.constexpr, EMULATE: tl.constexpr):
+def _plane(base, TURN: tl.constexpr, EMULATE: tl.constexpr):
+    """The tile's words of a plane, turned left."""
+    a, b, c, d = _load16(base, EMULATE, True)
+    return (_rotate(a, TURN), _rotate(b, TURN), _rotate(c, TURN), _rotate(d, TURN))
+
+
+@triton.jit
+def _planes(base, plane_stride, BITS: tl.constexpr, PLAIN: tl.constexpr, EMULATE: tl.constexpr):
     """The tile's words of the first BITS planes, 4 a plane (half h, row part r: word 2 h + r), zeros for
-    absent planes."""
-    p0 = _load16(base, EMULATE, True)
-    p1 = _load16(base + plane_stride, EMULATE, True)
+    absent planes. PLAIN: in memory every plane has a column at the same bit."""
+    p0 = _plane(base, 0, EMULATE)
+    p1 = _plane(base + plane_stride, 31 if PLAIN else 0, EMULATE)
     p2 = p1
     p3 = p1
     if BITS >= 3:
-        p2 = _load16(base + 2 * plane_stride, EMULATE, True)
+        p2 = _plane(base + 2 * plane_stride, 30 if PLAIN else 0, EMULATE)
     if BITS >= 4:
-        p3 = _load16(base + 3 * plane_stride, EMULATE, True)
+        p3 = _plane(base + 3 * plane_stride, 29 if PLAIN else 0, EMULATE)
     return p0 + p1 + p2 + p3
 
 
@@ -302,13 +309,18 @@ def digits_matmul(
     acc = ()
     for _ in tl.static_range(TOKEN_PAIRS * 8):
         acc = acc + (zero,)  # type: ignore[assignment]  # noqa: RUF005 - Triton's tuples grow, and it knows no unpacking
-    words = _planes(row_base + lane * 4 + tl.minimum(warp, BLOCKS - 1) * 128, plane_stride, BITS, EMULATE)
+    first = row_base + lane * 4 + tl.minimum(warp, BLOCKS - 1) * 128
+    words = _planes(first, plane_stride, BITS, False, EMULATE)
     _wait_for_last(PDL)
 
     for i in range(TILES):
         block = warp + i * WARPS
         after = _planes(
-            row_base + lane * 4 + tl.minimum(block + WARPS, BLOCKS - 1) * 128, plane_stride, BITS, EMULATE
+            row_base + lane * 4 + tl.minimum(block + WARPS, BLOCKS - 1) * 128,
+            plane_stride,
+            BITS,
+            False,
+            EMULATE,
         )
         for h in tl.static_range(2):
             x_words = ()
@@ -520,7 +532,7 @@ def halves_matmul(
     LAST_GROUP,
     BLOCKS: tl.constexpr, TILES: tl.constexpr, BITS: tl.constexpr, OCTETS: tl.constexpr, WARPS: tl.constexpr,
     GROUP: tl.constexpr, EXACT: tl.constexpr, HAS_BIAS: tl.constexpr, BFLOAT16: tl.constexpr,
-    PDL: tl.constexpr, EMULATE: tl.constexpr,
+    PLAIN: tl.constexpr, PDL: tl.constexpr, EMULATE: tl.constexpr,
 ):  # fmt: skip
     """y [M, N] from x [M, K] of 16-bit floats (as int32 words, x_stride words a token); a program: 16 rows, 8
     * OCTETS tokens.
@@ -554,13 +566,18 @@ def halves_matmul(
     acc = ()
     for _ in tl.static_range(OCTETS * 4):
         acc = acc + (zero,)  # type: ignore[assignment]  # noqa: RUF005 - Triton's tuples grow, and it knows no unpacking
-    words = _planes(row_base + lane * 4 + tl.minimum(warp, BLOCKS - 1) * 128, plane_stride, BITS, EMULATE)
+    first = row_base + lane * 4 + tl.minimum(warp, BLOCKS - 1) * 128
+    words = _planes(first, plane_stride, BITS, PLAIN, EMULATE)
     _wait_for_last(PDL)
 
     for i in range(TILES):
         block = warp + i * WARPS
         after = _planes(
-            row_base + lane * 4 + tl.minimum(block + WARPS, BLOCKS - 1) * 128, plane_stride, BITS, EMULATE
+            row_base + lane * 4 + tl.minimum(block + WARPS, BLOCKS - 1) * 128,
+            plane_stride,
+            BITS,
+            PLAIN,
+            EMULATE,
         )
         for h in tl.static_range(2):
             n_top = _tile_nibbles(words, 2 * h, BITS, EMULATE)
@@ -629,6 +646,7 @@ def _tile_codes(
     BITS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
+    PLAIN: tl.constexpr,
 ):
     """Codes of rows `row` [ROWS] and columns `first` (a multiple of 128)...: int32 [ROWS, COLUMNS]; rubbish
     past the last block."""
@@ -639,7 +657,7 @@ def _tile_codes(
     codes = tl.zeros([ROWS, COLUMNS // 32, 32], tl.int32)
     for p in tl.static_range(BITS):
         bits = tl.load(planes + p * plane_stride + at).to(tl.uint32, bitcast=True)
-        position = (4 * (c % 8) + 3 - p % 4 + 32 - c // 8) % 32
+        position = (4 * (c % 8) + 3 - (0 if PLAIN else p % 4) + 32 - c // 8) % 32
         codes = codes * 2 + ((bits[:, :, None] >> position[None, None, :].to(tl.uint32)) & 1).to(tl.int32)
     by_thread = tl.reshape(
         codes, [ROWS, COLUMNS // 128, 4, 4, 8]
@@ -651,10 +669,11 @@ def _tile_codes(
 def _tile_weights(
     planes, values, zeros, groups, row, first, plane_stride, N_PADDED,
     BLOCKS: tl.constexpr, BITS: tl.constexpr, AFFINE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    PLAIN: tl.constexpr,
 ):  # fmt: skip
     """float32 weights [ROWS, COLUMNS]: table look-up, or (AFFINE) scale * (code - zero) of the column's
     group."""
-    codes = _tile_codes(planes, row, first, plane_stride, BLOCKS, BITS, ROWS, COLUMNS)
+    codes = _tile_codes(planes, row, first, plane_stride, BLOCKS, BITS, ROWS, COLUMNS, PLAIN)
     if AFFINE:
         group = tl.load(groups + tl.minimum(first + tl.arange(0, COLUMNS), BLOCKS * 256 - 1))
         at = group[None, :] * N_PADDED + row[:, None]
@@ -666,14 +685,15 @@ def _tile_weights(
 @triton.jit
 def dequantize_tiles(
     planes, values, zeros, groups, out, N, K, plane_stride, N_PADDED,
-    BLOCKS: tl.constexpr, BITS: tl.constexpr, AFFINE: tl.constexpr,
+    BLOCKS: tl.constexpr, BITS: tl.constexpr, AFFINE: tl.constexpr, PLAIN: tl.constexpr,
 ):  # fmt: skip
     """out [N, K] <- the weights; one program = 16 rows x 256 columns."""
     row = tl.program_id(0) * 16 + tl.arange(0, 16)
     first = tl.program_id(1) * 256
     weights = _tile_weights(
-        planes, values, zeros, groups, row, first, plane_stride, N_PADDED, BLOCKS, BITS, AFFINE, 16, 256
-    )
+        planes, values, zeros, groups, row, first, plane_stride, N_PADDED,
+        BLOCKS, BITS, AFFINE, 16, 256, PLAIN,
+    )  # fmt: skip
     column = first + tl.arange(0, 256)
     at = row.to(tl.int64)[:, None] * K + column[None, :]
     tl.store(out + at, weights.to(out.dtype.element_ty), mask=(row < N)[:, None] & (column < K)[None, :])
@@ -685,7 +705,7 @@ def plain_matmul(
     M, N, K, x_stride, y_stride, plane_stride, N_PADDED,
     BLOCKS: tl.constexpr, BITS: tl.constexpr, AFFINE: tl.constexpr, HAS_BIAS: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TOKENS: tl.constexpr, STEPS: tl.constexpr, SPLIT: tl.constexpr,
-    USE_DOT: tl.constexpr,
+    USE_DOT: tl.constexpr, PLAIN: tl.constexpr,
 ):  # fmt: skip
     """y [M, N] for any b: decode [ROWS, COLUMNS], then a tensor-core dot (USE_DOT) or a sum for each of
     TOKENS tokens.
@@ -717,6 +737,7 @@ def plain_matmul(
             AFFINE,
             ROWS,
             COLUMNS,
+            PLAIN,
         )
         x_at = token.to(tl.int64)[:, None] * x_stride + column[None, :]
         x_tile = tl.load(x + x_at, mask=(token < M)[:, None] & (column < K)[None, :], other=0.0)

@@ -46,6 +46,7 @@ def _of_module(module: str, build: str, *devices: str) -> Kernel:
 KERNELS: dict[str, Kernel] = {
     "cpu": _of_module("pmpd.kernels.cpu", "build", "cpu"),
     "triton": _of_module("pmpd.kernels.triton", "TritonMatrix", "cuda"),
+    "cuda": _of_module("pmpd.kernels.cuda.matrix", "CudaMatrix"),  # not yet measured: only when asked for
     "reference": _of_module("pmpd.kernels.reference", "ReferenceMatrix"),
 }
 """By name. Of those for one device the last one that is available is taken."""

@@ -114,9 +114,9 @@ def _position(plane: int, column: Tensor) -> Tensor:
     return (4 * (column % 8) + 3 - plane % 4 - column // 8) % 32
 
 
-def tile_codes(codes_NK: Tensor, bits: int) -> Tensor:
+def tile_codes(codes_NK: Tensor, bits: int, plain: bool = False) -> Tensor:
     """Codes uint8 [N, K], each < 2**bits -> planes int32 [bits, N/16, K/256, 32, 4], rows and columns padded
-    with zeros."""
+    with zeros. `plain`: a column is at the same bit in every plane, that of plane 0."""
     rows, columns = codes_NK.shape
     row_blocks, blocks = math.ceil(rows / TILE_ROWS), math.ceil(columns / TILE_COLUMNS)
     codes = torch.nn.functional.pad(
@@ -130,7 +130,7 @@ def tile_codes(codes_NK: Tensor, bits: int) -> Tensor:
     )
     planes = torch.zeros(bits, *codes.shape[:-1], dtype=torch.int32, device=codes.device)
     for plane in range(bits):
-        for column, position in enumerate(_position(plane, torch.arange(32)).tolist()):
+        for column, position in enumerate(_position(0 if plain else plane, torch.arange(32)).tolist()):
             planes[plane] |= ((codes[..., column] >> (bits - 1 - plane)) & 1).to(torch.int32) << position
     return planes.view(bits, row_blocks, blocks, 32, 4)
 
@@ -224,8 +224,11 @@ def overlap(device: torch.device) -> dict[str, Any]:
 class _TileMatrix:
     """Tiles of planes and the launches over them; tables or group scales come from the owner."""
 
-    def __init__(self, planes: Tensor, shape: tuple[int, int], bias: Tensor | None) -> None:
+    def __init__(
+        self, planes: Tensor, shape: tuple[int, int], bias: Tensor | None, plain: bool = False
+    ) -> None:
         self.planes = planes  # int32 [P, N/16, K/256, 32, 4]
+        self.plain = plain  # as of `tile_codes`
         self.shape = shape
         self.bias = bias
         self.row_blocks, self.blocks = planes.shape[1], planes.shape[2]
@@ -261,7 +264,7 @@ class _TileMatrix:
             tokens, rows, columns, x.stride(0), y.stride(0), self.planes.stride(0), self.padded_rows,
             BLOCKS=self.blocks, BITS=bits, AFFINE=zeros is not None, HAS_BIAS=self.bias is not None,
             ROWS=row_block, COLUMNS=column_block, TOKENS=token_block, STEPS=steps, SPLIT=split,
-            USE_DOT=use_dot, num_warps=4,
+            USE_DOT=use_dot, PLAIN=self.plain, num_warps=4,
         )  # fmt: skip
         if split > 1:
             total = partial.sum(0)
@@ -296,7 +299,8 @@ class _TileMatrix:
             GROUP=group_size,
             EXACT=self.blocks % warps == 0 and columns == self.blocks * TILE_COLUMNS,
             HAS_BIAS=self.bias is not None,
-            BFLOAT16=x.dtype == torch.bfloat16, EMULATE=_interpreted(), num_warps=warps, **overlap(y.device),
+            BFLOAT16=x.dtype == torch.bfloat16, PLAIN=self.plain, EMULATE=_interpreted(),
+            num_warps=warps, **overlap(y.device),
         )  # fmt: skip
         return y
 
@@ -311,7 +315,7 @@ class _TileMatrix:
             self.planes, values, values if zeros is None else zeros,
             self.planes if groups is None else groups, out,
             rows, columns, self.planes.stride(0), self.padded_rows,
-            BLOCKS=self.blocks, BITS=bits, AFFINE=zeros is not None, num_warps=4,
+            BLOCKS=self.blocks, BITS=bits, AFFINE=zeros is not None, PLAIN=self.plain, num_warps=4,
         )  # fmt: skip
         return out
 
@@ -383,13 +387,17 @@ def split_activations(x: Tensor) -> SplitActivations:
 class TritonMatrix(BitplaneMatrix):
     """An Any-Precision matrix for the kernels here; see the module's text."""
 
+    PLAIN = False
+    """Whether its planes are `plain` ones (`tile_codes`)."""
+
     def __init__(self, packed: PackedWeights, dtype: torch.dtype) -> None:
         super().__init__(packed.shape, packed.precisions)
         self.dtype = dtype
-        tiles = tile_codes(unpack(packed.planes, max(packed.precisions)), max(packed.precisions))
+        parent = max(packed.precisions)
+        tiles = tile_codes(unpack(packed.planes, parent), parent, self.PLAIN)
         bias = None if packed.bias is None else packed.bias.to(dtype)
-        self._tiles = _TileMatrix(tiles, packed.shape, bias)
-        self._tables = {bits: _tables_of(table, bits, dtype) for bits, table in packed.tables.items()}
+        self._tiles = _TileMatrix(tiles, packed.shape, bias, self.PLAIN)
+        self._tables = {bits: self._tables_of(table, bits) for bits, table in packed.tables.items()}
         self._gpu_name = _gpu_name(packed.planes.device)
 
     def route(self, tokens: int, bits: int) -> str:
@@ -451,8 +459,18 @@ class TritonMatrix(BitplaneMatrix):
                 **overlap(y.device),
             )  # fmt: skip
 
+    def _tables_of(self, table: Tensor, bits: int) -> dict[str, Tensor]:
+        """What the kernels look up, by name, each [N padded, …]: `values` as given, the three results of
+        `table_digits`, `table_halves`."""
+        tables = {"values": torch.nn.functional.pad(table, (0, 0, 0, -len(table) % TILE_ROWS)).contiguous()}
+        if bits in DIGITS_BITS:
+            tables["words"], tables["scales"], tables["offsets"] = table_digits(table, bits)
+            if self.dtype != torch.float32:
+                tables["halves"] = table_halves(table, bits, self.dtype)
+        return tables
+
     def _with(self, tiles: _TileMatrix, tables: dict[int, dict[str, Tensor]]) -> TritonMatrix:
-        other = object.__new__(TritonMatrix)
+        other = object.__new__(type(self))
         BitplaneMatrix.__init__(other, tiles.shape, self.precisions)
         other.dtype, other._gpu_name, other._tiles, other._tables = self.dtype, self._gpu_name, tiles, tables
         return other
@@ -466,7 +484,7 @@ class TritonMatrix(BitplaneMatrix):
         bias = None if self._tiles.bias is None else self._tiles.bias[start:stop]
         planes = self._tiles.planes[:, start // TILE_ROWS : padded // TILE_ROWS]
         return self._with(
-            _TileMatrix(planes, (stop - start, self.shape[1]), bias),
+            _TileMatrix(planes, (stop - start, self.shape[1]), bias, self._tiles.plain),
             {
                 bits: {name: part[start:padded] for name, part in parts.items()}
                 for bits, parts in self._tables.items()
@@ -480,17 +498,6 @@ class TritonMatrix(BitplaneMatrix):
         return self._tiles.planes.nbytes + sum(
             part.nbytes for parts in self._tables.values() for part in parts.values()
         )
-
-
-def _tables_of(table: Tensor, bits: int, dtype: torch.dtype) -> dict[str, Tensor]:
-    """What the kernels look up, by name, each [N padded, …]: `values` as given, the three results of
-    `table_digits`, `table_halves`."""
-    tables = {"values": torch.nn.functional.pad(table, (0, 0, 0, -len(table) % TILE_ROWS)).contiguous()}
-    if bits in DIGITS_BITS:
-        tables["words"], tables["scales"], tables["offsets"] = table_digits(table, bits)
-        if dtype != torch.float32:
-            tables["halves"] = table_halves(table, bits, dtype)
-    return tables
 
 
 class GPTQMatrix:
@@ -612,7 +619,9 @@ def merge(parts: Sequence[TritonMatrix]) -> TritonMatrix:
     """
     first, rows = parts[0], [part.shape[0] for part in parts]
     alike = all(
-        (p.shape[1], p.precisions, p.dtype) == (first.shape[1], first.precisions, first.dtype) for p in parts
+        (p.shape[1], p.precisions, p.dtype, p.PLAIN)
+        == (first.shape[1], first.precisions, first.dtype, first.PLAIN)
+        for p in parts
     )
     if not alike or any(count % TILE_ROWS for count in rows[:-1]):
         raise UserError(
@@ -630,7 +639,9 @@ def merge(parts: Sequence[TritonMatrix]) -> TritonMatrix:
             ]
         )
     whole = first._with(
-        _TileMatrix(torch.cat([p._tiles.planes for p in parts], dim=1), (sum(rows), first.shape[1]), bias),
+        _TileMatrix(
+            torch.cat([p._tiles.planes for p in parts], dim=1), (sum(rows), first.shape[1]), bias, first.PLAIN
+        ),
         {
             bits: {name: torch.cat([p._tables[bits][name] for p in parts]) for name in names}
             for bits, names in first._tables.items()

@@ -1,0 +1,389 @@
+// y = x W' + bias for one or two tokens on the 1-bit tensor cores (sm_80 to sm_90): no weight is ever
+// decoded.
+//
+// A table of 2^b values is a polynomial in the b bits of the code: T[c] = sum over subsets S of planes of
+// t_S * prod_{p in S} bit_p(c), t the Moebius transform of T (float32, made at load; bit p of a subset's
+// index is plane p). So y = t_0 sum(x) + sum_S t_S sum_k x_k [all bits of S are set in code k]. Activations
+// are 16-bit fixed point, a scale for each warp's columns; bit j of the numbers is column j of the operand
+// B, so one m16n8k256 multiplies 16 rows x 256 columns of one subset with eight bits of every activation,
+// exactly. A subset costs one `and` for 32 weights.
+//
+// A tile is 16 rows x 256 columns, a row block the TILES tiles of 16 rows. Planes are as `matrix.py` lays
+// them out: lane 4 g + t, word 2 h + r of a tile holds row 8 r + g, columns 128 h + 32 s + 8 t + i (s 0..3,
+// i 0..7) at bit 4 i + 3 - s, in every plane alike.
+//
+// Blocks are persistent: block i takes row blocks i, i + gridDim, ...; warp w takes tiles w, w + WARPS, ...
+// of each: T of them. A warp has a ring of SLOTS tiles that cp.async fills across row blocks, the first
+// SLOTS before waiting for the kernel in front. Every lane reads back only what it copied itself, so the
+// ring needs no barrier; the one barrier is that which adds the warps' sums of a row block.
+//
+// Accumulators hold eight subsets: those of the first three planes. More planes take more passes over the
+// same tiles, one for each subset of the planes behind the third, and a second token takes passes of its
+// own. What passes share must lie in the ring together, so T is cut into chunks of CHUNK <= SLOTS tiles.
+#include "instructions.cuh"
+
+enum Front { PLAIN, NORM };    // what is done with x first: nothing; RMS norm of x + delta
+enum Back { STORE, GATED };    // what is done with the sum: nothing; silu(gate) * up
+
+struct Arguments {
+    const uint4* planes;           // [P, N/16, K/256, 32]
+    const float* coefficients;     // [N padded, 2^BITS]
+    const float* coefficients1;    // [N padded, 2^BITS1]: the second token's, where it has other bits
+    const u16* bias;               // [N], or null
+    const u16* x;                  // [M, K], rows x_stride apart; NORM: the residual
+    const u16* delta;              // NORM: [M, K] that is added to it, or null
+    const u16* weight;             // NORM: [K]
+    u16* residual;                 // NORM: [M, K] <- x + delta, another buffer than x
+    u16* y;                        // [M, N]; GATED: [M, N / 2]
+    i64 plane_stride;              // in uint4
+    i64 x_stride, delta_stride, residual_stride, y_stride;  // in elements, x's a multiple of 8
+    float epsilon;                 // NORM
+    int rows, columns;             // N, K
+    int row_blocks;                // N / 16; GATED: of gate, and as many of up behind them
+};
+
+// The 8 x 8 bits of high:low (byte r, bit c) across their diagonal.
+DEVICE void transpose(u32& low, u32& high) {
+    u32 t = (low ^ (low >> 7)) & 0x00AA00AA;
+    low ^= t ^ (t << 7);
+    t = (high ^ (high >> 7)) & 0x00AA00AA;
+    high ^= t ^ (t << 7);
+    t = (low ^ (low >> 14)) & 0x0000CCCC;
+    low ^= t ^ (t << 14);
+    t = (high ^ (high >> 14)) & 0x0000CCCC;
+    high ^= t ^ (t << 14);
+    t = (low ^ (high << 4)) & 0xF0F0F0F0;
+    low ^= t, high ^= t >> 4;
+}
+
+DEVICE u32& word(uint4& v, int i) { return reinterpret_cast<u32*>(&v)[i]; }
+
+// Value i of eight.
+template <Type TYPE> DEVICE float value_of(uint4& v, int i) {
+    return widen<TYPE>(u16(word(v, i / 2) >> (i % 2 * 16)));
+}
+template <Type TYPE> DEVICE u32 both(float low, float high) {
+    return u32(narrow<TYPE>(low)) | u32(narrow<TYPE>(high)) << 16;
+}
+
+template <int TOKENS, int WARPS, int TABLE> struct Room {  // shared memory besides ring and activations
+    alignas(16) float coefficient[2][TABLE];  // of this row block and the next
+    float sums[2][TOKENS][WARPS][16];
+    float squares[TOKENS][WARPS];
+    float part[TOKENS][WARPS];                // sum of each warp's represented activations
+};
+
+// A warp's eight values a lane of T tiles -> fixed point, their bits as operands of `mma_bits`, in the
+// tile's own 512 bytes of `tiles` (that of warp w's tile i is i * WARPS + w). Returns the scale; `whole`:
+// the sum of the fixed-point numbers.
+template <Type TYPE, int T, int WARPS>
+DEVICE float split(uint4 (&v)[T], uint4* tiles, int lane, float& whole) {
+    float largest = 0.0f;
+    UNROLL for (int i = 0; i < T; i++) {
+        UNROLL for (int c = 0; c < 8; c++) largest = fmaxf(largest, fabsf(value_of<TYPE>(v[i], c)));
+        tiles[i * WARPS * 32 + lane] = v[i];
+    }
+    const float scale = fmaxf(warp_max(largest), 1e-30f) / 32767.0f, inverse = 1.0f / scale;
+    sync_warp();
+    whole = 0.0f;
+    // A lane makes bits 8 m .. 8 m + 7 of word h of the lanes that have thread u in their group.
+    const int h = lane / 16, u = lane / 4 % 4, m = lane % 4;
+    UNROLL for (int i = 0; i < T; i++) {
+        uint4* tile = tiles + i * WARPS * 32;
+        const u32* from = reinterpret_cast<const u32*>(tile) + 64 * h + 4 * u + m;
+        u32 fixed[8];
+        UNROLL for (int c = 0; c < 4; c++) {
+            const u32 two = from[16 * (3 - c)];
+            UNROLL for (int odd = 0; odd < 2; odd++) {
+                // 1.5 * 2^23: the low 16 bits are the rounded number in two's complement
+                const float rounded =
+                    multiply_add(widen<TYPE>(u16(two >> (16 * odd))), inverse, 12582912.0f);
+                whole += rounded - 12582912.0f;
+                fixed[c + 4 * odd] = bits_of(rounded);
+            }
+        }
+        sync_warp();
+        u8* to = reinterpret_cast<u8*>(tile) + 16 * u + 4 * h + m;
+        UNROLL for (int q = 0; q < 2; q++) {
+            const u32 half = q ? 0x7632 : 0x5410;
+            u32 low = prmt(prmt(fixed[0], fixed[1], 0x5140), prmt(fixed[2], fixed[3], 0x5140), half);
+            u32 high = prmt(prmt(fixed[4], fixed[5], 0x5140), prmt(fixed[6], fixed[7], 0x5140), half);
+            transpose(low, high);  // byte j: bit j of the eight values
+            UNROLL for (int j = 0; j < 8; j++) to[64 * j + 8 * q] = u8((j < 4 ? low : high) >> (8 * (j % 4)));
+        }
+    }
+    UNROLL for (int mask = 16; mask; mask /= 2) whole += shuffle_xor(whole, mask);
+    sync_warp();
+    return scale;
+}
+
+// BITS of the first token, BITS1 <= BITS of the second (0: there is none).
+template <Type TYPE, Front FRONT, Back BACK, int BITS, int BITS1, int TILES, int WARPS, int SLOTS, int CHUNK,
+          int BLOCKS>
+KERNEL(WARPS * 32, BLOCKS) bits_product(const Arguments a) {
+    constexpr int THREADS = WARPS * 32, TOKENS = BITS1 ? 2 : 1, T = (TILES + WARPS - 1) / WARPS;
+    constexpr int CHUNKS = (T + CHUNK - 1) / CHUNK;
+    constexpr bool RAGGED = TILES % WARPS != 0;  // some warps have no last tile
+    constexpr bool WRAPS = SLOTS % T != 0 && T % SLOTS != 0;
+    constexpr int PASSES0 = BITS > 3 ? 1 << (BITS - 3) : 1, PASSES1 = BITS1 > 3 ? 1 << (BITS1 - 3) : 1;
+    constexpr int PASSES = PASSES0 + (BITS1 ? PASSES1 : 0), LOW = BITS < 3 ? BITS : 3;
+    constexpr int CODES = 1 << BITS, CODES1 = BITS1 && BITS1 != BITS ? 1 << BITS1 : 0;
+    constexpr int TABLE = 16 * (CODES + CODES1), FETCH = (TABLE / 4 + THREADS - 1) / THREADS;
+    constexpr bool KEEPS = TOKENS * T <= 8;  // the activations' bits stay in registers
+    static_assert(BITS >= 2 && BITS <= 8 && BITS1 <= BITS && BITS1 != 1);
+    static_assert(PASSES == 1 || CHUNK <= SLOTS);
+    constexpr int STATIC = sizeof(Room<TOKENS, WARPS, TABLE>);
+    SHARED Room<TOKENS, WARPS, TABLE> room;
+    static_assert(STATIC <= 32 * 1024);
+    // [WARPS][SLOTS][BITS][32], then the activations' bits [TOKENS][T][WARPS][32]
+    uint4* const ring = dynamic_shared();
+    uint4* const activations = ring + WARPS * SLOTS * BITS * 32;
+
+    const int thread = thread_index(), warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
+    const int first = block_index(), grid = block_count();
+    const int count = (a.row_blocks - first + grid - 1) / grid * (BACK == GATED ? 2 : 1);
+    auto row_block = [&](int j) {
+        return BACK == GATED ? first + j / 2 * grid + j % 2 * a.row_blocks : first + j * grid;
+    };
+    auto to_next = [&](int j) {  // from my row block j to j + 1
+        return BACK == GATED ? (j % 2 ? grid - a.row_blocks : a.row_blocks) : grid;
+    };
+    const bool has_last = !RAGGED || warp < TILES - (T - 1) * WARPS;  // whether my tile T - 1 exists
+    let_next_start();
+
+    uint4* const mine = ring + warp * (SLOTS * BITS * 32) + lane;
+    const u32 to = shared_address(mine);
+    const uint4* const my_planes = a.planes + (warp * 32 + lane);
+    UNROLL for (int q = 0; q < SLOTS; q++) {
+        if (q / T < count && (q % T < T - 1 || has_last)) {
+            const uint4* from = my_planes + i64(row_block(q / T)) * (TILES * 32) + q % T * (WARPS * 32);
+            UNROLL for (int p = 0; p < BITS; p++)
+                copy16(to + (q * BITS + p) * 512, from + p * a.plane_stride);
+        }
+        close_group();
+    }
+    // The row block that tile i + SLOTS of the sequence belongs to is my j + AHEAD, or the next one.
+    constexpr int AHEAD = SLOTS / T, BASES = SLOTS % T ? 2 : 1;
+    const uint4* base[BASES][BITS];
+    UNROLL for (int k = 0; k < BASES; k++)
+        UNROLL for (int p = 0; p < BITS; p++)
+            base[k][p] = my_planes + i64(row_block(AHEAD + k)) * (TILES * 32) + p * a.plane_stride;
+
+    auto coefficients_of = [&](int r, int n) {  // four of those of row block r
+        const bool other = CODES1 && n >= 4 * CODES;
+        const float* from = other ? a.coefficients1 + i64(r) * (16 * CODES1) + (n * 4 - 16 * CODES)
+                                  : a.coefficients + i64(r) * (16 * CODES) + n * 4;
+        return load_constant(reinterpret_cast<const float4*>(from));
+    };
+    float4 next[FETCH];
+    UNROLL for (int n = 0; n < FETCH; n++)
+        if (thread + n * THREADS < TABLE / 4)
+            reinterpret_cast<float4*>(room.coefficient[0])[thread + n * THREADS] =
+                coefficients_of(row_block(0), thread + n * THREADS);
+
+    // Activations: lane l of a warp takes columns 8 l .. 8 l + 7 of each of its tiles.
+    auto column_of = [&](int i) { return (warp + i * WARPS) * 256 + lane * 8; };
+    uint4 factor[FRONT == NORM ? T : 1];
+    if (FRONT == NORM) {
+        UNROLL for (int i = 0; i < T; i++)
+            factor[i] = column_of(i) < a.columns
+                            ? load_constant(reinterpret_cast<const uint4*>(a.weight + column_of(i)))
+                            : uint4{0, 0, 0, 0};
+    }
+    wait_for_last();
+    float scale[TOKENS];
+    uint4 v[T];
+    UNROLL for (int m = 0; m < TOKENS; m++) {
+        float square = 0.0f;
+        UNROLL for (int i = 0; i < T; i++) {
+            v[i] = uint4{0, 0, 0, 0};
+            const int column = column_of(i);
+            if (column >= a.columns) continue;
+            v[i] = load_written(reinterpret_cast<const uint4*>(a.x + m * a.x_stride + column));
+            if (FRONT == NORM) {
+                if (a.delta) {
+                    uint4 d =
+                        load_written(reinterpret_cast<const uint4*>(a.delta + m * a.delta_stride + column));
+                    UNROLL for (int c = 0; c < 4; c++)
+                        word(v[i], c) =
+                            both<TYPE>(value_of<TYPE>(v[i], 2 * c) + value_of<TYPE>(d, 2 * c),
+                                       value_of<TYPE>(v[i], 2 * c + 1) + value_of<TYPE>(d, 2 * c + 1));
+                }
+                UNROLL for (int c = 0; c < 8; c++) {
+                    const float wide = value_of<TYPE>(v[i], c);
+                    square = multiply_add(wide, wide, square);
+                }
+                if (first == 0)
+                    store(reinterpret_cast<uint4*>(a.residual + m * a.residual_stride + column), v[i]);
+            }
+        }
+        if (FRONT == NORM) {
+            UNROLL for (int mask = 16; mask; mask /= 2) square += shuffle_xor(square, mask);
+            if (lane == 0) room.squares[m][warp] = square;
+            sync_block();
+            square = 0.0f;
+            UNROLL for (int w = 0; w < WARPS; w++) square += room.squares[m][w];
+            const float normal = reciprocal_root(square / float(a.columns) + a.epsilon);
+            UNROLL for (int i = 0; i < T; i++)
+                UNROLL for (int c = 0; c < 4; c++) {  // rounded as transformers does
+                    float two[2];
+                    UNROLL for (int odd = 0; odd < 2; odd++)
+                        two[odd] = widen<TYPE>(narrow<TYPE>(value_of<TYPE>(v[i], 2 * c + odd) * normal)) *
+                                   value_of<TYPE>(factor[i], 2 * c + odd);
+                    word(v[i], c) = both<TYPE>(two[0], two[1]);
+                }
+        }
+        float whole;
+        scale[m] =
+            split<TYPE, T, WARPS>(v, activations + (m * T * WARPS + warp) * 32, lane, whole);
+        if (lane == 0) room.part[m][warp] = whole * scale[m];
+    }
+    auto bits_of_x = [&](int m, int i) { return activations[((m * T + i) * WARPS + warp) * 32 + lane]; };
+    uint4 x[TOKENS][KEEPS ? T : 1];
+    if (KEEPS) {
+        UNROLL for (int m = 0; m < TOKENS; m++) {
+            UNROLL for (int i = 0; i < T; i++) x[m][i] = bits_of_x(m, i);
+        }
+    }
+    sync_block();
+    float x_sum[TOKENS];
+    UNROLL for (int m = 0; m < TOKENS; m++) {
+        x_sum[m] = 0.0f;
+        UNROLL for (int w = 0; w < WARPS; w++) x_sum[m] += room.part[m][w];
+    }
+    // Lane t holds bits 2 t and 2 t + 1 of an octet; the highest of two's complement counts negatively.
+    const float place = float(1 << (2 * t));
+    const int sign = t == 3 ? -2 : 2;
+    float gate[TOKENS];
+
+    int slot0 = 0;
+    for (int j = 0; j < count; j++) {
+        const float* const coefficient = room.coefficient[j & 1];
+        UNROLL for (int n = 0; n < FETCH; n++)
+            if (j + 1 < count && thread + n * THREADS < TABLE / 4)
+                next[n] = coefficients_of(row_block(j + 1), thread + n * THREADS);
+        float top[TOKENS] = {}, bottom[TOKENS] = {};
+        UNROLL for (int chunk = 0; chunk < CHUNKS; chunk++) {
+            const int begin = chunk * CHUNK, end = begin + CHUNK < T ? begin + CHUNK : T;
+            UNROLL for (int pass = 0; pass < PASSES; pass++) {
+                const int m = pass >= PASSES0, high = pass - m * PASSES0, bits = m ? BITS1 : BITS;
+                const int low = bits < 3 ? bits : 3, subsets = 1 << low;
+                const bool last_pass = pass == PASSES - 1;
+                int acc[1 << LOW][2][4];
+                UNROLL for (int i = begin; i < end; i++) {
+                    int slot = slot0 + i % SLOTS;
+                    if (WRAPS && slot >= SLOTS) slot -= SLOTS;
+                    if (PASSES == 1) wait_pending(SLOTS - 1);
+                    else if (pass == 0) wait_pending(SLOTS - 1 - (i - begin));
+                    const uint4* from = mine + slot * (BITS * 32);
+                    u32 joint[1 << LOW][4];  // of the subsets of the first planes, with those of `high`
+                    UNROLL for (int p = 3; p < bits; p++) {
+                        if (!(high >> (p - 3) & 1)) continue;
+                        uint4 plane = from[p * 32];
+                        const bool begins = (high & ((1 << (p - 3)) - 1)) == 0;
+                        UNROLL for (int k = 0; k < 4; k++)
+                            joint[0][k] = begins ? word(plane, k) : joint[0][k] & word(plane, k);
+                    }
+                    UNROLL for (int p = 0; p < low; p++) {
+                        uint4 plane = from[p * 32];
+                        UNROLL for (int k = 0; k < 4; k++)
+                            joint[1 << p][k] = high ? word(plane, k) & joint[0][k] : word(plane, k);
+                    }
+                    const uint4 b = KEEPS ? x[m][KEEPS ? i : 0] : bits_of_x(m, i);
+                    UNROLL for (int s = 0; s < subsets; s++) {
+                        if (s == 0 && high == 0) continue;
+                        if (s & (s - 1)) {  // more than one plane
+                            const int most = s & 4 ? 4 : 2;
+                            UNROLL for (int k = 0; k < 4; k++)
+                                joint[s][k] = joint[most][k] & joint[s - most][k];
+                        }
+                        if (i == begin) {
+                            mma_bits_start(acc[s][0], joint[s], b.x, b.y);
+                            mma_bits_start(acc[s][1], joint[s], b.z, b.w);
+                        } else {
+                            mma_bits(acc[s][0], joint[s], b.x, b.y);
+                            mma_bits(acc[s][1], joint[s], b.z, b.w);
+                        }
+                    }
+                    if (last_pass) {  // the slot is free: the tile SLOTS further on
+                        const int ahead = (i + SLOTS) / T, tile = (i + SLOTS) % T;
+                        if (j + ahead < count && (tile < T - 1 || has_last)) {
+                            UNROLL for (int p = 0; p < BITS; p++)
+                                copy16(to + (slot * BITS + p) * 512,
+                                       base[ahead - AHEAD < BASES ? ahead - AHEAD : 0][p] +
+                                           tile * (WARPS * 32));
+                        }
+                        close_group();
+                    }
+                }
+                // what the subsets are worth
+                const float* const up = coefficient + (m && CODES1 ? 16 * CODES : 0) + (g << bits);
+                const float* const down = up + (8 << bits);
+                float4 up_worth, down_worth;
+                UNROLL for (int s = 0; s < subsets; s++) {
+                    if (s % 4 == 0) {
+                        up_worth = reinterpret_cast<const float4*>(up)[(high * subsets + s) / 4];
+                        down_worth = reinterpret_cast<const float4*>(down)[(high * subsets + s) / 4];
+                    }
+                    if (s == 0 && high == 0) continue;
+                    const int(&of)[2][4] = acc[s];
+                    const int v0 = (of[1][0] + sign * of[1][1]) * 256 + of[0][0] + 2 * of[0][1];
+                    const int v1 = (of[1][2] + sign * of[1][3]) * 256 + of[0][2] + 2 * of[0][3];
+                    const float t0 = s % 4 == 0   ? up_worth.x
+                                     : s % 4 == 1 ? up_worth.y
+                                     : s % 4 == 2 ? up_worth.z
+                                                  : up_worth.w;
+                    const float t1 = s % 4 == 0   ? down_worth.x
+                                     : s % 4 == 1 ? down_worth.y
+                                     : s % 4 == 2 ? down_worth.z
+                                                  : down_worth.w;
+                    top[m] = multiply_add(t0, float(v0), top[m]);
+                    bottom[m] = multiply_add(t1, float(v1), bottom[m]);
+                }
+            }
+        }
+        if (T % SLOTS) {
+            slot0 += T % SLOTS;
+            if (slot0 >= SLOTS) slot0 -= SLOTS;
+        }
+        UNROLL for (int k = 0; k < BASES; k++) {
+            const i64 step = i64(to_next(j + AHEAD + k)) * (TILES * 32);
+            UNROLL for (int p = 0; p < BITS; p++) base[k][p] += step;
+        }
+        float constant[TOKENS];  // read before another warp puts those of the row block after next there
+        UNROLL for (int m = 0; m < TOKENS; m++) {
+            top[m] *= place * scale[m], bottom[m] *= place * scale[m];
+            UNROLL for (int mask = 1; mask <= 2; mask *= 2) {
+                top[m] += shuffle_xor(top[m], mask);
+                bottom[m] += shuffle_xor(bottom[m], mask);
+            }
+            if (t == 0) {
+                room.sums[j & 1][m][warp][g] = top[m];
+                room.sums[j & 1][m][warp][g + 8] = bottom[m];
+            }
+            constant[m] = m && CODES1 ? coefficient[16 * CODES + (lane % 16) * CODES1]
+                                      : coefficient[(lane % 16) * CODES];
+        }
+        UNROLL for (int n = 0; n < FETCH; n++)
+            if (j + 1 < count && thread + n * THREADS < TABLE / 4)
+                reinterpret_cast<float4*>(room.coefficient[(j + 1) & 1])[thread + n * THREADS] = next[n];
+        sync_block();
+        if (warp == (BACK == GATED ? j / 2 : j) % WARPS && lane < 16) {
+            const int row = row_block(j) * 16 + lane;
+            UNROLL for (int m = 0; m < TOKENS; m++) {
+                float y = constant[m] * x_sum[m];
+                UNROLL for (int w = 0; w < WARPS; w++) y += room.sums[j & 1][m][w][lane];
+                if (a.bias && row < a.rows) y += widen<TYPE>(load_constant(a.bias + row));
+                if (BACK == STORE) {
+                    if (row < a.rows) store(a.y + m * a.y_stride + row, narrow<TYPE>(y));
+                } else if (j % 2 == 0) {  // rounded as transformers does
+                    y = widen<TYPE>(narrow<TYPE>(y));
+                    gate[m] = widen<TYPE>(narrow<TYPE>(y / (1.0f + exponential(-y))));
+                } else {
+                    store(a.y + m * a.y_stride + row - a.row_blocks * 16,
+                          narrow<TYPE>(gate[m] * widen<TYPE>(narrow<TYPE>(y))));
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,115 @@
+// The machine's own instructions that the kernels here need, each with a name. No header of the CUDA
+// toolkit is used, so NVRTC needs no include path. A host program that defines PMPD_INSTRUCTIONS puts its
+// own in their place (tests/cuda_host).
+#pragma once
+using u8 = unsigned char;
+using u16 = unsigned short;
+using u32 = unsigned int;
+using i64 = long long;
+
+enum Type { FLOAT16, BFLOAT16 };
+
+#ifndef PMPD_INSTRUCTIONS
+#define DEVICE __device__ __forceinline__
+#define KERNEL(THREADS, BLOCKS) __global__ void __launch_bounds__(THREADS, BLOCKS)
+#define SHARED __shared__
+#define UNROLL _Pragma("unroll")
+
+DEVICE int thread_index() { return threadIdx.x; }
+DEVICE int block_index() { return blockIdx.x; }
+DEVICE int block_count() { return gridDim.x; }
+DEVICE void sync_warp() { __syncwarp(); }
+DEVICE void sync_block() { __syncthreads(); }
+DEVICE uint4* dynamic_shared() {
+    extern __shared__ uint4 dynamic_room[];
+    return dynamic_room;
+}
+
+// Programmatic dependent launch (sm_90): the next kernel may start; this one waits until the one in front
+// has ended and its writes are seen. Before `wait_for_last` a kernel reads only what no kernel writes, and
+// writes nothing.
+DEVICE void let_next_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+DEVICE void wait_for_last() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Weights and tables (nobody writes them); what an earlier kernel wrote; a result.
+template <class V> DEVICE V load_constant(const V* from) { return __ldg(from); }
+template <class V> DEVICE V load_written(const V* from) { return __ldcg(from); }
+template <class V> DEVICE void store(V* to, V value) { *to = value; }
+
+DEVICE u32 shared_address(const void* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
+
+// 16 bytes from global to shared memory without passing registers, in groups that are waited for in order.
+DEVICE void copy16(u32 to, const void* from) {
+    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+DEVICE void close_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int PENDING> DEVICE void wait_groups() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+}
+// Until at most n groups are pending; n is a constant after unrolling; above 15, waits for a few more.
+DEVICE void wait_pending(int n) {
+    switch (n) {
+        case 0: wait_groups<0>(); break;
+        case 1: wait_groups<1>(); break;
+        case 2: wait_groups<2>(); break;
+        case 3: wait_groups<3>(); break;
+        case 4: wait_groups<4>(); break;
+        case 5: wait_groups<5>(); break;
+        case 6: wait_groups<6>(); break;
+        case 7: wait_groups<7>(); break;
+        case 8: wait_groups<8>(); break;
+        case 9: wait_groups<9>(); break;
+        case 10: wait_groups<10>(); break;
+        case 11: wait_groups<11>(); break;
+        case 12: wait_groups<12>(); break;
+        case 13: wait_groups<13>(); break;
+        case 14: wait_groups<14>(); break;
+        default: wait_groups<15>(); break;
+    }
+}
+
+// c = a b, or c += a b: 16 x 256 bits times 256 x 8 bits, int32 counts of the common ones.
+DEVICE void mma_bits_start(int (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    asm volatile("mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc "
+                 "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%10,%10,%10,%10};"
+                 : "=r"(c[0]), "=r"(c[1]), "=r"(c[2]), "=r"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1), "r"(0));
+}
+DEVICE void mma_bits(int (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    asm volatile("mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc "
+                 "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                 : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffff, value, mask); }
+DEVICE float warp_max(float value) {  // not negative: ordered like its bits
+    return __uint_as_float(__reduce_max_sync(0xffffffff, __float_as_uint(value)));
+}
+DEVICE float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+DEVICE float reciprocal_root(float value) { return rsqrtf(value); }
+DEVICE float exponential(float value) { return __expf(value); }
+DEVICE u32 bits_of(float value) { return __float_as_uint(value); }
+DEVICE u32 prmt(u32 a, u32 b, u32 selector) { return __byte_perm(a, b, selector); }
+
+template <Type TYPE> DEVICE float widen(u16 value) {
+    if (TYPE == BFLOAT16) return __uint_as_float(u32(value) << 16);
+    float wide;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(value));
+    return wide;
+}
+template <Type TYPE> DEVICE u16 narrow(float value) {  // to the nearest, ties to even
+    u16 bits;
+    if (TYPE == BFLOAT16) asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+    else asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+    return bits;
+}
+#endif

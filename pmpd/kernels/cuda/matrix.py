@@ -1,0 +1,106 @@
+"""A matrix for `bits.cu`: one or two tokens at 2 to 6 bits; more tokens and more bits take the routes of
+`pmpd.kernels.triton`, over the same resident planes.
+
+Memory of a matrix [N, K]: planes N K P / 8 bytes, the only copy; and for each precision b, a row, 4 2^b bytes
+of coefficients (`bits`), 2 2^b of values (`fused` and `dense`), 2 2^b of the same values by bytes (`halves`,
+up to 4 bits). At P = 4, K = 4096 that is 11 % beside the planes, half of it the float32 coefficients.
+
+Bytes of one multiplication: N K b / 8 + N 2^b 4 + 2 M (K + N). How fast it is on a GPU is not yet measured on
+the released code, so the kernel is taken only when it is asked for.
+"""
+
+from __future__ import annotations
+
+import json
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from pmpd import gpu
+from pmpd.kernels import triton
+from pmpd.kernels.cuda import compiler, launch
+from pmpd.kernels.cuda.coefficients import coefficients
+from pmpd.kernels.cuda.plan import BITS, MOST_TOKENS, Plan, plan
+from pmpd.kernels.triton import DIGITS_BITS, TritonMatrix, table_halves
+
+CAPABILITIES = ((8, 0), (9, 0))
+"""The first and the last compute capability with 1-bit tensor cores; later ones emulate them, far slower."""
+
+
+def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Needs what Triton's kernels need, NVRTC, a GPU with 1-bit tensor cores, float16 or bfloat16."""
+    if dtype not in launch.TYPES:
+        return f"the CUDA kernels compute in float16 and bfloat16, not in {str(dtype).removeprefix('torch.')}"
+    if device.type != "cuda":
+        return f"the CUDA kernels run on CUDA devices, not on {device.type}"
+    capability = gpu.capability(device)
+    if not CAPABILITIES[0] <= capability <= CAPABILITIES[1]:
+        return (
+            f"the CUDA kernels need 1-bit tensor cores, which compute capability 8.0 to 9.0 has; "
+            f"{device} has {'.'.join(map(str, capability))}"
+        )
+    return triton.unavailable(device, dtype) or compiler.problem()
+
+
+class CudaMatrix(TritonMatrix):
+    """An Any-Precision matrix whose planes every route reads; see the module's text."""
+
+    PLAIN = True
+
+    def route(self, tokens: int, bits: int) -> str:
+        """`bits`, or one of Triton's routes."""
+        if 0 < tokens <= MOST_TOKENS and self._plan((bits,) * tokens) is not None:
+            return "bits"
+        if tokens <= triton.FUSED_TOKENS:
+            return "halves" if bits in DIGITS_BITS else "fused"
+        return "dense"
+
+    def multiply(self, x: Tensor, bits: int, route: str | None = None, warps: int | None = None) -> Tensor:
+        """As in the base class. `route` forces one."""
+        x_MK = x.reshape(-1, self.shape[1])
+        route = route or self.route(len(x_MK), bits)
+        if route != "bits":
+            return super().multiply(x, bits, route, warps)
+        return self.multiply_each(x_MK, (bits,) * len(x_MK)).view(*x.shape[:-1], self.shape[0])
+
+    def multiply_each(
+        self, x: Tensor, bits: tuple[int, ...], norm: launch.Norm | None = None, gated: bool = False
+    ) -> Tensor:
+        """`x` [M, K], M one or two -> [M, N], each row at a precision of its own, in one launch; `norm` and
+        `gated` as of `launch.product`. The planes are read once, as many as the highest precision has."""
+        made = self._plan(tuple(sorted(bits, reverse=True)))
+        assert made is not None, f"{bits} bits, {self.shape[1]} columns"
+        x, rows = launch.aligned(x), self.shape[0]
+        y = x.new_empty(len(bits), rows // 2 if gated else rows)
+        worth = [self._tables[b]["coefficients"] for b in dict.fromkeys(made.bits)]
+        reverse = made.bits != bits
+        launch.product(made, self._tiles.planes, worth, x, y, rows, self._tiles.bias, norm, gated, reverse)
+        return y
+
+    def _plan(self, bits: tuple[int, ...]) -> Plan | None:
+        """None: these precisions take another route."""
+        if any(b not in BITS or b not in self._tables for b in bits):
+            return None
+        return plan_of(self._gpu_name, self._tiles.planes.device, *self.shape, bits)
+
+    def _tables_of(self, table: Tensor, bits: int) -> dict[str, Tensor]:
+        padded = -len(table) % triton.TILE_ROWS
+        tables = {"values": torch.nn.functional.pad(table, (0, 0, 0, padded)).contiguous()}
+        if bits in BITS:
+            tables["coefficients"] = coefficients(table, bits)
+        if bits in DIGITS_BITS:
+            tables["halves"] = table_halves(table, bits, self.dtype)
+        return tables
+
+
+@lru_cache(maxsize=1024)
+def plan_of(
+    gpu_name: str, device: torch.device, rows: int, columns: int, bits: tuple[int, ...]
+) -> Plan | None:
+    """As measured for this GPU and shape, else by the rules."""
+    key = f"{rows}x{columns}x{'+'.join(map(str, bits))}"
+    path = triton.settings_file(gpu_name)
+    measured = json.loads(path.read_text()).get("bits", {}).get(key, {}) if path.is_file() else {}
+    chosen = {name: measured[name] for name in ("warps", "slots", "blocks") if name in measured}
+    return plan(columns, bits, launch.gpu_of(device), **chosen)

@@ -1,0 +1,124 @@
+"""Runs `pmpd/kernels/cuda/bits.cu` on the CPU, thread by thread (`tests/cuda_host/host.h` says how)."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from pmpd.kernels.cuda import launch, matrix
+from pmpd.kernels.cuda.launch import TYPES, Arguments, Norm, arguments_of
+from pmpd.kernels.cuda.plan import H100, Gpu, Plan
+
+COMPILER = shutil.which("g++")
+FOLDER = Path(__file__).parent / "cuda_host"
+ORDERS = ((0, 0), (1, 1), (2, 1))
+"""(order of the threads, whether copies land late): results may depend on neither."""
+
+
+@dataclass(frozen=True)
+class Instance:
+    plan: Plan
+    dtype: torch.dtype = torch.float16
+    front: str = "PLAIN"
+    back: str = "STORE"
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.plan.warps
+
+    @property
+    def name(self) -> str:
+        return self.plan.template(TYPES[self.dtype], self.front, self.back)
+
+
+class HostKernel:
+    """A library with some instances."""
+
+    def __init__(self, folder: Path, threads: dict[str, int]) -> None:
+        """`threads` of a block, by name of an instance."""
+        self.names = list(threads)
+        lines = [f"{{{name}, {count}}}," for name, count in threads.items()]
+        source = folder / "instances.cpp"
+        source.write_text(
+            f'#include "{FOLDER / "run.h"}"\nconst Instance instances[] = {{\n' + "\n".join(lines) + "\n};\n"
+        )
+        assert COMPILER
+        library = folder / "kernel.so"
+        command = [COMPILER, "-std=c++17", "-O0", "-w", "-fPIC", "-shared", "-o", str(library), str(source)]
+        subprocess.run(command, check=True)
+        self.library = ctypes.CDLL(str(library))
+        self.library.launch.restype = ctypes.c_char_p
+        assert self.library.arguments_bytes() == ctypes.sizeof(Arguments), "launch.Arguments is not bits.cu's"
+
+    def launch(
+        self, name: str, arguments: Arguments, grid: int, shared_bytes: int, order: tuple[int, int],
+        constants: list[Tensor], written: list[Tensor], results: list[Tensor],
+    ) -> None:  # fmt: skip
+        """AssertionError: what the emulated machine found."""
+        self.library.forget()
+        for kind, tensors in enumerate((constants, written, results)):
+            for tensor in tensors:
+                storage = tensor.untyped_storage()
+                self.library.allow(
+                    ctypes.c_void_p(storage.data_ptr()), ctypes.c_int64(storage.nbytes()), kind
+                )
+        problem = self.library.launch(
+            self.names.index(name), ctypes.byref(arguments), grid, ctypes.c_int64(shared_bytes), *order
+        )
+        assert problem is None, f"{name}: {problem.decode()}"
+
+    def product(
+        self, instance: Instance, planes: Tensor, coefficients: list[Tensor], x: Tensor, rows: int, grid: int,
+        bias: Tensor | None = None, norm: Norm | None = None, reverse: bool = False,
+    ) -> Tensor:  # fmt: skip
+        """As `launch.product`, in all `ORDERS`, whose results must agree; `grid` blocks. -> y [M, N], which
+        was NaN before."""
+        gated = instance.back == "GATED"
+        row_blocks = planes.shape[1] // (2 if gated else 1)
+        outputs = []
+        for order in ORDERS:
+            wide = torch.full((len(x), (rows // 2 if gated else rows) + 3), float("nan"), dtype=x.dtype)
+            y = wide[:, :-3]
+            arguments = arguments_of(planes, coefficients, x, y, rows, row_blocks, bias, norm, reverse)
+            constants = [planes, *coefficients, *([] if bias is None else [bias])]
+            written, results = [x], [wide]
+            if norm:
+                norm.residual.fill_(float("nan"))
+                constants.append(norm.weight)
+                written += [] if norm.delta is None else [norm.delta]
+                results.append(norm.residual)
+            self.launch(
+                instance.name, arguments, grid, instance.plan.shared_bytes, order, constants, written, results
+            )
+            assert wide[:, -3:].isnan().all(), "the kernel wrote past its rows"
+            outputs.append(torch.cat([y, norm.residual], dim=1) if norm else y)
+        for order, other in zip(ORDERS[1:], outputs[1:], strict=True):
+            assert torch.equal(outputs[0], other), f"threads in order {order} give another result"
+        return y
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch, folder: Path) -> list[str]:
+    """From now on, what is launched on a GPU of three multiprocessors runs on the CPU instead: `bits.cu` as
+    it is, compiled by g++. Returns the list that the launched instances are added to."""
+    launched: list[str] = []
+    libraries: dict[str, HostKernel] = {}
+
+    def run(instance: str, plan: Plan, arguments: Arguments, grid: int, device: torch.device) -> None:
+        if instance not in libraries:
+            at = folder / str(len(libraries))
+            at.mkdir()
+            libraries[instance] = HostKernel(at, {instance: 32 * plan.warps})
+        libraries[instance].launch(instance, arguments, grid, plan.shared_bytes, ORDERS[1], [], [], [])
+        launched.append(instance)
+
+    monkeypatch.setattr(launch, "run", run)
+    monkeypatch.setattr(launch, "gpu_of", lambda device: Gpu(3, *H100[1:]))
+    monkeypatch.setattr(matrix, "plan_of", matrix.plan_of.__wrapped__)
+    return launched
