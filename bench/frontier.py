@@ -23,6 +23,7 @@ import numpy as np
 import tyro
 
 from bench import _frontier_prompts, _record
+from bench._frontier_kv import kv_features, kv_policy
 from bench._frontier_model import Exact, Steps
 from pmpd import storage
 from pmpd.evaluation.curve_set import LABEL_COLUMNS, CurveSet, Outcome, cross_fitted, curve_set, folds
@@ -37,7 +38,7 @@ from pmpd.evaluation.frontier import (
     table,
 )
 from pmpd.evaluation.online_policies import ONLINE_POLICIES
-from pmpd.evaluation.policies import ORACLES, POLICIES, static
+from pmpd.evaluation.policies import ORACLES, POLICIES, Policy, static
 
 FRONTIER_POINTS = 41
 
@@ -62,14 +63,16 @@ class Prompts:
 
 
 def load(folders: tuple[str, ...]) -> tuple[CurveSet, dict[str, Any]]:
-    """The labelled prompts of all folders, a kind each, and what the folders' manifests say of them."""
+    """The labelled prompts of all folders, and what their manifests say of them. A folder is a kind of
+    prompt; those that differ in a number behind the name are of one kind (`texts-0`, `texts-1`)."""
     rows, groups, kinds, about = [], {}, {}, {}
-    for kind, folder in enumerate(folders):
+    names = [storage.base_name(folder).rstrip("0123456789").rstrip("-") for folder in folders]
+    for name, folder in zip(names, folders, strict=True):
         labels, prompts = (storage.join(folder, name) for name in ("labels", "prompts"))
         for row in storage.read_table(prompts, ["prompt_id", "source"]).to_pylist():
             line = int(row["source"].rsplit(":", 1)[-1])
             groups[row["prompt_id"]] = f"{folder}/{line // _frontier_prompts.GROUP_LINES}"
-            kinds[row["prompt_id"]] = kind
+            kinds[row["prompt_id"]] = sorted(set(names)).index(name)
         found = storage.read_table(labels, [*LABEL_COLUMNS, "seconds", "rule"]).to_pylist()
         manifest = storage.read_manifest(labels) or {}
         about[storage.base_name(folder)] = {
@@ -101,6 +104,8 @@ class Study:
     """What bench.label_noise wrote."""
     exact: Path | None = None
     """What `exact` wrote."""
+    kv_classifiers: bool = False
+    """Fit the KV-cache classifiers too, to the labels and to the losses: minutes."""
     name: str = "frontier_cpu"
     """Write bench/results/NAME.json and NAME.md."""
     device: str = "cpu"
@@ -119,7 +124,7 @@ class Study:
         def gains_of(name: str, found: list[Outcome]) -> list[Gain]:
             return [gain_of(name, o, frontier, t) for o, t in zip(found, self.targets, strict=True)]
 
-        for name, policy in {**POLICIES, **ONLINE_POLICIES}.items():
+        for name, policy in {**POLICIES, **self._kv_policies(about), **ONLINE_POLICIES}.items():
             outcomes[name] = cross_fitted(curves, fold, policy, self.targets, self.seed)
             gains += gains_of(name, outcomes[name])
         for name, policy in ORACLES.items():
@@ -153,6 +158,17 @@ class Study:
         text = markdown(results)
         (_record.RESULTS / f"{self.name}.md").write_text(text)
         print(text)
+
+    def _kv_policies(self, about: dict[str, Any]) -> dict[str, Policy]:
+        if not self.kv_classifiers:
+            return {}
+        first = next(iter(about.values()))
+        heads, tokens = first["models"]["num_key_value_heads"], first["config"]["max_new_tokens"]
+        features = kv_features(self.labels)
+        return {
+            f"KV classifier, {objective}": kv_policy(features, heads, objective, tokens)
+            for objective in ("class", "loss")
+        }
 
     def _parts(self) -> list[tuple[str, Path]]:
         return [

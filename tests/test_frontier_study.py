@@ -54,12 +54,12 @@ def test_the_study_runs_from_labels_to_page(labelled, tmp_path, monkeypatch):
         assert abs(found[f"uniform {bits}"]["error_percent"]) < 0.1, "a uniform decode's curve is exact"
     assert found["up and down"]["prompts"] == 6
     Steps(models[0], steps, repeats=2).run()
-    Study(folders, (2.5, 3.0), 2, 50, steps=steps, exact=exact, name="it").run()
+    Study(folders, (2.5, 3.0), 2, 50, steps=steps, exact=exact, kv_classifiers=True, name="it").run()
     results = json.loads((tmp_path / "it.json").read_text())["results"]
     curves, _ = load(folders)
     assert results["prompts"] == len(curves) > 10
     assert sorted(set(curves.kinds.tolist())) == [0, 1]
-    assert len(results["policies"]) == 2 * 7
+    assert len(results["policies"]) == 2 * 9, "a policy is missing, or its row"
     oracles = {(row["policy"], row["target_bits"]): row["gain_percent"] for row in results["oracles"]}
     for row in results["policies"]:
         assert row["p_holm"] >= row["p"]
