@@ -45,6 +45,8 @@ COLUMNS = ("runs", "lost", "doubled", "wrong", "errors", "unreadable", "seconds"
 @dataclass(frozen=True)
 class Config:
     rounds: int = 20
+    first: int = 1
+    """Number of the first round: 20 rounds can be played in parts."""
     seed: int = 0
     row_seconds: float = 0.15
     """What the task takes for a row."""
@@ -333,7 +335,8 @@ def main(config: Config) -> int:
 
     names = [name.strip() for name in config.faults.split(",")] if config.faults else list(FAULTS)
     draw = random.Random(config.seed)
-    order = [name for _ in range(-(-config.rounds // len(names))) for name in draw.sample(names, len(names))]
+    last = config.first - 1 + config.rounds
+    order = [name for _ in range(-(-last // len(names))) for name in draw.sample(names, len(names))]
     head = {"num_cpus": 0, "include_dashboard": False}
     cluster = Cluster(initialize_head=True, head_node_args=head)
     nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
@@ -341,7 +344,7 @@ def main(config: Config) -> int:
     print(f"|--:|---|{'--:|' * len(COLUMNS)}---|")
     rounds = []
     try:
-        for number, name in enumerate(order[: config.rounds], start=1):
+        for number, name in enumerate(order[config.first - 1 : last], start=config.first):
             found = play(config, number, name, cluster, nodes)
             rounds.append(found)
             cells = [found[key] for key in COLUMNS]

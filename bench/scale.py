@@ -147,7 +147,7 @@ def simulate(units: list[Unit], workers: int, row_seconds: float) -> tuple[float
         "ray_private": mock.Mock(draining_nodes=set, place_of=lambda actor: ("n", "n")),
     }
     with mock.patch.multiple(pool_module, **names), mock.patch.object(time, "monotonic", clock.now):
-        pool = pool_module.ClusterPool(mock.Mock(), "", lease, options, quiet, {})
+        pool = pool_module.ClusterPool(mock.Mock(), "", lease, options, quiet, {}, mock.Mock())
         begin, began = time.process_time(), clock.now()
         pool.work(iter(units), len(units))
         return time.process_time() - begin, clock.now() - began, ray

@@ -164,6 +164,76 @@ def pods(job: dict) -> list[dict]:
     ]
 
 
+KUBERAY = {
+    "spec": {
+        "activeDeadlineSeconds", "backoffLimit", "rayClusterSpec", "submitterPodTemplate", "metadata",
+        "clusterSelector", "submitterConfig", "managedBy", "deletionStrategy", "entrypoint",
+        "runtimeEnvYAML", "jobId", "submissionMode", "entrypointResources", "entrypointNumCpus",
+        "entrypointNumGpus", "ttlSecondsAfterFinished", "shutdownAfterJobFinishes", "suspend",
+    },
+    "cluster": {
+        "headGroupSpec", "workerGroupSpecs", "rayVersion", "enableInTreeAutoscaling", "autoscalerOptions",
+        "headServiceAnnotations", "suspend",
+    },
+    "autoscaler": {
+        "resources", "image", "imagePullPolicy", "env", "envFrom", "volumeMounts", "securityContext",
+        "idleTimeoutSeconds", "upscalingMode",
+    },
+    "head": {"serviceType", "headService", "enableIngress", "rayStartParams", "template"},
+    "workers": {
+        "groupName", "replicas", "minReplicas", "maxReplicas", "numOfHosts", "rayStartParams", "template",
+        "scaleStrategy",
+    },
+}  # fmt: skip
+"""Fields of KubeRay's own types (ray-operator/apis/ray/v1): its API server drops any other without a word."""
+
+
+def test_the_ray_job_of_kubernetes_has_only_fields_that_kuberay_knows():
+    spec = load("kuberay.yaml")["spec"]
+    cluster = spec["rayClusterSpec"]
+    (workers,) = cluster["workerGroupSpecs"]
+    parts = {"spec": spec, "cluster": cluster, "autoscaler": cluster["autoscalerOptions"],
+             "head": cluster["headGroupSpec"], "workers": workers}  # fmt: skip
+    for name, part in parts.items():
+        assert set(part) <= KUBERAY[name], name
+    for group in (cluster["headGroupSpec"], workers):
+        assert all(isinstance(value, str) for value in group["rayStartParams"].values()), "strings, all"
+    assert spec["submissionMode"] in ("K8sJobMode", "HTTPMode", "InteractiveMode")
+    pod = {"containers", "volumes", "restartPolicy", "tolerations", "nodeSelector", "serviceAccountName"}
+    container = {"name", "image", "env", "resources", "volumeMounts", "command", "args", "ports"}
+    for found in pods(load("kuberay.yaml")):
+        assert set(found) <= pod
+        assert all(set(one) <= container for one in found["containers"])
+
+
+def instructions(text: str) -> list[tuple[str, str]]:
+    """(instruction, arguments) of a Dockerfile, with continued lines joined."""
+    lines = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    joined = re.sub(r"\\\n\s*", " ", "\n".join(lines)).splitlines()
+    return [(word, rest) for word, _, rest in (line.partition(" ") for line in joined)]
+
+
+def test_the_dockerfile_reads_as_docker_would_read_it():
+    """It has not been built: no registry can be reached where this is tested."""
+    found = instructions((CLUSTER / "Dockerfile").read_text())
+    known = {"FROM", "RUN", "USER", "WORKDIR", "ENV", "COPY", "CMD", "ARG", "LABEL", "ENTRYPOINT"}
+    assert {name for name, _ in found} <= known
+    assert found[0] == ("FROM", "nvidia/cuda:12.8.1-base-ubuntu24.04"), "a tag that says what is in it"
+    for name, rest in found:
+        if name == "RUN":
+            subprocess.run(["bash", "-n", "-c", rest], check=True)
+            assert "apt-get" not in rest or ("update" in rest and "rm -rf /var/lib/apt/lists/*" in rest)
+        if name == "COPY":
+            *sources, _ = [part for part in rest.split() if not part.startswith("--")]
+            assert all((ROOT / source).exists() for source in sources)
+    users = [rest for name, rest in found if name == "USER"]
+    assert users == ["ray"], "nothing runs as root"
+    assert any(
+        "useradd" in rest and "--uid 1001" in rest and rest.endswith("sudoers.d/ray") for _, rest in found
+    )
+    assert "chown 1001:1001 /shared" in (CLUSTER / "gpu.yaml").read_text(), "the same user owns the storage"
+
+
 def test_the_ray_job_of_kubernetes_is_whole():
     import ray
 

@@ -15,8 +15,11 @@ from hypothesis import strategies as st
 
 from pmpd import storage
 from pmpd.demo import texts
-from pmpd.labeling import prompts
-from pmpd.labeling.prompts import PromptConfig, cut_length, make_prompts, write_prompts
+from pmpd.farm import FarmOptions, prompt_task
+from pmpd.farm.prompt_task import PromptTask
+from pmpd.labeling.prompts import PromptConfig, cut_length, make_prompts
+from pmpd.storage import keys
+from pmpd.weights.model_spec import ModelSpec
 from tests.helpers import byte_tokenizer
 
 WIKITEXT = Path(__file__).parents[2] / "shared" / "data" / "wikitext2_valid.c4.json.gz"
@@ -122,7 +125,7 @@ def test_a_document_without_tokens_is_an_error_row(tokenizer, tmp_path, text):
 def test_half_a_surrogate_pair_is_an_error_row_and_counted(tokenizer, tmp_path):
     counts: Counter[str] = Counter()
     path = write_lines(tmp_path / "d.jsonl", c4(["a \ud83d b", "fine \U0001f600"]))
-    rows = list(prompts.make_prompts(PromptConfig(str(path)), tokenizer, 512, counts))
+    rows = list(make_prompts(PromptConfig(str(path)), tokenizer, 512, counts))
     assert [row["error"] for row in rows] == [
         "the document is no text: character 2 is U+D83D, half of a surrogate pair",
         None,
@@ -246,30 +249,71 @@ def test_real_text_in_the_schema_of_c4(tokenizer):
     assert rows[3]["source"] == "wikitext2_valid.c4.json.gz:4"
 
 
-def test_written_prompts_are_reused_when_whole_and_made_again_when_cut_short(
-    tokenizer, tmp_path, monkeypatch
-):
-    monkeypatch.setattr(prompts, "ROWS_PER_SHARD", 3)
+@pytest.fixture
+def write(dense_folder, tmp_path):
+    """Makes the prompts of a dataset on the farm, in this process; their counts."""
+
+    def make(config: PromptConfig, identity: dict) -> dict[str, int]:
+        task = PromptTask(ModelSpec(str(dense_folder())), config, 512)
+        return prompt_task.write_prompts(task, str(tmp_path / "out" / "prompts"), identity, FarmOptions(0))
+
+    return make
+
+
+def test_the_farm_makes_the_prompts_of_the_plain_loop(write, tokenizer, tmp_path, monkeypatch):
+    monkeypatch.setattr(prompt_task, "ROWS_PER_SHARD", 3)
+    lines = [*c4([f"text number {i}" for i in range(10)]), {"text": ""}, "no JSON", *c4(["text number 3"])]
+    config = PromptConfig(str(write_lines(tmp_path / "d.jsonl", lines)))
+    counts = write(config, {"size": 64})
+    expected: Counter[str] = Counter()
+    rows = list(make_prompts(config, tokenizer, 512, expected))
+    found = storage.read_table(tmp_path / "out" / "prompts").to_pylist()
+    assert sorted(found, key=lambda row: row["prompt_id"]) == sorted(rows, key=lambda row: row["prompt_id"])
+    for name in ("records", "duplicates", "empty", "malformed"):
+        assert counts[name] == expected[name] == {"records": 13}.get(name, 1)
+    assert (counts["rows"], counts["errors"], counts["shards"]) == (12, 2, 4)
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["prompts"], "documents are gone"
+
+
+def test_a_book_is_a_shard_of_its_own(write, tmp_path, monkeypatch):
+    """1,024 documents of a megabyte would not fit into a worker."""
+    monkeypatch.setattr(prompt_task, "UNIT_CHARACTERS", 2000)
+    config = PromptConfig(str(write_lines(tmp_path / "d.jsonl", c4([f"{i} " * 900 for i in range(5)]))))
+    assert write(config, {})["shards"] == 5
+
+
+def test_prompts_are_reused_when_whole_and_what_is_missing_is_made(write, tmp_path, monkeypatch):
+    monkeypatch.setattr(prompt_task, "ROWS_PER_SHARD", 3)
     path = write_lines(tmp_path / "d.jsonl", c4([f"text number {i}" for i in range(10)]))
-    config, folder, identity = PromptConfig(str(path)), str(tmp_path / "prompts"), {"size": 64}
-    counts = write_prompts(config, tokenizer, 512, folder, identity)
-    assert (counts["rows"], counts["shards"]) == (10, 4)
+    config, folder, identity = PromptConfig(str(path)), tmp_path / "out" / "prompts", {"size": 64}
+    counts = write(config, identity)
     first = {row["prompt_id"]: row for row in storage.read_table(folder).to_pylist()}
     path.unlink()
-    assert write_prompts(PromptConfig("demo"), tokenizer, 512, folder, identity)["rows"] == 10, (
-        "whole: nothing is read again"
-    )
+    assert write(PromptConfig("demo"), identity) == counts, "whole: nothing is read again"
     write_lines(path, c4([f"text number {i}" for i in range(10)]))
-    Path(storage.list_shards(folder)[1]).write_bytes(b"damaged")
-    write_prompts(PromptConfig(str(path)), tokenizer, 512, folder, identity)
-    assert {row["prompt_id"]: row for row in storage.read_table(folder).to_pylist()} == first
-    Path(storage.list_shards(folder)[1]).unlink()
-    write_prompts(PromptConfig(str(path)), tokenizer, 512, folder, identity)
-    assert {row["prompt_id"]: row for row in storage.read_table(folder).to_pylist()} == first, (
-        "a shard that is gone is noticed"
-    )
+    for spoil in (lambda shard: shard.write_bytes(b"damaged"), Path.unlink):
+        _, shard, *others = map(Path, storage.list_shards(folder))
+        before = [other.stat().st_mtime_ns for other in others]
+        spoil(shard)
+        again = write(config, identity)
+        assert {row["prompt_id"]: row for row in storage.read_table(folder).to_pylist()} == first
+        assert [other.stat().st_mtime_ns for other in others] == before
+        assert {name: again[name] for name in ("rows", "records", "duplicates")} == {
+            name: counts[name] for name in ("rows", "records", "duplicates")
+        }
     with pytest.raises(ValueError, match="size: 64 -> 65"):
-        write_prompts(config, tokenizer, 512, folder, {"size": 65})
+        write(config, {"size": 65})
+
+
+@given(st.lists(st.integers(0, 40), max_size=200), st.integers(1, 8))
+def test_seen_is_a_set(numbers, few):
+    seen, plain = keys.Seen(), set()
+    seen._FEW = few
+    for number in numbers:
+        key = number * 2**58 + 1  # beyond what a float holds
+        assert seen.add(key) == (key not in plain)
+        plain.add(key)
+        assert len(seen) == len(plain)
 
 
 def test_whole_and_chat_prompts_are_not_cut_and_have_ids_of_their_own(tokenizer, tmp_path):

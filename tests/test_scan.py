@@ -31,10 +31,10 @@ def test_ids_survive_as_keys_and_sort_as_text(ids):
 
 
 def test_keys_of_both_kinds_compare():
-    wanted, held = keys.encode(["0" * 16, "f" * 16]), keys.encode(["f" * 16, "conversation"])
+    wanted, held = keys.encode(["0" * 16, "f" * 16]), keys.encode(["conversation", "f" * 16])
     assert (wanted.dtype, held.dtype.kind) == (np.uint64, "S")
     assert keys.missing(wanted, held).tolist() == [0]
-    assert keys.decode(keys.concatenate([wanted, held])) == ["0" * 16, "f" * 16, "f" * 16, "conversation"]
+    assert keys.decode(keys.concatenate([wanted, held])) == ["0" * 16, "f" * 16, "conversation", "f" * 16]
 
 
 def write_shard(folder: Path, name: str, ids: list[int], error: bool = False) -> Path:
@@ -74,27 +74,30 @@ def test_a_resumed_scan_reads_only_what_is_new_and_finds_the_same(dataset):
     write_shard(dataset, "part-new.parquet", [1000])
     (dataset / "data" / "part-003.parquet").unlink()
     third = storage.scan(dataset)
-    (dataset / "_index.parquet").unlink()
+    (dataset / "_index.npz").unlink()
     assert third.read == 1
     assert content(third) == content(storage.scan(dataset))
     assert third.place(len(third) - 1) == (len(third.paths) - 1, 0)
 
 
 @pytest.mark.parametrize(
-    "what", ["truncated", "older version", "other column", "planted", "unverified", "young"]
+    "what", ["truncated", "older version", "other column", "planted", "misfit", "unverified", "young"]
 )
 def test_an_index_in_doubt_is_not_believed(dataset, what):
     storage.scan(dataset, full=what != "unverified", remember=True)
-    path = dataset / "_index.parquet"
+    path = dataset / "_index.npz"
     if what == "truncated":
         os.truncate(path, path.stat().st_size // 2)
-    elif what in ("older version", "young"):
-        table = pq.read_table(path)
-        head = json.loads(table.schema.metadata[b"pmpd.index"])
-        head |= {"version": 0} if what == "older version" else {"written": head["shards"][0][2]}
-        pq.write_table(table.replace_schema_metadata({"pmpd.index": json.dumps(head)}), path)
     elif what == "planted":
-        path.write_bytes(b"PAR1" * 100)
+        np.savez(path, head=np.array([{"a": "pickle"}], object))
+    elif what in ("older version", "young", "misfit"):
+        with np.load(path) as stored:
+            parts = dict(stored)
+        head = json.loads(parts["head"].tobytes())
+        head |= {"older version": {"version": 0}, "young": {"written": int(parts["times"][0])}}.get(what, {})
+        parts["head"] = np.frombuffer(json.dumps(head).encode(), np.uint8)
+        parts["keys"] = parts["keys"][: -1 if what == "misfit" else None]
+        np.savez(path, **parts)
     id_column = "prompt_text" if what == "other column" else "prompt_id"
     assert storage.scan(dataset, id_column).read == 88
 
@@ -108,6 +111,37 @@ def test_a_shard_that_changed_is_read_again_and_damage_is_found(dataset):
     assert list(found.unreadable) == [str(path)]
     path.write_bytes(whole)
     assert not storage.scan(dataset).unreadable
+
+
+def test_what_a_run_has_finished_is_known_without_opening_it(dataset, monkeypatch):
+    """A run that was killed after many shards has written their ids in parts."""
+    first = storage.scan(dataset)
+    for _ in range(2):
+        journal = storage.Journal(str(dataset), "prompt_id")
+        for path in storage.list_shards(dataset):
+            table = storage.read_shard(path)
+            rows = storage.rows_of(table, "prompt_id")
+            journal.add(storage.entry_of(path, Path(path).stat().st_size, rows))
+        journal.flush()
+    assert len(list(dataset.glob("_index-*.npz"))) == 2
+    again = storage.scan(dataset, remember=True)
+    assert (first.read, again.read) == (88, 0)
+    assert content(again) == content(first)
+    assert [path.name for path in dataset.glob("_index*")] == ["_index.npz"], "the parts are one index now"
+    path = write_shard(dataset, "part-005.parquet", [15, 17])
+    os.utime(path)
+    assert storage.scan(dataset).read == 1
+    assert storage.entry_of(str(path), 1, storage.rows_of(storage.read_shard(path), "prompt_id")) is None
+
+
+def test_a_shard_too_young_to_be_believed_waits_for_the_next_part(dataset):
+    journal = storage.Journal(str(dataset), "prompt_id")
+    for path in storage.list_shards(dataset):
+        os.utime(path)
+        rows = storage.rows_of(storage.read_shard(path), "prompt_id")
+        journal.add(storage.entry_of(path, Path(path).stat().st_size, rows))
+    journal.flush()
+    assert not list(dataset.glob("_index*"))
 
 
 def rows_of(dataset: Path) -> list[dict]:

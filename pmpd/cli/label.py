@@ -13,10 +13,11 @@ from pmpd.errors import UserError
 from pmpd.evaluation.presets import get_preset
 from pmpd.farm.connection import output_folder
 from pmpd.farm.label_task import LabelTask, ReferenceTask
+from pmpd.farm.prompt_task import PromptTask, write_prompts
 from pmpd.farm.task import FarmTask
 from pmpd.labeling.config import LabelConfig
-from pmpd.labeling.prompts import PromptConfig, write_prompts
 from pmpd.labeling.rule import LabelRule, NothingToScoreError, get_rule
+from pmpd.labeling.prompts import PromptConfig
 from pmpd.schedulers.chain import NUM_CLASSES, class_steps, parse_chain
 from pmpd.weights.model_spec import ModelSpec, check_held, shared_tokenizer
 
@@ -57,7 +58,7 @@ def main(job: LabelJob, console: Console | None = None) -> farm.FarmResult | Non
         getattr(checkpoint.config(), "max_position_embeddings", 2**31)
         for checkpoint in (quantized, reference)
     )
-    tokenizer = shared_tokenizer([reference, quantized])
+    shared_tokenizer([reference, quantized])
 
     files = (
         source.source if source.kind == "local" else None
@@ -98,7 +99,8 @@ def main(job: LabelJob, console: Console | None = None) -> farm.FarmResult | Non
     with storage.Lease(output) as lease:
         if job.stage != "prompts" and storage.discard_unused(prompts, identity, [references, labels]):
             console.print("the prompts of another configuration, of which nothing was made yet, are replaced")
-        counts = write_prompts(source, tokenizer, positions - job.max_new_tokens, prompts, identity)
+        making = PromptTask(reference_model, source, positions - job.max_new_tokens)
+        counts = write_prompts(making, prompts, identity, options, lease)
         told = ", ".join(
             f"{counts[what]} {what}" for what in ("duplicates", "empty", "malformed") if counts.get(what)
         )

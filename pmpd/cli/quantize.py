@@ -26,45 +26,48 @@ _STAGES = {
 
 def main(config: QuantizeJob, console: Console | None = None) -> Summary:
     """Quantizes and prints what was written. UserError: see `quantize_checkpoint`."""
-    import torch
     from rich.console import Console
 
-    from pmpd import storage
+    from pmpd import farm, storage
     from pmpd.cli.steps import Steps
-    from pmpd.labeling.prompts import PromptConfig, records
-    from pmpd.quantize.convert import quantize_checkpoint
-    from pmpd.weights.hub import local_folder
+    from pmpd.farm.quantize_task import STALL_SECONDS, QuantizeTask, quantize_on_farm
+    from pmpd.labeling.prompts import PromptConfig
 
     console = console or Console()
-    folder = local_folder(config.model_path)
-    name = (
-        Path(config.model_path).resolve().name
-        if folder == Path(config.model_path)
-        else config.model_path.split("/")[-1]
-    )
-    told = "demo" if folder == demo.DENSE else name
+    path = config.model_path
+    name = storage.base_name(path if storage.is_uri(path) else Path(path).resolve())
+    told = "demo" if Path(path) == demo.DENSE else name
     output = config.output_dir or f"anyprec-{told}-{config.parent_precision}-{config.seed_precision}"
-    source = PromptConfig(
+    texts = PromptConfig(
         config.dataset, config.dataset_config, config.split or ("train" if config.dataset == "demo" else None)
     )
-    source.kind  # noqa: B018 - raises for a dataset that is not there, before any work
-    texts = (text for _, text, problem in records(source) if problem is None)
+    texts.kind  # noqa: B018 - raises for a dataset that is not there, before any work
     settings = QuantizeConfig(
         **{key: value for key, value in asdict(config).items() if key in QuantizeConfig.__dataclass_fields__}
     )
-    with Steps(console) as steps:
-        summary = quantize_checkpoint(
-            folder,
-            storage.cache_folder(output) if storage.is_uri(output) else output,
-            settings,
-            texts,
-            trust_remote_code=config.trust_remote_code,
-            dtype=getattr(torch, config.dtype) if config.dtype else None,
-            on_progress=lambda stage, done, total: steps(_STAGES[stage], done, total),
+    on_farm = config.gpus_per_worker is not None
+    task = QuantizeTask(
+        storage.absolute(path) if on_farm and storage.exists(path) else path,
+        farm.output_folder(output) if on_farm else output,
+        settings,
+        texts,
+        config.dtype,
+        config.trust_remote_code,
+    )
+    if on_farm:
+        options = farm.FarmOptions(
+            1,
+            config.gpus_per_worker,
+            1,
+            retry_errors=True,
+            stall_seconds=config.stall_seconds or STALL_SECONDS,
         )
-    if storage.is_uri(output):
-        storage.upload_folder(storage.cache_folder(output), output)
-    report(summary, output, console)
+        farm.connect(options)
+        summary = quantize_on_farm(task, options)
+    else:
+        with Steps(console) as steps:
+            summary = task.quantize(None, lambda stage, done, total: steps(_STAGES[stage], done, total))
+    report(summary, task.output, console)
     return summary
 
 

@@ -123,6 +123,7 @@ def _run(
         workers = progress.up
         if pool is not None:
             pool.close()
+            ledger.journal.flush()
             _summarize(ledger, options, progress, pool, workers, time.monotonic() - begin)
             progress.up = 0
             progress.tick(force=True)
@@ -145,7 +146,7 @@ def _run(
 
 
 def _pool(task: FarmTask, ledger: Ledger, lease: Lease, options: FarmOptions, progress: Progress) -> Pool:
-    arguments = (task, ledger.dataset, lease, options, progress, ledger.known_models)
+    arguments = (task, ledger.dataset, lease, options, progress, ledger.known_models, ledger.journal)
     if options.in_process:
         return LocalPool(*arguments)
     from pmpd.farm.pool import ClusterPool

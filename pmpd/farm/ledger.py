@@ -2,12 +2,13 @@
 Ray.
 
 The output is the only truth: to do = ids of the input - ids in readable shards of the output. Ids are held as
-numpy arrays (`pmpd.storage.keys`), so that 10^7 rows fit into the driver.
+numpy arrays (`pmpd.storage.keys`), once, and what is known of an item lies in arrays in their order; so 10^7
+items fit into the driver.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,27 +46,26 @@ class Ledger:
         self.unreadable: list[str] = []
         """Damaged shards, where they were set aside."""
         self.output = storage.Scan()
-        self._done = np.zeros(0, np.uint64)  # sorted, each once
+        self._ids = np.zeros(0, np.uint64)  # sorted, each once
+        self._done = np.zeros(0, bool)
+        self.items_done = 0
+        """Items in the output."""
         self.items_failed = 0
         """Items of the output one of whose rows has an error."""
+        self.journal = storage.Journal(self.dataset, self.id_column)
 
     @property
     def items(self) -> int:
         """Items of the input."""
         return len(self._ids)
 
-    @property
-    def items_done(self) -> int:
-        """Items in the output."""
-        return len(self._done)
-
     # -- before the work
 
     def scan_inputs(self) -> None:
-        self._places: dict[str, tuple[list[str], np.ndarray]] = {}
+        self._places: dict[str, tuple[Sequence[str], np.ndarray]] = {}
         """Input -> its shards, and where each begins in the order of its rows."""
         self._row_of: dict[str, np.ndarray] = {}
-        """Input -> for each item, in the order of ids, its row."""
+        """Input -> for each item, in the order of ids, its row (uint32)."""
         for name, path in self.inputs.items():
             scan = storage.scan(path, self.id_column, remember=True)
             if scan.unreadable:
@@ -73,45 +73,43 @@ class Ledger:
                     f"input {name}: {next(iter(scan.unreadable.values()))}; run the stage that makes "
                     f"{name} again: it does the rows of that shard and keeps the others"
                 )
-            if not self._row_of:
-                self._ids, first = np.unique(scan.keys, return_index=True)
-                self._lengths = scan.lengths[first]
-                rows = first
-                if not len(self._ids):
-                    raise UserError(f"input {path}: it holds no rows; nothing to do")
-            else:
-                rows = self._rows_in(name, scan.keys)
             self._places[name] = (scan.paths, scan.starts)
-            self._row_of[name] = rows.astype(np.uint32)
+            ids, rows = _first_rows(scan.keys)
+            if len(self._row_of):
+                rows = rows[self._places_among(name, ids)]
+            elif not len(ids):
+                raise UserError(f"input {path}: it holds no rows; nothing to do")
+            else:
+                self._ids, self._done = ids, np.zeros(len(ids), bool)
+                self._lengths = np.minimum(scan.lengths[rows], np.iinfo(np.uint16).max).astype(np.uint16)
+            self._row_of[name] = rows
 
-    def _rows_in(self, name: str, keys: np.ndarray) -> np.ndarray:
-        """For each item its first row among the keys of another input."""
-        held, first = np.unique(keys, return_index=True)
-        lacking = ids_of.missing(self._ids, held)
+    def _places_among(self, name: str, held: np.ndarray) -> np.ndarray:
+        """Where in the ids of another input each item is."""
+        found = ids_of.positions(self._ids, held)
+        lacking = np.flatnonzero(found < 0)
         if len(lacking):
             raise UserError(
                 f"input {name} lacks {len(lacking)} of {len(self._ids)} ids, e.g. "
                 f"{', '.join(ids_of.decode(self._ids[lacking[:3]]))}; run the stage that makes it first"
             )
-        ids, held = ids_of.alike(self._ids, held)
-        return first[np.searchsorted(held, ids)]
+        return found
 
     def repair_output(self, retry_errors: bool = False) -> None:
         """Takes out of the output what must not count: half-written files, damaged shards, second rows of an
         item, and, if asked, errors. UserError where it holds items that the input has not."""
         storage.remove_temporary(self.dataset)
-        output = storage.scan(self.dataset, self.id_column, remember=True)
-        self.unreadable = [storage.set_aside(path, self.dataset) for path in output.unreadable]
-        if drop_duplicates(output, self.one_row_per_item):
-            output = storage.scan(self.dataset, self.id_column, full=False)
-        if retry_errors:
-            drop_errors(output)
-        self._read_output()
-        unknown = ids_of.missing(self._done, self._ids)
-        if len(unknown):
+        self._read_output(full=True)
+        self.unreadable = [storage.set_aside(path, self.dataset) for path in self.output.unreadable]
+        self.output.unreadable = {}
+        if drop_duplicates(self.output, self.one_row_per_item):
+            self._read_output()
+        if retry_errors and drop_errors(self.output):
+            self._read_output()
+        if len(self._unknown):
             raise UserError(
-                f"output folder {self.dataset}: it holds {len(unknown)} ids that are not in the input, e.g. "
-                f"{', '.join(ids_of.decode(self._done[unknown[:3]]))}: the input has changed; choose another "
+                f"output folder {self.dataset}: it holds {len(self._unknown)} ids that are not in the input, "
+                f"e.g. {', '.join(ids_of.decode(self._unknown[:3]))}: the input has changed; choose another "
                 f"output folder"
             )
 
@@ -126,13 +124,12 @@ class Ledger:
         """Items without a row in the output (their places in the order of ids); long prompts first, so
         that the end has no straggler. Of a large input, items of about one length come in the order of its
         shards."""
-        todo = ids_of.missing(self._ids, self._done)
-        lengths = self._lengths[todo]
+        todo = np.flatnonzero(~self._done).astype(np.uint32)
+        lengths = self._lengths[todo].astype(np.int32)
         name = next(iter(self.inputs))
-        if len(self._places[name][0]) <= MANY_SHARDS:
-            return todo[np.argsort(-lengths, kind="stable")]
-        about = (8 * np.log2(np.maximum(lengths, 1))).astype(np.int16)
-        return todo[np.lexsort((self._row_of[name][todo], -about))]
+        if len(self._places[name][0]) > MANY_SHARDS:
+            lengths = (8 * np.log2(np.maximum(lengths, 1, dtype=np.float32))).astype(np.int16)
+        return todo[np.lexsort((self._row_of[name][todo], -lengths))]
 
     def units(self, todo: np.ndarray, size: int) -> Iterator[Unit]:
         """Units of neighbours in length, `size` items each. Made as they are asked for."""
@@ -151,13 +148,19 @@ class Ledger:
 
     def reread(self) -> None:
         """What the output holds after work was done."""
+        self.journal.flush()
         self._read_output()
         if drop_duplicates(self.output, self.one_row_per_item):
             self._read_output()
 
-    def _read_output(self) -> None:
-        self.output = storage.scan(self.dataset, self.id_column, full=False, remember=True)
-        self._done = np.unique(self.output.keys)
+    def _read_output(self, full: bool = False) -> None:
+        self.output = storage.Scan()  # the memory of the one before is given back first
+        self.output = storage.scan(self.dataset, self.id_column, full=full, remember=True)
+        at = ids_of.positions(self.output.keys, self._ids)
+        self._unknown = np.unique(self.output.keys[at < 0])
+        self._done = np.zeros(len(self._ids), bool)
+        self._done[at[at >= 0]] = True
+        self.items_done = int(self._done.sum()) + len(self._unknown)
         self.items_failed = len(np.unique(self.output.keys[self.output.errors]))
 
     # -- after the work
@@ -223,14 +226,22 @@ def _shards_of(output: storage.Scan, rows: np.ndarray) -> np.ndarray:
     return np.searchsorted(output.starts, rows, side="right") - 1
 
 
+def _first_rows(keys: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(the keys, sorted, each once; uint32: the first row of each)."""
+    order = np.argsort(keys, kind="stable").astype(np.uint32)
+    ordered = keys[order]
+    again = np.flatnonzero(ordered[1:] == ordered[:-1]) + 1
+    return (np.delete(ordered, again), np.delete(order, again)) if len(again) else (ordered, order)
+
+
 def _doubled(output: storage.Scan, one_row_per_item: bool) -> list[np.ndarray]:
     """The rows of each item that is there more than once: twice at all, or (where items have several rows) in
     more than one shard."""
-    order = np.argsort(output.keys, kind="stable")
-    ordered = output.keys[order]
-    begins = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]])) if len(order) else order
-    if len(begins) == len(order):
+    ordered = np.sort(output.keys)
+    if not (ordered[1:] == ordered[:-1]).any():
         return []
+    order = np.argsort(output.keys, kind="stable")
+    begins = np.flatnonzero(np.concatenate([[True], ordered[1:] != ordered[:-1]]))
     if not one_row_per_item:
         shards = _shards_of(output, order)
         several = np.maximum.reduceat(shards, begins) != np.minimum.reduceat(shards, begins)

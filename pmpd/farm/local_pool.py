@@ -36,8 +36,9 @@ class LocalPool:
         options: FarmOptions,
         progress: Progress,
         known_models: Mapping[str, Any],
+        journal: storage.Journal,
     ) -> None:
-        self.lease, self.progress, self.options = lease, progress, options
+        self.lease, self.progress, self.options, self.journal = lease, progress, options, journal
         self.models: dict[str, Any] = dict(known_models)
         self.devices: set[str] = set()
         self.dataset = dataset
@@ -87,6 +88,7 @@ class LocalPool:
             else:
                 self.progress.beats.clear()
                 self.progress.add(result)
+                self.journal.add(result.entry)
                 return
 
     def _watch(self, ended: threading.Event) -> None:

@@ -74,10 +74,11 @@ class ClusterPool:
         options: FarmOptions,
         progress: Progress,
         known_models: Mapping[str, Any],
+        journal: storage.Journal,
     ) -> None:
         """UserError where no node can ever hold a worker."""
         self.task, self.dataset, self.lease = task, dataset, lease
-        self.options, self.progress = options, progress
+        self.options, self.progress, self.journal = options, progress, journal
         self.models: dict[str, Any] = dict(known_models)
         self.devices: set[str] = set()
         self.slots: list[_Slot] = []
@@ -283,6 +284,7 @@ class ClusterPool:
             del slot.queue[index]
             self.progress.beats.pop(slot.id, None)
             self.progress.add(result)
+            self.journal.add(result.entry)
 
     # -- workers that hang
 

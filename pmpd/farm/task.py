@@ -59,6 +59,8 @@ class FarmTask(ABC):
     """The item's id, in the inputs and in the output."""
     one_row_per_item: ClassVar[bool] = True
     """False: an item may give several rows, all in one shard (the turns of a conversation)."""
+    row_group_rows: ClassVar[int | None] = None
+    """Of the shards: what is read at least where single rows of them are asked for."""
 
     @property
     def most_forwards(self) -> float | None:
@@ -107,6 +109,8 @@ class UnitResult:
     seconds: float
     forwards: Mapping[int, int] = field(default_factory=dict)
     """Precision -> forwards of rows."""
+    entry: storage.Entry | None = None
+    """The unit's shard, for the index."""
 
 
 @dataclass(frozen=True)

@@ -91,14 +91,17 @@ class Workbench:
             pulse.rest()
             table = self._table(items, rows)
             self._check_publication()
-            storage.write_shard(table, shard_path(self.dataset, unit))
+            path = shard_path(self.dataset, unit)
+            size = storage.write_shard(table, path, self.task.row_group_rows)
+            entry = storage.entry_of(path, size, storage.rows_of(table, self.task.id_column))
         finally:
             pulse.rest()
             self._unit, self._rows = None, {}
         error_items = sum(any(row.get("error") for row in rows[key]) for key in unit.ids)
         tokens = sum(self.built.tokens(row) for key in unit.ids for row in rows[key] if not row.get("error"))
         seconds = time.monotonic() - begin
-        return UnitResult(len(unit.ids), error_items, tokens, seconds, dict(pulse.by_bits() - before))
+        forwards = dict(pulse.by_bits() - before)
+        return UnitResult(len(unit.ids), error_items, tokens, seconds, forwards, entry)
 
     def beat(self) -> Beat | None:
         """How far the unit is, None between units; another thread asks."""

@@ -1,8 +1,10 @@
 """C4, local text files, the demo's texts and torch files of token ids -> prompts with stable ids.
 
-A *record* is one text and where it came from. A *prompt* is the beginning of a record: the document is
-tokenized, truncated to what the model can take, and cut to a random length n in [min(32, n//2), n]. The cut
-depends on the seed and the prompt's id only. Records that are prompts already are not cut (`form`).
+A *record* is one text and where it came from; a *document* is a record with the id of its prompt. A *prompt*
+is the beginning of a document, which is tokenized, truncated to what the model can take, and cut to a random
+length n in [min(32, n//2), n]. The cut depends on the seed and the prompt's id only, so every document can
+become a prompt by itself, on any machine (`pmpd.farm.prompt_task`). Records that are prompts already are not
+cut (`form`).
 
 `prompt_id` = first 16 hex digits of SHA-256 over the canonical JSON of dataset name, config, split, text and
 seed. The name of a local file or folder is its last path component, so moving it changes no id, and neither
@@ -36,6 +38,8 @@ MIN_PROMPT_TOKENS = 32
 ROWS_PER_SHARD = 1024
 ROWS_PER_GROUP = 64
 """Workers read whole row groups, and a unit's prompts, neighbours in length, lie all over the file."""
+
+EMPTY = "the document tokenizes to nothing"
 
 _PATIENCE = 100
 """Records that may be unusable before the first usable one."""
@@ -161,59 +165,49 @@ def cut_length(tokens: int, seed: int, key: str) -> int:
 def make_prompts(
     config: PromptConfig, tokenizer: Any, max_prompt_tokens: int, counts: Counter[str] | None = None
 ) -> Iterator[dict[str, Any]]:
-    """The first `config.size` prompts as PROMPTS rows. Memory grows with the ids only.
+    """The first `config.size` prompts as PROMPTS rows, one after another: what the farm makes in parallel.
 
-    `max_prompt_tokens`: what the model's positions leave (positions - max_new_tokens); documents are
-    truncated to the smaller of it and `config.longest` tokens. A chat prompt that is too long is an error
-    row, since a cut would take its question's end away. A document without a token, and a record that is no
-    text (malformed, null, half a surrogate pair), becomes a row with `error` set. `counts` receives records,
-    duplicates, empty and malformed. UserError: no usable record (names file and line of the first), no room
-    for a prompt, a file that can't be read.
+    As `documents` and `PromptMaker` say. `counts` receives records, duplicates, empty and malformed.
     """
-    if max_prompt_tokens < 1:
-        raise UserError(
-            f"the model's positions leave {max_prompt_tokens} tokens for a prompt; lower --max-new-tokens "
-            f"below its number of positions"
-        )
+    make = PromptMaker(tokenizer, config, max_prompt_tokens)
     counts = Counter() if counts is None else counts
-    limit = min(config.longest, max_prompt_tokens)
     if config.kind == "tokens":
-        yield from prompt_rows(config.torch_records, tokenizer, limit, config.size, counts)
+        yield from prompt_rows(config.torch_records, tokenizer, make.limit, config.size, counts)
         return
-    special = set(tokenizer.all_special_ids)
-    seen: set[bytes] = set()
+    for document in documents(config, counts):
+        row = make(document)
+        if row["error"] == EMPTY:
+            counts["empty"] += 1
+        yield row
+
+
+def documents(config: PromptConfig, counts: Counter[str] | None = None) -> Iterator[dict[str, Any]]:
+    """The first `config.size` documents as DOCUMENTS rows; nothing is tokenized. Some 10 bytes of memory for
+    each.
+
+    A record that is no text (malformed, null, half a surrogate pair) has a `problem`. `counts` receives
+    records, duplicates and malformed. UserError: no usable record (names file and line of the first), a file
+    that can't be read.
+    """
+    counts = Counter() if counts is None else counts
+    seen = storage.Seen()
     first_problem = None
     for source, text, problem in records(config):
         counts["records"] += 1
         key = prompt_id(config, text)
-        if bytes.fromhex(key) in seen:
+        if not seen.add(int(key, 16)):
             counts["duplicates"] += 1
             continue
-        seen.add(bytes.fromhex(key))
-        ids: list[int] = []
         if problem is not None:
             counts["malformed"] += 1
             first_problem = first_problem or f"{source}: {problem}"
             if counts["malformed"] == len(seen) == _PATIENCE:
                 break
-        else:
-            ids = _tokens(tokenizer, text, config.form)
-            if all(token in special for token in ids):
-                counts["empty"] += 1
-                problem = "the document tokenizes to nothing"
-            elif config.form == "chat" and len(ids) > limit:
-                problem = f"the question takes {len(ids)} tokens, {limit} fit"
-        row = {"prompt_id": key, "source": source, "document_tokens": len(ids), "error": problem}
-        if problem is None:
-            kept = min(len(ids), limit)
-            cut = ids[: cut_length(kept, config.seed, key)] if config.form == "cut" else ids[:kept]
-            text = tokenizer.decode(cut, skip_special_tokens=True)
-            yield {**row, "prompt_tokens": len(cut), "prompt_text": text, "input_ids": cut}
-        else:
-            yield {**row, "prompt_tokens": 0, "prompt_text": "", "input_ids": []}
+        text = text[:MAX_DOCUMENT_CHARACTERS] if problem is None else ""
+        yield {"prompt_id": key, "source": source, "text": text, "problem": problem}
         if len(seen) == config.size:
             break
-    if not seen:
+    if not len(seen):
         raise UserError(
             f"--dataset {config.dataset}: it holds no record; give a dataset with at least one text"
         )
@@ -223,37 +217,56 @@ def make_prompts(
         )
 
 
-def _tokens(tokenizer: Any, text: str, form: Form) -> list[int]:
-    """Tokens of a document; of one that is longer than any model reads, of its beginning."""
-    text = text[:MAX_DOCUMENT_CHARACTERS]
-    if not text.strip():
-        return []
-    if form != "chat":
-        return encode_document(tokenizer, text)
-    if not getattr(tokenizer, "chat_template", None):
-        raise UserError("--prompt-form chat: the model's tokenizer has no chat template; use whole or cut")
-    turn = [{"role": "user", "content": text}]
-    rendered = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-    return encode_prompt(tokenizer, rendered, [text])
+def check_room(max_prompt_tokens: int) -> None:
+    """UserError where the model has no room for a prompt."""
+    if max_prompt_tokens < 1:
+        raise UserError(
+            f"the model's positions leave {max_prompt_tokens} tokens for a prompt; lower --max-new-tokens "
+            f"below its number of positions"
+        )
 
 
-def write_prompts(
-    config: PromptConfig, tokenizer: Any, max_prompt_tokens: int, dataset: str, row_config: Mapping[str, Any]
-) -> dict[str, int]:
-    """Writes the PROMPTS dataset, streaming, unless it is there already; its counts (rows, errors, records,
-    duplicates, empty, malformed).
+class PromptMaker:
+    """Documents to prompts, each by itself."""
 
-    `row_config` is what defines the rows. A dataset that was cut short is written again: prompts are cheap
-    and always the same. ValueError: the folder is of another configuration, or as in `make_prompts`.
-    """
-    return storage.write_dataset(
-        dataset,
-        storage.PROMPTS,
-        lambda counts: make_prompts(config, tokenizer, max_prompt_tokens, counts),
-        row_config,
-        rows_per_shard=ROWS_PER_SHARD,
-        row_group_rows=ROWS_PER_GROUP,
-    )
+    def __init__(self, tokenizer: Any, config: PromptConfig, max_prompt_tokens: int) -> None:
+        """`max_prompt_tokens`: what the model's positions leave (positions - max_new_tokens); documents are
+        truncated to the smaller of it and `config.longest` tokens. UserError where that is nothing, or
+        where chat prompts are asked for and there is no template."""
+        check_room(max_prompt_tokens)
+        if config.form == "chat" and not getattr(tokenizer, "chat_template", None):
+            raise UserError(
+                "--prompt-form chat: the model's tokenizer has no chat template; use whole or cut"
+            )
+        self._tokenizer, self._form, self._seed = tokenizer, config.form, config.seed
+        self.limit = min(config.longest, max_prompt_tokens)
+        self._special = set(tokenizer.all_special_ids)
+
+    def __call__(self, document: Mapping[str, Any]) -> dict[str, Any]:
+        """The PROMPTS row of a DOCUMENTS row. With `error` set where there is a problem or no token, and
+        where a chat prompt is too long: a cut would take its question's end away."""
+        problem, key = document["problem"], document["prompt_id"]
+        ids = self._tokens(document["text"]) if problem is None else []
+        if problem is None and all(token in self._special for token in ids):
+            problem = EMPTY
+        elif self._form == "chat" and len(ids) > self.limit:
+            problem = f"the question takes {len(ids)} tokens, {self.limit} fit"
+        row = {"prompt_id": key, "source": document["source"], "document_tokens": len(ids), "error": problem}
+        if problem is not None:
+            return {**row, "prompt_tokens": 0, "prompt_text": "", "input_ids": []}
+        kept = min(len(ids), self.limit)
+        cut = ids[: cut_length(kept, self._seed, key)] if self._form == "cut" else ids[:kept]
+        text = self._tokenizer.decode(cut, skip_special_tokens=True)
+        return {**row, "prompt_tokens": len(cut), "prompt_text": text, "input_ids": cut}
+
+    def _tokens(self, text: str) -> list[int]:
+        if not text.strip():
+            return []
+        if self._form != "chat":
+            return encode_document(self._tokenizer, text)
+        turn = [{"role": "user", "content": text}]
+        rendered = self._tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        return encode_prompt(self._tokenizer, rendered, [text])
 
 
 def records(config: PromptConfig) -> Iterator[tuple[str, str, str | None]]:

@@ -28,7 +28,7 @@ import torch
 import transformers
 from torch import Tensor
 
-from pmpd import gpu
+from pmpd import gpu, storage
 from pmpd.errors import UserError
 from pmpd.quantize.calibration import calibration_samples
 from pmpd.quantize.config import QuantizeConfig
@@ -91,6 +91,7 @@ def quantize_checkpoint(
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
     moments_bytes: int = 4 * 2**30,
+    work_copy: str | None = None,
     on_progress: Progress = lambda stage, done, total: None,
 ) -> Summary:
     """Quantizes the checkpoint folder `model_path` into the folder `output_dir`, which must not hold anything
@@ -98,7 +99,8 @@ def quantize_checkpoint(
 
     `texts` are read only if `config.weighted`. `device`: default a GPU if there is one. `dtype` of the model
     runs: default float32 on a CPU, bfloat16 on a GPU. `moments_bytes`: of the layers whose inputs are
-    measured in one pass over the samples; at least one layer's.
+    measured in one pass over the samples; at least one layer's. `work_copy`: a URI below which what is
+    finished is kept too, so that the same call goes on from there on another machine.
 
     UserError: no such checkpoint, one that is quantized, missing or misshapen tensors, nothing to quantize,
     no calibration text, an output folder in use. OSError: the disk is full (what is finished is kept).
@@ -119,7 +121,10 @@ def quantize_checkpoint(
         plan,
         config,
         samples,
-        WorkFolder(output.parent / f".{output.name}.work-{layers}"),
+        WorkFolder(
+            output.parent / f".{output.name}.work-{layers}",
+            work_copy and storage.join(work_copy, layers),
+        ),
         f"tuning-{fingerprint}",
         device,
         dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16),
@@ -161,7 +166,7 @@ def quantize_checkpoint(
             f"writing failed: {error}; finished layers are kept in {run.work.path}: make room there and run "
             f"the same command again"
         ) from error
-    shutil.rmtree(run.work.path)
+    run.work.discard()
     return summary
 
 

@@ -17,6 +17,7 @@ from pmpd.storage.dataset import (
     read_rows,
     read_shard,
     read_table,
+    remove_dataset,
     set_aside,
     to_table,
     write_shard,
@@ -26,14 +27,18 @@ from pmpd.storage.files import (
     StorageError,
     absolute,
     exists,
+    list_files,
     read_bytes,
     remove,
     resolve,
     write_bytes,
 )
+from pmpd.storage.index import Entry, Journal, entry_of
+from pmpd.storage.keys import Seen
 from pmpd.storage.lease import Lease, LeaseLostError
 from pmpd.storage.manifest import (
     MANIFEST_KEYS,
+    add_counts,
     check_config,
     differing_keys,
     discard_unused,
@@ -45,9 +50,10 @@ from pmpd.storage.manifest import (
 from pmpd.storage.parquet import ForeignTypeError, check_tables, open_parquet, parquet_of
 from pmpd.storage.provenance import git_commit, source_fingerprint
 from pmpd.storage.row_ids import ascii_id, utf8_id
-from pmpd.storage.scan import Scan, Shard, inspect_shard, scan
+from pmpd.storage.scan import Scan, Shard, inspect_shard, rows_of, scan
 from pmpd.storage.schemas import (
     CONVERSATIONS,
+    DOCUMENTS,
     GENERATIONS,
     JUDGMENTS,
     LABELLED_PROMPTS,
@@ -74,6 +80,7 @@ from pmpd.storage.writing import write_dataset
 
 __all__ = [
     "CONVERSATIONS",
+    "DOCUMENTS",
     "GENERATIONS",
     "JUDGMENTS",
     "LABELLED_PROMPTS",
@@ -83,14 +90,18 @@ __all__ = [
     "REFERENCES",
     "SCHEMA_VERSION",
     "SCORES",
+    "Entry",
     "ForeignTypeError",
+    "Journal",
     "Lease",
     "LeaseLostError",
     "Scan",
+    "Seen",
     "Shard",
     "ShardWriteError",
     "StorageError",
     "absolute",
+    "add_counts",
     "ascii_id",
     "base_name",
     "cache_folder",
@@ -104,6 +115,7 @@ __all__ = [
     "discard_unused",
     "download_folder",
     "drop_rows",
+    "entry_of",
     "exists",
     "git_commit",
     "inspect_shard",
@@ -111,6 +123,7 @@ __all__ = [
     "is_whole",
     "join",
     "labels_schema",
+    "list_files",
     "list_shards",
     "open_parquet",
     "package_versions",
@@ -123,8 +136,10 @@ __all__ = [
     "read_table",
     "redacted",
     "remove",
+    "remove_dataset",
     "remove_temporary",
     "resolve",
+    "rows_of",
     "scan",
     "set_aside",
     "shown",

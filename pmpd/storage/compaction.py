@@ -35,10 +35,11 @@ from pmpd.storage.dataset import (
     shard_files,
 )
 from pmpd.storage.files import exists, list_files, read_bytes, remove, resolve, told, write_bytes
+from pmpd.storage.index import forget
 from pmpd.storage.keys import alike
 from pmpd.storage.manifest import read_manifest
 from pmpd.storage.parquet import open_parquet
-from pmpd.storage.scan import INDEX, Scan, scan
+from pmpd.storage.scan import Scan, scan
 from pmpd.storage.uri import base_name, join, shown
 
 ROW_GROUP_BYTES = 128 << 20
@@ -215,7 +216,7 @@ def finish(folder: str) -> None:
         for path in list_files(data):
             if base_name(path) not in names and base_name(path).endswith(".parquet"):
                 remove(path)
-        remove(join(folder, INDEX))
+        forget(folder)
         remove(committed)
     for path in list_files(leftover, hidden=True):
         remove(path)

@@ -174,16 +174,16 @@ def remove(path: str | Path) -> None:
 
 
 def list_files(folder: str, hidden: bool = False) -> list[str]:
-    return [path for path, _ in files_in(folder, hidden)]
+    return [join(folder, info.base_name) for info in file_infos(folder, hidden)]
 
 
-def files_in(folder: str, hidden: bool = False) -> list[tuple[str, pafs.FileInfo]]:
-    """(path, size and time) of the files in a folder; [] where there is none."""
+def file_infos(folder: str, hidden: bool = False) -> list[pafs.FileInfo]:
+    """Name, size and time of the files in a folder; [] where there is none."""
     file_system, inner = resolve(folder)
     with told(folder):
         infos = file_system.get_file_info(pafs.FileSelector(inner, allow_not_found=True))
     return [
-        (join(folder, info.base_name), info)
+        info
         for info in infos
         if info.type == pafs.FileType.File and (hidden or not info.base_name.startswith((".", "_")))
     ]

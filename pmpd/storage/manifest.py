@@ -80,6 +80,15 @@ def write_manifest(
     )
 
 
+def add_counts(dataset: str | Path, counts: Mapping[str, int]) -> dict[str, int]:
+    """Adds to the counts of a dataset's manifest; all of them."""
+    manifest = read_manifest(dataset)
+    assert manifest is not None, f"{dataset} has no manifest"
+    manifest["counts"] |= counts
+    write_bytes(join(dataset, "manifest.json"), json.dumps(manifest, indent=1).encode() + b"\n")
+    return manifest["counts"]
+
+
 def read_manifest(dataset: str | Path) -> dict[str, Any] | None:
     """The manifest, None where there is none. ValueError where it is damaged or of another schema version."""
     path = join(dataset_folder(dataset), "manifest.json")

@@ -1,14 +1,9 @@
-"""What a dataset holds, looked up in its shards: the only truth about what is done.
-
-The ids of shards that were read before are kept beside the data in `_index.parquet`, with each shard's size
-and time. It is a memory of the shards and no more: a shard that is new, changed, or written about when the
-index was, is read again, and an index that is damaged or gone is made again.
-"""
+"""What a dataset holds, looked up in its shards: the only truth about what is done. Shards that were read
+before and have not changed are looked up in the index (`pmpd.storage.index`)."""
 
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,22 +12,17 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pmpd.errors import UserError
 from pmpd.storage import keys as ids_of
-from pmpd.storage.dataset import dataset_folder, parquet_in, shard_files
-from pmpd.storage.files import StorageError, exists, write_bytes
+from pmpd.storage.dataset import Paths, dataset_folder, live_folder, parquet_names
+from pmpd.storage.files import StorageError, remove
+from pmpd.storage.index import INDEX, INDEX_FROM_SHARDS, Rows, read_index, write_index
 from pmpd.storage.parquet import ForeignTypeError, open_parquet
 from pmpd.storage.uri import base_name, join, shown
 
-INDEX = "_index.parquet"
-_VERSION = 1
-INDEX_FROM_SHARDS = 64
-"""Fewer are read as fast as an index."""
-_DOUBT_NS = 5 * 10**9
-"""A shard as young as this when the index was written may have been written once more within its time's
-resolution."""
+_BATCH = 4096
+"""Shards that are looked at before their rows are packed together."""
 
 
 @dataclass(frozen=True)
@@ -48,22 +38,12 @@ class Shard:
     schema: pa.Schema
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """The rows of one shard, compactly."""
-
-    keys: np.ndarray
-    errors: np.ndarray
-    lengths: np.ndarray
-    schema: pa.Schema | None = None
-
-
 @dataclass
 class Scan:
     """The rows of a dataset's readable shards, one shard after the other: 13 bytes a row where the ids are 16
     hex digits."""
 
-    paths: list[str] = field(default_factory=list)
+    paths: Sequence[str] = ()
     starts: np.ndarray = field(default_factory=lambda: np.zeros(1, np.int64))
     """Shard s holds the rows starts[s] to starts[s + 1]; int64 [shards + 1]."""
     keys: np.ndarray = field(default_factory=lambda: np.zeros(0, np.uint64))
@@ -121,13 +101,22 @@ def inspect_shard(path: str | Path, id_column: str, full: bool = True) -> Shard:
 
     UserError where the shard is damaged or has no such column.
     """
-    rows = _read(path, id_column, full)
-    assert rows.schema is not None
+    rows, schema = _read(path, id_column, full)
     ids = tuple(ids_of.decode(rows.keys))
-    return Shard(str(path), ids, tuple(rows.errors.tolist()), tuple(rows.lengths.tolist()), rows.schema)
+    return Shard(str(path), ids, tuple(rows.errors.tolist()), tuple(rows.lengths.tolist()), schema)
 
 
-def _read(path: str | Path, id_column: str, full: bool) -> _Rows:
+def rows_of(table: pa.Table, id_column: str) -> Rows:
+    """What an index knows of a table's rows."""
+    errors, lengths = np.zeros(len(table), bool), np.zeros(len(table), np.int32)
+    if "error" in table.schema.names:
+        errors = table["error"].is_valid().to_numpy()
+    if "prompt_tokens" in table.schema.names:
+        lengths = table["prompt_tokens"].fill_null(0).to_numpy().astype(np.int32)
+    return Rows(ids_of.encode(table[id_column]), errors, lengths)
+
+
+def _read(path: str | Path, id_column: str, full: bool) -> tuple[Rows, pa.Schema]:
     try:
         with open_parquet(path) as parquet:
             schema = parquet.schema_arrow
@@ -142,13 +131,7 @@ def _read(path: str | Path, id_column: str, full: bool) -> _Rows:
         raise
     except (pa.ArrowException, OSError, ValueError, EOFError) as error:
         raise UserError(f"shard {shown(path)} can't be read: {error}") from error
-    count = len(table)
-    errors, lengths = np.zeros(count, bool), np.zeros(count, np.int32)
-    if "error" in wanted:
-        errors = table["error"].is_valid().to_numpy()
-    if "prompt_tokens" in wanted:
-        lengths = table["prompt_tokens"].fill_null(0).to_numpy().astype(np.int32)
-    return _Rows(ids_of.encode(table[id_column]), errors, lengths, schema)
+    return rows_of(table, id_column), schema
 
 
 def scan(
@@ -162,110 +145,80 @@ def scan(
     read is kept in the index. With `folder_itself` the shards lie in that folder, not in its `data`."""
     folder = dataset_folder(dataset)
     listed = time.time_ns()
-    files = parquet_in(str(dataset)) if folder_itself else shard_files(folder)
-    index = _Index.read(folder, id_column)
+    where = str(dataset) if folder_itself else live_folder(folder)
+    names, sizes, times = parquet_names(where)
+    index = read_index(folder, id_column)
+    at = index.find(names, sizes, times, full)
+    paths = Paths(where, names)
+    unknown = np.flatnonzero(at < 0)
+    looked, counts_looked, unreadable = _look([paths[shard] for shard in unknown], id_column, full)
 
-    def look(file: tuple[str, int, int]) -> _Rows | str:
+    known = at >= 0
+    starts, counts, verified = (np.zeros(len(names), np.int64) for _ in range(3))
+    starts[known], counts[known], verified[known] = (
+        column[at[known]] for column in (index.starts, index.counts, index.verified)
+    )
+    counts[unknown] = counts_looked
+    starts[unknown] = np.cumsum(np.maximum(counts_looked, 0)) - np.maximum(counts_looked, 0)
+    verified[unknown] = full
+    kept = counts >= 0
+    starts, counts, verified, known = starts[kept], counts[kept], verified[kept], known[kept]
+    names, sizes, times = names[kept], sizes[kept], times[kept]
+
+    files = index.files
+    rows = _gathered(index.rows, looked, known, starts, counts)
+    del index, looked
+    result = Scan(
+        Paths(where, names), np.cumsum([0, *counts]), rows.keys, rows.errors, rows.lengths, unreadable,
+        len(unknown),
+    )  # fmt: skip
+    news = len(unknown) or [base_name(path) for path in files] != [INDEX]
+    if remember and news and len(names) >= INDEX_FROM_SHARDS:
+        with contextlib.suppress(OSError):  # a folder that can't be written to is read again next time
+            write_index(folder, id_column, listed, names, sizes, times, counts, verified.astype(bool), rows)
+            for path in set(files) - {join(folder, INDEX)}:
+                remove(path)
+    return result
+
+
+def _look(paths: Sequence[str], id_column: str, full: bool) -> tuple[Rows, np.ndarray, dict[str, str]]:
+    """Opens shards: the rows of those that can be read, one after the other; how many each has, -1 where it
+    can't be read; and why."""
+
+    def look(path: str) -> Rows | str:
         try:
-            return _read(file[0], id_column, full)
+            return _read(path, id_column, full)[0]
         except (StorageError, ForeignTypeError):  # no damage: nothing of it may be set aside
             raise
         except ValueError as error:
             return str(error)
 
-    known = {path: index.rows(path, size, time_ns, full) for path, size, time_ns in files}
-    unknown = [file for file in files if known[file[0]] is None]
-    with ThreadPoolExecutor(min(8, max(1, len(unknown)))) as pool:
-        looked = dict(zip((path for path, *_ in unknown), pool.map(look, unknown), strict=True))
-    result = Scan(read=len(unknown))
-    parts: list[_Rows] = []
-    held: list[list] = []
-    for path, size, time_ns in files:
-        found = looked.get(path, known[path])
-        assert found is not None
-        if isinstance(found, str):
-            result.unreadable[path] = found
-            continue
-        parts.append(found)
-        result.paths.append(path)
-        held.append([base_name(path), size, time_ns, len(found.keys), full or path not in looked])
-    result.starts = np.cumsum([0, *(len(part.keys) for part in parts)])
-    result.keys = ids_of.concatenate([part.keys for part in parts])
-    if parts:
-        result.errors = np.concatenate([part.errors for part in parts])
-        result.lengths = np.concatenate([part.lengths for part in parts])
-    if remember and unknown and len(files) >= INDEX_FROM_SHARDS:
-        with contextlib.suppress(OSError):  # a folder that can't be written to is read again next time
-            _write_index(folder, id_column, listed, held, result)
-    return result
+    counts = np.full(len(paths), -1)
+    unreadable: dict[str, str] = {}
+    packed: list[Rows] = []
+    with ThreadPoolExecutor(min(8, max(1, len(paths)))) as pool:
+        for first in range(0, len(paths), _BATCH):
+            batch: list[Rows] = []
+            for shard, found in enumerate(pool.map(look, paths[first : first + _BATCH]), first):
+                if isinstance(found, str):
+                    unreadable[paths[shard]] = found
+                else:
+                    counts[shard] = len(found)
+                    batch.append(found)
+            packed.append(Rows.joined(batch))
+    return Rows.joined(packed), counts, unreadable
 
 
-class _Index:
-    """What an earlier scan found."""
-
-    def __init__(self) -> None:
-        self.shards: dict[str, tuple[int, int, bool, slice]] = {}
-        self.written = 0
-        self.table: _Rows | None = None
-
-    @classmethod
-    def read(cls, folder: str, id_column: str) -> _Index:
-        """Empty where there is none, it is damaged, or it is of another column."""
-        index, path = cls(), join(folder, INDEX)
-        if not exists(path):
-            return index
-        try:
-            with open_parquet(path) as parquet:
-                head = json.loads(parquet.schema_arrow.metadata[b"pmpd.index"])
-                if (head["version"], head["id_column"]) != (_VERSION, id_column):
-                    return index
-                table = parquet.read()
-            keys = table["key"].combine_chunks()
-            index.table = _Rows(
-                keys.to_numpy() if keys.type == pa.uint64() else np.array(keys.to_pylist(), np.bytes_),
-                table["error"].to_numpy(),
-                table["length"].to_numpy(),
-            )
-            first = 0
-            for name, size, time_ns, rows, verified in head["shards"]:
-                index.shards[name] = (size, time_ns, verified, slice(first, first + rows))
-                first += rows
-            index.written = head["written"]
-            if first != len(index.table.keys):
-                return cls()
-        except (pa.ArrowException, OSError, ValueError, KeyError, TypeError):
-            return cls()
-        return index
-
-    def rows(self, path: str, size: int, time_ns: int, full: bool) -> _Rows | None:
-        """The rows of a shard that is as it was; None where that is in doubt."""
-        entry = self.shards.get(base_name(path))
-        if entry is None or self.table is None:
-            return None
-        known_size, known_time, verified, at = entry
-        same = (known_size, known_time) == (size, time_ns)
-        if not same or time_ns > self.written - _DOUBT_NS or (full and not verified):
-            return None
-        return _Rows(self.table.keys[at], self.table.errors[at], self.table.lengths[at])
-
-
-def _write_index(folder: str, id_column: str, listed: int, shards: Sequence[list], found: Scan) -> None:
-    head = {"version": _VERSION, "id_column": id_column, "written": listed, "shards": shards}
-    keys = found.keys
-    table = pa.table(
-        {
-            "key": pa.array(keys) if keys.dtype == np.uint64 else pa.array(keys.tolist(), pa.binary()),
-            "error": pa.array(found.errors),
-            "length": pa.array(found.lengths),
-        }
-    ).replace_schema_metadata({"pmpd.index": json.dumps(head)})
-    sink = pa.BufferOutputStream()
-    pq.write_table(
-        table,
-        sink,
-        compression="none",
-        use_dictionary=False,
-        write_statistics=False,
-        write_page_checksum=True,
-    )
-    write_bytes(join(folder, INDEX), sink.getvalue())
+def _gathered(
+    remembered: Rows, looked: Rows, known: np.ndarray, starts: np.ndarray, counts: np.ndarray
+) -> Rows:
+    """The rows of all shards in order. `known`: bool [S], whether a shard's rows are remembered ones; what
+    follows one another there is taken as one piece."""
+    ends = starts + counts
+    breaks = np.flatnonzero((known[1:] != known[:-1]) | (starts[1:] != ends[:-1])) + 1
+    pieces = []
+    for first, last in zip([0, *breaks], [*breaks, len(known)], strict=True):
+        if first < last:
+            source = remembered if known[first] else looked
+            pieces.append(source[starts[first] : ends[last - 1]])
+    return Rows.joined(pieces)

@@ -23,10 +23,22 @@ def table_schema(name: str, fields: Sequence[tuple[str, pa.DataType]], **metadat
     )
 
 
+DOCUMENTS = table_schema(
+    "documents",
+    [
+        ("prompt_id", pa.string()),
+        ("source", pa.string()),  # as in PROMPTS
+        ("text", pa.string()),  # what is tokenized of it; "" where there is a problem
+        ("problem", pa.string()),  # why no prompt can be made of it: becomes the prompt's error
+    ],
+)
+"""Records on their way to prompts; removed when those are whole."""
+
+
 PROMPTS = table_schema(
     "prompts",
     [
-        ("prompt_id", pa.string()),  # 16 hex digits, see pmpd.prompts
+        ("prompt_id", pa.string()),  # 16 hex digits, see pmpd.labeling.prompts
         ("source", pa.string()),  # where the record came from, for people: "file.json.gz:17", "topics/if"
         ("prompt_tokens", pa.int32()),
         ("document_tokens", pa.int32()),  # of the whole document, before truncation

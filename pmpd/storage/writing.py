@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -25,9 +24,12 @@ def write_dataset(
     *,
     rows_per_shard: int,
     row_group_rows: int | None = None,
+    characters_of: Callable[[dict[str, Any]], int] = lambda row: 0,
+    characters_per_shard: int = 1 << 26,
 ) -> dict[str, int]:
     """Writes the rows as shards, streaming, unless they are there already; the manifest's counts.
 
+    A shard has at most `rows_per_shard` rows, and ends where those have `characters_per_shard` characters.
     `rows` may count what it meets; `rows`, `shards` and `errors` are counted here. A dataset that was cut
     short is written again from its beginning: the rows must always be the same. UserError: the folder is of
     another configuration.
@@ -43,10 +45,20 @@ def write_dataset(
         remove(path)
     counts: Counter[str] = Counter(rows=0, errors=0)
     source = rows(counts)
-    for index in itertools.count():
-        shard = list(itertools.islice(source, rows_per_shard))
-        if not shard:
-            break
+
+    def shards() -> Iterator[list[dict[str, Any]]]:
+        shard: list[dict[str, Any]] = []
+        characters = 0
+        for row in source:
+            shard.append(row)
+            characters += characters_of(row)
+            if len(shard) == rows_per_shard or characters >= characters_per_shard:
+                yield shard
+                shard, characters = [], 0
+        if shard:
+            yield shard
+
+    for index, shard in enumerate(shards()):
         path = join(data_folder(dataset), f"part-{index:05}.parquet")
         write_shard(to_table(shard, schema), path, row_group_rows)
         counts.update(rows=len(shard), shards=1, errors=sum(bool(row.get("error")) for row in shard))

@@ -2,6 +2,7 @@
 precisions.
 
     pmpd quantize --model-path meta-llama/Llama-2-7b-chat-hf --dataset allenai/c4 --output-dir anyprec-7b
+    ray job submit --working-dir . -- python jobs/quantize.py --gpus-per-worker 1 --model-path /shared/llama …
 
 An interrupted run goes on where it stopped when the same command is given again."""
 
@@ -32,5 +33,10 @@ class QuantizeJob(QuantizeConfig):
     """Split of the dataset; default: train."""
     dtype: Literal["float32", "bfloat16"] | None = None
     """What the model runs are computed in; default: float32 on a CPU, bfloat16 on a GPU."""
+    gpus_per_worker: float | None = None
+    """Quantize on a worker of the cluster, with so much of a GPU (1; 0: on its CPU). Model, texts and output
+    must be on storage that it sees. Default: in this process."""
+    stall_seconds: float | None = None
+    """A worker without progress for so long is replaced, and another goes on; default 3600."""
     trust_remote_code: bool = False
     """Run model code that comes with the checkpoint."""
