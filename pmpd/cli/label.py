@@ -16,8 +16,8 @@ from pmpd.farm.label_task import LabelTask, ReferenceTask
 from pmpd.farm.prompt_task import PromptTask, write_prompts
 from pmpd.farm.task import FarmTask
 from pmpd.labeling.config import LabelConfig
-from pmpd.labeling.rule import LabelRule, NothingToScoreError, get_rule
 from pmpd.labeling.prompts import PromptConfig
+from pmpd.labeling.rule import LabelRule, NothingToScoreError, get_rule
 from pmpd.schedulers.chain import NUM_CLASSES, class_steps, parse_chain
 from pmpd.weights.model_spec import ModelSpec, check_held, shared_tokenizer
 

@@ -29,6 +29,10 @@ class WorkFolder:
         self.path, self.copy = path, copy
         self._copied: dict[str, float] = {}
         path.mkdir(parents=True, exist_ok=True)
+        for file in storage.list_files(copy) if copy is not None else ():
+            target = path / storage.base_name(file)
+            if not target.exists():
+                storage.write_bytes(str(target), storage.read_bytes(file) or b"")
         self._began = time.monotonic(), time.process_time()
         spent = path / "spent.json"
         self._before = tuple(json.loads(spent.read_text())) if spent.exists() else (0.0, 0.0)
@@ -37,10 +41,6 @@ class WorkFolder:
         """(seconds, processor seconds)"""
         began, before = self._began, self._before
         return before[0] + time.monotonic() - began[0], before[1] + time.process_time() - began[1]
-        for file in storage.list_files(copy) if copy is not None else ():
-            target = path / storage.base_name(file)
-            if not target.exists():
-                storage.write_bytes(str(target), storage.read_bytes(file) or b"")
 
     def file(self, name: str) -> Path:
         return self.path / f"{name}.safetensors"
