@@ -20,7 +20,7 @@ from pmpd.errors import UserError
 from pmpd.farm import FarmOptions
 from pmpd.farm.quantize_task import QuantizeTask, quantize_on_farm
 from pmpd.labeling.prompts import PromptConfig
-from pmpd.quantize import convert
+from pmpd.quantize import stages
 from pmpd.quantize.config import QuantizeConfig
 from pmpd.quantize.work import WorkFolder
 from tests.ray_sessions import local_ray
@@ -37,7 +37,7 @@ def task(dense_folder, tmp_path):
 def test_the_farm_writes_what_one_process_does_and_goes_on_after_an_error(
     task, dense_folder, tmp_path, monkeypatch
 ):
-    real = convert._Run._quantize_layer
+    real = stages.Stages._quantize_layer
 
     def fail(self, layer, moments):
         if layer == 1:
@@ -45,7 +45,7 @@ def test_the_farm_writes_what_one_process_does_and_goes_on_after_an_error(
         real(self, layer, moments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(convert._Run, "_quantize_layer", fail)
+        patch.setattr(stages.Stages, "_quantize_layer", fail)
         with pytest.raises(UserError, match=r"this layer is bad$"):
             quantize_on_farm(task, FarmOptions(0, retry_errors=True))
     summary = quantize_on_farm(task, FarmOptions(0, retry_errors=True))
