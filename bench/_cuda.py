@@ -9,9 +9,9 @@ kernels of one multiplication included.
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
 import math
+import re
 import statistics
 import sys
 import time
@@ -23,20 +23,21 @@ from typing import Any
 
 import torch
 
-from bench import _record
-from pmpd.kernels.base import PackedWeights
+from bench import _record, _timing
+from bench._contenders import ROTATE_BYTES, contenders, plans, random_weights, variants
+from bench._peers import humming, humming_version, peers
+from bench._timing import Refused, relative_error
+from pmpd.kernels.cuda import compiler
+from pmpd.kernels.cuda.matrix import CudaMatrix, unavailable
+from pmpd.kernels.cuda.plan import MOST_TOKENS
 from pmpd.kernels.reference import CacheBudget, ReferenceMatrix
 from pmpd.kernels.triton import (
     DIGITS_BITS,
-    FUSED_TOKENS,
     ROUTES,
-    SPLIT_TOKENS,
-    TILE_COLUMNS,
     GPTQMatrix,
     TritonMatrix,
     decode_attention,
     settings_file,
-    split_activations,
 )
 
 SHAPES = {  # name: (out_features, in_features)
@@ -44,26 +45,6 @@ SHAPES = {  # name: (out_features, in_features)
     "8b.down": (4096, 14336),
     "1.1b.qkv": (2560, 2048), "1.1b.gate_up": (11264, 2048), "1.1b.down": (2048, 5632),
 }  # fmt: skip
-ROTATE_BYTES = 400e6
-
-
-def random_weights(
-    rows: int, columns: int, precisions: tuple[int, ...], seed: int, device: torch.device
-) -> PackedWeights:
-    draw = torch.Generator(device).manual_seed(seed)
-    planes = torch.randint(
-        -(2**31),
-        2**31,
-        (max(precisions), rows, columns // 32),
-        generator=draw,
-        device=device,
-        dtype=torch.int32,
-    )
-    tables = {
-        b: (0.02 * torch.randn(rows, 2**b, generator=draw, device=device)).sort(1).values.half()
-        for b in precisions
-    }
-    return PackedWeights(planes, tables, None)
 
 
 def copy_bandwidth(device: torch.device) -> float:
@@ -84,7 +65,7 @@ def copy_bandwidth(device: torch.device) -> float:
 
 def median_seconds(calls: list[Callable[[], object]], repeats: int = 15, rounds: int = 1) -> float:
     """Seconds of one call: all of `calls`, `rounds` times, captured in one CUDA graph; median over
-    replays."""
+    replays. For what is no product: `_timing.seconds_of` checks more."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -108,53 +89,6 @@ def median_seconds(calls: list[Callable[[], object]], repeats: int = 15, rounds:
     return statistics.median(seconds[3:]) / (len(calls) * rounds)
 
 
-def twin(matrix: TritonMatrix) -> TritonMatrix:
-    """The same matrix at another address."""
-    tiles = matrix._tiles
-    return matrix._with(type(tiles)(tiles.planes.clone(), tiles.shape, tiles.bias), matrix._tables)
-
-
-def clones(matrix: TritonMatrix, weight_bytes: float) -> list[TritonMatrix]:
-    """Copies of `matrix`, enough to fill `ROTATE_BYTES`."""
-    return [matrix, *(twin(matrix) for _ in range(min(47, int(ROTATE_BYTES / weight_bytes))))]
-
-
-def relative_error(y: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((y.double() - expected.double()).norm() / expected.double().norm())
-
-
-def variants(columns: int, tokens: int) -> list[tuple[str, int]]:
-    """(route, warps) worth timing for so many tokens."""
-    blocks = -(-columns // TILE_COLUMNS)
-    routes = [
-        route
-        for route in ("digits", "halves")
-        if (tokens <= SPLIT_TOKENS or route == "halves") and tokens <= FUSED_TOKENS
-    ]
-    return [(route, warps) for route in routes for warps in (2, 4, 8, 16) if blocks / 16 <= warps <= blocks]
-
-
-def product_call(matrix: TritonMatrix, x: torch.Tensor, bits: int, warps: int) -> Callable[[], torch.Tensor]:
-    """`digits` without the splitting of the activations (a decode step splits them in the stage before)."""
-    y = torch.empty(x.shape[0], matrix.shape[0], dtype=x.dtype, device=x.device)
-    split = split_activations(x)
-
-    def call() -> torch.Tensor:
-        matrix.multiply_split(split, bits, y, warps)
-        return y
-
-    return call
-
-
-def upstream_kernel() -> Callable[..., torch.Tensor] | None:
-    """The CUDA kernel of the Any-Precision authors' package, `matmul_kbit(x [1, M, K], planes, table, b)`,
-    where that is installed."""
-    try:
-        return importlib.import_module("any_precision_ext").matmul_kbit
-    except ImportError:
-        return None
-
-
 def compile_one(job: tuple[int, int, int, str, int]) -> None:
     """In a process of its own: fills Triton's cache on disk."""
     columns, bits, tokens, route, warps = job
@@ -162,6 +96,11 @@ def compile_one(job: tuple[int, int, int, str, int]) -> None:
     matrix = TritonMatrix(random_weights(64, columns, (4, 3, 2), 0, device), torch.float16)
     matrix.multiply(torch.randn(tokens, columns, device=device).half(), bits, route, warps)
     torch.cuda.synchronize()
+
+
+def compile_plan(instance: str, capability: tuple[int, int]) -> None:
+    """In a process of its own: fills the CUDA kernels' cache on disk."""
+    compiler.compiled(instance, capability)
 
 
 def check_one(job: tuple[int, int, torch.dtype, float, int]) -> dict:
@@ -189,7 +128,7 @@ def check_one(job: tuple[int, int, torch.dtype, float, int]) -> dict:
     return {"check": f"{n}x{k} {dtype} b={bits}", "dequantize_exact": same, "worst": worst, "passed": passed}
 
 
-def prepare(shapes: list[tuple[int, int]], tokens: list[int], workers: int) -> list[dict]:
+def prepare(shapes: list[tuple[int, int]], tokens: list[int], workers: int, tune: bool) -> list[dict]:
     """In many processes: compiles what will be timed (into Triton's cache on disk), and checks results.
     Returns the checks."""
     started = time.perf_counter()
@@ -207,6 +146,15 @@ def prepare(shapes: list[tuple[int, int]], tokens: list[int], workers: int) -> l
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         checking = [pool.submit(check_one, job) for job in checks]
         compiling = [pool.submit(compile_one, job) for job in sorted(jobs, key=lambda job: -job[2])]
+        device = torch.device("cuda")
+        if unavailable(device, torch.float16) is None:
+            instances = {
+                plan.template("FLOAT16")
+                for _, k in shapes for b in DIGITS_BITS for m in tokens if m <= MOST_TOKENS
+                for plan in plans(k, b, m, device, tune)
+            }  # fmt: skip
+            capability = torch.cuda.get_device_capability()
+            compiling += [pool.submit(compile_plan, name, capability) for name in instances]
         for job, future in zip(checks, checking, strict=True):
             try:
                 rows.append(future.result())
@@ -234,46 +182,64 @@ def prepare(shapes: list[tuple[int, int]], tokens: list[int], workers: int) -> l
 
 
 def time_kernels(
-    device: torch.device, bandwidth: float, shapes: dict[str, tuple[int, int]], tokens_of: Sequence[int]
-) -> Iterator[dict]:
-    theirs = upstream_kernel()
+    device: torch.device, bandwidth: float, shapes: dict[str, tuple[int, int]], tokens_of: Sequence[int],
+    tune: bool,
+) -> Iterator[dict]:  # fmt: skip
+    """A row for each kernel that can be believed (`_timing`), and for each that can't one that says why."""
     for name, (n, k) in shapes.items():
         packed = random_weights(n, k, DIGITS_BITS, 1, device)
-        matrix = TritonMatrix(packed, torch.float16)
+        usable = unavailable(device, torch.float16) is None
+        matrices = TritonMatrix(packed, torch.float16), CudaMatrix(packed, torch.float16) if usable else None
         inputs = {tokens: torch.randn(tokens, k, device=device).half() for tokens in tokens_of}
         dense = torch.randn(n, k, device=device).half()
         copies = [dense, *(dense.clone() for _ in range(min(12, int(ROTATE_BYTES / dense.nbytes))))]
         for tokens, x in inputs.items():
-            seconds = median_seconds([lambda w=w, x=x: torch.nn.functional.linear(x, w) for w in copies])
-            yield row(name, n, k, 16, tokens, "torch", seconds, dense.nbytes, bandwidth)
+            calls = [lambda w=w, x=x: torch.nn.functional.linear(x, w) for w in copies]
+            expected = x.double() @ dense.double().T
+            yield timed_row(name, n, k, 16, tokens, "torch", calls, expected, dense.nbytes, bandwidth)
         del copies, dense
+        seen: dict[tuple[int, str], dict[float, float]] = {}
         for bits in sorted(DIGITS_BITS, reverse=True):
             weight_bytes = n * k * bits / 8
-            matrices = clones(matrix, weight_bytes)
+            weight = ReferenceMatrix(packed, torch.float32, CacheBudget(0)).dequantize(bits).double()
             for tokens, x in inputs.items():
                 moved = weight_bytes + n * (8 + {2: 8, 3: 16, 4: 32}[bits]) + 2 * tokens * (n + k)
-                calls: dict[str, list[Callable[[], object]]] = {}
-                for route, warps in variants(k, tokens):
-                    calls[f"{route} w{warps}"] = [
-                        lambda m=m, x=x, b=bits, r=route, w=warps: m.multiply(x, b, r, w) for m in matrices
-                    ]
-                    if route == "digits":
-                        calls[f"product w{warps}"] = [product_call(m, x, bits, warps) for m in matrices]
-                if name == "14336x4096":
-                    for route in ("fused", "dense") if tokens in (1, 32, 64) else ():
-                        calls[route] = [
-                            lambda m=m, x=x, b=bits, r=route: m.multiply(x, b, r) for m in matrices
-                        ]
-                if theirs is not None and tokens <= 8:
-                    planes = [packed.planes.clone() for _ in matrices]
-                    calls["upstream"] = [
-                        lambda p=p, t=packed.tables[bits], x=x, b=bits: theirs(x[None], p, t, b)
-                        for p in planes
-                    ]
-                for impl, some in calls.items():
-                    yield row(name, n, k, bits, tokens, impl, median_seconds(some), moved, bandwidth)
-            del matrices
+                expected = x.double() @ weight.T
+                for impl, calls in contenders(name, packed, *matrices, x, bits, tune):
+                    found = timed_row(name, n, k, bits, tokens, impl, calls, expected, moved, bandwidth)
+                    if "us" in found:
+                        seen.setdefault((tokens, impl), {})[moved] = found["us"] / 1e6
+                    yield found
+                if tokens in (1, 8, 32) and humming_version():
+                    copies_of = max(2, min(48, int(ROTATE_BYTES / weight_bytes)))
+                    try:
+                        calls, theirs = humming(n, k, bits, copies_of, x)
+                    except Exception as why:  # another project's: it must not end our run
+                        yield refused(name, bits, tokens, "humming", why)
+                        continue
+                    yield timed_row(name, n, k, bits, tokens, "humming", calls, theirs, moved, bandwidth, 0.5)
+            del weight
+        if n * k >= 14336 * 4096:  # smaller matrices may be bound by the launch
+            for (tokens, impl), of in seen.items():
+                try:
+                    _timing.check_growth(of)
+                except Refused as why:
+                    yield refused(name, 0, tokens, impl, why)
         torch.cuda.empty_cache()
+
+
+def timed_row(
+    name: str, n: int, k: int, bits: int, tokens: int, impl: str,
+    calls: list[Callable[[], torch.Tensor]], expected: torch.Tensor, moved: float, bandwidth: float,
+    limit: float = 2e-3,
+) -> dict:  # fmt: skip
+    """`row`, or the reason why the figure is refused."""
+    try:
+        seconds, error = _timing.seconds_of(calls, expected, limit, repeats=9)
+        _timing.check_bandwidth(seconds, moved, bandwidth)
+    except (Refused, RuntimeError, ValueError) as why:
+        return refused(name, bits, tokens, impl, why)
+    return row(name, n, k, bits, tokens, impl, seconds, moved, bandwidth) | {"error": error}
 
 
 def row(
@@ -298,6 +264,12 @@ def row(
         flush=True,
     )
     return result
+
+
+def refused(name: str, bits: int, tokens: int, impl: str, why: Exception) -> dict:
+    said = str(why) if isinstance(why, Refused) else f"{type(why).__name__}: {str(why)[:500]}"
+    print(f"{name:12} b={bits:<2} M={tokens:<4} {impl:14} REFUSED: {said}", flush=True)
+    return {"shape": name, "bits": bits, "tokens": tokens, "impl": impl, "refused": said}
 
 
 def time_attention(device: torch.device, bandwidth: float) -> Iterator[dict]:
@@ -359,8 +331,16 @@ def time_gptq(device: torch.device, bandwidth: float) -> Iterator[dict]:
 
 def best_settings(rows: list[dict]) -> dict[str, dict[str, dict]]:
     """The autotune table: for each route, shape, b and number of tokens the warps that were fastest."""
-    table: dict[str, dict[str, dict]] = {"digits": {}, "halves": {}}
+    table: dict[str, dict[str, dict]] = {"digits": {}, "halves": {}, "bits": {}}
     for r in rows:
+        if "us" not in r:
+            continue
+        if plan := re.fullmatch(r"bits w(\d+) s(\d+) b(\d+)", r["impl"]):
+            key = f"{r['n']}x{r['k']}x{'+'.join([str(r['bits'])] * r['tokens'])}"
+            if r["us"] < table["bits"].get(key, {"us": math.inf})["us"]:
+                numbers = dict(zip(("warps", "slots", "blocks"), map(int, plan.groups()), strict=True))
+                table["bits"][key] = numbers | {"us": round(r["us"], 2)}
+            continue
         route, _, warps = r["impl"].partition(" w")
         key = f"{r['n']}x{r['k']}x{r['bits']}x{r['tokens']}"
         if route in table and warps and r["us"] < table[route].get(key, {"us": math.inf})["us"]:
@@ -388,14 +368,16 @@ def print_table(rows: list[dict], shapes: dict[str, tuple[int, int]], tokens_of:
     for name, bits, tokens in (
         (name, bits, tokens) for name in shapes for bits in (4, 3, 2) for tokens in tokens_of
     ):
-        at = [r for r in rows if (r["shape"], r["tokens"]) == (name, tokens) and r["bits"] in (bits, 16)]
-        mine = [r for r in at if r["impl"].startswith(("digits", "halves"))]
+        timed = [r for r in rows if "us" in r and (r["shape"], r["tokens"]) == (name, tokens)]
+        at = [r for r in timed if r["bits"] in (bits, 16)]
+        mine = [r for r in at if r["impl"].startswith(("digits", "halves", "bits"))]
+        peers_at = {r["impl"]: f"{r['us']:.2f}" for r in at if r["impl"] in ("any-precision", "humming")}
         for peer in (r for r in at if r["impl"] == "torch" and mine):
             best = min(mine, key=lambda r: r["us"])
             print(
                 f"{name:12} {bits:>2} {tokens:>3} {best['impl']:14} {best['us']:8.2f} "
                 f"{100 * best['of_copy']:7.1f} {peer['us']:8.2f} "
-                f"{peer['us'] / best['us']:8.2f}"
+                f"{peer['us'] / best['us']:8.2f} {peers_at or ''}"
             )
 
 
@@ -404,27 +386,28 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=_record.RESULTS, help="folder of the JSON")
     parser.add_argument("--quick", action="store_true", help="two shapes, M = 1, 8, 32")
     parser.add_argument("--workers", type=int, default=14, help="processes that compile")
+    parser.add_argument("--tune", action="store_true", help="many plans of the CUDA kernel, not one")
     parser.add_argument("--write-settings", action="store_true", help="write the autotune table of this GPU")
     options = parser.parse_args(arguments)
     device = torch.device("cuda")
     shapes = {name: SHAPES[name] for name in ("8b.o", "14336x4096")} if options.quick else SHAPES
     tokens = (1, 8, 32) if options.quick else (1, 2, 4, 8, 16, 32, 64)
     result: dict[str, Any] = {
-        "upstream_kernel": "installed" if upstream_kernel() else "any_precision_ext is not installed",
+        "peers": peers(),
         "rows": [],
     }
 
     def save() -> None:
         _record.write("kernels_cuda", result, "cuda", options.out)
 
-    result["checks"] = prepare(list(shapes.values()), list(tokens), options.workers)
+    result["checks"] = prepare(list(shapes.values()), list(tokens), options.workers, options.tune)
     bandwidth = copy_bandwidth(device)
     result["copy_gb_s"] = bandwidth / 1e9
     print(f"{_record.hardware('cuda')}: copy {bandwidth / 1e9:.0f} GB/s", flush=True)
     for part in (
         time_attention(device, bandwidth),
         time_gptq(device, bandwidth),
-        time_kernels(device, bandwidth, shapes, tokens),
+        time_kernels(device, bandwidth, shapes, tokens, options.tune),
     ):
         try:
             for found in part:

@@ -43,7 +43,7 @@ class RandomLlama:
     """A model of random weights on the device: quantized (4, 3, 2 bits) or, with `dense`, float16."""
 
     def __init__(self, name: str, dense: bool, rows: int, length: int) -> None:
-        from bench._cuda import random_weights, twin
+        from bench._contenders import random_weights, twin
         from pmpd.decode.llama_cuda import CudaForward, Dense, Layer, LlamaWeights, Weight
         from pmpd.kernels.triton import TritonMatrix
 

@@ -21,7 +21,8 @@ from pmpd import gpu
 from pmpd.kernels import triton
 from pmpd.kernels.cuda import compiler, launch
 from pmpd.kernels.cuda.coefficients import coefficients
-from pmpd.kernels.cuda.plan import BITS, MOST_TOKENS, Plan, plan
+from pmpd.kernels.cuda.plan import BITS, MOST_TOKENS, Plan
+from pmpd.kernels.cuda.plan import plan as plan_of_rules
 from pmpd.kernels.triton import DIGITS_BITS, TritonMatrix, table_halves
 
 CAPABILITIES = ((8, 0), (9, 0))
@@ -65,11 +66,13 @@ class CudaMatrix(TritonMatrix):
         return self.multiply_each(x_MK, (bits,) * len(x_MK)).view(*x.shape[:-1], self.shape[0])
 
     def multiply_each(
-        self, x: Tensor, bits: tuple[int, ...], norm: launch.Norm | None = None, gated: bool = False
-    ) -> Tensor:
-        """`x` [M, K], M one or two -> [M, N], each row at a precision of its own, in one launch; `norm` and
-        `gated` as of `launch.product`. The planes are read once, as many as the highest precision has."""
-        made = self._plan(tuple(sorted(bits, reverse=True)))
+        self, x: Tensor, bits: tuple[int, ...], norm: launch.Norm | None = None, gated: bool = False,
+        plan: Plan | None = None,
+    ) -> Tensor:  # fmt: skip
+        """`x` [M, K], M one or two -> [M, N], each row at a precision of its own, in one launch. The planes
+        are read once, as many as the highest precision has. `norm` and `gated` as of `launch.product`, `plan`
+        another than the one chosen."""
+        made = plan or self._plan(tuple(sorted(bits, reverse=True)))
         assert made is not None, f"{bits} bits, {self.shape[1]} columns"
         x, rows = launch.aligned(x), self.shape[0]
         y = x.new_empty(len(bits), rows // 2 if gated else rows)
@@ -103,4 +106,4 @@ def plan_of(
     path = triton.settings_file(gpu_name)
     measured = json.loads(path.read_text()).get("bits", {}).get(key, {}) if path.is_file() else {}
     chosen = {name: measured[name] for name in ("warps", "slots", "blocks") if name in measured}
-    return plan(columns, bits, launch.gpu_of(device), **chosen)
+    return plan_of_rules(columns, bits, launch.gpu_of(device), **chosen)

@@ -1,0 +1,55 @@
+"""Other projects' kernels for the tables of `bench/_cuda.py`, where they are installed."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Call = Callable[[], Tensor]
+
+
+def any_precision() -> Callable[..., Tensor] | None:
+    """`matmul_kbit(x [1, M, K], planes, table, b)` of the Any-Precision authors' package."""
+    try:
+        return importlib.import_module("any_precision_ext").matmul_kbit
+    except ImportError:
+        return None
+
+
+def humming_version() -> str | None:
+    """Of `humming-kernels`, whose integers of 1 to 8 bits vLLM serves; None: not installed."""
+    try:
+        return importlib.metadata.version("humming-kernels")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def humming(rows: int, columns: int, bits: int, copies: int, x: Tensor) -> tuple[list[Call], Tensor]:
+    """Calls over `copies` of a matrix in integers of `bits`, and x times that matrix in float64. The values
+    are whole multiples of a step: what its own quantization still loses is in the error."""
+    from humming.layer import HummingLayer  # type: ignore[import-not-found]
+
+    most = 2 ** (bits - 1) - 1
+    whole = torch.randint(-most, most + 1, (rows, columns), device=x.device)
+    weight = (0.01 * whole).to(x.dtype)
+    layers = []
+    for _ in range(copies):
+        layer = HummingLayer(
+            shape_n=rows, shape_k=columns, weight_config={"dtype": f"int{bits}"}, torch_dtype=x.dtype
+        ).cuda()
+        layer.load_from_unquantized(weight)
+        layer.transform()
+        layers.append(layer)
+    return [lambda layer=layer: layer(x) for layer in layers], x.double() @ weight.double().T
+
+
+def peers() -> dict[str, str]:
+    """Which of them are here, in words."""
+    return {
+        "any-precision": "installed" if any_precision() else "any_precision_ext is not installed",
+        "humming": humming_version() or "humming-kernels is not installed",
+    }

@@ -1,0 +1,80 @@
+"""What the timing of CUDA launches refuses, with a stand-in for the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+
+from bench import _timing
+from bench._timing import Captured, Refused
+
+EXPECTED = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+
+
+class StandIn:
+    """A replay runs again what was captured, and takes `seconds_each` a launch."""
+
+    def __init__(self, seconds_each: float = 1e-5, lost: bool = False, constant: float = 0.0) -> None:
+        self.seconds_each, self.lost, self.constant = seconds_each, lost, constant
+
+    def capture(self, calls: Sequence[Callable[[], torch.Tensor]]) -> Captured:
+        outputs = [call() for call in calls]
+
+        def replay() -> None:
+            self.last = self.constant + len(outputs) * self.seconds_each
+            if not self.lost:
+                for output, call in zip(outputs, calls, strict=True):
+                    output.copy_(call())
+
+        return Captured(outputs, replay, None if self.lost is None else 0 if self.lost else len(calls))
+
+    def seconds(self, replay: Callable[[], None]) -> float:
+        replay()
+        return self.last
+
+
+def product() -> torch.Tensor:
+    return EXPECTED.float().clone()
+
+
+def test_the_time_of_one_call_and_the_error_come_back():
+    seconds, error = _timing.seconds_of([product] * 3, EXPECTED, 1e-6, StandIn(), rounds=2)
+    assert seconds == pytest.approx(1e-5)
+    assert error < 1e-6
+
+
+def test_an_empty_graph_is_refused():
+    with pytest.raises(Refused, match="another stream"):
+        _timing.seconds_of([product], EXPECTED, 1e-6, StandIn(lost=True))
+
+
+def test_a_replay_that_computes_nothing_is_refused_where_nobody_counts_launches():
+    machine = StandIn(lost=True)
+    count = machine.capture
+    machine.capture = lambda calls: count(calls)._replace(nodes=None)  # type: ignore[method-assign]
+    with pytest.raises(Refused, match="nan"):
+        _timing.seconds_of([product], EXPECTED, 1e-6, machine)
+
+
+def test_a_wrong_product_is_refused():
+    with pytest.raises(Refused, match="error of"):
+        _timing.seconds_of([lambda: product() * 1.1], EXPECTED, 1e-2, StandIn())
+
+
+def test_a_time_that_does_not_grow_with_the_calls_is_refused():
+    with pytest.raises(Refused, match="twice"):
+        _timing.seconds_of([product], EXPECTED, 1e-6, StandIn(1e-8, constant=1e-6))
+
+
+def test_what_memory_can_not_deliver_is_refused():
+    _timing.check_bandwidth(1e-5, 3e7, 3e12)
+    with pytest.raises(Refused, match="memory delivers"):
+        _timing.check_bandwidth(1e-6, 3e7, 3e12)
+
+
+def test_a_time_that_does_not_grow_with_the_bytes_is_refused():
+    _timing.check_growth({1e7: 5e-6, 1.5e7: 5e-6, 2e7: 9e-6})
+    with pytest.raises(Refused, match="grow with the bytes"):
+        _timing.check_growth({1e7: 5e-6, 2e7: 5.1e-6})
