@@ -15,7 +15,7 @@ import tyro
 
 from bench import _record
 from pmpd import storage
-from pmpd.labeling.noise import agreement, label_sets
+from pmpd.labeling.noise import agreement, read_label_sets
 
 
 @dataclass(frozen=True)
@@ -28,20 +28,13 @@ class Config:
     """Write bench/results/NAME.json."""
 
 
-def sets_of(folder: str) -> dict:
-    prompts = storage.read_table(storage.join(folder, "prompts"), ["prompt_id", "source"]).to_pylist()
-    lines = {row["prompt_id"]: row["source"].rsplit(":", 1)[-1] for row in prompts}
-    columns = ["prompt_id", "rule", "pairs", "error"]
-    return label_sets(storage.read_table(storage.join(folder, "labels"), columns).to_pylist(), lines)
-
-
 def main(config: Config) -> list[dict]:
     base: dict = {}
     for folder in config.base:
-        base |= sets_of(folder)
+        base |= read_label_sets(folder)
     rows = []
     for folder in config.others:
-        for rule, pairs in sets_of(folder).items():
+        for rule, pairs in read_label_sets(folder).items():
             for (high, low), labels in pairs.items():
                 found = agreement(base.get(rule, {}).get((high, low), {}), labels)
                 rows.append(

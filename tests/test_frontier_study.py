@@ -12,7 +12,8 @@ from bench.frontier import Exact, Steps, Study, load
 from pmpd import storage
 from pmpd.cli.flags.label import LabelJob
 from pmpd.cli.label import main
-from pmpd.labeling.noise import agreement, label_sets
+from pmpd.cli.train import ceiling_line
+from pmpd.labeling.noise import agreement, ceilings, label_sets
 
 CHAIN = (4, 3, 2)
 
@@ -96,7 +97,14 @@ def test_labels_of_two_rules_come_from_one_run():
 def test_the_noise_table_joins_prompts_by_their_line(labelled, tmp_path, monkeypatch):
     folders, _ = labelled
     monkeypatch.setattr(_record.write, "__defaults__", ("cpu", tmp_path))
-    rows = label_noise.main(label_noise.Config(folders[:1], folders))
+    rows = label_noise.main(label_noise.Config(folders[:1], folders[:1]))
+    limits = ceilings(folders[0], folders[0])
+    assert [limits[pair].ceiling for pair in ("4-3", "3-2")] == [1.0, 1.0]
+    assert "no accuracy exceeds 100%" in ceiling_line("4-3", limits["4-3"])
     same = [row for row in rows if row["against"] == storage.base_name(folders[0])]
     assert [row["agreement"] for row in same] == [1.0, 1.0]
     assert {row["pair"] for row in rows} == {"4-3", "3-2"}
+    with pytest.raises(ValueError, match="share no prompt"):
+        ceilings(*folders)
+    with pytest.raises(ValueError, match="nothing there; give the --output-dir"):
+        ceilings(folders[0], str(tmp_path))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
@@ -13,6 +14,7 @@ from pmpd.cli.flags.train import TrainJob
 from pmpd.cli.given_labels import labels_of_file
 from pmpd.errors import UserError
 from pmpd.farm.train import Fleet, LabelSource, fit, read_labels, search
+from pmpd.labeling.noise import Agreement, ceilings
 from pmpd.labeling.prompts import TORCH_SUFFIX
 from pmpd.schedulers.chain import pairs_of, parse_chain
 from pmpd.training.fit import loss_scale
@@ -47,6 +49,15 @@ def budget_line(budget: dict[str, Any]) -> str:
     )
 
 
+def ceiling_line(pair: str, found: Agreement) -> str:
+    """What accuracy a classifier can have, in words."""
+    return (
+        f"pair {pair}: two labels of one prompt agree for {found.agreement:.0%} [{found.low:.0%}, "
+        f"{found.high:.0%}] of {found.prompts} prompts, so no accuracy exceeds {found.ceiling:.0%}; always "
+        f"saying the most frequent label has {found.majority:.0%}"
+    )
+
+
 def main(job: TrainJob) -> dict[str, Any]:
     """Trains, writes the artefact, prints the table; returns the metrics. ValueError for anything the user
     can cure."""
@@ -63,6 +74,9 @@ def main(job: TrainJob) -> dict[str, Any]:
         labels.rows(
             pair, job.training
         )  # before Ray starts: whether there is something to train and to validate on
+    limits = {}
+    if job.again_path is not None:
+        limits = ceilings(job.data_path, job.again_path)
     if job.target_bits is not None:
         check_target(labels.pairs, job.target_bits)
     if job.training.objective == "loss":
@@ -89,15 +103,21 @@ def main(job: TrainJob) -> dict[str, Any]:
     files, metrics = artefact(
         labels, state, source.num_heads, config, source.model_fingerprint, job.target_bits
     )
+    if limits:
+        told = {pair: {**asdict(limit), "ceiling": limit.ceiling} for pair, limit in limits.items()}
+        found["ceiling.json"] = json.dumps(told, indent=1).encode()
     folder = storage.join(output, "scheduler")
     for name in (
         "config.json",
         "tune.json",
+        "ceiling.json",
     ):  # of an earlier training: its folder is unfinished until ours is written
         storage.remove(storage.join(folder, name))
     for name, content in {**found, **files}.items():
         storage.write_bytes(storage.join(folder, name), content)
     console.print(results_table(metrics))
+    for pair, limit in limits.items():
+        console.print(ceiling_line(pair, limit), soft_wrap=True)
     if job.target_bits is not None:
         console.print(budget_line(json.loads(files["config.json"])["budget"]), soft_wrap=True)
     console.print(f"scheduler: {folder}", soft_wrap=True)

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from pmpd import storage
 from pmpd.errors import UserError
 from pmpd.labeling.rule import RULES
 from pmpd.metrics.bootstrap import bootstrap_weights, interval
@@ -85,3 +86,30 @@ def agreement(first: Mapping[str, int], second: Mapping[str, int], seed: int = 0
     return Agreement(
         len(shared), float(equal.mean()), low, high, float(shares[0] @ shares[1]), float(shares[0].max())
     )
+
+
+def read_label_sets(folder: str) -> dict[str, LabelSet]:
+    """Rule -> labels of an --output-dir of `pmpd label`, prompts joined by their line of the file of records:
+    a prompt that was cut or written otherwise is the same record. UserError where there are no labels."""
+    prompts, labels = (storage.join(folder, name) for name in ("prompts", "labels"))
+    for dataset in (prompts, labels):
+        if not storage.list_shards(dataset):
+            raise UserError(f"{dataset}: nothing there; give the --output-dir of a finished `pmpd label`")
+    rows = storage.read_table(prompts, ["prompt_id", "source"]).to_pylist()
+    lines = {row["prompt_id"]: row["source"].rsplit("/", 1)[-1] for row in rows}
+    columns = ["prompt_id", "rule", "pairs", "error"]
+    return label_sets(storage.read_table(labels, columns).to_pylist(), lines)
+
+
+def ceilings(folder: str, again: str) -> dict[str, Agreement]:
+    """Pair of precisions ("4-3") -> agreement of the labels in two folders, by the first one's own rule."""
+    first, second = read_label_sets(folder), read_label_sets(again)
+    rule = next(iter(first))
+    if rule not in second:
+        raise UserError(
+            f"{again} has labels by {', '.join(second)}, {folder} by {rule}; label by one rule twice"
+        )
+    return {
+        f"{high}-{low}": agreement(labels, second[rule].get((high, low), {}))
+        for (high, low), labels in first[rule].items()
+    }

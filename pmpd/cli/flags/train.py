@@ -31,6 +31,9 @@ class TrainJob:
     target_bits: float | None = None
     """Calibrate on the validation prompts for so many bits on average: what the scheduler `budget` then
     keeps to."""
+    again_path: str | None = None
+    """The --output-dir of another `pmpd label` of the same records (another --seed or --dtype, a space
+    before the text): how far the two agree says what accuracy a classifier can have at most."""
     num_heads: int | None = None
     """KV heads of the labelled model; default: as the labels' manifest says."""
     model_path: str | None = None
