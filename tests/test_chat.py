@@ -65,6 +65,7 @@ def test_wrong_commands_say_what_is_known_and_change_nothing(monkeypatch):
     assert "precision 7" in output
     assert "scheduler static, pace: its options are high_bit_steps" in output
     assert "/nonsense: no such command" in output
+    assert output.count("schedulers: uniform, budget, confidence") == 2, "the help names them"
     assert output.count("[3 bit × 4") == 1
 
 

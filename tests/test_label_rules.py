@@ -51,6 +51,9 @@ def test_words_and_characters_with_their_marks():
     assert words("नमस्ते, दुनिया!") == ("नमस्ते", "दुनिया")
     assert words("今天 GPT-4 很好") == ("今", "天", "gpt", "4", "很", "好")
     assert words("แมวนั่ง") == ("แ", "ม", "ว", "นั่", "ง")
+    assert words("ＧＰＴ－４　は１２") == ("gpt", "4", "は", "12"), (
+        "Latin letters in full width are those letters"
+    )
     assert words("Кот, кот") == ("кот", "кот")
     assert words("\u1112\u1161\u11ab") == ("한",), "one spelling of a syllable"
     assert words("!?… 😀 ½ ™") == ()

@@ -14,7 +14,7 @@ import pytest
 
 from pmpd.benchmarks import BENCHMARKS, load_questions
 from pmpd.labeling.prompts import PromptConfig, make_prompts
-from pmpd.storage import records as reader
+from pmpd.storage import record_rows as reader
 from pmpd.storage.records import RecordSource
 from tests.helpers import byte_tokenizer
 
@@ -240,3 +240,35 @@ def test_benchmarks_are_read_from_their_published_layouts(tmp_path):
     pq.write_table(pa.Table.from_pylist([hub]), path)
     (question,) = load_questions(BENCHMARKS["mt_bench"], question_file=tmp_path / "mt")
     assert question.turns == ("a?", "b?")
+
+
+def test_what_lies_beside_the_data_in_a_clone_is_no_record(tmp_path):
+    """A licence in a .txt file was read as documents, and package.json as a record."""
+    write(tmp_path / "data" / "a.jsonl", {"text": "real"})
+    for name in ("LICENSE.txt", "Licence-MIT.txt", "requirements.txt", "NOTICE.txt", "README.txt"):
+        (tmp_path / name).write_text("no text of the data set\n\nnor this")
+    (tmp_path / "package.json").write_text('{"name": "x"}')
+    assert texts(tmp_path) == ["real"]
+    write(tmp_path / "data" / "noticeable.txt", "a document")
+    assert texts(tmp_path) == ["real", "a document"]
+    assert texts(tmp_path / "LICENSE.txt")[0] == "no text of the data set", "unless it is asked for by name"
+
+
+def test_a_configuration_that_the_card_has_not_is_refused_with_those_it_has(tmp_path):
+    entries = "".join(f"- config_name: {name}\n  data_files: {name}.jsonl\n" for name in ("de", "fr"))
+    (tmp_path / "README.md").write_text(f"---\nconfigs:\n{entries}---\n")
+    for name in ("de", "fr"):
+        write(tmp_path / f"{name}.jsonl", {"text": name})
+    assert texts(tmp_path, config="fr") == ["fr"]
+    with pytest.raises(ValueError, match=r"--dataset-config en: the card of .* has de, fr"):
+        texts(tmp_path, config="en")
+
+
+def test_ids_of_benchmark_records_may_be_numbers(tmp_path):
+    rows = {
+        "cnn_dm": {"id": 7, "article": "a", "highlights": "h"},
+        "dialogsum": {"id": 7, "dialogue": "d", "summary": "s"},
+    }
+    for name, row in rows.items():
+        path = write(tmp_path / f"{name}.jsonl", row)
+        assert [question.key for question in load_questions(BENCHMARKS[name], question_file=path)] == ["7"]

@@ -94,6 +94,14 @@ def text_field(record: Mapping[str, Any], name: str) -> str:
     return value
 
 
+def key_field(record: Mapping[str, Any], name: str) -> str:
+    """The record's own id: a non-empty text, or a whole number."""
+    value = record.get(name)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    return text_field(record, name)
+
+
 def prompt_id(benchmark: Benchmark, split: str, key: str) -> str:
     identity = {"dataset": benchmark.name, "config": benchmark.version, "split": split, "key": key}
     return utf8_id(identity)

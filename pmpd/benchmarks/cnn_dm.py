@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pmpd.benchmarks.base import Benchmark, CountTokens, Parsed, text_field
+from pmpd.benchmarks.base import Benchmark, CountTokens, Parsed, key_field, text_field
 
 
 def make(record: Mapping[str, Any], count_tokens: CountTokens) -> Parsed:
@@ -15,7 +15,7 @@ def make(record: Mapping[str, Any], count_tokens: CountTokens) -> Parsed:
         f"Article:\n{text_field(record, 'article').strip()}\n\nSummarize the article above in three "
         f"sentences."
     )
-    return Parsed(text_field(record, "id"), "summary", (turn,), (text_field(record, "highlights"),))
+    return Parsed(key_field(record, "id"), "summary", (turn,), (text_field(record, "highlights"),))
 
 
 BENCHMARK = Benchmark(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pmpd.benchmarks.base import Benchmark, CountTokens, Parsed, text_field
+from pmpd.benchmarks.base import Benchmark, CountTokens, Parsed, key_field, text_field
 
 
 def make(record: Mapping[str, Any], count_tokens: CountTokens) -> Parsed:
@@ -14,7 +14,7 @@ def make(record: Mapping[str, Any], count_tokens: CountTokens) -> Parsed:
         f"two sentences."
     )
     # The authors' own files call the id `fname`, and their test split has three summaries of each dialogue.
-    key = text_field(record, "id" if "id" in record or "fname" not in record else "fname")
+    key = key_field(record, "id" if "id" in record or "fname" not in record else "fname")
     number = "1" if "summary" not in record and "summary1" in record else ""
     topic = str(record.get(f"topic{number}") or "dialogue")
     return Parsed(key, topic, (turn,), (text_field(record, f"summary{number}"),))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pmpd.benchmarks.base import Benchmark, CountTokens, Parsed, text_field
+from pmpd.benchmarks.base import Benchmark, CountTokens, Parsed, key_field, text_field
 from pmpd.metrics.code import TESTS
 
 
@@ -20,7 +20,7 @@ def make(record: Mapping[str, Any], count_tokens: CountTokens) -> Parsed:
         f"```python\n{code.strip()}\n```"
     )
     tests = f"{text_field(record, 'test').strip()}\n\ncheck({name})"
-    return Parsed(text_field(record, "task_id"), "code", (turn,), (f"{code.rstrip()}\n{TESTS}{tests}",))
+    return Parsed(key_field(record, "task_id"), "code", (turn,), (f"{code.rstrip()}\n{TESTS}{tests}",))
 
 
 BENCHMARK = Benchmark(

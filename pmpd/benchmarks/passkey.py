@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from pmpd.benchmarks.base import Benchmark, CountTokens, Parsed, Split, text_field
+from pmpd.benchmarks.base import Benchmark, CountTokens, Parsed, Split, key_field, text_field
 from pmpd.errors import UserError
 
 LENGTHS = (256, 1024, 4096, 16384)
@@ -42,7 +42,7 @@ def make(record: Mapping[str, Any], count_tokens: CountTokens) -> Parsed:
     dull = max(2, round((length - count_tokens(TASK + needle + QUESTION)) / each))
     before = round(depth * dull)
     text = f"{TASK}{DULL * before}{needle}{DULL * (dull - before)}".rstrip() + QUESTION
-    return Parsed(text_field(record, "id"), f"{length} tokens", (text,), (key,))
+    return Parsed(key_field(record, "id"), f"{length} tokens", (text,), (key,))
 
 
 BENCHMARK = Benchmark(

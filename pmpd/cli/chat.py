@@ -38,6 +38,10 @@ HELP = """\
 /quit                                        (or the end of the input) leave"""
 
 
+def help_text() -> str:
+    return f"{HELP}\nschedulers: uniform, {', '.join(sorted(names()))}"
+
+
 @dataclass
 class Chat:
     """One conversation with a loaded model."""
@@ -59,7 +63,7 @@ class Chat:
         if command in ("/quit", "/exit"):
             return False
         if command == "/help":
-            self.say(HELP)
+            self.say(help_text())
         elif command == "/reset":
             self.turns, self.answers, self.prefix = [], [], None
         elif command == "/scheduler":
@@ -68,7 +72,7 @@ class Chat:
             except ValueError as error:
                 self.say(f"{error} (nothing has changed)")
         elif command.startswith("/"):
-            self.say(f"{command}: no such command\n{HELP}")
+            self.say(f"{command}: no such command\n{help_text()}")
         elif command:
             self.answer(text.strip())
         return True

@@ -27,6 +27,9 @@ _UNSPACED = (
 """How the names of characters begin whose scripts put no spaces between words."""
 
 
+_FULL_WIDTH = {0x3000: 0x20} | {code: code - 0xFEE0 for code in range(0xFF01, 0xFF5F)}
+"""East Asian texts write Latin letters and digits in the width of their own characters, too."""
+
 _SYMBOLS = (("\xaa", "\xba"), ("\u02b0", "\u02ff"), ("\u2100", "\u214f"), ("\U0001d400", "\U0001d7ff"))
 """Letters that Latin texts use as symbols: ordinals, modifiers, letterlike and mathematical ones."""
 
@@ -49,7 +52,7 @@ def words(text: str, stemmed: bool = False) -> tuple[str, ...]:
     latin = _TOKENIZERS[stemmed].tokenize
     if text.isascii():
         return tuple(latin(text))
-    text = text.lower()
+    text = text.translate(_FULL_WIDTH).lower()
     kinds: list[str] = []
     for char in text:  # a mark belongs to the character before it
         kind = _kind(char)
