@@ -308,6 +308,7 @@ def test_the_report_shows_what_judges_said(tmp_path: Path) -> None:
     assert "Judged by stub: comparisons in pairs" in page
     assert "static-13/26 against uniform-4" in page
     assert '<td>7.00<br><span class="ci">7.00 to 7.00</span>' in page
+    assert '<td>7.00<br><span class="ci">one question, +0.000</span>' in page, "no interval of one question"
     text = (tmp_path / "out" / "report.md").read_text()
     assert "### Judged by stub: ratings" in text
     with pytest.raises(ValueError, match="no generations in it"):

@@ -39,11 +39,12 @@ def main(job: JudgeJob, console: Console | None = None) -> str:
         if one.category in REFERENCE_CATEGORIES and one.question_id not in references
     }
     if failed:
-        console.print(f"note: {failed} conversations with a failed turn are not judged")
+        console.print(f"note: {failed} conversations with a failed turn are not judged", soft_wrap=True)
     if without:
         console.print(
             f"note: {len(without)} questions of {', '.join(REFERENCE_CATEGORIES)} are judged without a "
-            f"reference answer; --judge-references gives them"
+            f"reference answer; --judge-references gives them",
+            soft_wrap=True,
         )
     pairs = pairs_of_runs(job, sorted({one.run for one in answers}))
     matches = list(
@@ -64,14 +65,16 @@ def main(job: JudgeJob, console: Console | None = None) -> str:
     task, options = recipe(job)
     farm.connect(options)
     result = judge(task, matches, folder, identity, options)
+    errors = storage.read_table(result.dataset, ["error"])["error"].to_pylist() if result.errors else []
+    first = next((error for error in errors if error), "").partition("\n")[0]
     console.print(
         f"{result.rows} judgments by {job.name}, {result.new_items} of them new; {result.errors} with an "
-        f"error" + ("; --retry-errors does them again" * bool(result.errors))
+        f"error" + (f" (the first: {first}); --retry-errors does them again" if first else ""),
+        soft_wrap=True,
     )
     console.print(f"Parquet:     {storage.data_folder(result.dataset)}", soft_wrap=True)
     console.print(f"report next: pmpd report --inputs {job.input} {folder}", soft_wrap=True)
     if result.errors == result.rows:
-        errors = storage.read_table(result.dataset, ["error"])["error"].to_pylist()
         raise UserError(f"every judgment has an error; the first one: {errors[0]}")
     return str(result.dataset)
 

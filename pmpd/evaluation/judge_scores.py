@@ -31,6 +31,8 @@ class JudgeScore:
     high: float
     judged: int
     """Turns (single) or comparisons in both positions (pair) behind the value."""
+    questions: int
+    """Whose: of one alone no interval says anything."""
     difference: float | None = None
     """Single: to the base run, paired by question; with its 95 % interval."""
     difference_low: float | None = None
@@ -101,7 +103,7 @@ def _single(
             if base in samples and run != base:
                 other, other_drawn = samples[base].of(keys)
                 difference = (value - other, *interval(drawn - other_drawn))
-            result.append(JudgeScore(run, None, name, value, *interval(drawn), len(keys), *difference))
+            result.append(JudgeScore(run, None, name, value, *interval(drawn), *_counts(keys), *difference))
     return result, len({key[0] for key in shared})
 
 
@@ -125,8 +127,12 @@ def _pair(
         for name in (ALL, *sorted({category[key] for key in shared})) if shared else ():
             keys = [key for key in shared if name in (ALL, category[key])]
             value, drawn = sampled.of(keys)
-            result.append(JudgeScore(run, other, name, value, *interval(drawn), len(keys)))
+            result.append(JudgeScore(run, other, name, value, *interval(drawn), *_counts(keys)))
     return result, len(questions)
+
+
+def _counts(keys: Sequence[Key]) -> tuple[int, int]:
+    return len(keys), len({key[0] for key in keys})
 
 
 class _Samples:

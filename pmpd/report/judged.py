@@ -60,6 +60,9 @@ def _table(table: JudgeTable, comparison: Comparison, number: int) -> Table:
 def _cell(score: JudgeScore | None) -> Cell:
     if score is None:
         return cell("–")
+    if score.questions < 2:  # its interval would have no width
+        told = "" if score.difference is None else f", {signed(score.difference)}"
+        return Cell((Line(f"{score.value:.2f}"), Line(f"one question{told}", "ci")))
     lines = [Line(f"{score.value:.2f}"), Line(f"{score.low:.2f} to {score.high:.2f}", "ci")]
     if (
         score.difference is not None
