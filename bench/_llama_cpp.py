@@ -18,10 +18,12 @@ from bench._random_llama import Shape
 MIXES = {4: ("Q4_K", "Q4_0"), 3: ("Q3_K",), 2: ("Q2_K",)}
 """Width -> the formats of llama.cpp that are nearest."""
 
-HEADS = {16: "F16", 8: "Q8_0"}
-"""Head width -> its format."""
+HEADS = {16: ("F16",), 8: ("Q8_0", "Q6_K")}
+"""Head width -> formats; Q6_K is what llama.cpp's own mixes have there."""
 
-_HALF_FIELDS = {"Q4_K": (0, 2), "Q4_0": (0,), "Q3_K": (108,), "Q2_K": (80, 82), "Q8_0": (0,)}
+_HALF_FIELDS = {
+    "Q4_K": (0, 2), "Q4_0": (0,), "Q3_K": (108,), "Q2_K": (80, 82), "Q8_0": (0,), "Q6_K": (208,)
+}  # fmt: skip
 """Byte offsets of the float16 scales of a block."""
 
 
@@ -32,8 +34,16 @@ def missing() -> str | None:
         return None
     return (
         f"{', '.join(lacking)} missing: CMAKE_ARGS=-DGGML_NATIVE=ON pip install gguf llama-cpp-python "
-        "(built from source)"
+        "(built from source), into this environment or into a folder that PYTHONPATH names"
     )
+
+
+def build() -> str:
+    """Version, and what the library was built with."""
+    import llama_cpp
+
+    features = llama_cpp.llama_print_system_info().decode().strip(" |")
+    return f"llama-cpp-python {llama_cpp.__version__}; {features}"
 
 
 def write(path: Path, shape: Shape, kind: str, head: str) -> None:

@@ -1,8 +1,9 @@
 """`bench.decode --device cpu --peer llama.cpp` and `--profile`: forwards of the 1.1 B model alone, without
 the engine.
 
-The roof comes first: the read bandwidth of this run. Contenders take turns, step by step, so a disturbance
-hits all of them; figures are medians.
+The roof comes first: the read bandwidth of this run. Contenders take turns, so a disturbance hits all of
+them; figures are medians. A turn is a pause (the other's threads stop spinning), a step that is not timed, and
+one that is.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -41,6 +42,13 @@ class PeerConfig:
     layers: int = 22
     clock: Literal["wall", "cpu"] = "wall"
     """`cpu`: time of the calling thread, for one thread on a machine that others use."""
+    kinds: tuple[str, ...] = ()
+    """llama.cpp's formats; none: all."""
+    batches: tuple[int, ...] = (1, ROWS)
+
+
+PAUSE_SECONDS = 0.02
+"""Before each turn: longer than libgomp's threads spin."""
 
 
 def read_bandwidth(clock: Callable[[], float], threads: int) -> float:
@@ -139,7 +147,7 @@ def measure(
 ) -> list[dict[str, Any]]:
     """Medians of steps of 1 and of ROWS rows, and of a prefill."""
     rows = []
-    for count in (1, ROWS):
+    for count in config.batches:
         seconds: dict[str, list[float]] = {name: [] for name in contenders}
         for contender in contenders.values():
             if isinstance(contender, Theirs):
@@ -148,20 +156,22 @@ def measure(
                 contender.step(count, position)
         for turn in range(config.steps):
             for name, contender in contenders.items():
+                time.sleep(PAUSE_SECONDS)
+                contender.step(count, PROMPT + 2 * turn)
                 start = clock()
-                contender.step(count, PROMPT + turn)
+                contender.step(count, PROMPT + 2 * turn + 1)
                 seconds[name].append(clock() - start)
         rows += [row_of(name, f"step of {count}", some) for name, some in seconds.items()]
     if config.prefill_tokens:
-        for name, contender in contenders.items():
-            if not name.endswith((" 4", "Q4_K", "Q4_0")):
-                continue
-            seconds[name] = []
-            for _ in range(2):
+        chosen = [name for name in contenders if name.startswith(("pmpd 4", "llama.cpp Q4_"))]
+        seconds = {name: [] for name in chosen}
+        for _ in range(3):
+            for name in chosen:
+                time.sleep(PAUSE_SECONDS)
                 start = clock()
-                contender.prefill(config.prefill_tokens)
+                contenders[name].prefill(config.prefill_tokens)
                 seconds[name].append(clock() - start)
-            rows.append(row_of(name, f"prefill of {config.prefill_tokens}", seconds[name]))
+        rows += [row_of(name, f"prefill of {config.prefill_tokens}", some) for name, some in seconds.items()]
     return rows
 
 
@@ -172,7 +182,7 @@ def row_of(name: str, what: str, seconds: list[float]) -> dict[str, Any]:
         "median_ms": statistics.median(seconds) * 1e3,
         "best_ms": min(seconds) * 1e3,
     }
-    print(f"{what:>14} {name:>15}: {row['median_ms']:9.2f} ms (best {row['best_ms']:.2f})", flush=True)
+    print(f"{what:>14} {name:>20}: {row['median_ms']:9.2f} ms (best {row['best_ms']:.2f})", flush=True)
     return row
 
 
@@ -185,11 +195,8 @@ def check_bars(rows: list[dict[str, Any]], floors: dict[int, float], prefill: in
         bars.append({"bar": f"{bar}, at least {least:g}", "measured": measured, "met": measured >= least})
 
     def theirs(bits: int, what: str) -> float | None:
-        found = [
-            at[f"llama.cpp {kind}", what]
-            for kind in _llama_cpp.MIXES[bits]
-            if (f"llama.cpp {kind}", what) in at
-        ]
+        starts = tuple(f"llama.cpp {kind}" for kind in _llama_cpp.MIXES[bits])
+        found = [ms for (name, of), ms in at.items() if of == what and name.startswith(starts)]
         return min(found, default=None)
 
     for bits in BITS:
@@ -197,28 +204,74 @@ def check_bars(rows: list[dict[str, Any]], floors: dict[int, float], prefill: in
             best = theirs(bits, f"step of {count}")
             if best is not None:
                 add(
-                    f"{bits} bits, {count} rows: times llama.cpp's best",
+                    f"{bits} bits, {count} rows: times as fast as llama.cpp's best",
                     best / at[f"pmpd {bits}", f"step of {count}"],
                     least,
                 )
-    add("2 bits, times 4 bits", at["pmpd 4", "step of 1"] / at["pmpd 2", "step of 1"], 1.7)
-    add("4 bits: part of the roof", floors[4] / at["pmpd 4", "step of 1"], 0.7)
+    if ("pmpd 4", "step of 1") in at:
+        add("2 bits, times as fast as 4", at["pmpd 4", "step of 1"] / at["pmpd 2", "step of 1"], 1.7)
+        add("4 bits: part of the roof", floors[4] / at["pmpd 4", "step of 1"], 0.7)
     what = f"prefill of {prefill}"
     best = theirs(4, what)
     if best is not None and ("pmpd 4", what) in at:
-        add(f"{what}: times llama.cpp's best", best / at["pmpd 4", what], 0.8)
+        add(f"{what}: times as fast as llama.cpp's best", best / at["pmpd 4", what], 0.8)
     for bar in bars:
         print(f"{'met   ' if bar['met'] else 'MISSED'} {bar['bar']}: {bar['measured']:.2f}")
     return bars
 
 
-def main(config: PeerConfig, peer: bool, show_profile: bool, output: Path = _record.RESULTS) -> None:
+def write_models(folder: Path, config: PeerConfig, peer: bool) -> dict[str, Path]:
+    """Our model and llama.cpp's, by its name; what is there already stays."""
+    shape = shape_of(config)
+    if not (folder / "quantized").exists():
+        _random_llama.write(folder / "quantized.part", shape, BITS)
+        (folder / "quantized.part").rename(folder / "quantized")
+    found = {}
+    kinds = [kind for kinds in _llama_cpp.MIXES.values() for kind in kinds]
+    for kind in config.kinds or kinds if peer else ():
+        for head in _llama_cpp.HEADS[config.head_bits]:
+            found[f"llama.cpp {kind}, head {head}"] = path = folder / f"{kind}-{head}.gguf"
+            if not path.exists():
+                _llama_cpp.write(path.with_suffix(".part"), shape, kind, head)
+                path.with_suffix(".part").rename(path)
+    return found
+
+
+def shape_of(config: PeerConfig) -> _random_llama.Shape:
+    return replace(_random_llama.LLAMA_1B, num_hidden_layers=config.layers)
+
+
+def main(
+    config: PeerConfig,
+    peer: bool,
+    show_profile: bool,
+    output: Path = _record.RESULTS,
+    folder: Path | None = None,
+    prepare: bool = False,
+) -> None:
+    """`folder`: of the models, which are kept there; None: a temporary one. `prepare`: only write them."""
+    problem = _llama_cpp.missing() if peer else "not asked for"
+    with tempfile.TemporaryDirectory(prefix="pmpd-peer-") as temporary:
+        models = folder or Path(temporary)
+        paths = write_models(models, config, problem is None)
+        if not prepare:
+            measure_all(config, models / "quantized", paths, problem, show_profile, output)
+
+
+def measure_all(
+    config: PeerConfig,
+    quantized: Path,
+    paths: dict[str, Path],
+    problem: str | None,
+    show_profile: bool,
+    output: Path,
+) -> None:
     if config.clock == "cpu" and config.threads > 1:
         raise ValueError("--clock cpu counts the calling thread only: add --threads 1")
     torch.set_num_threads(config.threads)
     clock = time.thread_time if config.clock == "cpu" else time.perf_counter
     bandwidth = read_bandwidth(clock, config.threads)
-    shape = _random_llama.Shape(**{**vars(_random_llama.LLAMA_1B), "num_hidden_layers": config.layers})
+    shape = shape_of(config)
     saved = shape.vocab_size * shape.hidden_size * (2 if config.head_bits == 16 else 1)
 
     def step_bytes(bits: int) -> int:
@@ -232,29 +285,21 @@ def main(config: PeerConfig, peer: bool, show_profile: bool, output: Path = _rec
         + ", ".join(f"{step_bytes(b) / 2**20:.0f} MiB in {floors[b]:.1f} ms at {b} bits" for b in BITS),
         flush=True,
     )
-    with tempfile.TemporaryDirectory(prefix="pmpd-peer-") as name:
-        folder = Path(name)
-        _random_llama.write(folder / "quantized", shape, BITS)
-        model = PMPDForCausalLM(folder / "quantized", dtype=torch.bfloat16, head_bits=config.head_bits).eval()
-        length = max(config.prefill_tokens, PROMPT + config.steps) + 1
-        engine = Engine(model.model, ROWS, length)
-        profiles = profile(engine, config, bandwidth, step_bytes, clock) if show_profile else []
-        contenders: dict[str, Ours | Theirs] = {f"pmpd {bits}": Ours(engine, bits) for bits in BITS}
-        problem = _llama_cpp.missing() if peer else "not asked for"
-        if problem:
-            print(f"llama.cpp: {problem}")
-        else:
-            for kind in (kind for kinds in _llama_cpp.MIXES.values() for kind in kinds):
-                path = folder / f"{kind}.gguf"
-                _llama_cpp.write(path, shape, kind, _llama_cpp.HEADS[config.head_bits])
-                contenders[f"llama.cpp {kind}"] = Theirs(_llama_cpp.Peer(path, config.threads, ROWS, length))
-        with torch.inference_mode():
-            rows = measure(contenders, config, clock)
+    model = PMPDForCausalLM(quantized, dtype=torch.bfloat16, head_bits=config.head_bits).eval()
+    length = max(config.prefill_tokens, PROMPT + 2 * config.steps) + 1
+    engine = Engine(model.model, ROWS, length)
+    profiles = profile(engine, config, bandwidth, step_bytes, clock) if show_profile else []
+    contenders: dict[str, Ours | Theirs] = {f"pmpd {bits}": Ours(engine, bits) for bits in BITS}
+    print(f"llama.cpp: {problem or _llama_cpp.build()}", flush=True)
+    for name, path in paths.items():
+        contenders[name] = Theirs(_llama_cpp.Peer(path, config.threads, ROWS, length))
+    with torch.inference_mode():
+        rows = measure(contenders, config, clock)
     bars = check_bars(rows, floors, config.prefill_tokens)
     result = {
         **vars(config), "kernel": native.LEVELS[native.active_level()],
         "load": [load, os.getloadavg()[0]], "read_gb_per_s": bandwidth / 1e9, "roof_ms": floors,
-        "peer": problem or "llama.cpp",
+        "peer": problem or _llama_cpp.build(),
         "profile": profiles, "rows": rows, "bars": bars,
     }  # fmt: skip
     print(_record.write(f"decode_cpu_peer_head{config.head_bits}", result, folder=output))

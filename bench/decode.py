@@ -275,6 +275,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="with --peer or --profile")
     parser.add_argument("--steps", type=int, default=9, help="with --peer or --profile: medians over so many")
     parser.add_argument("--prefill", type=int, default=512, help="with --peer or --profile: tokens; 0 = none")
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="with --peer: rows of a step")
+    parser.add_argument("--kinds", nargs="+", default=[], help="with --peer: llama.cpp's; default all")
+    parser.add_argument("--folder", type=Path, help="with --peer or --profile: models stay there for later")
+    parser.add_argument("--prepare", action="store_true", help="with --folder: write the models, no more")
     parser.add_argument(
         "--clock", choices=["wall", "cpu"], default="wall", help="cpu: of the thread, on a busy machine"
     )
@@ -287,9 +291,22 @@ def main() -> None:
 
         if options.peer or options.profile:
             settings = _peer_cpu.PeerConfig(
-                options.threads, options.steps, options.head_bits, options.prefill, clock=options.clock
+                options.threads,
+                options.steps,
+                options.head_bits,
+                options.prefill,
+                clock=options.clock,
+                kinds=tuple(options.kinds),
+                batches=tuple(options.batches),
             )
-            _peer_cpu.main(settings, options.peer is not None, options.profile, options.out)
+            _peer_cpu.main(
+                settings,
+                options.peer is not None,
+                options.profile,
+                options.out,
+                options.folder,
+                options.prepare,
+            )
             return
         _decode_cpu.main(_decode_cpu.DecodeCpuConfig(rounds=options.rounds), options.out)
 

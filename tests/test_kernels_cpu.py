@@ -12,10 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pmpd.kernels import cpu, native
+from pmpd.kernels import cpu, native, pages
 from pmpd.kernels.base import PackedWeights
 from pmpd.kernels.bitplanes import pack
-from pmpd.kernels.cpu_fixed import ByteMatrix, FixedMatrix
+from pmpd.kernels.cpu_fixed import TABLE_MAX, ByteMatrix, FixedMatrix, quantize_tables
 from pmpd.kernels.reference import ReferenceMatrix
 
 CPU = torch.device("cpu")
@@ -64,13 +64,15 @@ def relative_error(
 
 
 def fixed_point_error(x: torch.Tensor, w: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """[M, N], as `pmpd.kernels.cpu_fixed` states it: 1/254 of the row's range, and of the largest of 256
-    columns of the token."""
+    """[M, N], as `pmpd.kernels.cpu_fixed` states it: 1/62, 1/126 or 1/254 of the row's range, and 1/254 of the
+    largest of 256 columns of the token."""
+    steps = 2 * (2 ** (table.shape[1].bit_length() + 2) - 1)
     x, w, table = x.double().abs(), w.double().abs(), table.double()
     largest = torch.cat([part.amax(1, keepdim=True).expand_as(part) for part in x.split(256, dim=1)], dim=1)
     # the token's own rounding meets the rounded table, whose values are at most half a step larger
     reach = table.amax(1) - table.amin(1)
-    return (x.sum(1, keepdim=True) * reach + largest @ w.T + largest.sum(1, keepdim=True) * reach / 254) / 254
+    rounded = largest.sum(1, keepdim=True) * reach / steps
+    return x.sum(1, keepdim=True) * reach / steps + (largest @ w.T + rounded) / 254
 
 
 def allowed(matrix, x: torch.Tensor, w: torch.Tensor, packed: PackedWeights, bits: int):
@@ -240,9 +242,38 @@ def test_a_matrix_of_bytes_multiplies_as_stated():
     reach = weight.amax(1) - weight.amin(1)
     assert ((w - weight.bfloat16().float()).abs() <= reach[:, None] / 500).all()
     y = matrix.multiply(x)
-    beside = fixed_point_error(x, w, torch.zeros(37, 2))
+    beside = fixed_point_error(x, w, torch.zeros(37, 16))
     assert relative_error(y, x, w, None, beside) < BFLOAT16_TOLERANCE
     assert torch.equal(torch.cat([matrix.multiply(row[None]) for row in x]), y)
+
+
+def test_tables_of_few_bits_are_nearer_to_their_integers_than_any_fixed_grid_has_them():
+    for bits, top in TABLE_MAX.items():
+        table = torch.randn(200, 2**bits, generator=torch.Generator().manual_seed(bits))
+        integers, lines = quantize_tables(table, bits)
+        found = integers[:, : 2**bits].float() * lines[:, :1] + lines[:, 1:]
+        reach = table.amax(1) - table.amin(1)
+        error = (found - table).abs().amax(1) / reach
+        assert int(integers.max()) <= top
+        assert error.max() <= 0.5001 / top
+        if bits < 4:
+            grid = (table - table.amin(1, keepdim=True)) / reach[:, None] * top
+            assert error.mean() < 0.75 * float((grid - grid.round()).abs().amax(1).mean()) / top
+
+
+def test_weights_lie_in_memory_of_their_own_that_goes_with_them():
+    first, second = pages.zeros(100), pages.zeros(1 << 20)
+    assert not first.any()
+    assert not second.any()
+    assert all(piece.data_ptr() % 64 == 0 and pages.holds(piece) for piece in (first, second))
+    first.fill_(7)
+    second.fill_(9)
+    assert int(first.sum()) == 700
+    large = pages.zeros(pages.CHUNK_BYTES + 1)
+    assert len(large) == pages.CHUNK_BYTES + 1
+    assert pages.zeros(64).untyped_storage().data_ptr() == second.untyped_storage().data_ptr()
+    weight = torch.randn(3, 5).bfloat16()
+    assert torch.equal(pages.moved(weight), weight)
 
 
 def test_a_forced_level_that_does_not_exist_is_refused(monkeypatch):

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import LlamaForCausalLM, MistralForCausalLM, PreTrainedModel, Qwen2ForCausalLM
 
 from pmpd.decode.slots import SlotCache, TokenPlaces, attend_slots
+from pmpd.kernels import pages
 from pmpd.kernels.cpu_fixed import FixedMatrix
 from pmpd.kernels.llama_step import COLUMNS_MULTIPLE, LayerWeights, NativeStep
 from pmpd.weights.base import PrecisionLinear, PrecisionState, head_dim
@@ -141,7 +142,7 @@ def _native_step(forward: LeanForward) -> NativeStep | None:
         layers,
         forward.embedding.detach().contiguous(),
         forward.norm.weight,
-        head.matrix if isinstance(head, ByteHead) else head.weight.detach().contiguous(),
+        head.matrix if isinstance(head, ByteHead) else _in_huge_pages(head.weight),
         forward.heads,
         forward.kv_heads,
         forward.head_dim,
@@ -250,6 +251,13 @@ def _window(attention: nn.Module) -> int | None:
     return (
         getattr(attention.config, "sliding_window", None) if "Mistral" in type(attention).__name__ else None
     )
+
+
+def _in_huge_pages(weight: nn.Parameter) -> Tensor:
+    """The values of `weight`, which it shares from now on."""
+    if not pages.holds(weight):
+        weight.data = pages.moved(weight.data)
+    return weight.detach()
 
 
 def _head_bytes(model: PreTrainedModel) -> int:

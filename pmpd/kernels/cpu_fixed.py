@@ -1,11 +1,11 @@
-"""Products in fixed point for bfloat16 models on a CPU with AVX2: table values of 7 bits times tokens of 8
-bits.
+"""Products in fixed point for bfloat16 models on a CPU with AVX2: table values of 5, 6 or 7 bits (at 2, 3 or
+4 bits a weight) times tokens of 8 bits.
 
 Legend: M tokens, N out_features, K in_features, b a precision.
 
 What is stored is one copy for all precisions (csrc/fixed.h): b bits read b/8 bytes a weight. A product
-differs from that of the exact tables and tokens by at most 1/254 of a row's range of table values (times the
-token's sum of absolute values), and by 1/254 of the token's largest value in 256 columns (times the row's).
+differs from that of the exact tables and tokens by at most 1/62, 1/126 or 1/254 of a row's range of table
+values (times the token's sum of absolute values), and by 1/254 of the token's largest value in 256 columns (times the row's).
 """
 
 from __future__ import annotations
@@ -16,10 +16,14 @@ import torch
 from torch import Tensor
 
 from pmpd.errors import UserError
-from pmpd.kernels import native
+from pmpd.kernels import native, pages
 from pmpd.kernels.base import BitplaneMatrix, PackedWeights
 
-MAX_PLANES, TABLE_MAX = 4, 127  # as in csrc/bitplane.h
+MAX_PLANES = 4  # as in csrc/bitplane.h
+TABLE_MAX = {2: 31, 3: 63, 4: 127}
+"""Largest integer of a table, by bits: 8, 4 and 2 products with a token of 8 bits fit the 16 bits that AVX2 adds
+in."""
+
 _HALF_COLUMNS = 128
 
 
@@ -79,7 +83,7 @@ class FixedMatrix(BitplaneMatrix):
         for index, stream in enumerate(self._streams):
             fields.stream[index] = stream.data_ptr()
         self._tables = {bits: table.bfloat16().contiguous() for bits, table in packed.tables.items()}
-        self._integers = {bits: quantize_tables(table) for bits, table in packed.tables.items()}
+        self._integers = {bits: quantize_tables(table, bits) for bits, table in packed.tables.items()}
         for bits, (integers, lines) in self._integers.items():
             fields.table[bits] = self._tables[bits].data_ptr()
             fields.fixed_table[bits], fields.fixed_scale[bits] = integers.data_ptr(), lines.data_ptr()
@@ -127,7 +131,7 @@ class ByteMatrix:
             -(-rows // native.GROUP_ROWS) * native.GROUP_ROWS,
             -(-columns // _HALF_COLUMNS) * _HALF_COLUMNS,
         )
-        self._bytes = torch.zeros(padded, dtype=torch.int8)
+        self._bytes = pages.zeros(padded[0] * padded[1]).view(torch.int8).view(padded)
         self._bytes[:rows, :columns] = ((exact - middle[:, None]) / scale[:, None]).round().to(torch.int8)
         self._lines = torch.zeros(padded[0], 2)
         self._lines[:rows] = torch.stack([scale, middle], dim=1)
@@ -145,17 +149,29 @@ class ByteMatrix:
         return self._bytes[:rows, :columns].float() * scale[:, None] + middle[:, None]
 
 
-def quantize_tables(table: Tensor) -> tuple[Tensor, Tensor]:
-    """`table` [N, 2**bits] -> integers uint8 [N rounded up, 16], each at most TABLE_MAX, and float32 [N
-    rounded up, 2] of a scale and an offset: table ≈ integers * scale + offset, to half a scale."""
-    exact = table.float()
-    low = exact.amin(1)
-    scale = (exact.amax(1) - low).clamp(min=1e-30) / TABLE_MAX
+def quantize_tables(table: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """`table` [N, 2**bits] -> integers uint8 [N rounded up, 16], each at most TABLE_MAX[bits], and float32 [N
+    rounded up, 2] of a scale and an offset: table ≈ integers * scale + offset, to half of 1 / TABLE_MAX of the
+    row's range.
+
+    At 2 and 3 bits a row's largest integer is the one, of the upper half, for which its largest error is the
+    smallest: few values fall near the points of some grid.
+    """
+    exact, top = table.float(), TABLE_MAX[bits]
+    low = exact.amin(1, keepdim=True)
+    spread = (exact.amax(1, keepdim=True) - low).clamp(min=1e-30)
+    best = torch.full_like(low, top)
+    if bits < 4:
+        error = torch.full_like(low, torch.inf)
+        for levels in range(top, top // 2, -1):
+            parts = (exact - low) / spread * levels
+            largest = (parts - parts.round()).abs().amax(1, keepdim=True) / levels
+            best = torch.where(largest < error, levels, best)
+            error = torch.minimum(error, largest)
+    scale = spread / best
     rows = -(-len(table) // native.GROUP_ROWS) * native.GROUP_ROWS
     integers = torch.zeros(rows, 16, dtype=torch.uint8)
-    integers[: len(table), : table.shape[1]] = (
-        ((exact - low[:, None]) / scale[:, None]).round().to(torch.uint8)
-    )
+    integers[: len(table), : table.shape[1]] = ((exact - low) / scale).round().to(torch.uint8)
     lines = torch.zeros(rows, 2)
-    lines[: len(table)] = torch.stack([scale, low], dim=1)
+    lines[: len(table)] = torch.cat([scale, low], dim=1)
     return integers, lines

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from pmpd.errors import UserError
-from pmpd.kernels import _sources
+from pmpd.kernels import _sources, pages
 
 LEVELS = ("portable", "avx2", "avx512", "avx512vnni")
 """Instruction sets the library has code for, each including the ones before it."""
@@ -93,8 +93,7 @@ def pack_streams(planes: Tensor, fixed: bool) -> list[Tensor]:
     )
     first, other = ctypes.c_int64(), ctypes.c_int64()
     sizes(rows, words * 32, ctypes.byref(first), ctypes.byref(other))
-    streams = [torch.zeros(first.value, dtype=torch.uint8)]
-    streams += [torch.zeros(other.value, dtype=torch.uint8) for _ in range(count - 2)]
+    streams = [pages.zeros(first.value), *(pages.zeros(other.value) for _ in range(count - 2))]
     matrix = Matrix(rows=rows, columns=words * 32, planes=count)
     for index, stream in enumerate(streams):
         matrix.stream[index] = stream.data_ptr()

@@ -21,7 +21,7 @@
 
 enum { GROUP_ROWS = 4, BLOCK_COLUMNS = 512, RUN_COLUMNS = 16, BLOCK_RUNS = 32, MAX_STREAMS = 7, MAX_BITS = 8, MAX_PASS_TOKENS = 8, TILE_GROUPS = 8 };
 // Products in fixed point (fixed.h).
-enum { UNIT_COLUMNS = 256, HALF_COLUMNS = 128, FIXED_PLANES = 4, TABLE_MAX = 127, TOKEN_MAX = 127, FIXED_TILE_ROWS = 16, FIXED_TILE_TOKENS = 32 };
+enum { UNIT_COLUMNS = 256, HALF_COLUMNS = 128, FIXED_PLANES = 4, TOKEN_MAX = 127, FIXED_TILE_ROWS = 16, FIXED_TILE_TOKENS = 32 };
 
 #define INLINE static inline __attribute__((always_inline))
 #define INLINE_MEMBER inline __attribute__((always_inline))
@@ -34,7 +34,7 @@ extern "C" struct PmpdMatrix {  // mirrored in cpu.py
     const void* table[MAX_BITS + 1];    // by bits: [rows rounded up to GROUP_ROWS, 2**bits]
     const float* bias;                  // [rows] or null
     // In fixed point the streams hold the layout of fixed.h instead, `table` is in the order of the codes, and these are set:
-    const uint8_t* fixed_table[MAX_BITS + 1];  // by bits: [rows rounded up, 16], integers 0..TABLE_MAX
+    const uint8_t* fixed_table[MAX_BITS + 1];  // by bits: [rows rounded up, 16], integers 0..31, 63 or 127
     const float* fixed_scale[MAX_BITS + 1];    // by bits: [rows rounded up, 2], value = integer * first + second
 };
 

@@ -1,5 +1,5 @@
 // Products in fixed point: table values of 8 bits times tokens of 8 bits, added as integers. For matrices of bfloat16 models with at
-// most four planes. Compiled once per class of processors (everything is static), with one difference: `dot`.
+// most four planes. Compiled once per class of processors (everything is static), with one difference: how products are added.
 //
 // Memory layout. Rows go in groups of GROUP_ROWS, columns in halves of 128; two halves are a unit, the last unit may have one half
 // only. Columns past the last hold code 0, and tokens are 0 there.
@@ -13,8 +13,9 @@
 //
 // A row's table is 16 bytes u with value = scale * u + low. A token is int8 with a scale per unit. So
 //   y = scale * sum_units(scale_of_unit * sum(u * x)) + low * sum_units(scale_of_unit * sum(x)):
-// integers within a unit are exact. u has 7 bits, since two products must fit the 16 bits that `dot` adds them in; matrices of 8 bits
-// (a head) hold signed bytes, whose sign is moved to the token and back.
+// integers within a unit are exact, in whatever order they are added. u is at most 31, 63 and 127 at 2, 3 and 4 bits, so that 8, 4 and 2
+// products fit the 16 bits that AVX2 adds them in (fewer levels need fewer digits); matrices of 8 bits (a head) hold signed bytes, whose
+// sign is moved to the token and back.
 #pragma once
 #include "attention.h"
 #include "bitplane.h"
@@ -153,17 +154,16 @@ INLINE void finish(const FixedJob* job, int64_t token, int64_t row, __m256 total
 
 template <int B, int HALF>
 INLINE void half_of_group(const Place (&place)[GROUP_ROWS], const Tables<B> (&tables)[GROUP_ROWS], const int8_t* x, __m256i (&sum)[GROUP_ROWS]) {
-    __m256i even[GROUP_ROWS], odd[GROUP_ROWS], first, second;
-    for (int r = 0; r < GROUP_ROWS; ++r) read_half<B, HALF>(place[r], even[r], odd[r]);
-    const __m256i x0 = load_bytes(x), x1 = load_bytes(x + 32);
     for (int r = 0; r < GROUP_ROWS; ++r) {
-        look_up<B, HALF, 0>(tables[r], even[r], odd[r], first, second);
-        sum[r] = dot(dot(sum[r], first, x0), second, x1);
-    }
-    const __m256i x2 = load_bytes(x + 64), x3 = load_bytes(x + 96);
-    for (int r = 0; r < GROUP_ROWS; ++r) {
-        look_up<B, HALF, 1>(tables[r], even[r], odd[r], first, second);
-        sum[r] = dot(dot(sum[r], first, x2), second, x3);
+        __m256i even, odd, w[4];
+        read_half<B, HALF>(place[r], even, odd);
+        look_up<B, HALF, 0>(tables[r], even, odd, w[0], w[1]);
+        look_up<B, HALF, 1>(tables[r], even, odd, w[2], w[3]);
+        for (int first = 0; first < 4; first += steps<B>()) {
+            __m256i part = _mm256_setzero_si256();
+            for (int i = first; i < first + steps<B>(); ++i) part = add_products(part, w[i], load_bytes(x + 32 * i));
+            sum[r] = add_part(sum[r], part);
+        }
     }
 }
 
@@ -218,8 +218,8 @@ void expand_row(const PmpdMatrix* m, const FixedShape& s, int64_t group, int row
 typedef void (*ExpandFn)(const PmpdMatrix*, const FixedShape&, int64_t, int, uint8_t*, bool);
 const ExpandFn expand_functions[5] = {nullptr, nullptr, expand_row<2>, expand_row<3>, expand_row<4>};
 
-// Two rows of bytes times MT tokens. The order of additions is that of `single_group`, for any MT.
-template <int MT, bool SIGNED>
+// Two rows of bytes (with B = 8 signed ones) times MT tokens. Units are added in the order of `single_group`, for any MT.
+template <int MT, int B>
 void multiply_bytes(const FixedJob* job, const FixedShape& s, const uint8_t* bytes, int64_t stride, int64_t row, int64_t token) {
     enum { R = 2 };
     const int8_t* x[MT];
@@ -233,19 +233,20 @@ void multiply_bytes(const FixedJob* job, const FixedShape& s, const uint8_t* byt
         __m256i sum[R][MT];
         for (int r = 0; r < R; ++r)
             for (int t = 0; t < MT; ++t) sum[r][t] = _mm256_setzero_si256();
-        for (int64_t at = first; at < stop; at += 32) {
-            const __m256i w0 = load_bytes(bytes + at), w1 = load_bytes(bytes + stride + at);
-            for (int t = 0; t < MT; ++t) {
-                const __m256i value = load_bytes(x[t] + at);
-                if constexpr (SIGNED) {
-                    const __m256i size = _mm256_abs_epi8(value);
-                    sum[0][t] = dot(sum[0][t], size, _mm256_sign_epi8(w0, value));
-                    sum[1][t] = dot(sum[1][t], size, _mm256_sign_epi8(w1, value));
-                } else {
-                    sum[0][t] = dot(sum[0][t], w0, value);
-                    sum[1][t] = dot(sum[1][t], w1, value);
+        for (int64_t at = first; at < stop; at += 32 * steps<B>()) {
+            __m256i part[R][MT];
+            for (int r = 0; r < R; ++r)
+                for (int t = 0; t < MT; ++t) part[r][t] = _mm256_setzero_si256();
+            for (int i = 0; i < 32 * steps<B>(); i += 32) {
+                const __m256i w0 = load_bytes(bytes + at + i), w1 = load_bytes(bytes + stride + at + i);
+                for (int t = 0; t < MT; ++t) {
+                    const __m256i value = load_bytes(x[t] + at + i), size = _mm256_abs_epi8(value);
+                    part[0][t] = B == 8 ? add_products(part[0][t], size, _mm256_sign_epi8(w0, value)) : add_products(part[0][t], w0, value);
+                    part[1][t] = B == 8 ? add_products(part[1][t], size, _mm256_sign_epi8(w1, value)) : add_products(part[1][t], w1, value);
                 }
             }
+            for (int t = 0; t < MT; ++t)
+                for (int r = 0; r < R; ++r) sum[r][t] = add_part(sum[r][t], part[r][t]);
         }
         for (int t = 0; t < MT; ++t)
             for (int r = 0; r < R; ++r) total[r][t] = add_unit(total[r][t], sum[r][t], job->scales[(token + t) * job->scales_stride + unit]);
@@ -254,14 +255,14 @@ void multiply_bytes(const FixedJob* job, const FixedShape& s, const uint8_t* byt
         for (int r = 0; r < R; ++r) finish(job, token + t, row + r, total[r][t]);
 }
 
-template <bool SIGNED>
+template <int B>
 void multiply_rows(const FixedJob* job, const FixedShape& s, const uint8_t* bytes, int64_t stride, int64_t row, int64_t token, int64_t stop) {
-    for (; token + 4 <= stop; token += 4) multiply_bytes<4, SIGNED>(job, s, bytes, stride, row, token);
+    for (; token + 4 <= stop; token += 4) multiply_bytes<4, B>(job, s, bytes, stride, row, token);
     if (token + 2 <= stop) {
-        multiply_bytes<2, SIGNED>(job, s, bytes, stride, row, token);
+        multiply_bytes<2, B>(job, s, bytes, stride, row, token);
         token += 2;
     }
-    if (token < stop) multiply_bytes<1, SIGNED>(job, s, bytes, stride, row, token);
+    if (token < stop) multiply_bytes<1, B>(job, s, bytes, stride, row, token);
 }
 
 // Groups begin..end. `room`: FIXED_TILE_ROWS rows of halves * 128 bytes (one group where there are few tokens).
@@ -276,7 +277,7 @@ void multiply_fixed(const FixedJob* job, int64_t begin, int64_t end, uint8_t* ro
                 const int64_t last = first + FIXED_TILE_ROWS / GROUP_ROWS < end ? first + FIXED_TILE_ROWS / GROUP_ROWS : end;
                 for (int64_t row = first * GROUP_ROWS; row < last * GROUP_ROWS; row += 2) {
                     for (int64_t i = 0; token == 0 && i < 2 * stride; i += 64) _mm_prefetch((const char*)m->stream[0] + (row + 2) * stride + i, _MM_HINT_T0);
-                    multiply_rows<true>(job, s, m->stream[0] + row * stride, stride, row, token, stop);
+                    multiply_rows<8>(job, s, m->stream[0] + row * stride, stride, row, token, stop);
                 }
             }
         return;
@@ -289,6 +290,7 @@ void multiply_fixed(const FixedJob* job, int64_t begin, int64_t end, uint8_t* ro
         }
         return;
     }
+    const auto multiply = job->bits == 2 ? multiply_rows<2> : job->bits == 3 ? multiply_rows<3> : multiply_rows<4>;
     const int64_t tile = job->tokens > FIXED_TILE_TOKENS ? FIXED_TILE_ROWS / GROUP_ROWS : 1;
     for (int64_t first = begin; first < end; first += tile) {
         const int64_t last = first + tile < end ? first + tile : end;
@@ -297,7 +299,7 @@ void multiply_fixed(const FixedJob* job, int64_t begin, int64_t end, uint8_t* ro
         for (int64_t token = 0; token < job->tokens; token += FIXED_TILE_TOKENS) {
             const int64_t stop = token + FIXED_TILE_TOKENS < job->tokens ? token + FIXED_TILE_TOKENS : job->tokens;
             for (int64_t row = 0; row < (last - first) * GROUP_ROWS; row += 2)
-                multiply_rows<false>(job, s, room + row * stride, stride, first * GROUP_ROWS + row, token, stop);
+                multiply(job, s, room + row * stride, stride, first * GROUP_ROWS + row, token, stop);
         }
     }
 }

@@ -11,10 +11,17 @@
 
 namespace {
 
-// sum + the products of four neighbours a lane: w bytes 0..127, x -127..127. Two such products fit 16 bits.
-INLINE __m256i dot(__m256i sum, __m256i w, __m256i x) {
-    return _mm256_add_epi32(sum, _mm256_madd_epi16(_mm256_maddubs_epi16(w, x), _mm256_set1_epi16(1)));
+// Products are added in 16 bits first, two neighbours a lane, and then in 32. x is -127..127; so many w of B bits can be added in 16.
+template <int B>
+constexpr int steps() { return B == 2 ? 4 : B == 3 ? 2 : 1; }
+
+INLINE __m256i add_products(__m256i part, __m256i w, __m256i x) {
+    part = _mm256_add_epi16(part, _mm256_maddubs_epi16(w, x));
+    __asm__("" : "+x"(part));  // else GCC adds in another order, for which it has no registers
+    return part;
 }
+
+INLINE __m256i add_part(__m256i sum, __m256i part) { return _mm256_add_epi32(sum, _mm256_madd_epi16(part, _mm256_set1_epi16(1))); }
 
 }  // namespace
 

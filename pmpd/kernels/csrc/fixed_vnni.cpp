@@ -11,8 +11,13 @@
 
 namespace {
 
-// sum + the products of four neighbours a lane: w bytes 0..255, x -127..127.
-INLINE __m256i dot(__m256i sum, __m256i w, __m256i x) { return _mm256_dpbusd_epi32(sum, w, x); }
+// Products are added in 32 bits, four neighbours a lane.
+template <int B>
+constexpr int steps() { return 4; }
+
+INLINE __m256i add_products(__m256i part, __m256i w, __m256i x) { return _mm256_dpbusd_epi32(part, w, x); }
+
+INLINE __m256i add_part(__m256i sum, __m256i part) { return _mm256_add_epi32(sum, part); }
 
 }  // namespace
 
