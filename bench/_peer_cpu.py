@@ -2,8 +2,8 @@
 the engine.
 
 The roof comes first: the read bandwidth of this run. Contenders take turns, so a disturbance hits all of
-them; figures are medians. A turn is a pause (the other's threads stop spinning), a step that is not timed, and
-one that is.
+them; figures are medians. A turn is a pause (the other's threads stop spinning), a step that is not timed,
+and one that is.
 """
 
 from __future__ import annotations

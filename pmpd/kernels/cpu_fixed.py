@@ -5,7 +5,8 @@ Legend: M tokens, N out_features, K in_features, b a precision.
 
 What is stored is one copy for all precisions (csrc/fixed.h): b bits read b/8 bytes a weight. A product
 differs from that of the exact tables and tokens by at most 1/62, 1/126 or 1/254 of a row's range of table
-values (times the token's sum of absolute values), and by 1/254 of the token's largest value in 256 columns (times the row's).
+values (times the token's sum of absolute values), and by 1/254 of the token's largest value in 256 columns
+(times the row's).
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from pmpd.kernels.base import BitplaneMatrix, PackedWeights
 
 MAX_PLANES = 4  # as in csrc/bitplane.h
 TABLE_MAX = {2: 31, 3: 63, 4: 127}
-"""Largest integer of a table, by bits: 8, 4 and 2 products with a token of 8 bits fit the 16 bits that AVX2 adds
-in."""
+"""Largest integer of a table, by bits: 8, 4 and 2 products with a token of 8 bits fit the 16 bits that AVX2
+adds in."""
 
 _HALF_COLUMNS = 128
 
@@ -151,8 +152,8 @@ class ByteMatrix:
 
 def quantize_tables(table: Tensor, bits: int) -> tuple[Tensor, Tensor]:
     """`table` [N, 2**bits] -> integers uint8 [N rounded up, 16], each at most TABLE_MAX[bits], and float32 [N
-    rounded up, 2] of a scale and an offset: table ≈ integers * scale + offset, to half of 1 / TABLE_MAX of the
-    row's range.
+    rounded up, 2] of a scale and an offset: table ≈ integers * scale + offset, to half of 1 / TABLE_MAX of
+    the row's range.
 
     At 2 and 3 bits a row's largest integer is the one, of the upper half, for which its largest error is the
     smallest: few values fall near the points of some grid.

@@ -1,8 +1,9 @@
 """Memory in huge pages for weights that every decode step reads from front to back.
 
-Such weights are far larger than what a processor keeps of the page table, so with pages of 4 KiB each page costs
-a walk through it, and reading ahead stops at each page's end. Linux gives 2 MiB pages where it is asked for them
-(`/sys/kernel/mm/transparent_hugepage/enabled`: `madvise` or `always`); elsewhere this is ordinary memory.
+Such weights are far larger than what a processor keeps of the page table, so with pages of 4 KiB each page
+costs a walk through it, and reading ahead stops at each page's end. Linux gives 2 MiB pages where it is asked
+for them (`/sys/kernel/mm/transparent_hugepage/enabled`: `madvise` or `always`); elsewhere this is ordinary
+memory.
 """
 
 from __future__ import annotations
