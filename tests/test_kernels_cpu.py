@@ -64,8 +64,8 @@ def relative_error(
 
 
 def fixed_point_error(x: torch.Tensor, w: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """[M, N], as `pmpd.kernels.cpu_fixed` states it: 1/62, 1/126 or 1/254 of the row's range, and 1/254 of the
-    largest of 256 columns of the token."""
+    """[M, N], as `pmpd.kernels.cpu_fixed` states it: 1/62, 1/126 or 1/254 of the row's range, and 1/254 of
+    the largest of 256 columns of the token."""
     steps = 2 * (2 ** (table.shape[1].bit_length() + 2) - 1)
     x, w, table = x.double().abs(), w.double().abs(), table.double()
     largest = torch.cat([part.amax(1, keepdim=True).expand_as(part) for part in x.split(256, dim=1)], dim=1)

@@ -8,6 +8,7 @@ memory.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import threading
 
@@ -54,10 +55,8 @@ def _mapped(size: int) -> Tensor:
         return torch.zeros(size, dtype=torch.uint8)
     size = -(-size // HUGE_BYTES) * HUGE_BYTES
     area = mmap.mmap(-1, size + HUGE_BYTES, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    try:
+    with contextlib.suppress(OSError):  # a kernel without them
         area.madvise(mmap.MADV_HUGEPAGE)
-    except OSError:  # a kernel without them
-        pass
     whole = torch.frombuffer(area, dtype=torch.uint8)
     _mappings.add(whole.data_ptr())
     first = -whole.data_ptr() % HUGE_BYTES
