@@ -85,10 +85,12 @@ def test_rows_with_a_given_plan_and_forks_are_not_its_business(anyprec_model):
     asked = [
         Request("plan", prompt, 12, switch_steps=(11,), forks=(Fork("fork", 3, (3,)),)),
         Request("own", prompt, 12),
+        Request("one", prompt, 1),
     ]
     found = {c.key: c for c in Engine(model.model, 3, 60).run(asked, scheduler, 4, ())}
     assert found["plan"].precision_trace == [(4, 12)]
     assert found["fork"].precision_trace == [(4, 4), (2, 8)]
+    assert found["one"].switch_steps == (), "it ended before anything was observed: no steps were followed"
     assert found["own"].tokens == oracle.decode(model.model, prompt, 12, 4, (), scheduler, key="own").tokens
 
 
@@ -129,11 +131,15 @@ def test_two_runs_of_one_name_are_an_error_and_none_replaces_the_other(monkeypat
         sweep_runs(SweepConfig(("kv_cache", "countdown")))
 
 
-def test_it_is_in_scores_figures_and_report(anyprec_model, tmp_path):
-    runs = sweep_runs(SweepConfig(("uniform", "static", "countdown"), (4, 2), max_new_tokens=10))
+def test_it_is_in_scores_figures_and_report(anyprec_model, tmp_path, monkeypatch):
+    runs = sweep_runs(SweepConfig(("uniform", "static", "countdown"), (4, 2), max_new_tokens=30))
     questions = [Question(f"{i:016x}", f"q{i}", "", (f"Say {i}.",), (f"the answer {i}",)) for i in range(4)]
     conversations = conversation_rows(BENCHMARKS["demo"], "test", questions, runs, "tiny", "plain")
-    rows = list(Generator(anyprec_model("llama"), runs, slots=8).answer(conversations))
+    model = anyprec_model("llama")
+    # of these weights no answer ends by itself; with many end tokens they end at several lengths
+    monkeypatch.setattr(model, "eos_token_ids", frozenset(range(0, model.model.config.vocab_size, 8)))
+    rows = list(Generator(model, runs, slots=8).answer(conversations))
+    assert len({row["output_tokens"] for row in rows}) > 2, "one length: no figure of lengths is drawn"
     mine = [row for row in rows if row["run"] == "countdown"]
     assert [row["error"] for row in mine] == [None] * 4
     assert not any(row["switch_steps"] for row in mine), "steps that nothing followed"
@@ -147,6 +153,7 @@ def test_it_is_in_scores_figures_and_report(anyprec_model, tmp_path):
     page = written["report.html"].read_text()
     assert "</span>countdown</th>" in page, "no line in the table"
     assert '">countdown<b>' in page, "no card of its own"
+    assert b">countdown<" in written["demo-lengths.svg"].read_bytes(), "no box among the lengths"
     assert "demo-switches.svg" not in written, "an online scheduler has no switch steps to draw"
 
 

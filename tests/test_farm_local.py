@@ -466,21 +466,40 @@ def test_a_worker_that_was_replaced_publishes_nothing_any_more(bench, tmp_path):
     assert len(storage.list_shards(tmp_path / "out")) == 1, "the one that replaced it does publish"
 
 
+@dataclasses.dataclass(frozen=True)
+class HeldTask(FakeTask):
+    """A `FakeTask` whose unit ends only once its last beat was read."""
+
+    read: threading.Event = dataclasses.field(default_factory=threading.Event)
+
+    def build(self, place):
+        built = super().build(place)
+
+        def run(items):
+            yield from built.run(items)
+            assert self.read.wait(60), "nobody read the last beat"
+
+        return dataclasses.replace(built, run=run)
+
+
 def test_a_beat_tells_how_far_a_unit_is(bench):
     make, unit, _ = bench
-    worker = make(FakeTask(seconds=0.2))
+    task = HeldTask(seconds=0.2)
+    worker = make(task)
     assert worker.beat() is None
     thread = threading.Thread(target=worker.run, args=(unit,))
     thread.start()
-    seen = []
+    seen: list[Beat] = []
     while thread.is_alive():
         beat = worker.beat()
         if beat is not None and beat not in seen:
             seen.append(beat)
+        if beat is not None and beat.rows == 3:
+            task.read.set()
         time.sleep(0.01)
     assert {beat.unit for beat in seen} == {unit.name}
     assert [beat.forwards for beat in seen] == sorted(beat.forwards for beat in seen)
-    assert 20 < seen[-1].forwards <= 30, "the last beat seen is of the third row"
+    assert seen[-1].forwards == 30, "three rows of two forwards of five"
     assert 0.1 <= seen[-1].longest_seconds < 60
     assert worker.beat() is None
 

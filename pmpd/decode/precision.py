@@ -147,9 +147,15 @@ class RowPrecisions:
 
     def decision(self, slot: int, count: int) -> RowDecision:
         """What was decided for the row, having `count` new tokens. Nothing, where it ended before its
-        decision point."""
+        decision point, or before a scheduler that observes had seen anything."""
         decided = self._decisions[slot]
-        if self._next[slot]:  # online: the log says what ran
+        unseen = (
+            self.scheduler is not None
+            and self.scheduler.observes
+            and (decided is not None or self._waits[slot])
+            and count <= self.scheduler.decision_step + 1
+        )
+        if self._next[slot] or unseen:  # online: the log says what ran
             return RowDecision(np.zeros(0, dtype=np.int32))
         if decided is not None and self.scheduler is not None and count > self.scheduler.decision_step:
             return RowDecision(self.switch_steps[slot], decided.classes, decided.scores)

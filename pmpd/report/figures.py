@@ -142,10 +142,9 @@ def switch_shares(run: Run) -> dict[tuple[int, int], np.ndarray]:
     chain = _chain(run)
     counts = {pair: np.zeros(_BINS + 1) for pair in itertools.pairwise(chain)}
     for row in run.rows.values():
-        steps = list(row["switch_steps"] or ()) or [2**30] * len(
-            counts
-        )  # the oracle may have chosen never to switch
         m = _max_new_tokens(run, row) - 1
+        # none where the row ended before it could switch, or where the oracle has chosen never to
+        steps = list(row["switch_steps"] or ()) or [m] * len(counts)
         for pair, step in zip(counts, steps, strict=False):
             counts[pair][min(round(step / max(m, 1) * _BINS), _BINS)] += 1
     return {pair: count / max(count.sum(), 1) for pair, count in counts.items()}
