@@ -280,133 +280,56 @@ def _either(a, b):
     return (a[0] | b[0], a[1] | b[1], a[2] | b[2], a[3] | b[3])
 
 
-@triton.jit(do_not_specialize=["M"])
-def digits_matmul(
-    planes, tables, table_scales, table_offsets, digits, x_scales, x_sums, bias, y,
-    M, N, plane_stride, digits_stride, y_stride,
-    BLOCKS: tl.constexpr, TILES: tl.constexpr, BITS: tl.constexpr, TOKEN_PAIRS: tl.constexpr,
-    WARPS: tl.constexpr,
-    HAS_BIAS: tl.constexpr, MERGE: tl.constexpr, PDL: tl.constexpr, EMULATE: tl.constexpr,
+@triton.jit
+def _digit_words(digits, stride, block, g, t, M, H: tl.constexpr, PAIRS: tl.constexpr, EMULATE: tl.constexpr):
+    """The digits of a thread's 32 columns of half H of tile `block`: eight words a pair of tokens."""
+    words = ()
+    for n in tl.static_range(PAIRS):
+        # threads without a token of their own read what others read
+        x_row = tl.minimum(n * 8 + g, 4 * M - 1)
+        # the fourth column has no digit: its product is not used
+        x_row -= (x_row % 4 == 3).to(tl.int32)
+        base = digits + x_row.to(tl.int64) * (stride // 4) + block * 64 + H * 32 + t * 8
+        words = words + _load16(base, EMULATE, False) + _load16(base + 4, EMULATE, False)
+    return words
+
+
+@triton.jit
+def _add_digits(
+    acc, top, bottom, n_top, n_bottom, x_words,
+    S: tl.constexpr, BITS: tl.constexpr, PAIRS: tl.constexpr, WARPS: tl.constexpr, MERGE: tl.constexpr,
+    EMULATE: tl.constexpr,
 ):  # fmt: skip
-    """y [M, N] for M <= 2 * TOKEN_PAIRS from digits of x: one program = 16 rows, its warps share the columns.
-
-    BLOCKS = tiles of a row block, TILES = those of one warp. MERGE (b = 4): `or` the digits of the two half
-    tables before the product, in place of two products (fewer products, for many tokens). A thread holds
-    exactly one element of every tensor, so element = thread.
-    """
-    _let_next_start(PDL)
-    row_block = tl.program_id(0)
-    thread = tl.arange(0, 32 * WARPS)
-    warp = thread // 32
-    lane = thread % 32
-    g = lane // 4
-    t = lane % 4
-    row_base = planes + row_block.to(tl.int64) * (BLOCKS * 128)
-    WORDS: tl.constexpr = 2 if BITS == 2 else (4 if BITS == 3 else 8)
-    top = _table(tables + (row_block * 16 + g) * WORDS, BITS, EMULATE)
-    bottom = _table(tables + (row_block * 16 + 8 + g) * WORDS, BITS, EMULATE)
-    zero = tl.zeros([32 * WARPS], tl.int32)
-    acc = ()
-    for _ in tl.static_range(TOKEN_PAIRS * 8):
-        acc = acc + (zero,)  # type: ignore[assignment]  # noqa: RUF005 - Triton's tuples grow, and it knows no unpacking
-    first = row_base + lane * 4 + tl.minimum(warp, BLOCKS - 1) * 128
-    words = _planes(first, plane_stride, BITS, False, EMULATE)
-    _wait_for_last(PDL)
-
-    for i in range(TILES):
-        block = warp + i * WARPS
-        after = _planes(
-            row_base + lane * 4 + tl.minimum(block + WARPS, BLOCKS - 1) * 128,
-            plane_stride,
-            BITS,
-            False,
-            EMULATE,
-        )
-        for h in tl.static_range(2):
-            x_words = ()
-            for n in tl.static_range(TOKEN_PAIRS):
-                x_row = tl.minimum(
-                    n * 8 + g, 4 * M - 1
-                )  # threads without a token of their own read what others read
-                x_row -= (x_row % 4 == 3).to(
-                    tl.int32
-                )  # the fourth column has no digit: its product is not used
-                x_base = digits + x_row.to(tl.int64) * (digits_stride // 4) + block * 64 + h * 32 + t * 8
-                x_words = x_words + _load16(x_base, EMULATE, False) + _load16(x_base + 4, EMULATE, False)
-            n_top = _tile_nibbles(words, 2 * h, BITS, EMULATE)
-            n_bottom = _tile_nibbles(words, 2 * h + 1, BITS, EMULATE)
-            for s in tl.static_range(4):
-                if BITS == 2:
-                    high = _lookup(top[0], top[1], bottom[0], bottom[1], n_top[s], n_bottom[s], EMULATE)
-                    low = _lookup(top[1], top[0], bottom[1], bottom[0], n_top[s], n_bottom[s], EMULATE)
-                else:
-                    high = _lookup(top[0], top[1], bottom[0], bottom[1], n_top[s], n_bottom[s], EMULATE)
-                    low = _lookup(top[2], top[3], bottom[2], bottom[3], n_top[s], n_bottom[s], EMULATE)
-                other_high = high
-                other_low = low
-                if BITS == 4:
-                    other_top = n_top[s] ^ 0x88888888
-                    other_bottom = n_bottom[s] ^ 0x88888888
-                    other_high = _lookup(
-                        top[4], top[5], bottom[4], bottom[5], other_top, other_bottom, EMULATE
-                    )
-                    other_low = _lookup(
-                        top[6], top[7], bottom[6], bottom[7], other_top, other_bottom, EMULATE
-                    )
-                    if MERGE:
-                        high = _either(high, other_high)
-                        low = _either(low, other_low)
-                updated = ()
-                for n in tl.static_range(TOKEN_PAIRS):
-                    b0 = x_words[8 * n + 2 * s]  # type: ignore[var-annotated]  # a tuple that grew
-                    b1 = x_words[8 * n + 2 * s + 1]  # type: ignore[var-annotated]
-                    c_high = (acc[8 * n], acc[8 * n + 1], acc[8 * n + 2], acc[8 * n + 3])
-                    c_low = (acc[8 * n + 4], acc[8 * n + 5], acc[8 * n + 6], acc[8 * n + 7])
-                    c_high = _accumulate(high, b0, b1, c_high, EMULATE, WARPS)
-                    c_low = _accumulate(low, b0, b1, c_low, EMULATE, WARPS)
-                    if BITS == 4 and not MERGE:
-                        c_high = _accumulate(other_high, b0, b1, c_high, EMULATE, WARPS)
-                        c_low = _accumulate(other_low, b0, b1, c_low, EMULATE, WARPS)
-                    updated = updated + c_high + c_low
-                acc = updated
-        words = after
-
-    # Columns 2t and 2t + 1 of the product are two digits of one token: t = 0, 2 hold d0, d1 and t = 1, 3 hold
-    # d2, 0.
-    weight_even = tl.where(t % 2 == 0, 65536.0, 1.0)
-    weight_odd = tl.where(t % 2 == 0, 256.0, 0.0)
-    slot = tl.arange(0, 16)
-    row_top = row_block * 16 + slot // 2
-    row_bottom = row_top + 8
-    for n in tl.static_range(TOKEN_PAIRS):
-        even_top = acc[8 * n].to(tl.float32) * 128.0 + acc[8 * n + 4].to(tl.float32)
-        odd_top = acc[8 * n + 1].to(tl.float32) * 128.0 + acc[8 * n + 5].to(tl.float32)
-        even_bottom = acc[8 * n + 2].to(tl.float32) * 128.0 + acc[8 * n + 6].to(tl.float32)
-        odd_bottom = acc[8 * n + 3].to(tl.float32) * 128.0 + acc[8 * n + 7].to(tl.float32)
-        sum_top = tl.sum(tl.reshape(even_top * weight_even + odd_top * weight_odd, [WARPS, 32]), axis=0)
-        sum_bottom = tl.sum(
-            tl.reshape(even_bottom * weight_even + odd_bottom * weight_odd, [WARPS, 32]), axis=0
-        )
-        sum_top = tl.sum(tl.reshape(sum_top, [16, 2]), axis=1)  # [8 rows, 2 tokens]
-        sum_bottom = tl.sum(tl.reshape(sum_bottom, [16, 2]), axis=1)
-        token = 2 * n + slot % 2
-        x_scale = tl.load(x_scales + token)
-        x_sum = tl.load(x_sums + token)
-        y_top = sum_top * x_scale * tl.load(table_scales + row_top) + x_sum * tl.load(table_offsets + row_top)
-        y_bottom = sum_bottom * x_scale * tl.load(table_scales + row_bottom) + x_sum * tl.load(
-            table_offsets + row_bottom
-        )
-        if HAS_BIAS:
-            y_top += tl.load(bias + row_top, mask=row_top < N, other=0.0).to(tl.float32)
-            y_bottom += tl.load(bias + row_bottom, mask=row_bottom < N, other=0.0).to(tl.float32)
-        tl.store(
-            y + token * y_stride + row_top, y_top.to(y.dtype.element_ty), mask=(token < M) & (row_top < N)
-        )
-        tl.store(
-            y + token * y_stride + row_bottom,
-            y_bottom.to(y.dtype.element_ty),
-            mask=(token < M) & (row_bottom < N),
-        )
+    """`acc` (eight a pair of tokens) and the products of the codes of part S, `n_top` and `n_bottom`."""
+    if BITS == 2:
+        high = _lookup(top[0], top[1], bottom[0], bottom[1], n_top, n_bottom, EMULATE)
+        low = _lookup(top[1], top[0], bottom[1], bottom[0], n_top, n_bottom, EMULATE)
+    else:
+        high = _lookup(top[0], top[1], bottom[0], bottom[1], n_top, n_bottom, EMULATE)
+        low = _lookup(top[2], top[3], bottom[2], bottom[3], n_top, n_bottom, EMULATE)
+    other_high = high
+    other_low = low
+    if BITS == 4:
+        other_top = n_top ^ 0x88888888
+        other_bottom = n_bottom ^ 0x88888888
+        other_high = _lookup(top[4], top[5], bottom[4], bottom[5], other_top, other_bottom, EMULATE)
+        other_low = _lookup(top[6], top[7], bottom[6], bottom[7], other_top, other_bottom, EMULATE)
+        if MERGE:
+            high = _either(high, other_high)
+            low = _either(low, other_low)
+    updated = ()
+    for n in tl.static_range(PAIRS):
+        b0 = x_words[8 * n + 2 * S]
+        b1 = x_words[8 * n + 2 * S + 1]
+        c_high = (acc[8 * n], acc[8 * n + 1], acc[8 * n + 2], acc[8 * n + 3])
+        c_low = (acc[8 * n + 4], acc[8 * n + 5], acc[8 * n + 6], acc[8 * n + 7])
+        c_high = _accumulate(high, b0, b1, c_high, EMULATE, WARPS)
+        c_low = _accumulate(low, b0, b1, c_low, EMULATE, WARPS)
+        if BITS == 4 and not MERGE:
+            c_high = _accumulate(other_high, b0, b1, c_high, EMULATE, WARPS)
+            c_low = _accumulate(other_low, b0, b1, c_low, EMULATE, WARPS)
+        updated = updated + c_high + c_low
+    return updated
 
 
 # -- halves: table values of 16 bits put together in registers, products on the float16 / bfloat16 tensor
@@ -526,6 +449,183 @@ def _x_words(x_row, column, K, EXACT: tl.constexpr, EMULATE: tl.constexpr):
         return (w0 * keep, w1 * keep, w2 * keep, w3 * keep)
 
 
+@triton.jit
+def _add_halves(
+    acc, a, x_words,
+    PART: tl.constexpr, OCTETS: tl.constexpr, WARPS: tl.constexpr, BFLOAT16: tl.constexpr,
+    EMULATE: tl.constexpr,
+):  # fmt: skip
+    """`acc` (four an octet of tokens) and the products of the weights `a` of PART."""
+    updated = ()
+    for n in tl.static_range(OCTETS):
+        b0 = x_words[4 * n + 2 * PART]
+        b1 = x_words[4 * n + 2 * PART + 1]
+        c = (acc[4 * n], acc[4 * n + 1], acc[4 * n + 2], acc[4 * n + 3])
+        updated = updated + _accumulate_halves(a, b0, b1, c, BFLOAT16, EMULATE, WARPS)
+    return updated
+
+
+# -- the loop over a row block's tiles, and the two kernels around it
+# ------------------------------------------------------------
+
+
+@triton.jit
+def _sum_tiles(
+    ACC: tl.constexpr, x, planes, top, bottom, scales, minus_zeros, M, K, token0, plane_stride, x_stride,
+    group_stride, LAST_GROUP,
+    BLOCKS: tl.constexpr, TILES: tl.constexpr, BITS: tl.constexpr, GROUPS: tl.constexpr, WARPS: tl.constexpr,
+    DIGITS: tl.constexpr, MERGE: tl.constexpr, GROUP: tl.constexpr, EXACT: tl.constexpr,
+    BFLOAT16: tl.constexpr, PLAIN: tl.constexpr, PDL: tl.constexpr, EMULATE: tl.constexpr,
+):  # fmt: skip
+    """The accumulators (of type ACC) of this warp's share of a row block, after all its tiles.
+
+    DIGITS: `x` are digits and GROUPS pairs of tokens; else 16-bit floats and GROUPS octets. BLOCKS = tiles of
+    the row block, TILES = those of one warp. The rest as in the kernels.
+    """
+    row_block = tl.program_id(0)
+    thread = tl.arange(0, 32 * WARPS)
+    warp = thread // 32
+    lane = thread % 32
+    g = lane // 4
+    t = lane % 4
+    row_base = planes + row_block.to(tl.int64) * (BLOCKS * 128)
+    zero = tl.zeros([32 * WARPS], ACC)
+    acc = ()
+    for _ in tl.static_range(GROUPS * (8 if DIGITS else 4)):
+        acc = acc + (zero,)  # type: ignore[assignment]  # noqa: RUF005 - Triton's tuples grow, and it knows no unpacking
+    first = row_base + lane * 4 + tl.minimum(warp, BLOCKS - 1) * 128
+    words = _planes(first, plane_stride, BITS, PLAIN, EMULATE)
+    _wait_for_last(PDL)
+
+    for i in range(TILES):
+        block = warp + i * WARPS
+        after = _planes(
+            row_base + lane * 4 + tl.minimum(block + WARPS, BLOCKS - 1) * 128,
+            plane_stride,
+            BITS,
+            PLAIN,
+            EMULATE,
+        )
+        for h in tl.static_range(2):
+            x_words = ()
+            if DIGITS:
+                x_words = _digit_words(x, x_stride, block, g, t, M, h, GROUPS, EMULATE)
+            n_top = _tile_nibbles(words, 2 * h, BITS, EMULATE)
+            n_bottom = _tile_nibbles(words, 2 * h + 1, BITS, EMULATE)
+            for s in tl.static_range(4):
+                if DIGITS:
+                    acc = _add_digits(
+                        acc,
+                        top,
+                        bottom,
+                        n_top[s],
+                        n_bottom[s],
+                        x_words,
+                        s,
+                        BITS,
+                        GROUPS,
+                        WARPS,
+                        MERGE,
+                        EMULATE,
+                    )
+                else:
+                    if GROUP > 0 and s * 32 % GROUP == 0:
+                        of_group = (
+                            tl.minimum((block * 256 + h * 128 + s * 32) // GROUP, LAST_GROUP) * group_stride
+                            + row_block * 16
+                            + g
+                        )
+                        scale_top = tl.load(scales + of_group).to(tl.uint32, bitcast=True)
+                        scale_bottom = tl.load(scales + of_group + 8).to(tl.uint32, bitcast=True)
+                        zero_top = tl.load(minus_zeros + of_group).to(tl.uint32, bitcast=True)
+                        zero_bottom = tl.load(minus_zeros + of_group + 8).to(tl.uint32, bitcast=True)
+                    x_words = ()
+                    for n in tl.static_range(GROUPS):
+                        x_row = x + tl.minimum(token0 + n * 8 + g, M - 1).to(tl.int64) * x_stride
+                        x_words = x_words + _x_words(
+                            x_row, block * 256 + h * 128 + s * 32 + t * 8, K, EXACT, EMULATE
+                        )
+                    for part in tl.static_range(2):
+                        a0, a2 = _values(top, n_top[s], part, BITS, EMULATE)
+                        a1, a3 = _values(bottom, n_bottom[s], part, BITS, EMULATE)
+                        if GROUP > 0:
+                            a0 = _affine(a0, zero_top, scale_top, EMULATE)
+                            a2 = _affine(a2, zero_top, scale_top, EMULATE)
+                            a1 = _affine(a1, zero_bottom, scale_bottom, EMULATE)
+                            a3 = _affine(a3, zero_bottom, scale_bottom, EMULATE)
+                        acc = _add_halves(
+                            acc, (a0, a1, a2, a3), x_words, part, GROUPS, WARPS, BFLOAT16, EMULATE
+                        )
+        words = after
+    return acc
+
+
+@triton.jit(do_not_specialize=["M"])
+def digits_matmul(
+    planes, tables, table_scales, table_offsets, digits, x_scales, x_sums, bias, y,
+    M, N, plane_stride, digits_stride, y_stride,
+    BLOCKS: tl.constexpr, TILES: tl.constexpr, BITS: tl.constexpr, TOKEN_PAIRS: tl.constexpr,
+    WARPS: tl.constexpr,
+    HAS_BIAS: tl.constexpr, MERGE: tl.constexpr, PDL: tl.constexpr, EMULATE: tl.constexpr,
+):  # fmt: skip
+    """y [M, N] for M <= 2 * TOKEN_PAIRS from digits of x: one program = 16 rows, its warps share the columns.
+
+    BLOCKS = tiles of a row block, TILES = those of one warp. MERGE (b = 4): `or` the digits of the two half
+    tables before the product, in place of two products (fewer products, for many tokens). A thread holds
+    exactly one element of every tensor, so element = thread.
+    """
+    _let_next_start(PDL)
+    row_block = tl.program_id(0)
+    lane = tl.arange(0, 32 * WARPS) % 32
+    g = lane // 4
+    t = lane % 4
+    WORDS: tl.constexpr = 2 if BITS == 2 else (4 if BITS == 3 else 8)
+    top = _table(tables + (row_block * 16 + g) * WORDS, BITS, EMULATE)
+    bottom = _table(tables + (row_block * 16 + 8 + g) * WORDS, BITS, EMULATE)
+    acc = _sum_tiles(
+        tl.int32, digits, planes, top, bottom, table_scales, table_offsets, M, 0, 0, plane_stride,
+        digits_stride, 0, 0,
+        BLOCKS, TILES, BITS, TOKEN_PAIRS, WARPS, True, MERGE, 0, True, False, False, PDL, EMULATE,
+    )  # fmt: skip
+
+    # Columns 2t and 2t + 1 of the product are two digits of one token: t = 0, 2 hold d0, d1 and t = 1, 3 hold
+    # d2, 0.
+    weight_even = tl.where(t % 2 == 0, 65536.0, 1.0)
+    weight_odd = tl.where(t % 2 == 0, 256.0, 0.0)
+    slot = tl.arange(0, 16)
+    row_top = row_block * 16 + slot // 2
+    row_bottom = row_top + 8
+    for n in tl.static_range(TOKEN_PAIRS):
+        even_top = acc[8 * n].to(tl.float32) * 128.0 + acc[8 * n + 4].to(tl.float32)
+        odd_top = acc[8 * n + 1].to(tl.float32) * 128.0 + acc[8 * n + 5].to(tl.float32)
+        even_bottom = acc[8 * n + 2].to(tl.float32) * 128.0 + acc[8 * n + 6].to(tl.float32)
+        odd_bottom = acc[8 * n + 3].to(tl.float32) * 128.0 + acc[8 * n + 7].to(tl.float32)
+        sum_top = tl.sum(tl.reshape(even_top * weight_even + odd_top * weight_odd, [WARPS, 32]), axis=0)
+        sum_bottom = tl.sum(
+            tl.reshape(even_bottom * weight_even + odd_bottom * weight_odd, [WARPS, 32]), axis=0
+        )
+        sum_top = tl.sum(tl.reshape(sum_top, [16, 2]), axis=1)  # [8 rows, 2 tokens]
+        sum_bottom = tl.sum(tl.reshape(sum_bottom, [16, 2]), axis=1)
+        token = 2 * n + slot % 2
+        x_scale = tl.load(x_scales + token)
+        x_sum = tl.load(x_sums + token)
+        y_top = sum_top * x_scale * tl.load(table_scales + row_top) + x_sum * tl.load(table_offsets + row_top)
+        y_bottom = sum_bottom * x_scale * tl.load(table_scales + row_bottom) + x_sum * tl.load(
+            table_offsets + row_bottom
+        )
+        if HAS_BIAS:
+            y_top += tl.load(bias + row_top, mask=row_top < N, other=0.0).to(tl.float32)
+            y_bottom += tl.load(bias + row_bottom, mask=row_bottom < N, other=0.0).to(tl.float32)
+        tl.store(
+            y + token * y_stride + row_top, y_top.to(y.dtype.element_ty), mask=(token < M) & (row_top < N)
+        )
+        tl.store(
+            y + token * y_stride + row_bottom,
+            y_bottom.to(y.dtype.element_ty),
+            mask=(token < M) & (row_bottom < N),
+        )
+
+
 @triton.jit(do_not_specialize=["M"])
 def halves_matmul(
     x, planes, tables, scales, minus_zeros, bias, y, M, N, K, plane_stride, x_stride, y_stride, group_stride,
@@ -548,12 +648,7 @@ def halves_matmul(
     _let_next_start(PDL)
     row_block = tl.program_id(0)
     token0 = tl.program_id(1) * (8 * OCTETS)
-    thread = tl.arange(0, 32 * WARPS)
-    warp = thread // 32
-    lane = thread % 32
-    g = lane // 4
-    t = lane % 4
-    row_base = planes + row_block.to(tl.int64) * (BLOCKS * 128)
+    g = tl.arange(0, 32 * WARPS) % 32 // 4
     WORDS: tl.constexpr = 2 if BITS == 2 else (4 if BITS == 3 else 8)
     table_row = g * 0
     if GROUP == 0:
@@ -562,61 +657,11 @@ def halves_matmul(
     bottom = top
     if GROUP == 0:
         bottom = _table(tables + (table_row + 8) * WORDS, BITS, EMULATE)
-    zero = tl.zeros([32 * WARPS], tl.float32)
-    acc = ()
-    for _ in tl.static_range(OCTETS * 4):
-        acc = acc + (zero,)  # type: ignore[assignment]  # noqa: RUF005 - Triton's tuples grow, and it knows no unpacking
-    first = row_base + lane * 4 + tl.minimum(warp, BLOCKS - 1) * 128
-    words = _planes(first, plane_stride, BITS, PLAIN, EMULATE)
-    _wait_for_last(PDL)
-
-    for i in range(TILES):
-        block = warp + i * WARPS
-        after = _planes(
-            row_base + lane * 4 + tl.minimum(block + WARPS, BLOCKS - 1) * 128,
-            plane_stride,
-            BITS,
-            PLAIN,
-            EMULATE,
-        )
-        for h in tl.static_range(2):
-            n_top = _tile_nibbles(words, 2 * h, BITS, EMULATE)
-            n_bottom = _tile_nibbles(words, 2 * h + 1, BITS, EMULATE)
-            for s in tl.static_range(4):
-                if GROUP > 0 and s * 32 % GROUP == 0:
-                    of_group = (
-                        tl.minimum((block * 256 + h * 128 + s * 32) // GROUP, LAST_GROUP) * group_stride
-                        + row_block * 16
-                        + g
-                    )
-                    scale_top = tl.load(scales + of_group).to(tl.uint32, bitcast=True)
-                    scale_bottom = tl.load(scales + of_group + 8).to(tl.uint32, bitcast=True)
-                    zero_top = tl.load(minus_zeros + of_group).to(tl.uint32, bitcast=True)
-                    zero_bottom = tl.load(minus_zeros + of_group + 8).to(tl.uint32, bitcast=True)
-                x_words = ()
-                for n in tl.static_range(OCTETS):
-                    x_row = x + tl.minimum(token0 + n * 8 + g, M - 1).to(tl.int64) * x_stride
-                    x_words = x_words + _x_words(
-                        x_row, block * 256 + h * 128 + s * 32 + t * 8, K, EXACT, EMULATE
-                    )
-                for part in tl.static_range(2):
-                    a0, a2 = _values(top, n_top[s], part, BITS, EMULATE)
-                    a1, a3 = _values(bottom, n_bottom[s], part, BITS, EMULATE)
-                    if GROUP > 0:
-                        a0 = _affine(a0, zero_top, scale_top, EMULATE)
-                        a2 = _affine(a2, zero_top, scale_top, EMULATE)
-                        a1 = _affine(a1, zero_bottom, scale_bottom, EMULATE)
-                        a3 = _affine(a3, zero_bottom, scale_bottom, EMULATE)
-                    updated = ()
-                    for n in tl.static_range(OCTETS):
-                        b0 = x_words[4 * n + 2 * part]  # type: ignore[var-annotated]  # a tuple that grew
-                        b1 = x_words[4 * n + 2 * part + 1]  # type: ignore[var-annotated]
-                        c = (acc[4 * n], acc[4 * n + 1], acc[4 * n + 2], acc[4 * n + 3])
-                        updated = updated + _accumulate_halves(
-                            (a0, a1, a2, a3), b0, b1, c, BFLOAT16, EMULATE, WARPS
-                        )
-                    acc = updated
-        words = after
+    acc = _sum_tiles(
+        tl.float32, x, planes, top, bottom, scales, minus_zeros, M, K, token0, plane_stride, x_stride,
+        group_stride, LAST_GROUP,
+        BLOCKS, TILES, BITS, OCTETS, WARPS, False, False, GROUP, EXACT, BFLOAT16, PLAIN, PDL, EMULATE,
+    )  # fmt: skip
 
     slot = tl.arange(0, 32)
     row_top = row_block * 16 + slot // 4
