@@ -10,9 +10,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from pmpd.decode import llama_cuda
 from pmpd.decode.llama_cuda import CudaForward, Dense, Layer, LlamaWeights, Several, Weight
 from pmpd.kernels.base import PackedWeights
+from pmpd.kernels.cuda.matrix import CudaMatrix
 from pmpd.kernels.reference import ReferenceMatrix
 from pmpd.kernels.triton import TritonMatrix, merge
 from pmpd.weights.base import Segment
+from tests.host_kernel import COMPILER, stand_in
 from tests.test_kernels_triton import (
     DEVICE,
     TOLERANCE,
@@ -66,9 +68,14 @@ def set_precision(model: LlamaForCausalLM, packed: list[dict[str, PackedWeights]
             linear.weight.data = ReferenceMatrix(weight, linear.weight.dtype).dequantize(bits)
 
 
-def lean(model: LlamaForCausalLM, packed: list[dict[str, PackedWeights]], dtype: torch.dtype) -> CudaForward:
+def lean(
+    model: LlamaForCausalLM,
+    packed: list[dict[str, PackedWeights]],
+    dtype: torch.dtype,
+    matrix: type[TritonMatrix] = TritonMatrix,
+) -> CudaForward:
     def product(*parts: PackedWeights) -> Weight:
-        matrices = [TritonMatrix(part, dtype) for part in parts]
+        matrices = [matrix(part, dtype) for part in parts]
         return merge(matrices) if len(matrices) > 1 else matrices[0]
 
     layers = [
@@ -113,6 +120,32 @@ def test_each_row_decodes_at_its_own_precision_position_and_slot_as_transformers
         expected = model(tokens[row : row + 1]).logits[0, -1]
         assert error(logits[row], expected) < 2e-3, f"row {row} at {bits[row]} bits"
     assert not keys[0][[1, 3]].any(), "a slot that is not in the forward was written"
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no g++")
+@torch.no_grad()
+def test_two_rows_of_two_precisions_share_the_launches_of_a_fused_step(monkeypatch, tmp_path):
+    """The step of `pmpd.kernels.cuda`: norm and silu within the products, against transformers' modules."""
+    launched = stand_in(monkeypatch, tmp_path) if DEVICE.type == "cpu" else None
+    model, packed = small_model(layers=2, dtype=torch.float16)
+    forward = lean(model, packed, torch.float16, CudaMatrix)
+    shape = (3, KV_HEADS, 16, DIM)
+    keys, values = ([torch.zeros(shape, device=DEVICE).half() for _ in range(2)] for _ in range(2))
+    tokens = torch.randint(0, VOCABULARY, (2, 2), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    slots, bits = torch.tensor([2, 0], device=DEVICE), (3, 4)  # the higher precision second
+    segments = [Segment(0, 1, 3), Segment(1, None, 4)]
+    for position in range(2):
+        at = torch.full((2,), position, device=DEVICE)
+        logits = forward(tokens[:, position], slots, at, segments, keys, values, 16)
+    for row in range(2):
+        set_precision(model, packed, bits[row])
+        expected = model.float()(tokens[row : row + 1]).logits[0, -1]
+        model.half()
+        assert error(logits[row], expected) < 1e-2, f"row {row} at {bits[row]} bits"
+    assert not keys[0][1].any(), "a slot that is not in the forward was written"
+    if launched is not None:
+        assert len(launched) == 2 * 2 * 4, "four products a layer and step"
+        assert sum("NORM, GATED" in name for name in launched) == 4
 
 
 def test_merged_layers_are_views_and_multiply_as_before():

@@ -7,7 +7,9 @@ two, and anything not recognised takes it.
 
 A layer: add + norm | q, k, v | rotary + cache write | attention, its join | o | add + norm | gate, up | silu
 | down. For one or two rows the stages also split their results into digits for the int8 tensor cores
-(`pmpd.kernels.triton`), which is a launch more, before o.
+(`pmpd.kernels.triton`), which is a launch more, before o. With the matrices of `pmpd.kernels.cuda` one or two
+rows take seven launches: norm + q, k, v | rotary + cache write | attention, its join | o | norm + gate, up +
+silu | down; rows of two precisions share them.
 
 Legend: n tokens of the flat forward (one a row), C hidden size, Hq query heads, H KV heads, D head dim, F
 intermediate size, V vocabulary.
@@ -23,6 +25,8 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, MistralForCausalLM, PreTrainedModel, Qwen2ForCausalLM
 
+from pmpd.kernels.cuda.launch import Norm
+from pmpd.kernels.cuda.matrix import CudaMatrix
 from pmpd.kernels.triton import (
     DIGITS_BITS,
     SPLIT_TOKENS,
@@ -194,10 +198,15 @@ class CudaForward:
         `longest` tokens at most a row."""
         w, n = self.weights, len(input_ids)
         segments = [Segment(s.start, n if s.stop is None else s.stop, s.bits) for s in segments]
-        weights = (
+        weights = [
             weight for layer in w.layers for weight in (layer.qkv, layer.out, layer.gate_up, layer.down)
+        ]
+        bits = tuple(s.bits for s in segments for _ in range(s.start, cast("int", s.stop)))
+        if all(isinstance(weight, CudaMatrix) and weight.fits(bits) for weight in weights):
+            return self._fused(input_ids, slots, positions, bits, keys, values, longest)
+        split = n <= SPLIT_TOKENS and all(
+            isinstance(weight, TritonMatrix) and weight.HAS_DIGITS for weight in weights
         )
-        split = n <= SPLIT_TOKENS and all(isinstance(weight, TritonMatrix) for weight in weights)
         split = split and all(segment.bits in DIGITS_BITS for segment in segments)
         x = nn.functional.embedding(input_ids, w.embedding)
         delta: Tensor | None = None
@@ -219,6 +228,34 @@ class CudaForward:
             delta = self._product(layer.out, split_activations(attended) if split else attended, segments)
             gate_up = self._product(layer.gate_up, self._norm(x, delta, layer.post_norm, split), segments)
             delta = self._product(layer.down, self._gated(gate_up, split), segments)
+        last = self._norm(x, delta, w.norm, split=False)
+        assert isinstance(last, Tensor)
+        return nn.functional.linear(last, w.head)
+
+    def _fused(
+        self, input_ids: Tensor, slots: Tensor, positions: Tensor, bits: tuple[int, ...],
+        keys: Sequence[Tensor], values: Sequence[Tensor], longest: int,
+    ) -> Tensor:  # fmt: skip
+        """As `__call__`, row i at precision bits[i], where every layer is a `CudaMatrix` that `fits` them."""
+        w, n = self.weights, len(input_ids)
+        x = nn.functional.embedding(input_ids, w.embedding)
+        delta: Tensor | None = None
+        for index, layer in enumerate(w.layers):
+            matrices = (layer.qkv, layer.out, layer.gate_up, layer.down)
+            qkv, out, gate_up, down = cast("tuple[CudaMatrix, ...]", matrices)
+            norm = Norm(layer.input_norm, w.epsilon, delta, torch.empty_like(x))
+            rotated = self._rotate_write(
+                qkv.multiply_each(x, bits, norm), slots, positions, keys[index], values[index]
+            )
+            attended = decode_attention(
+                rotated, keys[index], values[index], slots, positions, w.head_dim**-0.5, layer.window,
+                longest, extra=1,
+            )  # fmt: skip
+            delta = out.multiply_each(attended.view(n, -1), bits)
+            x = norm.residual
+            norm = Norm(layer.post_norm, w.epsilon, delta, torch.empty_like(x))
+            delta = down.multiply_each(gate_up.multiply_each(x, bits, norm, gated=True), bits)
+            x = norm.residual
         last = self._norm(x, delta, w.norm, split=False)
         assert isinstance(last, Tensor)
         return nn.functional.linear(last, w.head)

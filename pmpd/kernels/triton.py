@@ -389,6 +389,8 @@ class TritonMatrix(BitplaneMatrix):
 
     PLAIN = False
     """Whether its planes are `plain` ones (`tile_codes`)."""
+    HAS_DIGITS = True
+    """Whether `multiply_split` works."""
 
     def __init__(self, packed: PackedWeights, dtype: torch.dtype) -> None:
         super().__init__(packed.shape, packed.precisions)

@@ -48,6 +48,11 @@ class CudaMatrix(TritonMatrix):
     """An Any-Precision matrix whose planes every route reads; see the module's text."""
 
     PLAIN = True
+    HAS_DIGITS = False
+
+    def fits(self, bits: tuple[int, ...]) -> bool:
+        """Whether `multiply_each` takes tokens of these precisions."""
+        return len(bits) <= MOST_TOKENS and self._plan(tuple(sorted(bits, reverse=True))) is not None
 
     def route(self, tokens: int, bits: int) -> str:
         """`bits`, or one of Triton's routes."""
