@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from bench import _record, _timing
+from bench import _bars, _record, _timing
 from bench._contenders import ROTATE_BYTES, contenders, plans, random_weights, variants
 from bench._peers import humming, humming_version, peers
 from bench._timing import Refused, relative_error
@@ -61,6 +61,20 @@ def copy_bandwidth(device: torch.device) -> float:
         end.synchronize()
         seconds.append(begin.elapsed_time(end) / 1e3)
     return 2 * source.nbytes / statistics.median(seconds[2:])
+
+
+def read_bandwidth(device: torch.device) -> float:
+    """Bytes/s of a sum over 4 GB, which only reads: the roof of a multiplication."""
+    source = torch.ones(1 << 30, dtype=torch.float32, device=device)
+    seconds = []
+    for _ in range(12):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        source.sum()
+        end.record()
+        end.synchronize()
+        seconds.append(begin.elapsed_time(end) / 1e3)
+    return source.nbytes / statistics.median(seconds[2:])
 
 
 def median_seconds(calls: list[Callable[[], object]], repeats: int = 15, rounds: int = 1) -> float:
@@ -400,6 +414,11 @@ def main(arguments: list[str] | None = None) -> None:
     def save() -> None:
         _record.write("kernels_cuda", result, "cuda", options.out)
 
+    reading = read_bandwidth(device)
+    result["read_gb_s"] = reading / 1e9
+    print(f"read {reading / 1e9:.0f} GB/s", flush=True)
+    result["predictions"] = _bars.predictions(shapes, reading)
+    save()
     result["checks"] = prepare(list(shapes.values()), list(tokens), options.workers, options.tune)
     bandwidth = copy_bandwidth(device)
     result["copy_gb_s"] = bandwidth / 1e9
@@ -421,6 +440,8 @@ def main(arguments: list[str] | None = None) -> None:
     if options.write_settings:
         write_settings(_record.hardware("cuda"), result["settings"])
     print_table(result["rows"], shapes, tokens)
+    result["bars"] = _bars.check(result["rows"], reading, "H200" in _record.hardware("cuda"))
+    save()
 
 
 if __name__ == "__main__":

@@ -78,3 +78,19 @@ def test_a_time_that_does_not_grow_with_the_bytes_is_refused():
     _timing.check_growth({1e7: 5e-6, 1.5e7: 5e-6, 2e7: 9e-6})
     with pytest.raises(Refused, match="grow with the bytes"):
         _timing.check_growth({1e7: 5e-6, 2e7: 5.1e-6})
+
+
+def test_bars_take_the_fastest_plan_and_the_peers_of_the_same_run():
+    from bench import _bars
+
+    at = {"shape": "14336x4096", "n": 14336, "k": 4096, "bits": 4, "tokens": 1}
+    rows = [
+        at | {"impl": "bits w8 s4 b2", "us": 12.0}, at | {"impl": "bits w4 s4 b2", "us": 10.0},
+        at | {"impl": "humming", "us": 9.0}, at | {"impl": "any-precision", "us": 20.0},
+        at | {"impl": "torch", "bits": 16, "us": 40.0}, {"shape": "8b.o", "impl": "bits", "refused": "why"},
+    ]  # fmt: skip
+    share, upstream, humming = _bars.check(rows, 3e12, h200=False)
+    assert share["measured"] == pytest.approx(14336 * 4096 / 2 / 10e-6 / 3e12)
+    assert (share["met"], upstream["met"], humming["met"]) == (True, True, False)
+    expected = _bars.predictions({"14336x4096": (14336, 4096)}, 3e12)
+    assert [round(p["us"], 1) for p in expected] == [11.1, 7.9, 5.2]

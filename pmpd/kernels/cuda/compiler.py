@@ -20,7 +20,8 @@ FOLDER = Path(__file__).parent
 SOURCE, HEADER = "bits.cu", "instructions.cuh"
 CACHE_VARIABLE = "PMPD_CUDA_CACHE"
 """Environment variable: the folder of compiled kernels, default `pmpd/cuda` in the user's cache folder."""
-OPTIONS = ("--std=c++17",)
+OPTIONS = ("--std=c++17", "--fmad=false")
+"""No contraction: the source says where a multiply-add is, so that results are the oracle's bit for bit."""
 
 
 class Binary(NamedTuple):

@@ -1,0 +1,168 @@
+"""What only a GPU can prove of `pmpd.kernels.cuda` (`pytest -m gpu`): the machine code, real launches that
+overlap, graphs. `tests/sanitize_cuda.sh` runs the smaller ones under compute-sanitizer."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pmpd.kernels.cuda import emulation
+from pmpd.kernels.cuda.launch import Norm
+from pmpd.kernels.cuda.matrix import CudaMatrix, unavailable
+from pmpd.kernels.cuda.plan import BITS
+from pmpd.kernels.reference import ReferenceMatrix
+from tests import test_lean_cuda as lean
+from tests.test_kernels_cuda import error, norm_by_definition
+from tests.test_kernels_triton import TOLERANCE, activations, packed_weights
+
+CUDA = torch.device("cuda")
+
+
+def why_not() -> str | None:
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    return unavailable(CUDA, torch.float16)
+
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(why_not() is not None, reason=str(why_not()))]
+COLUMNS = (32, 288, 2048, 2912, 4096, 5632, 14336, 28672)
+"""One tile and less, ragged last tiles, chunks, more tiles than registers keep."""
+
+
+def exact(packed, x: torch.Tensor, bits: int) -> torch.Tensor:
+    y = x.double() @ ReferenceMatrix(packed, torch.float32).dequantize(bits).double().T
+    return y if packed.bias is None else y + packed.bias.to(x.dtype).double()
+
+
+@pytest.mark.parametrize("columns", COLUMNS)
+def test_errors_against_float64(columns):
+    """Both types, one and two tokens, every precision, an outlier of 3000 standard deviations; N fills no
+    tile."""
+    packed = packed_weights(1000 if columns < 10000 else 200, columns, BITS, bias=True)
+    for dtype in (torch.float16, torch.bfloat16):
+        matrix = CudaMatrix(packed, dtype)
+        for bits in BITS:
+            for tokens in (1, 2):
+                if not matrix.fits((bits,) * tokens):
+                    assert columns > 14336, "a plan is missing"
+                    continue
+                for outlier in (0.0, 3000.0):
+                    x = activations(tokens, columns, dtype=dtype, seed=bits)
+                    x[:, columns // 3] += outlier
+                    y = matrix.multiply(x, bits, "bits")
+                    off = error(y, exact(packed, x, bits))
+                    assert off < TOLERANCE[dtype] / 2, (
+                        f"{dtype}, {bits} bits, {tokens} tokens, {outlier}: {off:.1e}"
+                    )
+
+
+@pytest.mark.parametrize("bits", BITS)
+def test_the_machine_code_gives_the_bits_of_the_oracle(bits):
+    packed = packed_weights(80, 1184, (bits,), bias=True)
+    matrix = CudaMatrix(packed, torch.float16)
+    x = activations(1, 1184)
+    plan = matrix._plan((bits,))
+    codes = emulation_codes(packed, bits)
+    expected = emulation.product(
+        codes, matrix._tables[bits]["coefficients"].cpu(), x[0].cpu(), plan, bits, packed.bias.half().cpu()
+    )
+    assert torch.equal(matrix.multiply(x, bits, "bits")[0].cpu(), expected)
+
+
+def emulation_codes(packed, bits: int) -> torch.Tensor:
+    from pmpd.kernels.bitplanes import unpack
+
+    return unpack(packed.planes.cpu(), bits)
+
+
+def test_rows_of_two_precisions_in_one_launch():
+    packed = packed_weights(1000, 4096, (2, 3, 4), bias=True)
+    matrix = CudaMatrix(packed, torch.float16)
+    x = activations(2, 4096)
+    for bits in ((4, 3), (2, 4), (3, 2)):
+        y = matrix.multiply_each(x, bits)
+        for row, b in enumerate(bits):
+            assert error(y[row], exact(packed, x[row : row + 1], b)[0]) < 1e-3, f"{bits}, row {row}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_norm_and_silu_within_the_product(tokens, dtype):
+    packed = packed_weights(2 * 1008, 4096, (2, 3, 4))
+    matrix = CudaMatrix(packed, dtype)
+    x, delta = (activations(tokens, 4096, dtype=dtype, seed=s) for s in (1, 2))
+    weight = 1 + 0.1 * activations(4096, dtype=dtype, seed=3)
+    total, normed = norm_by_definition(x, delta, weight, 1e-5)
+    for bits in (2, 3, 4):
+        norm = Norm(weight, 1e-5, delta, torch.full_like(x, float("nan")))
+        y = matrix.multiply_each(x, (bits,) * tokens, norm, gated=True)
+        assert torch.equal(norm.residual, total)
+        both = exact(packed, normed, bits)
+        expected = torch.nn.functional.silu(both[:, :1008]) * both[:, 1008:]
+        assert error(y, expected) < 2 * TOLERANCE[dtype], f"{bits} bits"
+
+
+def chain(matrices: list[CudaMatrix], x: torch.Tensor, bits: int) -> torch.Tensor:
+    for matrix in matrices:
+        x = matrix.multiply(x, bits, "bits")
+    return x
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_dependent_launches_that_overlap_give_the_same_bits_a_thousand_times(bits):
+    """24 products in a row, each reading what the one in front wrote, in a graph."""
+    packed = packed_weights(4096, 4096, (2, 3, 4))
+    for table in packed.tables.values():
+        table.div_(table.float().std() * 64)  # sums of 4096 terms keep their size
+    matrix = CudaMatrix(packed, torch.float16)
+    matrices = [matrix, *(CudaMatrix(packed, torch.float16) for _ in range(23))]
+    x = activations(1, 4096)
+    eager = chain(matrices, x, bits)
+    assert eager.isfinite().all()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = chain(matrices, x, bits)
+    different = torch.zeros((), dtype=torch.int64, device=CUDA)
+    for _ in range(1000):
+        y.fill_(float("nan"))
+        graph.replay()
+        different += (y != eager).any()
+    assert different.item() == 0, "launches overlap wrongly"
+
+
+def test_a_fused_step_gives_the_logits_of_transformers():
+    lean.test_two_rows_of_two_precisions_share_the_launches_of_a_fused_step(None, None)
+
+
+@torch.inference_mode()
+def test_a_graph_of_fused_steps_gives_the_tokens_of_eager_ones():
+    from pmpd.decode.graphs import StepGraphs
+    from pmpd.weights.base import Segment
+
+    model, packed = lean.small_model(layers=2, dtype=torch.float16)
+    forward = lean.lean(model, packed, torch.float16, CudaMatrix)
+    shape = (4, lean.KV_HEADS, 64, lean.DIM)
+
+    def decode(captured: bool) -> tuple[torch.Tensor, str | None]:
+        keys, values = ([torch.zeros(shape, device=CUDA).half() for _ in range(2)] for _ in range(2))
+
+        def buffers(rows):
+            return {
+                "ids": torch.arange(rows, device=CUDA) + 3,
+                "slots": torch.arange(rows, device=CUDA),
+                "positions": torch.zeros(rows, dtype=torch.int64, device=CUDA),
+            }
+
+        def step(static, layout):
+            logits = forward(static["ids"], static["slots"], static["positions"], layout, keys, values, 64)
+            static["ids"].copy_(logits.argmax(-1))
+            static["positions"].add_(1)
+
+        graphs = StepGraphs(step, buffers, buckets=(2,), **({} if captured else {"capture": None}))
+        layout = (Segment(0, 1, 4), Segment(1, None, 3))
+        tokens = [graphs.run(2, layout)["ids"].clone() for _ in range(12)]
+        return torch.stack(tokens, 1), graphs.why_eager
+
+    (graph_tokens, why), (eager_tokens, _) = decode(True), decode(False)
+    assert why is None, f"the step was not captured: {why}"
+    assert torch.equal(graph_tokens, eager_tokens)
