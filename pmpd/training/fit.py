@@ -98,7 +98,7 @@ def loss_scale(labels: Labels, pair: int, config: TrainConfig) -> float:
     the labels have no losses."""
     if labels.losses is None:
         raise UserError(
-            "--training.objective loss: these labels say no losses; label with `pmpd label --rule kl`"
+            "--objective loss: these labels say no losses; label with `pmpd label --rule kl`"
         )
     return max(float(labels.losses[labels.rows(pair, config)["train"], pair, 0].mean()), 1e-9)
 
