@@ -32,6 +32,9 @@ PROBE_TOKENS = 32
 LOGIT_BYTES = {"cpu": 2**28, "cuda": 2**32}
 """Memory that the distributions of a batch may take, by device."""
 
+BATCH_TOKENS = {"cpu": 4096, "cuda": 2**15}
+"""Tokens of one forward, about, by device."""
+
 STATE = ("loss", "entropy", "margin", "last_entropy", "last_margin")
 """What is known of a prompt after its prefill at the highest precision: mean negative log likelihood of the
 probe's tokens, mean entropy and top-1 margin behind them, and both behind the last token alone."""
@@ -79,19 +82,22 @@ def plan_loss(curves: Mapping[int, np.ndarray], bits: np.ndarray) -> float:
 def batches(
     rows: Mapping[str, Sequence[int]],
     references: Mapping[str, Sequence[int]],
-    most_bytes: int,
     vocabulary: int,
+    device: str,
 ) -> Iterator[list[str]]:
-    """Keys in batches of like lengths, whose float32 distributions take about `most_bytes` at most."""
+    """Keys in batches of like lengths, whose float32 distributions take about `LOGIT_BYTES` and whose tokens
+    are about `BATCH_TOKENS` at most."""
+    most_bytes, most_tokens = (table.get(device, table["cpu"]) for table in (LOGIT_BYTES, BATCH_TOKENS))
     batch: list[str] = []
-    used = 0
+    used, tokens = 0, 0
     for key in sorted(rows, key=lambda key: (len(rows[key]) + len(references[key]), key), reverse=True):
         needed = 4 * vocabulary * (len(references[key]) + PROBE_TOKENS)
-        if batch and used + needed > most_bytes:
+        length = len(rows[key]) + len(references[key])
+        if batch and (used + needed > most_bytes or tokens + length > most_tokens):
             yield batch
-            batch, used = [], 0
+            batch, used, tokens = [], 0, 0
         batch.append(key)
-        used += needed
+        used, tokens = used + needed, tokens + length
     if batch:
         yield batch
 
@@ -108,7 +114,7 @@ def forced_rows(
     tokens at least. `precisions`: descending; the first is the prefill's."""
     longest = max((len(prompts[key]) + len(references[key]) for key in prompts), default=1)
     vocabulary = unquantized.model.get_input_embeddings().weight.shape[0]
-    for keys in batches(prompts, references, LOGIT_BYTES.get(model.device.type, 2**28), vocabulary):
+    for keys in batches(prompts, references, vocabulary, model.device.type):
         engine, target = (_engine(each, len(keys), longest) for each in (model, unquantized))
         whole = [
             GivenTokens(slot, 0, [*prompts[key], *references[key][:-1]], len(references[key]) - 1)

@@ -97,9 +97,7 @@ def loss_scale(labels: Labels, pair: int, config: TrainConfig) -> float:
     """Nats that an output of 1 stands for: the mean loss of class 0 on the training prompts. UserError where
     the labels have no losses."""
     if labels.losses is None:
-        raise UserError(
-            "--objective loss: these labels say no losses; label with `pmpd label --rule kl`"
-        )
+        raise UserError("--objective loss: these labels say no losses; label with `pmpd label --rule kl`")
     return max(float(labels.losses[labels.rows(pair, config)["train"], pair, 0].mean()), 1e-9)
 
 
