@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -11,6 +13,16 @@ from pmpd import PMPDForCausalLM
 from tests.helpers import write_anyprec, write_dense
 
 torch.set_num_threads(min(2, torch.get_num_threads()))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_ray_stays() -> Iterator[None]:
+    """A file that leaves a Ray behind fails itself, not the next one that starts one."""
+    yield
+    ray = sys.modules.get("ray")
+    if ray is not None and ray.is_initialized():
+        ray.shutdown()
+        pytest.fail("this file left a Ray connected: end it with ray.shutdown()")
 
 
 @pytest.fixture(scope="session")

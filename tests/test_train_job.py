@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import ray
 import torch
 import tyro
 from ray import tune
@@ -35,6 +34,7 @@ from pmpd.schedulers.kv_cache import KVCacheScheduler
 from pmpd.training.config import TrainConfig
 from pmpd.training.data import features_from_table
 from pmpd.training.fit import DivergedError, TrainState
+from tests import ray_sessions
 
 from .test_training import DIM, made_up
 
@@ -75,9 +75,8 @@ def dataset(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def local_ray():
-    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    yield
-    ray.shutdown()
+    with ray_sessions.local_ray(2):
+        yield
 
 
 def test_collate_keeps_the_ragged_rows_exactly(dataset):
