@@ -14,8 +14,6 @@ from pmpd.decode.requests import Completion, Fork, Request, TokenEvent
 from pmpd.schedulers.chain import class_steps
 from tests.helpers import ARCHITECTURES, write_dense
 
-CHAINS = [(4, 3), (4, 3, 2), (4, 2)]
-
 
 def random_prompts(count: int, longest: int, seed: int = 0) -> list[list[int]]:
     """Lengths from 1 to `longest`, both included; token 256 (end of sequence) occurs inside prompts."""
@@ -57,7 +55,11 @@ def assert_equals_oracle(model, prompts, scheduler, new_tokens, completions):
         assert expanded(completion) == truth.bits, f"row {i}: the precision trace differs"
 
 
-@pytest.mark.parametrize("chain", CHAINS, ids=str)
+@pytest.mark.parametrize(
+    "chain",
+    [(4, 3, 2), *(pytest.param(chain, marks=pytest.mark.slow) for chain in [(4, 3), (4, 2)])],
+    ids=str,
+)
 @pytest.mark.parametrize("name", ["static", "random", "confidence"])
 @pytest.mark.parametrize("batch", [1, 3, 16])
 def test_engine_equals_oracle(anyprec_model, name, chain, batch):

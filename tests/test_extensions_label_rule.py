@@ -8,7 +8,6 @@ from pmpd import storage
 from pmpd.cli.flags.label import LabelJob
 from pmpd.cli.label import main
 from pmpd.labeling.rule import RULES, LabelRule
-from tests.ray_sessions import local_ray
 
 
 def as_long(trajectory, reference):
@@ -27,10 +26,9 @@ def test_a_rule_of_another_package_labels_prompts(monkeypatch, dense_folder, any
         rule="as_long",
         output_dir=str(tmp_path / "out"),
         kernel="reference",
-        num_workers=1,
+        num_workers=0,
     )
-    with local_ray(1):
-        main(job, Console(quiet=True))
+    main(job, Console(quiet=True))
     labels = storage.join(job.output_dir, "labels")
     assert storage.read_manifest(labels)["config"]["rule"] == "as_long/3/v7"
     rows = storage.read_table(labels).to_pylist()

@@ -437,7 +437,8 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-@pytest.mark.parametrize("cpus", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("cpus", [1, 2])
 def test_as_a_submitted_job_on_a_small_head(cpus, tmp_path):
     """The working directory is all that travels; one CPU must be enough, and a failing script must fail the
     submission."""

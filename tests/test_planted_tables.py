@@ -145,7 +145,8 @@ def test_arrow_files_are_refused_likewise(tmp_path, planted, kind, capsys):
         sink.write_table(table)
     if mark.exists():
         mark.rmdir()
-    assert run_command(["label", "--dataset", str(path), "--output-dir", str(tmp_path / "out")]) == 1
+    flags = ["--dataset", str(path), "--output-dir", str(tmp_path / "out"), "--num-workers", "0"]
+    assert run_command(["label", *flags]) == 1
     assert NAME in capsys.readouterr().err
     assert not mark.exists()
 
