@@ -258,10 +258,10 @@ def test_all_commands_work_on_s3_and_no_secret_is_printed_or_stored(bucket, tmp_
         ["train", "--data-path", labels, "--output-dir", bucket.uri("train"), "--num-train-epochs", "1"],
         ["generate", "--model-path", quantized, "--reference-model-path", dense, "--precisions", "4,2",
          "--output-dir", bucket.uri("generate"), f"--classifier-path={bucket.uri('train/scheduler')}",
-         "--question-end", "2", "--max-new-tokens", "8", "--num-workers", "1",
+         "--question-end", "2", "--max-new-tokens", "8", "--num-workers", "0",
          "--schedulers", "fp,uniform,kv_cache"],
         ["report", "--inputs", bucket.uri("generate"), "--output-dir", bucket.uri("report"),
-         "--resamples", "50"],
+         "--resamples", "100"],
         ["inspect", labels],
     ]  # fmt: skip
     with local_ray(num_cpus=2):

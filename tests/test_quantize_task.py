@@ -107,7 +107,7 @@ def test_another_worker_goes_on_where_one_was_killed(task, dense_folder, tmp_pat
             killed.append(pid)
 
     with local_ray(num_cpus=2):
-        thread = threading.Thread(target=kill)
+        thread = threading.Thread(target=kill, daemon=True)
         thread.start()
         summary = main(job, Console(quiet=True))
         thread.join()

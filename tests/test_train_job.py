@@ -234,9 +234,10 @@ def test_a_checkpoint_of_a_worker_with_a_gpu_is_read_without_one(monkeypatch):
 
 def test_the_job_writes_an_artefact_that_schedules_and_a_second_run_returns_it(dataset, tmp_path, local_ray):
     job = TrainJob(dataset, str(tmp_path), precisions="4,3,2", training=CONFIG)
-    started = time.monotonic()
+    started, handler = time.monotonic(), signal.getsignal(signal.SIGINT)
     metrics = main(job)
     took = time.monotonic() - started
+    assert signal.getsignal(signal.SIGINT) is handler, "Ray Train's would start a Ray at the next Ctrl-C"
     folder = tmp_path / "scheduler"
     names = {
         "classifier_4_3.safetensors",

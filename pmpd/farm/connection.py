@@ -64,7 +64,7 @@ def _start() -> None:
     from pmpd.farm import ray_private
 
     try:
-        with _own_signals(), ray_private.loopback_only():
+        with own_signals(), ray_private.loopback_only():
             ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **QUIET)
     except (OSError, ValueError, RuntimeError) as error:
         if "AF_UNIX" in str(error) or "path length" in str(error):
@@ -101,7 +101,7 @@ def _join(address: str, told: str) -> None:
     from ray.exceptions import RayError
 
     try:
-        with _own_signals():
+        with own_signals():
             ray.init(address=address, **QUIET)
     except (ConnectionError, RayError, ValueError, RuntimeError) as error:
         if "AuthenticationError" in f"{error!r} {error.__cause__}":
@@ -136,8 +136,9 @@ def _line(error: BaseException, limit: int = 300) -> str:
 
 
 @contextmanager
-def _own_signals() -> Iterator[None]:
-    """Ray puts handlers of its own in the place of this process's, which end it with a trace."""
+def own_signals() -> Iterator[None]:
+    """Puts this process's handlers back afterwards: Ray's own end it with a trace, and Ray Train's starts a
+    Ray to tell a controller that has long ended."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

@@ -34,6 +34,7 @@ from ray.tune.search.optuna import OptunaSearch
 from pmpd import storage
 from pmpd.errors import UserError
 from pmpd.farm.capacity import autoscaler_present
+from pmpd.farm.connection import own_signals
 from pmpd.training.config import TrainConfig
 from pmpd.training.data import Features, Labels, features_from_table, join_features, labels_from_table
 from pmpd.training.fit import DivergedError, TrainState, Workers, train
@@ -283,7 +284,8 @@ def fit(
     # The controller passes on a checkpoint when it looks at the workers; at Ray's 2 s an epoch of a small
     # dataset waits for that.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.2")
-    result = trainer.fit()
+    with own_signals():
+        result = trainer.fit()
     assert result.checkpoint is not None
     assert result.metrics is not None
     if "diverged" in result.metrics:
@@ -392,7 +394,8 @@ def search(
                 callbacks=[found],
             ),
         )
-        results = tuner.fit()
+        with own_signals():
+            results = tuner.fit()
         if not found.trials:
             raise UserError(f"--tune {trials}: every trial failed; the first says: {results.errors[0]}")
     found.complete = True
