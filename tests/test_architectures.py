@@ -189,6 +189,29 @@ def foreign(tensors: dict) -> dict:
     return {k: (v * 8).to(torch.float8_e4m3fn) if "_proj" in k else v for k, v in tensors.items()}
 
 
+def scaled(tensors: dict) -> dict:
+    """Quantized values stored as floating point numbers: only the names tell."""
+    return tensors | {f"{k}_scale": torch.ones(1) for k in tensors if "_proj" in k}
+
+
+@pytest.mark.parametrize(
+    ("change", "settings", "told"),
+    [
+        (scaled, None, r"q_proj\.weight has .*q_proj\.weight_scale beside it: another tool quantized it"),
+        (None, {"load_in_4bit": True}, "quant_method is 'bitsandbytes'"),
+        (None, {"load_in_8bit": True}, "quant_method is 'bitsandbytes'"),
+    ],
+)
+def test_what_does_not_say_who_quantized_it_is_refused_too(tmp_path, change, settings, told):
+    folder = saved(architecture("llama"), tmp_path)
+    if change is not None:
+        rewrite(folder, change)
+    if settings is not None:
+        edit(folder, quantization_config=settings)
+    with pytest.raises(ValueError, match=told):
+        PMPDForCausalLM(folder)
+
+
 @pytest.mark.parametrize("method", ["fp8", "compressed-tensors", "awq", "bitsandbytes", None])
 def test_what_another_tool_quantized_is_refused_by_name(tmp_path, method):
     folder = saved(architecture("llama"), tmp_path)

@@ -11,6 +11,7 @@ end first: 32 values fill b words, and for b = 3 two of them straddle a word bou
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +56,17 @@ def settings_of(checkpoint: Checkpoint) -> dict[str, Any] | None:
     return settings
 
 
+def _method(settings: Mapping[str, Any]) -> str:
+    """Who quantized it. Old writers of GPTQ and of bitsandbytes do not say."""
+    by_name = settings.get("quant_method") or settings.get("method")
+    unnamed = "bitsandbytes" if {"load_in_4bit", "load_in_8bit"} & set(settings) else "gptq"
+    return str(by_name or unnamed)
+
+
 def _check(folder: Path, settings: dict[str, Any]) -> None:
     """ValueError naming a setting that can't be read, of the checkpoint or of one module."""
     for name, value, allowed in (
-        ("quant_method", settings.get("quant_method") or settings.get("method") or "gptq", ("gptq",)),
+        ("quant_method", _method(settings), ("gptq",)),
         ("bits", settings.get("bits"), BITS),
         ("checkpoint_format", _format(settings), FORMATS),
     ):

@@ -14,6 +14,8 @@ from pmpd.weights.checkpoint import Checkpoint, one_line
 from pmpd.weights.naming import NamedTensors
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_SCALES = ("_scale", "_scale_inv", "_zero_point", ".absmax", ".quant_map")
+"""What tools that quantize store beside a weight: without it the weight is another one."""
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts", "num_moe_experts")
 """What configs call the number of experts of a mixture."""
 
@@ -152,6 +154,12 @@ def fill(model: PreTrainedModel, tensors: NamedTensors, dtype: torch.dtype | Non
         if parameter.is_floating_point() and tensor.dtype not in _FLOATS:
             kind = str(tensor.dtype).removeprefix("torch.")
             problems.append(f"{name} is {kind}: another tool quantized it; give the unquantized model")
+            continue
+        scale = next((name + suffix for suffix in _SCALES if name + suffix in names), None)
+        if scale is not None:
+            problems.append(
+                f"{name} has {scale} beside it: another tool quantized it; give the unquantized model"
+            )
             continue
         module_name, _, attribute = name.rpartition(".")
         model.get_submodule(module_name)._parameters[attribute] = nn.Parameter(
