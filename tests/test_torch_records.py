@@ -21,6 +21,7 @@ from pmpd.cli.given_labels import labels_of_file
 from pmpd.cli.label import main as label
 from pmpd.cli.train import main as train
 from pmpd.errors import UserError
+from pmpd.farm.options import FarmOptions
 from pmpd.farm.train import read_labels
 from pmpd.labeling.prompts import PromptConfig, make_prompts, records
 from pmpd.labeling.torch_records import TorchRecords, features_of, labels_of, token_ids
@@ -253,17 +254,27 @@ def test_a_second_stage_file_with_features_is_a_labels_dataset(labelled, tmp_pat
         labels_of_file(replace(job, num_heads=2), output, Console(quiet=True))
 
 
-@pytest.mark.slow
-def test_a_second_stage_file_without_features_trains(labelled, tmp_path, anyprec_folder):
-    """The model's prefills on the farm give the features that a label run has."""
+def test_prefills_give_the_features_that_a_label_run_has(labelled, tmp_path, anyprec_folder):
     path, output = str(tmp_path / "second.pt"), tmp_path / "out"
     second_stage(labelled[0], path, features=False)
     job = replace(TRAINING, data_path=path, output_dir=str(output))
-    with pytest.raises(UserError, match="no KV features; give --model-path"):
+    with pytest.raises(UserError, match="fields input_ids, label, no KV features; give --model-path"):
         train(job)
+    job = replace(job, model_path=str(anyprec_folder()))
+    options = FarmOptions(num_workers=0, unit_rows=16)
+    source = labels_of_file(job, str(output), Console(quiet=True), options)
+    assert source.num_heads == 2
+    assert source.model_fingerprint, "features of a model are bound to that model"
+    same_as(source.path, labelled[0])
+
+
+@pytest.mark.slow
+def test_a_second_stage_file_trains(labelled, tmp_path, anyprec_folder):
+    path, output = str(tmp_path / "second.pt"), tmp_path / "out"
+    second_stage(labelled[0], path, features=False)
+    job = replace(TRAINING, data_path=path, output_dir=str(output), model_path=str(anyprec_folder()))
     with local_ray(2):
-        train(replace(job, model_path=str(anyprec_folder())))
-    same_as(output / "labels", labelled[0])
+        train(job)
     load_artefact(output, [(3, 2)], dim=16, num_heads=2)
     config = json.loads((output / "scheduler" / "config.json").read_text())
     assert config["model_fingerprint"], "features of a model are bound to that model"

@@ -28,13 +28,20 @@ Pairs = list[tuple[int, int]] | None
 _ROWS_PER_SHARD = 256
 
 
-def labels_of_file(job: TrainJob, output: str, console: Console) -> LabelSource:
+def labels_of_file(
+    job: TrainJob, output: str, console: Console, options: farm.FarmOptions | None = None
+) -> LabelSource:
     """The labels of the .pt file `job.data_path` as a dataset in `output`, made unless it is there. KV
-    features are the file's, or those of prefills by `job.model_path`. UserError, with the cure, where the
-    file lacks something."""
+    features are the file's, or those of prefills by `job.model_path`, spread by `options`. UserError, with
+    the cure, where the file lacks something."""
     source = TorchRecords.read(job.data_path, "--data-path")
     pairs = pairs_of(parse_chain(job.precisions)) if job.precisions else None
     features = _first_features(source)
+    if features is None and job.model_path is None:
+        raise UserError(
+            f"--data-path {job.data_path}: {source.told}, no KV features; give --model-path of the "
+            f"quantized model that the labels are of, which makes them"
+        )
     made_from = "its KV features" if features else f"KV features by prefills of {job.model_path}"
     told = f"{job.data_path}: {source.told}; {made_from}"
     unused = source.unused()
@@ -46,7 +53,8 @@ def labels_of_file(job: TrainJob, output: str, console: Console) -> LabelSource:
     }
     dataset = storage.join(output, "labels")
     if features is None:
-        return _with_prefills(source, job, pairs, dataset, identity)
+        options = options or farm.FarmOptions(unit_rows=farm.batch_of("auto")[1])
+        return _with_prefills(source, job, pairs, dataset, identity, options)
     heads = job.num_heads or features.heads or _heads_of(job)
     width = features.keys.shape[1]
     counts = storage.write_dataset(
@@ -83,14 +91,15 @@ def _heads_of(job: TrainJob) -> int:
 
 
 def _with_prefills(
-    source: TorchRecords, job: TrainJob, pairs: Pairs, dataset: str, identity: dict[str, Any]
+    source: TorchRecords,
+    job: TrainJob,
+    pairs: Pairs,
+    dataset: str,
+    identity: dict[str, Any],
+    options: farm.FarmOptions,
 ) -> LabelSource:
     source.require("token ids", IDS, "save the prompts with them")
-    if job.model_path is None:
-        raise UserError(
-            f"--data-path {job.data_path}: {source.told}, no KV features; give --model-path of the "
-            f"quantized model that the labels are of, which makes them"
-        )
+    assert job.model_path is not None
     highest = max(high for high, _ in pairs or list(labels_of(source.records[0], None)))
     spec = ModelSpec(job.model_path, job.model_path.endswith(".json"), (highest,))
     checkpoint = spec.open()
@@ -107,8 +116,6 @@ def _with_prefills(
         rows_per_shard=4 * _ROWS_PER_SHARD,
         row_group_rows=64,
     )
-    slots, unit_rows = farm.batch_of("auto")
-    options = farm.FarmOptions(unit_rows=unit_rows)
     farm.connect(options)
-    farm.run(FeatureTask(spec, slots, RULE), {"prompts": prompts}, dataset, identity, options)
+    farm.run(FeatureTask(spec, None, RULE), {"prompts": prompts}, dataset, identity, options)
     return LabelSource.open(dataset, job.num_heads)

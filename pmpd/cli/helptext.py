@@ -24,9 +24,8 @@ def with_paragraphs(flags: type) -> type:
     texts, hints = _texts(flags), typing.get_type_hints(flags, include_extras=True)
     annotations = dict(hints)
     for field in fields(flags):
-        hint, kind, marks = hints[field.name], hints[field.name], ()
-        if typing.get_origin(hint) is Annotated:
-            kind, *marks = typing.get_args(hint)
+        hint = hints[field.name]
+        kind, *marks = typing.get_args(hint) if typing.get_origin(hint) is Annotated else (hint,)
         if is_dataclass(kind):
             with_paragraphs(typing.cast(type, kind))
             continue

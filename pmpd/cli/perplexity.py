@@ -98,4 +98,4 @@ def _write(config: PerplexityJob, found: dict[int, Perplexity], window: int, str
         "head_bits": config.head_bits,
     }
     assert config.output is not None
-    Path(config.output).write_text(json.dumps(content, indent=1) + "\n")
+    Path(config.output).write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -88,7 +88,7 @@ class Checkpoint:
         """The object in a file of the folder. ValueError where it holds none."""
         path = self.folder / name
         try:
-            content = json.loads(path.read_text())
+            content = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UserError(
                 f"checkpoint file {path} can't be read: {error}; copy it again from where the checkpoint is "

@@ -42,7 +42,7 @@ class MultiCheckpoint(Checkpoint):
     def __init__(self, file: str | Path, trust_remote_code: bool = False) -> None:
         self.file = Path(file)
         try:
-            entries = json.loads(self.file.read_text())
+            entries = json.loads(self.file.read_text(encoding="utf-8"))
             base = entries.pop("model_path")
             paths = {int(bits): path for bits, path in entries.items()}
             if not all(isinstance(path, str) for path in (base, *paths.values())):
