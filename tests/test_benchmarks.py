@@ -18,10 +18,9 @@ from pmpd.benchmarks.conversation import (
     choose_template,
     render,
     stops,
+    template_names,
     template_note,
 )
-
-DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
 
 RECORDS = {
     "mt_bench": {"question_id": 81, "category": "writing", "turns": ["Write a poem.", "Now make it rhyme."]},
@@ -85,15 +84,6 @@ def test_dialogsum_reads_the_csv_that_is_published(tmp_path: Path) -> None:
     path.write_text("id,dialogue,summary,topic\ntest_0,only two\n")
     with pytest.raises(ValueError, match=r"test\.csv:2: 2 columns in place of 4"):
         load_questions(get_benchmark("dialogsum"), question_file=path)
-
-
-@pytest.mark.skipif(not DATA.is_dir(), reason="the shared test data is not here")
-def test_the_real_mt_bench_has_80_questions_of_two_turns() -> None:
-    questions = load_questions(get_benchmark("mt_bench"), question_file=DATA / "mt_bench_question.jsonl")
-    assert len(questions) == 80
-    assert {len(question.turns) for question in questions} == {2}
-    assert len({question.category for question in questions}) == 8
-    assert [question.key for question in questions] == [str(number) for number in range(81, 161)]
 
 
 def test_ids_do_not_depend_on_order_or_range_and_differ_between_splits_and_benchmarks(tmp_path: Path) -> None:
@@ -288,7 +278,17 @@ def test_the_second_prompt_contains_the_first_answer_in_the_models_own_template(
         ), template
     assert render("vicuna_v1.1", turns, answers).endswith("USER: Second question? ASSISTANT:")
     assert render(PLAIN, turns, answers) == "First question?\n\nMY ANSWER\n\nSecond question?\n\n"
+    assert render(PLAIN, turns, [""]) == "First question?\n\nSecond question?\n\n", "an empty answer is none"
     assert render("raw", turns[:1], []) == "First question?"
+
+
+def test_plain_text_needs_no_fastchat_and_another_template_says_so_before_any_row(monkeypatch):
+    monkeypatch.setitem(sys.modules, "fastchat.conversation", None)
+    template_names.cache_clear()
+    assert render(choose_template("demo"), ["A question?"], []) == "A question?\n\n"
+    assert choose_template("vicuna-7b", override=PLAIN) == PLAIN
+    with pytest.raises(ModuleNotFoundError, match="fastchat"):
+        choose_template("vicuna-7b")
 
 
 # What FastChat 0.2.36's get_conversation_template answers for these ids.

@@ -96,6 +96,16 @@ def test_only_a_user_error_loses_its_traceback(failing, capsys):
         main(["inspect", "x"])
 
 
+def test_a_package_of_an_extra_that_is_not_installed_is_named_with_the_extra(failing, capsys):
+    failing(ModuleNotFoundError("No module named 'sacrebleu.metrics'", name="sacrebleu.metrics"))
+    assert main(["inspect", "x"]) == 1
+    told = capsys.readouterr().err
+    assert "pmpd inspect: this needs the package sacrebleu; pip install 'pmpd[eval]'" in told
+    failing(ModuleNotFoundError("No module named 'pmpd.nothing'", name="pmpd.nothing"))
+    with pytest.raises(ModuleNotFoundError, match=r"pmpd\.nothing"):
+        main(["inspect", "x"])
+
+
 def test_a_stopped_command_says_what_is_kept(failing, capsys, monkeypatch):
     failing(KeyboardInterrupt())
     command = COMMANDS["inspect"]

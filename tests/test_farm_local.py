@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -291,12 +292,23 @@ def test_a_run_leaves_a_summary_of_what_it_cost(work, tmp_path):
     assert len(read_summary(str(tmp_path / "out"))["runs"]) == 2, "a run that did nothing is none"
 
 
-def test_progress_is_a_bar_in_a_terminal():
+def test_progress_is_a_bar_that_fits_its_terminal(monkeypatch):
+    """Written over with a carriage return, a line longer than the terminal would leave a trail of itself."""
+    for name, value in {"TERM": "xterm", "COLUMNS": "60", "NO_COLOR": "1", "TTY_INTERACTIVE": "1"}.items():
+        monkeypatch.setenv(name, value)
     stream = io.StringIO()
     stream.isatty = lambda: True  # type: ignore[method-assign]
     progress = Progress("labels", total=4, done=2, errors=0, stream=stream)
+    progress.note = "waiting for a node of the autoscaler"
     progress.tick(force=True)
-    assert stream.getvalue().startswith("\rlabels " + "█" * 12 + "░" * 12 + " 2/4 rows")
+    progress.say("a worker could not start on [10.0.0.1]")
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", stream.getvalue())
+    assert shown.lstrip("\r").startswith("labels ━━━━━━━━━━━━")
+    assert "".join(progress.line().split()) in re.sub("[━╸╺ \n\r]|labels:? ", "", shown), (
+        "all of the line is there"
+    )
+    assert max(map(len, shown.splitlines())) <= 60
+    assert "labels: a worker could not start on [10.0.0.1]" in shown, "no markup"
 
 
 def test_long_prompts_go_first_and_no_worker_is_left_out(tmp_path):

@@ -22,7 +22,6 @@ from pmpd.storage import keys
 from pmpd.weights.model_spec import ModelSpec
 from tests.helpers import byte_tokenizer
 
-WIKITEXT = Path(__file__).parents[2] / "shared" / "data" / "wikitext2_valid.c4.json.gz"
 TEXTS = ["one " * 30, "two " * 100, "three " * 400, "four"]
 
 
@@ -239,14 +238,6 @@ def test_demo_prompts_are_held_out_documents_long_enough_to_continue(tokenizer):
     assert len({row["source"].split("/")[0] for row in rows}) > 10, (
         "a small size must be a sample, not the first documents"
     )
-
-
-@pytest.mark.skipif(not WIKITEXT.exists(), reason="no test data beside the repository")
-def test_real_text_in_the_schema_of_c4(tokenizer):
-    rows = made(tokenizer, WIKITEXT, size=10**6, max_prompt_tokens=2048)
-    assert len(rows) == 596
-    assert not any(row["error"] for row in rows)
-    assert rows[3]["source"] == "wikitext2_valid.c4.json.gz:4"
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ FastChat's in a test.
 from __future__ import annotations
 
 import functools
+import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -73,8 +74,7 @@ def choose_template(model_id: str, tokenizer: Any = None, override: str | None =
     UserError for an unknown override, or one that this tokenizer can't serve.
     """
     if override is not None:
-        known = template_names()
-        if override not in known:
+        if override not in (PLAIN, TOKENIZER) and override not in (known := template_names()):
             raise UserError(f"--template {override}: known are {', '.join(known)}")
         if override == TOKENIZER and tokenizer is not None and not getattr(tokenizer, "chat_template", None):
             raise UserError(
@@ -83,7 +83,10 @@ def choose_template(model_id: str, tokenizer: Any = None, override: str | None =
         return override
     if getattr(tokenizer, "chat_template", None):
         return TOKENIZER
-    return _by_model_id(model_id) or PLAIN
+    template = _by_model_id(model_id) or PLAIN
+    if template != PLAIN:
+        template_names()  # without FastChat it fails here, and not in every row of every worker
+    return template
 
 
 def template_note(template: str, model_id: str, override: str | None) -> str:
@@ -124,6 +127,9 @@ def render(template: str, turns: Sequence[str], answers: Sequence[str], tokenize
             if answer is not None:
                 messages.append({"role": "assistant", "content": answer})
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    if template == PLAIN:
+        said = itertools.chain.from_iterable(zip(turns, [*answers, ""], strict=True))
+        return "".join(f"{text}\n\n" for text in said if text)
     conversation = _conversation(template)
     for turn, answer in zip(turns, [*answers, None], strict=True):
         conversation.append_message(conversation.roles[0], turn)
@@ -147,10 +153,6 @@ def stops(template: str, tokenizer: Any = None) -> Stops:
 
 
 def _conversation(template: str) -> Any:
-    from fastchat.conversation import Conversation, SeparatorStyle, get_conv_template
+    from fastchat.conversation import get_conv_template
 
-    if template == PLAIN:
-        return Conversation(
-            name=PLAIN, roles=("", ""), messages=[], sep_style=SeparatorStyle.NO_COLON_SINGLE, sep="\n\n"
-        )
     return get_conv_template(template)

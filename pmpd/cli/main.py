@@ -73,6 +73,17 @@ _FLAGS = {"slots": "--batch-size", "unit_rows": "--batch-size"}
 """Names in the library's messages that are flags under another name."""
 
 
+_EXTRAS = {
+    "ray": "farm",
+    "optuna": "train",
+    "matplotlib": "eval",
+    "jinja2": "eval",
+    "fastchat": "eval",
+    "sacrebleu": "eval",
+}
+"""Packages that `pip install pmpd` alone does not bring, and the extra that does."""
+
+
 class Terminated(KeyboardInterrupt):
     """SIGTERM, which ends a command as Ctrl-C does."""
 
@@ -159,6 +170,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         told = str(error) if config is None else in_flags(str(error), config)
         print(f"error: {_without_secrets([told], redact=True)[0]}", file=sys.stderr)
+        return 1
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing not in _EXTRAS:
+            raise
+        extra = "train" if name == "train" else _EXTRAS[missing]
+        cure = f"pip install 'pmpd[{extra}]', or 'pmpd[all]'"
+        print(f"error: pmpd {name}: this needs the package {missing}; {cure}", file=sys.stderr)
         return 1
     except KeyboardInterrupt as stop:
         again = f"; {command.kept}: run the same command again to go on" if command.kept else ""

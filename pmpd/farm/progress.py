@@ -8,6 +8,11 @@ from collections import Counter
 from collections.abc import Callable
 from typing import TextIO
 
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn
+from rich.progress import Progress as Bar
+from rich.table import Column
+
 from pmpd.farm.task import Beat, UnitResult
 
 Publish = Callable[[dict[str, float], Counter[int]], None]
@@ -40,8 +45,19 @@ class Progress:
         self.note = ""
         self._most_forwards = most_forwards
         self._publish = publish
-        self._stream = sys.stderr if stream is None else stream
-        self._every = 0.5 if self._stream.isatty() else every
+        self._console = Console(file=sys.stderr if stream is None else stream, highlight=False, markup=False)
+        self._bar: Bar | None = None
+        if self._console.is_terminal:
+            every = 0.5
+            self._bar = Bar(
+                TextColumn(stage),
+                BarColumn(24),
+                TextColumn("{task.fields[line]}", markup=False, table_column=Column(no_wrap=False)),
+                console=self._console,
+                auto_refresh=False,
+            )
+            self._task = self._bar.add_task(stage, total=total, completed=done, line="")
+        self._every = every
         self._first_ready: float | None = None
         self._last = time.monotonic()
         self._last_published = 0.0
@@ -121,17 +137,14 @@ class Progress:
         if now - self._last < self._every and not force:
             return
         self._last = now
-        if self._stream.isatty():
-            filled = int(24 * self.done / max(self.total, 1))
-            self._stream.write(
-                f"\r{self.stage} {'█' * filled}{'░' * (24 - filled)} {self.line()}\x1b[K"
-                + ("\n" if force else "")
-            )
-        else:
-            self._stream.write(f"{self.stage}: {self.line()}\n")
-        self._stream.flush()
+        if self._bar is None:
+            self._console.print(f"{self.stage}: {self.line()}", soft_wrap=True)
+            return
+        self._bar.start()
+        self._bar.update(self._task, completed=self.done, total=self.total, line=self.line(), refresh=True)
+        if force:
+            self._bar.stop()
 
     def say(self, text: str) -> None:
         """A line of its own, for what a person should know."""
-        self._stream.write(("\r\x1b[K" if self._stream.isatty() else "") + f"{self.stage}: {text}\n")
-        self._stream.flush()
+        self._console.print(f"{self.stage}: {text}", soft_wrap=True)
