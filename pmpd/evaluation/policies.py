@@ -40,7 +40,7 @@ def hull_mix(
     outcomes = {}
     found = []
     for target in targets:
-        first, second, share = mix_for(train_bits_K[hull], target)
+        first, second, share = mix_for(train_bits_K[hull].tolist(), target)
         for at in (first, second):
             if at not in outcomes:
                 outcomes[at] = test(int(hull[at]))
@@ -79,7 +79,7 @@ def random_plan(train: CurveSet, test: CurveSet, targets: Sequence[float], seed:
     rows = np.arange(len(test))
     found = []
     for target in targets:
-        first, second, share = mix_for(means, target)
+        first, second, share = mix_for(means.tolist(), target)
         chosen = np.where(draws < share, second, first)
         found.append(Outcome(test_loss[rows, chosen], test_bits[rows, chosen], test.forwards))
     return found
@@ -124,7 +124,7 @@ def by_prediction(
     test_loss, test_bits = chosen(test)
     found = []
     for target in targets:
-        a, b, share = mix_for(bits_K, target)
+        a, b, share = mix_for(bits_K.tolist(), target)
         ends = [Outcome(test_loss[:, first[k]], test_bits[:, first[k]], test.forwards) for k in (a, b)]
         found.append(Outcome.mix(ends[0], ends[1], share))
     return found
