@@ -15,7 +15,7 @@ import numpy as np
 from pmpd.evaluation.curve_set import CurveSet, Outcome
 from pmpd.evaluation.policies import MULTIPLIERS, Policy, hull_mix, ridge
 
-QUANTILES = (0.2, 0.35, 0.5, 0.65, 0.8, 0.9, 0.97)
+QUANTILES = (0.2, 0.4, 0.6, 0.8, 0.95)
 """Of the doubt on the training prompts: where thresholds are tried."""
 
 
@@ -64,7 +64,7 @@ def settings_of(train: CurveSet) -> list[Thresholds]:
         values = tables[:, 0][train.valid]
         marks = np.quantile(values, QUANTILES)
         pairs = list(itertools.combinations_with_replacement(marks.tolist(), 2))
-        for (low, high), patience, hold in itertools.product(pairs, (1, 2, 4), (1, 4)):
+        for (low, high), patience, hold in itertools.product(pairs, (1, 2), (1, 4)):
             found.append(Thresholds(signal, low, high, patience, hold))
     return found
 
@@ -169,12 +169,12 @@ def online_regression(train: CurveSet, test: CurveSet, targets: Sequence[float],
     """Before every forward the precision of least predicted loss + multiplier x bits, from the entropy and
     margin so far and the prompt's features."""
     model = NextLoss.fit(train)
-    outcomes = [train.outcome(follow_prediction(train, model, each)) for each in MULTIPLIERS[::2]]
+    outcomes = [train.outcome(follow_prediction(train, model, each)) for each in MULTIPLIERS[::4]]
     means = np.asarray([(outcome.mean_bits, outcome.mean_loss) for outcome in outcomes])
     return hull_mix(
         means[:, 0],
         means[:, 1],
-        lambda k: test.outcome(follow_prediction(test, model, MULTIPLIERS[::2][k])),
+        lambda k: test.outcome(follow_prediction(test, model, MULTIPLIERS[::4][k])),
         targets,
     )
 
