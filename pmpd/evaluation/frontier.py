@@ -92,7 +92,9 @@ class StaticFrontier:
         self.bits = np.asarray([outcome.mean_bits for outcome in points])
         self.loss = np.asarray([outcome.mean_loss for outcome in points])
         means = [resampling.means(outcome) for outcome in points]
-        self._loss_GR, self._bits_GR = (np.stack(part) for part in zip(*means, strict=True))
+        loss_GR, bits_GR = (np.stack(part) for part in zip(*means, strict=True))
+        order = bits_GR.argsort(0)  # of neighbours in a resample; interpolation needs rising bits
+        self._loss_GR, self._bits_GR = (np.take_along_axis(t, order, axis=0) for t in (loss_GR, bits_GR))
 
     def at(self, bits: float) -> float:
         return float(np.interp(bits, self.bits, self.loss))
