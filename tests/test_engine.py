@@ -11,6 +11,7 @@ from pmpd import PMPDForCausalLM, Scheduler
 from pmpd.decode import oracle
 from pmpd.decode.engine import Engine
 from pmpd.decode.requests import Completion, Fork, Request, TokenEvent
+from pmpd.decode.slots import SlotCache
 from pmpd.schedulers.chain import class_steps
 from tests.helpers import ARCHITECTURES, write_dense
 
@@ -154,8 +155,8 @@ def test_precision_never_rises_and_each_pair_switches_by_itself(anyprec_model):
         assert completion.precision_trace == [(4, 4), (3, 5), (2, 11)]
 
 
-@pytest.mark.parametrize("slots", [1, 2, 9, 40])
-def test_forks_equal_the_trajectories_decoded_alone(anyprec_model, slots):
+@pytest.mark.parametrize(("slots", "sync_every"), [(1, 1), (2, 8), (9, 1), (40, 3)])
+def test_forks_equal_the_trajectories_decoded_alone(anyprec_model, slots, sync_every):
     model = anyprec_model("llama")
     new_tokens = 25
     h = class_steps(new_tokens)
@@ -172,7 +173,8 @@ def test_forks_equal_the_trajectories_decoded_alone(anyprec_model, slots):
         for i, p in enumerate(prompts)
     ]
     eos = frozenset(range(0, 258, 40))  # some rows end early, before some of their forks begin
-    completions = {c.key: c for c in Engine(model.model, slots, 80).run(requests, scheduler, 4, eos)}
+    engine = Engine(model.model, slots, 80, sync_every)
+    completions = {c.key: c for c in engine.run(requests, scheduler, 4, eos)}
     assert len(completions) == 7 * len(prompts)
     assert any(c.finish_reason == "eos" for c in completions.values())
     for i, prompt in enumerate(prompts):
@@ -296,3 +298,20 @@ def test_kv_features_are_the_mean_over_heads_of_the_last_layer(anyprec_model):
     torch.testing.assert_close(
         torch.from_numpy(completion.features[0]).float(), expected, atol=2e-3, rtol=2e-3
     )
+
+
+def test_copied_slots_hold_the_beginning_of_their_sources_in_every_layer():
+    """Layers that are alike lie in one block, another shape in one of its own; nobody else's slot changes."""
+    cache = SlotCache(slots=5, length=7, layers_together=3)
+    for layer, heads in enumerate((2, 2, 1)):
+        cache.allocate(layer, torch.zeros(1, heads, 4), torch.zeros(1, heads, 4))
+    everything = [*cache.keys, *cache.values]
+    for tensor in everything:
+        tensor.copy_(torch.randn_like(tensor))
+    before = [tensor.clone() for tensor in everything]
+    cache.copy_slots(torch.tensor([3, 3, 0]), torch.tensor([1, 4, 2]), 5)
+    for tensor, old in zip(everything, before, strict=True):
+        for source, target in ((3, 1), (3, 4), (0, 2)):
+            assert torch.equal(tensor[target, :, :5], old[source, :, :5])
+            assert torch.equal(tensor[target, :, 5:], old[target, :, 5:])
+        assert torch.equal(tensor[[0, 3]], old[[0, 3]])

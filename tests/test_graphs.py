@@ -4,15 +4,18 @@ graph on a CPU."""
 from __future__ import annotations
 
 import logging
+import random
 
+import numpy as np
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pmpd import PMPDForCausalLM, gpu
+from pmpd.decode.graph_steps import padded
 from pmpd.decode.graphs import StepGraphs
-from pmpd.weights.base import PrecisionLinear
+from pmpd.weights.base import PrecisionLinear, PrecisionState, Segment
 
 
 class _Watch(TorchDispatchMode):
@@ -189,3 +192,26 @@ def test_slots_are_planned_after_the_weights_are_packed(anyprec_folder, monkeypa
         gpu, "free_bytes", lambda device: 10 << 30 if all(linear._matrix for linear in linears) else 0
     )
     assert model._planned_slots(128) == 256
+
+
+def test_batches_of_several_precisions_come_back_to_few_layouts():
+    """Each row keeps its order and its precision, and few layouts serve all sizes: a layout is captured
+    once, and one that never comes back runs eagerly."""
+    layouts, sizes = set(), set()
+    for seed in range(300):
+        draw = random.Random(seed)
+        counts = {bits: draw.randint(1, 60) for bits in draw.sample((4, 3, 2), draw.randint(1, 3))}
+        bits = np.repeat(list(counts), list(counts.values()))
+        state = PrecisionState()
+        state.set_tokens(bits)
+        places, segments = padded(state.segments, len(bits))
+        assert (np.diff(places) > 0).all()
+        for place, precision in zip(places.tolist(), bits.tolist(), strict=True):
+            own = [s for s in segments if s.start <= place and (s.stop is None or place < s.stop)]
+            assert [s.bits for s in own] == [precision]
+        if len(counts) == 3:
+            layouts.add(tuple(s[:2] for s in segments))
+            sizes.add(tuple(counts.values()))
+    assert len(layouts) < len(sizes) / 2
+    state.set_tokens([4])
+    assert padded(state.segments, 1)[1] == (Segment(0, None, 4),), "a single precision stays as it is"

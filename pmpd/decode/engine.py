@@ -51,7 +51,8 @@ class Engine:
         self.lean = recognise(model, self.state) if lean else None
         self.steps = GraphSteps.of(model) if lean and self.device.type == "cuda" else None
         spare = 1 if self.steps else 0  # a slot for the unused rows of a captured step
-        self.cache = SlotCache(slots + spare, max_length)
+        layers = getattr(model.config, "num_hidden_layers", 1)
+        self.cache = SlotCache(slots + spare, max_length, layers)
         self.tokens = torch.zeros(slots + spare, max_length + 1, dtype=torch.int64, device=self.device)
         self.bad = torch.zeros(slots + spare, dtype=torch.bool, device=self.device)
         self.pulse = Pulse()

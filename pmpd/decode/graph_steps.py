@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Hashable
+from collections.abc import Hashable, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -34,6 +34,11 @@ USES_BEFORE_CAPTURE = 4
 pass through many once."""
 
 
+SEGMENT_SIZES = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256)
+"""Rows of one precision in a captured step of several precisions: fewer sizes than `graphs.BUCKETS`, since
+every combination is a layout."""
+
+
 class Rows(Protocol):
     """What a step works on: the engine."""
 
@@ -44,6 +49,22 @@ class Rows(Protocol):
     cache: SlotCache
     tokens: Tensor  # int64 [slots + 1, columns]
     bad: Tensor  # bool [slots + 1]
+
+
+def padded(segments: Sequence[Segment], rows: int) -> tuple[np.ndarray, tuple[Segment, ...]]:
+    """Room for `rows` in segments of a few sizes, so that batches of several precisions come back to layouts
+    that have been captured: (where each row goes, int [rows], ascending; the segments, the last of them
+    open)."""
+    if len(segments) == 1:
+        return np.arange(rows), (segments[0]._replace(stop=None),)
+    places, wider, start = np.empty(rows, dtype=np.int64), [], 0
+    for segment in segments:
+        stop = rows if segment.stop is None else segment.stop
+        places[segment.start : stop] = np.arange(start, start + stop - segment.start)
+        size = next((s for s in SEGMENT_SIZES if s >= stop - segment.start), stop - segment.start)
+        wider.append(Segment(start, start + size, segment.bits))
+        start = wider[-1].stop or 0
+    return places, (*wider[:-1], wider[-1]._replace(stop=None))
 
 
 class GraphSteps:
@@ -83,31 +104,29 @@ class GraphSteps:
             self._engine = engine
             self._graphs = StepGraphs(self._step, self._make_buffers, capture=gpu.capture)
             self._eager = StepGraphs(self._step, self._make_buffers, capture=None)
-        n = len(at)
-        *others, last = engine.state.segments
+        places, segments = padded(engine.state.segments, len(at))
+        n = int(places[-1]) + 1
         longest = 1 << int(position.max()).bit_length()
-        layout = (
-            (*others, Segment(last.start, None, last.bits)),
-            min(longest, engine.max_length),
-            statistics,
-            sampled,
-        )
+        layout = (segments, min(longest, engine.max_length), statistics, sampled)
         self._uses[self._graphs.bucket(n), layout] += 1
         graphs = (
             self._graphs if self._uses[self._graphs.bucket(n), layout] > USES_BEFORE_CAPTURE else self._eager
         )
         buffers = graphs.buffers(n)
-        where = np.empty((3, graphs.bucket(n)), dtype=np.int64)
-        where[:, :n] = at, step - 1, position
-        where[:, n:] = [[engine.slots], [0], [0]]  # unused rows work in the spare slot
+        where = np.zeros((3, graphs.bucket(n)), dtype=np.int64)
+        where[0] = engine.slots  # unused rows work in the spare slot
+        where[:, places] = at, step - 1, position
         buffers["where"].copy_(torch.from_numpy(where))
         if sampled and "logits" not in buffers:
             head = self.forward.weights.head
             buffers["logits"] = head.new_zeros(graphs.bucket(n), len(head))
         graphs.run(n, layout)
+        if not statistics and not sampled:
+            return None, None
+        rows = torch.from_numpy(places).to(engine.device)
         return (
-            buffers["statistics"][:n, : len(statistics)] if statistics else None,
-            buffers["logits"][:n] if sampled else None,
+            buffers["statistics"][rows, : len(statistics)] if statistics else None,
+            buffers["logits"][rows] if sampled else None,
         )
 
     def _make_buffers(self, rows: int) -> dict[str, Tensor]:

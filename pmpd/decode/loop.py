@@ -19,7 +19,7 @@ import time
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -59,6 +59,19 @@ def not_finite(dtype: torch.dtype) -> str:
             "as bfloat16 or float32 (--dtype, dtype=)"
         )
     return f"the model's logits are not finite in {name}; its weights may be damaged: make or copy them again"
+
+
+class _NewTokens(NamedTuple):
+    """Of n rows: what the host has not looked at yet."""
+
+    at: np.ndarray
+    """Slots, int [n]."""
+    counts: np.ndarray
+    """New tokens of each row, int [n], at least 1."""
+    tokens: np.ndarray
+    """int [n, most of `counts`], each row filled up with its last one."""
+    bad: np.ndarray
+    """bool [n]: logits were not finite."""
 
 
 class Decoder(Rows, Protocol):
@@ -104,13 +117,13 @@ class DecodeLoop:
         self.produced = np.zeros(slots, dtype=np.int64)
         self.seen = np.zeros(slots, dtype=np.int64)  # tokens the host has looked at
         self.limit = np.zeros(slots, dtype=np.int64)
+        self.stops = np.zeros(slots, dtype=bool)  # rows that a rule of their own may end
         self.sampling = RowSampling(slots, self.device)
         self.decode_seconds = np.zeros(slots)
         self.tokens, self.bad = engine.tokens, engine.bad
         self.done: deque[TokenEvent | Completion] = deque()
 
     def events(self) -> Iterator[TokenEvent | Completion]:
-        steps = 0
         while True:
             self._start_forks()
             self._admit()
@@ -119,18 +132,15 @@ class DecodeLoop:
                 if self.next_request is None and not self.holders:
                     return
                 continue
-            self._decode_step()
-            steps += 1
-            if steps % self.sync_every == 0 or self._someone_is_full():
-                self._look_at_tokens()
+            for _ in range(self.sync_every):  # a row that is full waits for the others: a look costs more
+                if not self._decode_step():
+                    break
+            self._look_at_tokens()
             yield from self._drain()
 
     def _drain(self) -> Iterator[TokenEvent | Completion]:
         while self.done:
             yield self.done.popleft()
-
-    def _someone_is_full(self) -> bool:
-        return bool((self.alive & (self.produced >= self.limit)).any())
 
     # -- rows come
     # ------------------------------------------------------------------------------------------------------
@@ -202,6 +212,7 @@ class DecodeLoop:
         self.alive[at] = True
         self.prompt_length[at] = [len(row.request.input_ids) for row in batch]
         self.limit[at] = [row.request.max_new_tokens for row in batch]
+        self.stops[at] = [row.request.stop is not None for row in batch]
         for array in (self.produced, self.seen, self.decode_seconds):
             array[at] = 0
         statistics = self._take_tokens(at, logits)
@@ -216,7 +227,7 @@ class DecodeLoop:
             if row.pending:
                 self.holders.add(row.slot)
         self._decide(at, 0, statistics)
-        self._end_rows(*fetched)
+        self._end_rows(fetched)
 
     def _decide(self, at: np.ndarray, step: int | np.ndarray, statistics: Tensor | None) -> None:
         """Those of the rows `at` that have come to their decision point, having run decode forward `step`."""
@@ -254,16 +265,19 @@ class DecodeLoop:
     # -- one step
     # -------------------------------------------------------------------------------------------------------
 
-    def _decode_step(self) -> None:
+    def _decode_step(self) -> bool:
+        """One more token for the rows whose turn it is; False: all are full."""
         started = time.perf_counter()
         live = np.flatnonzero(self.alive & (self.produced < self.limit))
+        if len(live) == 0:
+            return False
         step = self.produced[live]
         bits = self.precision.bits(live, step)
         order = np.argsort(-bits, kind="stable")
         at, step, bits = live[order], step[order], bits[order]
         position = self.prompt_length[at] + step - 1
         self.precision.log[at, step] = bits
-        self.engine.state.set_tokens(bits.tolist())
+        self.engine.state.set_tokens(bits)
         if self.engine.steps is not None:
             wanted, sampled = self.precision.wanted, self.sampling.is_needed(at)
             statistics, logits = self.engine.steps.run(self.engine, at, step, position, wanted, sampled)
@@ -280,8 +294,8 @@ class DecodeLoop:
             self.precision.observe(at, step, keys, self._by_name(statistics))
         self._decide(at, step, statistics)
         self.engine.pulse.step(bits)
-        seconds = (time.perf_counter() - started) / len(at)
-        self.decode_seconds[at] += seconds
+        self.decode_seconds[at] += (time.perf_counter() - started) / len(at)
+        return True
 
     def _take_tokens(self, at: np.ndarray, logits: Tensor) -> Tensor | None:
         """Appends the next token of each row; the statistics [n, k] that the scheduler wants."""
@@ -300,47 +314,56 @@ class DecodeLoop:
     def _look_at_tokens(self) -> None:
         """Brings the new tokens to the host and ends the rows that have ended."""
         started = time.perf_counter()
-        live, first, fetched = self._fetch()
+        fetched = self._fetch()
         # a GPU has run the forwards by now, but not when they were given to it
-        self.decode_seconds[live] += (time.perf_counter() - started) / len(live)
-        self._end_rows(live, first, fetched)
+        self.decode_seconds[fetched.at] += (time.perf_counter() - started) / len(fetched.at)
+        self._end_rows(fetched)
 
-    def _fetch(self) -> tuple[np.ndarray, int, np.ndarray]:
-        """(live slots, the first column fetched, new tokens and the flag of bad logits by slot), in one
-        transfer."""
-        live = np.flatnonzero(self.alive)
-        first, last = int(self.seen[live].min()), int(self.produced[live].max())
-        return live, first, torch.cat([self.tokens[:, first:last], self.bad[:, None]], dim=1).cpu().numpy()
+    def _fetch(self) -> _NewTokens:
+        """What the host has not seen yet, in one transfer."""
+        at = np.flatnonzero(self.alive & (self.produced > self.seen))
+        seen, produced = self.seen[at], self.produced[at]
+        columns = seen[:, None] + np.arange((produced - seen).max())
+        columns = np.minimum(columns, produced[:, None] - 1)  # a row's last new token, again
+        slots = self._tensor(at)
+        fetched = torch.cat([self.tokens[slots[:, None], self._tensor(columns)], self.bad[slots, None]], 1)
+        tokens = fetched.cpu().numpy()
+        return _NewTokens(at, produced - seen, tokens[:, :-1], tokens[:, -1] != 0)
 
-    def _end_rows(self, live: np.ndarray, first: int, fetched: np.ndarray) -> None:
-        for slot in live.tolist():
-            seen, produced = int(self.seen[slot]), int(self.produced[slot])
-            new = fetched[slot, seen - first : produced - first]
-            self.seen[slot] = produced
-            count, reason = self._end_of(slot, seen, new)
+    def _end_rows(self, new: _NewTokens) -> None:
+        """Looks at each row only where something is to be done about it."""
+        is_end = np.isin(new.tokens, self.eos_array)
+        ended = is_end.any(axis=1)
+        seen = self.seen[new.at]
+        count = seen + np.where(ended, is_end.argmax(axis=1) + 1, new.counts)
+        self.seen[new.at] = seen + new.counts
+        due = ended | new.bad | self.stops[new.at] | (count >= self.limit[new.at]) | self.stream
+        for index in np.flatnonzero(due).tolist():
+            slot, tokens = int(new.at[index]), new.tokens[index, : new.counts[index]]
+            end, reason = int(count[index]), "eos" if ended[index] else None
+            if self.stops[slot]:
+                end, reason = self._stop_of(slot, int(seen[index]), end, reason)
             if reason is not None:
-                produced = self.produced[slot] = count
+                self.produced[slot] = end
             if self.stream:
-                self._stream_tokens(slot, seen, new[: produced - seen])
-            if fetched[slot, -1]:
+                self._stream_tokens(slot, int(seen[index]), tokens[: end - seen[index]])
+            if new.bad[index]:
                 self._finish(slot, "error", f"FloatingPointError: {not_finite(self.engine.dtype)}")
             elif reason is not None:
                 self._finish(slot, reason)
-            elif produced >= self.limit[slot]:
+            elif end >= self.limit[slot]:
                 self._finish(slot, "length")
 
-    def _end_of(self, slot: int, seen: int, new: np.ndarray) -> tuple[int, str | None]:
-        """(new tokens of the row, why it ends with them; None: it does not)."""
-        is_end = np.isin(new, self.eos_array)
-        ended = bool(is_end.any())
-        count = seen + (int(is_end.argmax()) + 1 if ended else len(new))
+    def _stop_of(self, slot: int, seen: int, count: int, reason: str | None) -> tuple[int, str | None]:
+        """(new tokens of the row, why it ends with them; None: it does not), asked of its own rule for every
+        new token up to its end token."""
         stop = self._row(slot).request.stop
-        if stop is not None and count > seen:
-            tokens = self.tokens[slot, :count].tolist()
-            for end in range(seen + 1, count + 1 - ended):
-                if stop(tokens[:end]):
-                    return end, "stop"
-        return count, "eos" if ended else None
+        assert stop is not None
+        tokens = self.tokens[slot, :count].tolist()
+        for end in range(seen + 1, count + 1 - (reason is not None)):
+            if stop(tokens[:end]):
+                return end, "stop"
+        return count, reason
 
     def _stream_tokens(self, slot: int, seen: int, new: np.ndarray) -> None:
         bits = self.precision.log[slot, seen:]
@@ -408,18 +431,27 @@ class DecodeLoop:
     def _start_forks(self) -> None:
         """Copies the cache of rows that have come far enough into free slots, for the forks that wait
         there."""
+        copies: list[tuple[int, int, int]] = []
         for slot in sorted(self.holders):
             row = self._row(slot)
             while row.pending and self.free and row.pending[0].step < self.seen[slot]:
                 fork = row.pending.pop(0)
                 target = heapq.heappop(self.free)
-                self.cache.copy_slot(slot, target, int(self.prompt_length[slot]) + fork.step)
+                copies.append((slot, target, int(self.prompt_length[slot]) + fork.step))
                 self._become_fork(slot, target, fork, [])
             if not row.pending:
                 self.holders.discard(slot)
+        if not copies:
+            return
+        # a source is a row from before, a target was free: none is both
+        sources, targets, lengths = np.asarray(copies).T
+        self.cache.copy_slots(self._tensor(sources), self._tensor(targets), int(lengths.max()))
+        self.tokens[self._tensor(targets)] = self.tokens[self._tensor(sources)]
+        self.bad[self._tensor(targets)] = False
 
     def _become_fork(self, source: int, target: int, fork: Fork, inherited: list[Fork]) -> None:
-        """Makes `target`, which holds the shared part of `source`'s cache, the live row of `fork`."""
+        """Makes `target`, which holds or will hold the shared part of `source`'s cache, the live row of
+        `fork`."""
         row = _Row(
             fork.key,
             self._row(source).request,
@@ -427,10 +459,8 @@ class DecodeLoop:
             sorted([*fork.forks, *inherited], key=lambda other: other.step),
         )
         self.rows[target] = row
-        for array in (self.prompt_length, self.limit):
+        for array in (self.prompt_length, self.limit, self.stops):
             array[target] = array[source]
-        self.tokens[target, : fork.step + 1] = self.tokens[source, : fork.step + 1]
-        self.bad[target] = False
         self.produced[target] = self.seen[target] = fork.step + 1
         self.precision.fork(source, target, fork.step, fork.switch_steps)
         self.sampling.fork(source, target, self.tokens[source, : fork.step + 1])

@@ -75,14 +75,18 @@ class TokenPlaces:
 
 
 class SlotCache(Cache):
-    """Keys and values [S, H, T, D] of every layer, allocated when a layer first writes."""
+    """Keys and values [S, H, T, D] of every layer, allocated when a layer first writes: for up to
+    `layers_together` layers that are alike as one block, so that copying a slot is one launch for all."""
 
-    def __init__(self, slots: int, length: int) -> None:
+    def __init__(self, slots: int, length: int, layers_together: int = 1) -> None:
         super().__init__(layers=[])
         self.slots = slots
         self.length = length
+        self.layers_together = layers_together
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
+        self._blocks: list[tuple[Tensor, Tensor]] = []  # [L, S, H, T, D]; `keys` and `values` are views
+        self._free_layers: list[tuple[Tensor, Tensor]] = []  # of the last block
         self.places: TokenPlaces | None = None
 
     def update(
@@ -103,18 +107,27 @@ class SlotCache(Cache):
     def allocate(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """Makes layers up to `layer` that hold heads like these [n, H, D]."""
         while len(self.keys) <= layer:
-            self.keys.append(keys.new_zeros(self.slots, keys.shape[1], self.length, keys.shape[2]))
-            self.values.append(values.new_zeros(self.slots, values.shape[1], self.length, values.shape[2]))
+            shapes = [(self.slots, heads.shape[1], self.length, heads.shape[2]) for heads in (keys, values)]
+            if not self._free_layers or [part.shape for part in self._free_layers[0]] != shapes:
+                count = max(1, self.layers_together - len(self.keys))
+                block = keys.new_zeros(count, *shapes[0]), values.new_zeros(count, *shapes[1])
+                self._blocks.append(block)
+                self._free_layers = list(zip(*block, strict=True))
+            own_keys, own_values = self._free_layers.pop(0)
+            self.keys.append(own_keys)
+            self.values.append(own_values)
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
         """0: positions are always given explicitly."""
         return 0
 
     @torch.inference_mode()
-    def copy_slot(self, source: int, target: int, length: int) -> None:
-        """The first `length` tokens of one slot, to another."""
-        for tensor in (*self.keys, *self.values):
-            tensor[target, :, :length] = tensor[source, :, :length]
+    def copy_slots(self, sources: Tensor, targets: Tensor, length: int) -> None:
+        """The first `length` tokens of the slots `sources` int64 [n], to `targets` int64 [n], none of which
+        is a source."""
+        for block in self._blocks:
+            for tensor in block:
+                tensor[:, targets, :, :length] = tensor[:, sources, :, :length]
 
     @torch.inference_mode()
     def clear_slot(self, slot: int) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
@@ -37,14 +38,13 @@ class PrecisionState:
     def set_uniform(self, bits: int) -> None:
         self.segments = (Segment(0, None, bits),)
 
-    def set_tokens(self, bits: Sequence[int]) -> None:
-        """One precision per token, equal ones side by side (the engine sorts its rows so)."""
-        segments, start = [], 0
-        for index in range(1, len(bits) + 1):
-            if index == len(bits) or bits[index] != bits[start]:
-                segments.append(Segment(start, index, int(bits[start])))
-                start = index
-        self.segments = tuple(segments)
+    def set_tokens(self, bits: Sequence[int] | np.ndarray) -> None:
+        """One precision per token int [n], equal ones side by side (the engine sorts its rows so)."""
+        starts = [0, *(np.flatnonzero(np.diff(bits)) + 1).tolist()]
+        stops = [*starts[1:], len(bits)]
+        self.segments = tuple(
+            Segment(start, stop, int(bits[start])) for start, stop in zip(starts, stops, strict=True)
+        )
 
 
 class PrecisionLinear(nn.Module, ABC):
