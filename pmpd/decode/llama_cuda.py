@@ -25,8 +25,10 @@ import torch
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, MistralForCausalLM, PreTrainedModel, Qwen2ForCausalLM
 
+from pmpd.kernels import dense
 from pmpd.kernels.cuda.launch import Norm
 from pmpd.kernels.cuda.matrix import CudaMatrix
+from pmpd.kernels.dense import DenseMatrix
 from pmpd.kernels.triton import (
     DIGITS_BITS,
     SPLIT_TOKENS,
@@ -61,7 +63,7 @@ class Several(NamedTuple):
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
 
 
-Weight = TritonMatrix | Dense | Several
+Weight = TritonMatrix | DenseMatrix | Dense | Several
 
 
 @dataclass
@@ -157,6 +159,9 @@ def together(linears: Sequence[nn.Module]) -> Weight:
             return merge(parts)
         except ValueError:  # numbers of rows that tiles can't be cut at
             return Several(cast("list[PrecisionLinear | nn.Linear]", linears))
+    if all(isinstance(matrix, DenseMatrix) for matrix in matrices):
+        whole = cast("list[DenseMatrix]", matrices)
+        return whole[0] if len(whole) == 1 else dense.merge(whole)
     if all(type(linear) is nn.Linear for linear in linears):
         return _dense(cast("list[nn.Linear]", linears))
     return Several(cast("list[PrecisionLinear | nn.Linear]", linears))

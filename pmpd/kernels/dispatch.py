@@ -47,6 +47,7 @@ KERNELS: dict[str, Kernel] = {
     "cpu": _of_module("pmpd.kernels.cpu", "build", "cpu"),
     "triton": _of_module("pmpd.kernels.triton", "TritonMatrix", "cuda"),
     "cuda": _of_module("pmpd.kernels.cuda.matrix", "CudaMatrix"),  # not yet measured: only when asked for
+    "dense": _of_module("pmpd.kernels.dense", "build"),
     "reference": _of_module("pmpd.kernels.reference", "ReferenceMatrix"),
 }
 """By name. Of those for one device the last one that is available is taken."""

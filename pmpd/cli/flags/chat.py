@@ -41,7 +41,8 @@ class ChatJob:
     template: str | None = None
     """A FastChat template, "plain" or "tokenizer"; default the tokenizer's own where it has one."""
     kernel: str | None = None
-    """Force an implementation of the multiplication: reference, cpu, triton."""
+    """Force an implementation of the multiplication: reference, cpu, triton, dense (dequantized once: more
+    memory, for large batches of small models)."""
     dtype: Dtype = "auto"
     """What activations and unquantized weights are; auto: float32 on a CPU, float16 on a GPU."""
     head_bits: HeadBits = 16

@@ -122,7 +122,8 @@ class GenerateJob:
     revision: str | None = None
     """Branch, tag or commit of the Hugging Face ids given as models."""
     kernel: str | None = None
-    """Force an implementation of the multiplication: reference, cpu, triton."""
+    """Force an implementation of the multiplication: reference, cpu, triton, dense (dequantized once: more
+    memory, for large batches of small models)."""
     dtype: Dtype = "auto"
     """What activations and unquantized weights are; auto: float32 on a CPU, float16 on a GPU. Where float16
     overflows, bfloat16 does not."""
