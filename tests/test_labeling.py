@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import sys
+import threading
 from collections import Counter
 
 import pytest
@@ -12,7 +15,7 @@ from pmpd import PMPDForCausalLM, Scheduler
 from pmpd.cli import generate, label
 from pmpd.decode import oracle
 from pmpd.labeling.config import LabelConfig
-from pmpd.labeling.label import label_prompts, reference_prompts
+from pmpd.labeling.label import beside, label_prompts, reference_prompts
 from pmpd.labeling.rule import label_of
 from pmpd.metrics.rouge import rouge_l
 from tests.helpers import write_anyprec, write_dense
@@ -201,3 +204,31 @@ def test_references_come_from_an_unquantized_model(anyprec_folder, dense_folder,
     with pytest.raises(ValueError, match=r"--reference-model-path /no/such: no such folder"):
         main(job(reference_model_path="/no/such", **settings))
     assert not (tmp_path / "out").exists()
+
+
+def test_rows_are_scored_beside_the_decoding():
+    """The next call is made while the last one is still at work; results keep their order, an exception is
+    that of its own row."""
+    begun, go_on = threading.Event(), threading.Event()
+
+    def first() -> dict:
+        begun.set()
+        assert go_on.wait(30), "nothing was decoded while this row was scored"
+        return {"row": 0}
+
+    def fails() -> dict:
+        raise ZeroDivisionError
+
+    def calls():
+        yield first
+        assert begun.wait(30)
+        go_on.set()
+        yield lambda: {"row": 1}
+        yield fails
+
+    before, rows = sys.getswitchinterval(), []
+    with pytest.raises(ZeroDivisionError):
+        rows.extend(beside(calls()))
+    assert sys.getswitchinterval() == before
+    rows = list(itertools.islice(beside(calls()), 2))
+    assert rows == [{"row": 0}, {"row": 1}]

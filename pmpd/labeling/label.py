@@ -15,8 +15,12 @@ common:
 
 from __future__ import annotations
 
+import functools
+import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, cast
@@ -30,6 +34,12 @@ from pmpd.metrics.rouge import rouge_l
 from pmpd.model import PMPDForCausalLM
 from pmpd.schedulers.chain import NUM_CLASSES, class_steps
 from pmpd.schedulers.static import StaticScheduler
+
+SWITCH_SECONDS = 2e-4
+"""How long the decode loop waits for the interpreter while rows are scored beside it: it lets go of it in
+every call of torch, and Python's 5 ms would starve a GPU."""
+
+Row = dict[str, Any]
 
 
 def reference_prompts(
@@ -85,11 +95,29 @@ def label_prompts(
         yield from forced_labels(model, unquantized, usable, references, config)
         return
     decode = _published_branches if config.rule.branches == "published" else _own_branches
-    for key, pairs in decode(model, usable, config):
-        started = time.perf_counter()
-        label_row = _label_row(model, rows[key], references[key], pairs, config)
-        label_row["seconds"] += time.perf_counter() - started
-        yield label_row
+    made = (
+        functools.partial(_label_row, model, rows[key], references[key], pairs, config)
+        for key, pairs in decode(model, usable, config)
+    )
+    yield from beside(made)
+
+
+def beside(calls: Iterable[Callable[[], Row]]) -> Iterator[Row]:
+    """What `calls` give, in their order. They run in a thread of their own, so that whatever makes them (a
+    GPU that decodes) goes on meanwhile."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(min(before, SWITCH_SECONDS))
+    try:
+        with ThreadPoolExecutor(1, "label-rows") as thread:
+            waiting: deque[Future[Row]] = deque()
+            for call in calls:
+                waiting.append(thread.submit(call))
+                while waiting and waiting[0].done():
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+    finally:
+        sys.setswitchinterval(before)
 
 
 @dataclass(frozen=True)
@@ -195,6 +223,7 @@ def _label_row(
     decoded: Sequence[_PairBranches],
     config: LabelConfig,
 ) -> dict[str, Any]:
+    started = time.perf_counter()
     completions = [completion for pair in decoded for completion in (pair.high, *pair.branches)]
     errors = [completion.error for completion in completions if completion.error]
     if errors:
@@ -202,9 +231,10 @@ def _label_row(
     target = Trajectory(tuple(reference["reference_ids"]), reference["reference_text"])
     features = decoded[0].high.features
     assert features is not None
+    text_of = functools.cache(lambda tokens: decode_text(model, tokens))  # branches are often alike
     try:
         pairs = [
-            {"high": high, "low": low, **_judged(model, pair, target, config)}
+            {"high": high, "low": low, **_judged(model, pair, target, config, text_of)}
             for (high, low), pair in zip(pairwise(config.precisions), decoded, strict=True)
         ]
     except NothingToScoreError as error:
@@ -218,16 +248,22 @@ def _label_row(
         "keys": features[0],
         "values": features[1],
         "feature_tokens": len(features[0]),
-        "seconds": sum(c.decode_seconds for c in unique) + decoded[0].high.prefill_seconds,
+        "seconds": sum(c.decode_seconds for c in unique)
+        + decoded[0].high.prefill_seconds
+        + (time.perf_counter() - started),
         **dict.fromkeys(FORCED_COLUMNS),
         "error": None,
     }
 
 
 def _judged(
-    model: PMPDForCausalLM, pair: _PairBranches, reference: Trajectory, config: LabelConfig
+    model: PMPDForCausalLM,
+    pair: _PairBranches,
+    reference: Trajectory,
+    config: LabelConfig,
+    text_of: Callable[[tuple[int, ...]], str],
 ) -> dict[str, Any]:
-    """A row's entry for one pair, by the rule."""
+    """A row's entry for one pair, by the rule. `text_of`: the text of new tokens."""
     high_tokens = list(pair.high.tokens)
     tokens: list[list[int] | None] = [list(branch.tokens) for branch in pair.branches]
     if config.rule.branches == "published":
@@ -236,7 +272,7 @@ def _judged(
             high_tokens, [branch.tokens for branch in pair.branches], config.max_new_tokens
         )
     everyone = [
-        None if some is None else Trajectory(tuple(some), decode_text(model, some))
+        None if some is None else Trajectory(tuple(some), text_of(tuple(some)))
         for some in (*tokens, high_tokens)
     ]
     scores = [None if one is None else config.rule.score(one, reference) for one in everyone]
