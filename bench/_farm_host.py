@@ -1,4 +1,5 @@
-"""A Ray head for `bench/farm_gpu.py`, the commands as its jobs, and what the GPUs did meanwhile."""
+"""A Ray of its own for `bench/farm_gpu.py`, the commands as its jobs, and what GPUs and driver did
+meanwhile."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import contextlib
 import json
 import os
 import secrets
+import shlex
 import signal
 import socket
 import subprocess
@@ -13,24 +15,36 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-FIRST_WORKER_PORT, LAST_WORKER_PORT = 20002, 24999
+import ray  # noqa: F401  # it brings the psutil that it needs itself
+
+import psutil  # isort: skip
+
+FIRST_WORKER_PORT, LAST_WORKER_PORT = 26000, 29999
 """Ray's workers listen there; the head's own ports are outside of it."""
+
+STARTS = 3
+"""Tries to start a head: on a busy host a node may come too late for Ray's fixed 30 s."""
+
+
+def python_path() -> str:
+    """This folder, before what was there."""
+    return os.pathsep.join(filter(None, [os.getcwd(), os.environ.get("PYTHONPATH")]))
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports of loopback that nobody has, none of them among the workers'."""
+    """Ports of loopback that nobody has, none of them among those that Rays usually take."""
     found: list[int] = []
     with contextlib.ExitStack() as stack:
         while len(found) < count:
             listener = stack.enter_context(socket.socket())
             listener.bind(("127.0.0.1", 0))
-            port = listener.getsockname()[1]
-            if not FIRST_WORKER_PORT <= port <= LAST_WORKER_PORT:
-                found.append(port)
+            if listener.getsockname()[1] > LAST_WORKER_PORT:
+                found.append(listener.getsockname()[1])
     return found
 
 
@@ -46,70 +60,87 @@ class Job:
 
 @dataclass
 class Head:
-    """A Ray head with token authentication, in a folder of its own."""
+    """A Ray with token authentication, in a folder of its own: one node with all GPUs and CPUs, or `nodes`
+    nodes of one GPU each (without GPUs, of `cpus` CPUs each)."""
 
     gpus: int
     cpus: int
-    folder: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="pmpd-ray-")))
+    nodes: int = 0
 
     def __enter__(self) -> Head:
-        self.port, self.dashboard, agent, self.client = free_ports(4)
+        for left in reversed(range(STARTS)):
+            self._start()
+            try:
+                self._wait_until_jobs_are_taken(120)
+            except (RuntimeError, subprocess.TimeoutExpired):
+                self._stop()
+                if not left:
+                    raise
+            else:
+                return self
+        raise AssertionError
+
+    def __exit__(self, *_: object) -> None:
+        self._stop()
+
+    def _start(self) -> None:
+        self.folder = Path(tempfile.mkdtemp(prefix="pmpd-ray-"))
+        port, dashboard, agent, client, grpc, metrics = free_ports(6)
         token = self.folder / "token"
         token.write_text(secrets.token_hex(32))
         token.chmod(0o600)
         self.environment = {
             **os.environ,
+            "PYTHONPATH": python_path(),
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(token),
-            "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{self.dashboard}",
+            "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",
         }
         self.environment.pop("RAY_ADDRESS", None)
-        command = [
-            *(
-                sys.executable,
-                "-m",
-                "ray.scripts.scripts",
-                "start",
-                "--head",
-                "--block",
-                "--disable-usage-stats",
-            ),
-            *(
-                "--node-ip-address=127.0.0.1",
-                f"--port={self.port}",
-                f"--ray-client-server-port={self.client}",
-            ),
-            *("--dashboard-host=127.0.0.1", f"--dashboard-port={self.dashboard}"),
-            f"--dashboard-agent-listen-port={agent}",
-            *(f"--min-worker-port={FIRST_WORKER_PORT}", f"--max-worker-port={LAST_WORKER_PORT}"),
-            *(f"--num-gpus={self.gpus}", f"--num-cpus={self.cpus}", f"--temp-dir={self.folder}"),
+        shared = [
+            *(f"--port={port}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"),
+            *(f"--dashboard-agent-listen-port={agent}", f"--temp-dir={self.folder}"),
         ]
-        self.log = (self.folder / "head.log").open("w")
-        self.process = subprocess.Popen(
-            command, env=self.environment, stdout=self.log, stderr=subprocess.STDOUT, start_new_session=True
-        )
-        self._wait_until_jobs_are_taken(120)
-        return self
+        if self.nodes:
+            each = [f"--nodes={self.nodes}", f"--cpus={self.cpus}", *["--gpus"] * bool(self.gpus)]
+            command = ["-m", "bench._farm_nodes", *each, *shared]
+        else:
+            command = [
+                *("-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"),
+                *("--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", *shared),
+                *(f"--dashboard-agent-grpc-port={grpc}", f"--metrics-export-port={metrics}"),
+                *(f"--min-worker-port={FIRST_WORKER_PORT}", f"--max-worker-port={LAST_WORKER_PORT}"),
+                *(f"--num-gpus={self.gpus}", f"--num-cpus={self.cpus}"),
+            ]
+        with (self.folder / "head.log").open("w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, *command], env=self.environment, stdout=log, stderr=subprocess.STDOUT
+            )
 
-    def __exit__(self, *_: object) -> None:
-        os.killpg(self.process.pid, signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(timeout=20)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.log.close()
+    def _stop(self) -> None:
+        """Ends what was started here, by process id, children first remembered: some leave their parent."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            parent = psutil.Process(self.process.pid)
+            below = parent.children(recursive=True)
+            parent.terminate()
+            with contextlib.suppress(psutil.TimeoutExpired):
+                parent.wait(timeout=20)
+            for process in [*below, parent]:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+        self.process.wait(timeout=20)
 
     def _wait_until_jobs_are_taken(self, seconds: float) -> None:
         deadline = time.monotonic() + seconds
+        log = self.folder / "head.log"
         while time.monotonic() < deadline:
-            listing = self._ray("job", "list", timeout=60)
-            if listing.returncode == 0:
+            up = "nodes are up" if self.nodes else "Ray runtime started"
+            if up in log.read_text() and self._ray("job", "list", timeout=60).returncode == 0:
                 return
             if self.process.poll() is not None:
                 break
             time.sleep(1)
-        told = (self.folder / "head.log").read_text()[-2000:]
-        raise RuntimeError(f"the head takes no jobs after {seconds:.0f} s: {listing.stdout[-500:]}\n{told}")
+        raise RuntimeError(f"the head takes no jobs after {seconds:.0f} s:\n{log.read_text()[-2000:]}")
 
     def _ray(self, *arguments: str, timeout: float) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -122,54 +153,107 @@ class Head:
             check=False,
         )
 
-    def job(self, *arguments: str, timeout: float) -> Job:
+    def job(self, *arguments: str, timeout: float, module: Sequence[str] = ("pmpd",)) -> Job:
         """`pmpd ARGUMENTS` as a job of this head, from the current folder."""
+        if self.process.poll() is not None:
+            raise RuntimeError(f"the head has ended:\n{(self.folder / 'head.log').read_text()[-1000:]}")
         begin = time.monotonic()
-        runtime = json.dumps({"env_vars": {"PYTHONPATH": self.environment.get("PYTHONPATH", ".")}})
-        done = self._ray(
-            *("job", "submit", "--runtime-env-json", runtime, "--"),
-            *(
-                "bash",
-                "-c",
-                f"cd {os.getcwd()} && exec {sys.executable} -m pmpd {' '.join(arguments)}",
-            ),
-            timeout=timeout,
-        )
+        runtime = json.dumps({"env_vars": {"PYTHONPATH": python_path()}})
+        command = shlex.join([sys.executable, "-m", *module, *arguments])
+        name = f"job_{secrets.token_hex(6)}"
+        try:
+            done = self._ray(
+                *("job", "submit", "--submission-id", name, "--runtime-env-json", runtime, "--"),
+                *("bash", "-c", f"cd {shlex.quote(os.getcwd())} && exec {command}"),
+                timeout=timeout,
+            )
+        except subprocess.TimeoutExpired:
+            self._ray("job", "stop", name, timeout=60)
+            raise RuntimeError(f"{' '.join(arguments)}: not done after {timeout:.0f} s") from None
         return Job(list(arguments), done.returncode, time.monotonic() - begin, done.stdout)
 
 
+def driver_of(output: Path) -> psutil.Process | None:
+    """The process of the command that writes to `output`."""
+    for process in psutil.process_iter(["cmdline"]):
+        line = process.info["cmdline"] or []
+        if "python" in "".join(line[:1]) and str(output) in line and "submit" not in line:
+            return process
+    return None
+
+
+def gpu_percent() -> dict[int, float]:
+    """GPU index -> busy percent, as nvidia-smi says; empty where there is none."""
+    query = ["nvidia-smi", "--query-gpu=index,utilization.gpu", "--format=csv,noheader,nounits"]
+    try:
+        lines = subprocess.run(query, capture_output=True, text=True, check=False).stdout.splitlines()
+    except FileNotFoundError:
+        return {}
+    found = [line.partition(",") for line in lines]
+    return {int(index): float(busy) for index, _, busy in found if index.strip().isdigit()}
+
+
+@dataclass
+class Watch:
+    """Looks at a run of labels into `output` from beside: from when its first shard is there to its end."""
+
+    output: Path
+    every: float = 0.5
+    gpus: dict[int, list[float]] = field(default_factory=dict)
+    driver: list[tuple[float, float]] = field(default_factory=list)
+    """(moment, the driver's CPU seconds so far)."""
+
+    @property
+    def driver_share(self) -> float | None:
+        """Of a core, that the driver took; None where the run was too short to say."""
+        if len(self.driver) < 2:
+            return None
+        (begin, before), (end, after) = self.driver[0], self.driver[-1]
+        return round((after - before) / (end - begin), 3)
+
+    def look(self, driver: psutil.Process) -> None:
+        for index, busy in gpu_percent().items():
+            self.gpus.setdefault(index, []).append(busy)
+        with contextlib.suppress(psutil.Error):
+            times = driver.cpu_times()
+            self.driver.append((time.monotonic(), times.user + times.system))
+
+    @contextlib.contextmanager
+    def beside(self, at_first_shard: Callable[[], Any] = lambda: None) -> Iterator[Watch]:
+        """Watches while the block runs; `at_first_shard` is called once."""
+        stop = threading.Event()
+
+        def run() -> None:
+            while not stop.wait(0.05):
+                if any(self.output.glob("labels/data/*.parquet")):
+                    break
+            else:
+                return
+            at_first_shard()
+            driver = driver_of(self.output)
+            while driver is not None and not stop.wait(self.every):
+                self.look(driver)
+
+        thread = threading.Thread(target=run, daemon=True)
+        thread.start()
+        try:
+            yield self
+        finally:
+            stop.set()
+            thread.join(timeout=10)
+
+
 def worker_processes(head: Head) -> list[int]:
-    """Ids of the farm's worker actors below a head: descendants of its raylet whose title names the actor."""
+    """Ids of the farm's worker actors below a head: their title names the actor."""
     found = []
-    for entry in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            title = (entry / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
-            environment = (entry / "environ").read_bytes()
-            if title.startswith("ray::Worker") and str(head.folder).encode() in environment:
-                found.append(int(entry.name))
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for process in psutil.Process(head.process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if " ".join(process.cmdline()).startswith("ray::Worker"):
+                    found.append(process.pid)
     return found
 
 
-@contextlib.contextmanager
-def utilisation(gpus: Sequence[int], every: float = 0.5) -> Iterator[dict[int, list[float]]]:
-    """GPU index -> busy percent, sampled by nvidia-smi while the block runs; empty where there is none."""
-    samples: dict[int, list[float]] = {index: [] for index in gpus}
-    stop = threading.Event()
-
-    def sample() -> None:
-        query = ["nvidia-smi", "--query-gpu=index,utilization.gpu", "--format=csv,noheader,nounits"]
-        while gpus and not stop.wait(every):
-            for line in subprocess.run(
-                query, capture_output=True, text=True, check=False
-            ).stdout.splitlines():
-                index, _, busy = line.partition(",")
-                if index.strip().isdigit() and int(index) in samples:
-                    samples[int(index)].append(float(busy))
-
-    thread = threading.Thread(target=sample, daemon=True)
-    thread.start()
-    try:
-        yield samples
-    finally:
-        stop.set()
-        thread.join(timeout=10)
+def kill(process: int) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(process, signal.SIGKILL)

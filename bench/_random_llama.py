@@ -51,6 +51,7 @@ class Shape:
 
 
 LLAMA_1B = Shape(2048, 22, 32, 4, 5632)
+LLAMA_8B = Shape(4096, 32, 32, 8, 14336, 128256)
 LLAMA_7B = Shape(4096, 32, 32, 32, 11008)
 
 

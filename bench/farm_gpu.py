@@ -1,16 +1,19 @@
 """Measures the farm on the GPUs (or, with --cpu, the CPUs) of one host: see `bench/farm_gpu.sh`.
 
-Labels with 1, 2, ... workers must be equal row by row, each row once, also where a worker was killed on the
-way. Efficiency of n workers: their rows a second over n times those of one.
+Labels with 1, 2, ... workers must be equal row by row, each row once, also where a worker or the driver was
+killed on the way. Efficiency of n workers: their rows a second over n times those of one. Busy percentages
+and the driver's share of a core count from the first shard on.
 """
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import statistics
-import threading
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -19,10 +22,19 @@ from typing import Any
 
 import tyro
 
-from bench import _record
-from bench._farm_host import Head, utilisation, worker_processes
+from bench import _random_llama, _record
+from bench._farm_host import Head, Job, Watch, driver_of, kill, worker_processes
 from bench.same_rows import compare_datasets
 from pmpd import demo, storage
+
+SHAPES = {"1.1b": _random_llama.LLAMA_1B, "8b": _random_llama.LLAMA_8B}
+
+TAKE_HALF = """
+import torch, time
+half = torch.empty(torch.cuda.mem_get_info()[0] // 2, dtype=torch.uint8, device="cuda")
+print("taken", flush=True)
+time.sleep(3600)
+"""
 
 
 @dataclass(frozen=True)
@@ -31,10 +43,13 @@ class FarmBench:
 
     workers: tuple[int, ...] = (1, 2)
     """Numbers of workers to label with."""
+    nodes: bool = False
+    """Label once more on a Ray of one node a worker, each with its own GPU (or CPU)."""
     checkpoint: tuple[str, ...] = (f"demo={demo.ANYPREC}:{demo.DENSE}",)
-    """NAME=QUANTIZED:UNQUANTIZED, one or several."""
-    quantize: tuple[str, ...] = ()
-    """NAME=UNQUANTIZED: also time `pmpd quantize` of these."""
+    """NAME=QUANTIZED:UNQUANTIZED, one or several. Without `:` UNQUANTIZED alone: `pmpd quantize` is the first
+    step."""
+    random: tuple[str, ...] = ()
+    """Llamas of random weights to make, quantize and label: 1.1b, 8b."""
     dataset: str = "demo"
     """Texts to label, as `pmpd label` takes them."""
     size: int = 256
@@ -44,22 +59,28 @@ class FarmBench:
     """Benchmark to answer; mt_bench needs the hub or `question_file`."""
     question_file: str | None = None
     dtype: str = "auto"
+    kernel: str | None = None
     cpu: bool = False
     """No GPU: do the steps work?"""
+    only: tuple[str, ...] = ()
+    """Steps to do, by a word of their name; default all. The first count of workers always labels."""
     step_seconds: float = 300.0
     """No step may take longer."""
     out: Path = _record.RESULTS
     results: Path = Path("results/farm_gpu")
-    """Where the runs' own output goes."""
+    """Where the runs' own output goes: a fresh folder."""
 
 
 @dataclass
 class Steps:
     """What the steps found; a step that fails is a line of it."""
 
+    only: tuple[str, ...]
     found: list[dict[str, Any]] = field(default_factory=list)
 
-    def run(self, name: str, step: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def run(self, name: str, step: Callable[[], dict[str, Any]], always: bool = False) -> dict[str, Any]:
+        if self.only and not always and not any(word in name for word in self.only):
+            return {"failed": "left out"}
         begin = time.monotonic()
         try:
             result = step()
@@ -67,86 +88,218 @@ class Steps:
             result = {"failed": f"{type(error).__name__}: {error}"[-1500:]}
         entry = {"step": name, "step_seconds": round(time.monotonic() - begin, 2), **result}
         self.found.append(entry)
-        print({key: value for key, value in entry.items() if key != "rows"}, flush=True)
+        print(entry, flush=True)
         return entry
 
 
-def main(config: FarmBench) -> int:
-    gpus = 0 if config.cpu else max(config.workers)
-    config.results.mkdir(parents=True, exist_ok=True)
-    steps = Steps()
-    with Head(gpus, max(4, (os.cpu_count() or 4)) if gpus else max(config.workers) + 1) as head:
-        for given in config.quantize:
-            name, _, path = given.partition("=")
-            steps.run(f"quantize {name}", lambda name=name, path=path: quantize(head, config, name, path))
-        for given in config.checkpoint:
-            name, _, pair = given.partition("=")
-            paths = pair.split(":", 1)
-            alone: dict[str, Any] = {}
-            for count in config.workers:
-                work = lambda n=name, p=paths, c=count: label(head, config, n, p, c, gpus)  # noqa: E731
-                entry = steps.run(f"label {name} with {count}", work)
-                alone = alone or entry
-                compare(entry, alone, count)
-            killed = steps.run(
-                f"label {name}, a worker killed",
-                lambda n=name, p=paths: killed_worker(head, config, n, p),
+@dataclass
+class Farm:
+    """One checkpoint's steps on one Ray."""
+
+    head: Head
+    config: FarmBench
+    steps: Steps
+    name: str
+    quantized: str = ""
+    unquantized: str = ""
+    alone: dict[str, Any] = field(default_factory=dict)
+    """The run with the first number of workers, which all others are compared with."""
+
+    @property
+    def most(self) -> int:
+        return max(self.config.workers)
+
+    def folder(self, what: str) -> Path:
+        return (self.config.results / f"{what}-{self.name}").absolute()
+
+    def all(self) -> None:
+        config, run = self.config, self.steps.run
+        if not self.quantized:
+            run(f"quantize {self.name}", self.quantize, always=True)
+        for count in config.workers:
+            entry = run(
+                f"label {self.name} with {count}",
+                lambda count=count: self.label(f"label-{count}", count),
+                always=not self.alone,
             )
-            compare(killed, alone, max(config.workers))
-            if gpus:
-                shared = steps.run(
-                    f"label {name}, two workers on a GPU",
-                    lambda n=name, p=paths: label(head, config, n, p, 2, 1, share=0.5),
-                )
-                compare(shared, alone, 1)
-            steps.run(f"train {name}", lambda n=name: train(head, config, n, gpus))
-            steps.run(f"generate {name}", lambda n=name, p=paths: generate(head, config, n, p))
-    path = _record.write(
-        "farm_" + ("cpu" if config.cpu else "cuda"), steps.found, "cpu" if config.cpu else "cuda", config.out
-    )
-    print(table(steps.found))
-    print(f"JSON: {path}")
-    return int(any("failed" in step for step in steps.found))
+            self.alone = self.alone or entry
+            self.compare(entry, count)
+        self.compare(run(f"label {self.name}, a worker killed", self.worker_killed), self.most)
+        self.compare(run(f"label {self.name}, the driver killed", self.driver_killed), self.most)
+        self.compare(run(f"label {self.name}, a CUDA error", self.cuda_error), self.most)
+        if not config.cpu:
+            self.compare(
+                run(f"label {self.name}, two workers on a GPU", lambda: self.label("shared", 2, share=0.5)), 1
+            )
+            self.compare(run(f"label {self.name}, half of the memory taken", self.half_taken), 1)
+        run(f"train {self.name}", self.train)
+        run(f"generate {self.name}", self.generate)
+        run(f"transformers {self.name}", self.transformers)
+
+    def flags(self, workers: int, share: float | None = None) -> list[str]:
+        gpus = [] if self.config.cpu else ["--gpus-per-worker", str(share or 1)]
+        kernel = ["--kernel", self.config.kernel] if self.config.kernel else []
+        return ["--num-workers", str(workers), *gpus, *kernel, "--dtype", self.config.dtype]
+
+    def label_arguments(self, output: Path, batch_size: str | None = None) -> list[str]:
+        config = self.config
+        return [
+            *("label", "--model-path", self.quantized, "--reference-model-path", self.unquantized),
+            *("--dataset", config.dataset, "--size", str(config.size)),
+            *("--max-new-tokens", str(config.max_new_tokens)),
+            *("--batch-size", batch_size or config.batch_size, "--output-dir", str(output)),
+        ]
+
+    def small_units(self) -> str:
+        """A batch size of which every worker gets several units, so that there is a mid-run to kill in."""
+        return str(max(1, self.config.size // (4 * self.most)))
+
+    def label(
+        self,
+        what: str,
+        workers: int,
+        share: float | None = None,
+        batch_size: str | None = None,
+        at_first_shard: Callable[[Path], Any] = lambda output: None,
+        module: tuple[str, ...] = ("pmpd",),
+        may_fail: bool = False,
+    ) -> dict[str, Any]:
+        output = self.folder(what)
+        arguments = [*self.label_arguments(output, batch_size), *self.flags(workers, share)]
+        watch = Watch(output)
+        with watch.beside(lambda: at_first_shard(output)):
+            job = self.head.job(*arguments, timeout=self.config.step_seconds, module=module)
+        if job.code and may_fail:
+            return {"exit": job.code, "output": job.output[-300:]}
+        ended(job)
+        busy = {index: round(statistics.mean(percent), 1) for index, percent in watch.gpus.items()}
+        return {**measured(output), "driver_share_of_a_core": watch.driver_share, "busy_percent": busy}
+
+    def compare(self, entry: dict[str, Any], workers: int) -> None:
+        """Efficiency against the run alone, and how many rows differ from its rows."""
+        alone = self.alone
+        if entry is alone or "failed" in entry or "failed" in alone:
+            return
+        rate = alone["rows_per_second"] / self.config.workers[0]
+        entry["efficiency"] = round(entry["rows_per_second"] / (workers * rate), 3)
+        count, problems = compare_datasets(Path(alone["dataset"]) / "data", Path(entry["dataset"]) / "data")
+        entry["rows_that_differ"] = f"{len(problems)} of {count}"
+        if not entry["once"]:
+            entry["failed"] = "some rows are there twice"
+
+    def worker_killed(self) -> dict[str, Any]:
+        killed: list[int] = []
+
+        def first_shard(output: Path) -> None:
+            killed.extend(worker_processes(self.head)[:1])
+            for process in killed:
+                kill(process)
+
+        result = self.label("killed", self.most, batch_size=self.small_units(), at_first_shard=first_shard)
+        if not killed:
+            raise RuntimeError("no worker was killed: the run ended before")
+        return {**result, "killed": killed, "batch_size": self.small_units()}
+
+    def driver_killed(self) -> dict[str, Any]:
+        """The driver is killed, and the same command goes on as soon as its lease is over."""
+        killed: list[int] = []
+
+        def first_shard(output: Path) -> None:
+            driver = driver_of(output)
+            if driver is not None and not killed:
+                killed.append(driver.pid)
+                kill(driver.pid)
+
+        size = self.small_units()
+        first = self.label("driver", self.most, batch_size=size, at_first_shard=first_shard, may_fail=True)
+        if "exit" not in first:
+            raise RuntimeError("the driver was not killed: the run ended before")
+        before = len(storage.read_table(str(self.folder("driver") / "labels"), ["prompt_id"]))
+        begin = time.monotonic()
+        while True:
+            again = self.label("driver", self.most, batch_size=size, may_fail=True)
+            if "exit" not in again:
+                return {**again, "killed": killed, "rows_before": before, "batch_size": size}
+            if time.monotonic() - begin > 90:
+                raise RuntimeError(f"the same command does not go on: {again['output']}")
+            time.sleep(5)
+
+    def cuda_error(self) -> dict[str, Any]:
+        marker = self.folder("marker")
+        size = self.small_units()
+        module = ("bench._farm_faults", str(marker))
+        result = self.label("fault", self.most, batch_size=size, module=module)
+        return {**result, "worker_that_broke": marker.read_text(), "batch_size": size}
+
+    def half_taken(self) -> dict[str, Any]:
+        process = subprocess.Popen([sys.executable, "-c", TAKE_HALF], stdout=subprocess.PIPE, text=True)
+        try:
+            assert process.stdout is not None
+            if not process.stdout.readline():
+                raise RuntimeError("no process could take half of the GPU's memory")
+            return self.label("half", 1, batch_size="auto")
+        finally:
+            process.kill()
+            process.wait()
+
+    def quantize(self) -> dict[str, Any]:
+        output = self.folder("anyprec")
+        job = self.head.job(
+            *("quantize", "--model-path", self.unquantized, "--output-dir", str(output)),
+            timeout=600,
+        )
+        ended(job)
+        self.quantized = str(output)
+        return {"seconds": round(job.seconds, 1), "output": str(output)}
+
+    def train(self) -> dict[str, Any]:
+        job = self.head.job(
+            *("train", "--data-path", self.alone["dataset"], "--num-train-epochs", "3"),
+            *("--gpus-per-worker", "0" if self.config.cpu else "1"),
+            *("--output-dir", str(self.folder("train"))),
+            timeout=self.config.step_seconds,
+        )
+        ended(job)
+        return {"seconds": round(job.seconds, 1)}
+
+    def generate(self) -> dict[str, Any]:
+        config, output = self.config, self.folder("generate")
+        file = ["--question-file", config.question_file] if config.question_file else []
+        job = self.head.job(
+            *("generate", "--model-path", self.quantized, "--reference-model-path", self.unquantized),
+            *("--model-id", self.name, "--bench-name", config.bench_name, *file),
+            *("--schedulers", "fp,uniform,static", "--max-new-tokens", str(config.max_new_tokens)),
+            *("--output-dir", str(output), *self.flags(self.most)),
+            timeout=config.step_seconds,
+        )
+        ended(job)
+        return {"seconds": round(job.seconds, 1), "output": str(output)}
+
+    def transformers(self) -> dict[str, Any]:
+        """The same prompts by transformers' own generation, unquantized, on one GPU."""
+        prompts = storage.read_table(self.alone["dataset"], ["input_ids"])["input_ids"].to_pylist()
+        path = self.folder("prompts").with_suffix(".json")
+        path.write_text(json.dumps([ids for ids in prompts if ids]))
+        batches = [str(min(count, len(prompts))) for count in (64, 256)]
+        done = subprocess.run(
+            [
+                *(sys.executable, "-m", "bench._transformers_peer", self.unquantized),
+                *("--prompts", str(path), "--batch-sizes", *dict.fromkeys(batches)),
+                *("--max-new-tokens", str(self.config.max_new_tokens)),
+                *("--device", "cpu" if self.config.cpu else "cuda"),
+            ],
+            capture_output=True, text=True, timeout=self.config.step_seconds, check=False,
+        )  # fmt: skip
+        if done.returncode:
+            raise RuntimeError(done.stderr[-1000:])
+        batches_found = json.loads(done.stdout.splitlines()[-1])
+        best = max(found["tokens_per_second"] for found in batches_found)
+        return {"tokens_per_second": round(best, 1), "batches": batches_found}
 
 
-def flags(config: FarmBench, workers: int, share: float | None) -> list[str]:
-    gpus = [] if config.cpu else ["--gpus-per-worker", str(share or 1)]
-    return ["--num-workers", str(workers), *gpus, "--dtype", config.dtype]
-
-
-def ended(job: Any) -> None:
+def ended(job: Job) -> None:
     if job.code:
-        raise RuntimeError(f"pmpd {' '.join(job.arguments)}: exit {job.code}\n{job.output[-1200:]}")
-
-
-def quantize(head: Head, config: FarmBench, name: str, path: str) -> dict[str, Any]:
-    output = config.results / f"anyprec-{name}"
-    job = head.job("quantize", "--model-path", path, "--output-dir", str(output), timeout=config.step_seconds)
-    ended(job)
-    return {"seconds": round(job.seconds, 1), "output": str(output)}
-
-
-def label_arguments(config: FarmBench, paths: list[str], output: Path) -> list[str]:
-    return [
-        *("label", "--model-path", paths[0], "--reference-model-path", paths[1], "--dataset", config.dataset),
-        *("--size", str(config.size), "--max-new-tokens", str(config.max_new_tokens)),
-        *("--batch-size", config.batch_size, "--output-dir", str(output.absolute())),
-    ]
-
-
-def label(
-    head: Head,
-    config: FarmBench,
-    name: str,
-    paths: list[str],
-    workers: int,
-    gpus: int,
-    share: float | None = None,
-) -> dict[str, Any]:
-    output = config.results / f"label-{name}-{workers}{'-shared' * bool(share)}"
-    with utilisation(range(gpus)) as busy:
-        result = label_into(head, config, paths, output, workers, share)
-    return {**result, "busy_percent": {k: round(statistics.mean(v), 1) for k, v in busy.items() if v}}
+        raise RuntimeError(f"{' '.join(job.arguments)}: exit {job.code}\n{job.output[-1200:]}")
 
 
 def measured(output: Path) -> dict[str, Any]:
@@ -156,114 +309,73 @@ def measured(output: Path) -> dict[str, Any]:
     rows = storage.read_table(labels, ["prompt_id", "worker", "error"]).to_pylist()
     ids = [row["prompt_id"] for row in rows]
     seconds = run.get("wall_seconds") or float("nan")
+    done = run.get("rows", len(rows))
     return {
         "dataset": labels,
         "rows": len(rows),
         "once": len(ids) == len(set(ids)),
         "errors": sum(bool(row["error"]) for row in rows),
-        "rows_per_second": round(len(rows) / seconds, 3),
+        "rows_per_second": round(done / seconds, 3),
         "tokens_per_second": round(run.get("tokens", 0) / seconds, 1),
-        "worker_seconds_per_1000": round(
-            1000 * run.get("worker_seconds", float("nan")) / max(1, len(rows)), 1
-        ),
+        "forwards_per_second": round(sum((run.get("forwards") or {}).values()) / seconds, 1),
+        "worker_seconds_per_1000": round(1000 * run.get("worker_seconds", float("nan")) / max(1, done), 1),
         "actors": sorted({row["worker"] for row in rows if row["worker"]}),
     }
 
 
-def compare(entry: dict[str, Any], alone: dict[str, Any], workers: int) -> None:
-    """Efficiency against one worker, and how many rows differ from its rows."""
-    if entry is alone or "failed" in entry or "failed" in alone:
-        return
-    entry["efficiency"] = round(entry["rows_per_second"] / (workers * alone["rows_per_second"]), 3)
-    count, problems = compare_datasets(Path(alone["dataset"]) / "data", Path(entry["dataset"]) / "data")
-    entry["rows_that_differ"] = f"{len(problems)} of {count}"
-
-
 @contextlib.contextmanager
-def kill_one(head: Head, dataset: Path) -> Iterator[list[int]]:
-    """SIGKILL to one worker as soon as the data set has a shard; the ids that were killed."""
-    killed: list[int] = []
-    stop = threading.Event()
-
-    def watch() -> None:
-        while not stop.wait(0.05):
-            if any(dataset.glob("data/*.parquet")):
-                for process in worker_processes(head)[:1]:
-                    with contextlib.suppress(ProcessLookupError):
-                        os.kill(process, signal.SIGKILL)
-                        killed.append(process)
-                return
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    try:
-        yield killed
-    finally:
-        stop.set()
-        thread.join(timeout=10)
+def ray_of(config: FarmBench, nodes: int = 0) -> Iterator[Head]:
+    cpus = os.cpu_count() or 4
+    if nodes:
+        each = 1 if config.cpu else max(1, cpus // nodes)
+        head = Head(0 if config.cpu else nodes, each, nodes)
+    else:
+        head = Head(0, max(config.workers) + 1) if config.cpu else Head(max(config.workers), max(4, cpus))
+    with head:
+        yield head
 
 
-def killed_worker(head: Head, config: FarmBench, name: str, paths: list[str]) -> dict[str, Any]:
-    output = config.results / f"label-{name}-killed"
-    workers = max(config.workers)
-    with kill_one(head, output / "labels") as killed:
-        result = label_into(head, config, paths, output, workers)
-    if not killed:
-        raise RuntimeError("no worker was killed: the run ended before its second shard")
-    return {**result, "killed": len(killed)}
+def checkpoints(config: FarmBench) -> Iterator[tuple[str, str, str]]:
+    """(name, quantized or "", unquantized), absolute."""
+    for given in config.checkpoint:
+        name, _, pair = given.partition("=")
+        *quantized, unquantized = (str(Path(path).absolute()) for path in pair.split(":", 1))
+        yield name, quantized[0] if quantized else "", unquantized
+    for name in config.random:
+        folder = (config.results / f"random-{name}").absolute()
+        _random_llama.write(folder, SHAPES[name], None)
+        yield name, "", str(folder)
 
 
-def label_into(
-    head: Head, config: FarmBench, paths: list[str], output: Path, workers: int, share: float | None = None
-) -> dict[str, Any]:
-    job = head.job(
-        *label_arguments(config, paths, output), *flags(config, workers, share), timeout=config.step_seconds
-    )
-    ended(job)
-    return measured(output)
-
-
-def train(head: Head, config: FarmBench, name: str, gpus: int) -> dict[str, Any]:
-    data = config.results / f"label-{name}-{config.workers[0]}" / "labels"
-    job = head.job(
-        *(
-            "train",
-            "--data-path",
-            str(data),
-            "--num-train-epochs",
-            "3",
-            "--gpus-per-worker",
-            "1" if gpus else "0",
-        ),
-        *("--output-dir", str((config.results / f"train-{name}").absolute())),
-        timeout=config.step_seconds,
-    )
-    ended(job)
-    return {"seconds": round(job.seconds, 1)}
-
-
-def generate(head: Head, config: FarmBench, name: str, paths: list[str]) -> dict[str, Any]:
-    output = config.results / f"generate-{name}"
-    file = ["--question-file", config.question_file] if config.question_file else []
-    job = head.job(
-        *("generate", "--model-path", paths[0], "--reference-model-path", paths[1], "--model-id", name),
-        *("--bench-name", config.bench_name, *file, "--schedulers", "fp,uniform,static"),
-        *("--max-new-tokens", str(config.max_new_tokens), "--output-dir", str(output.absolute())),
-        *flags(config, max(config.workers), None),
-        timeout=config.step_seconds,
-    )
-    ended(job)
-    return {"seconds": round(job.seconds, 1), "output": str(output)}
+def main(config: FarmBench) -> int:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the Ray that was started ends too
+    config.results.mkdir(parents=True, exist_ok=True)
+    steps, farms = Steps(config.only), []
+    with ray_of(config) as head:
+        for name, quantized, unquantized in checkpoints(config):
+            farms.append(Farm(head, config, steps, name, quantized, unquantized))
+            farms[-1].all()
+    if config.nodes:
+        with ray_of(config, max(config.workers)) as head:
+            for farm in farms:
+                farm.head = head
+                count = max(config.workers)
+                entry = steps.run(
+                    f"label {farm.name} on {count} nodes of one",
+                    lambda farm=farm, count=count: farm.label("nodes", count),
+                )
+                farm.compare(entry, count)
+    device = "cpu" if config.cpu else "cuda"
+    path = _record.write(f"farm_{device}", steps.found, device, config.out)
+    print(table(steps.found))
+    print(f"JSON: {path}")
+    return int(any("failed" in step for step in steps.found))
 
 
 def table(found: list[dict[str, Any]]) -> str:
     columns = (
-        "rows_per_second",
-        "tokens_per_second",
-        "efficiency",
-        "rows_that_differ",
-        "errors",
-        "step_seconds",
+        *("rows", "rows_per_second", "tokens_per_second", "efficiency", "rows_that_differ", "errors"),
+        *("worker_seconds_per_1000", "busy_percent", "driver_share_of_a_core", "actors", "step_seconds"),
     )
     lines = ["| step | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for step in found:

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole farm on the GPUs of one host, through Ray and the commands: quantize, label with 1, 2, ... workers, answer, train,
-# kill workers, share a GPU; one table and one JSON at the end. Run from the repository root.
+# kill workers and the driver, share a GPU, one node a GPU; one table and one JSON at the end. docs/guides/gpu-farm.md says more.
 #
 #   bash bench/farm_gpu.sh --workers 1 2 --checkpoint smollm2=ANYPREC:UNQUANTIZED --out bench/results
 #   bash bench/farm_gpu.sh --cpu --workers 1 2 --size 8 --max-new-tokens 16      # the same steps on CPUs: does the script work?
@@ -9,5 +9,5 @@
 # loopback, with a token, and ends it by its process id. Every step is bounded in time; one that fails is told and the rest goes on.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-export PYTHONPATH=.:${PYTHONPATH:-} PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
+export PYTHONPATH=$PWD:${PYTHONPATH:-} PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
 exec "${PYTHON:-python3}" -m bench.farm_gpu "$@"

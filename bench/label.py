@@ -5,7 +5,8 @@ rule, in one run.
 
 The batch-1 side decodes every trajectory of a prompt from the prompt on, one token at a time, with
 transformers' modules and its own cache (`pmpd.oracle`), dequantized weights cached, and scores with
-`rouge_score`. Both sides label the same prompts and must agree.
+`rouge_score`. Both sides label the same prompts and must agree. Beside them transformers' own batched
+generation, of the unquantized model, in tokens a second.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 import tyro
 from rouge_score import rouge_scorer
 
-from bench import _record
+from bench import _record, _transformers_peer
 from pmpd import PMPDForCausalLM, demo
 from pmpd.decode import oracle
 from pmpd.demo.texts import MIN_PROMPT_CHARACTERS, documents_of
@@ -42,6 +43,8 @@ class Config:
     model_path: str = str(demo.ANYPREC)
     reference_model_path: str = str(demo.DENSE)
     device: str = "cpu"
+    kernel: str | None = None
+    """Of the engine: as --kernel of the commands."""
     output: Path = _record.RESULTS
 
 
@@ -74,7 +77,11 @@ def plain_labels(
 def main(config: Config) -> None:
     labeling = LabelConfig(max_new_tokens=config.max_new_tokens)
     dtype = torch.float32 if config.device == "cpu" else torch.float16
-    model = PMPDForCausalLM(config.model_path, labeling.precisions, dtype=dtype).eval().to(config.device)
+    model = (
+        PMPDForCausalLM(config.model_path, labeling.precisions, dtype=dtype, kernel=config.kernel)
+        .eval()
+        .to(config.device)
+    )
     plain_model = (
         PMPDForCausalLM(config.model_path, labeling.precisions, dtype=dtype, kernel="reference")
         .eval()
@@ -113,24 +120,36 @@ def main(config: Config) -> None:
         batched = LabelConfig(labeling.precisions, config.max_new_tokens, slots)
         list(label_prompts(model, rows[:2], references, batched))  # weights are packed at first use
         started = time.perf_counter()
-        labels = {
-            row["prompt_id"]: [pair["label"] for pair in row["pairs"]]
-            for row in label_prompts(model, rows, references, batched)
-        }
-        rate = len(rows) / (time.perf_counter() - started)
+        labels, tokens = {}, 0
+        for row in label_prompts(model, rows, references, batched):
+            labels[row["prompt_id"]] = [pair["label"] for pair in row["pairs"]]
+            tokens += sum(sum(pair["branch_tokens"]) for pair in row["pairs"])
+        seconds = time.perf_counter() - started
+        rate = len(rows) / seconds
         same = sum(labels[row["prompt_id"]] == wanted for row, wanted in zip(rows, expected, strict=False))
         results["engine"].append(
             {
                 "slots": slots,
                 "prompts_per_second": rate,
+                "tokens_per_second": tokens / seconds,
                 "ratio": rate / plain_rate,
                 "equal_labels": f"{same}/{len(expected)}",
             }
         )
         print(
-            f"engine, {slots} slots: {rate:.2f} prompts/s, {rate / plain_rate:.1f}x; labels equal for {same} "
-            f"of {len(expected)}"
+            f"engine, {slots} slots: {rate:.2f} prompts/s, {tokens / seconds:.0f} tokens/s of all "
+            f"trajectories, {rate / plain_rate:.1f}x; labels equal for {same} of {len(expected)}"
         )
+    prompts = [row["input_ids"] for row in rows]
+    results["transformers"] = _transformers_peer.measure(
+        config.reference_model_path,
+        prompts,
+        sorted({min(len(rows), slots) for slots in config.slots}),
+        config.max_new_tokens,
+        config.device,
+    )
+    for peer in results["transformers"]:
+        print(f"transformers, batch {peer['batch']}: {peer['tokens_per_second']:.0f} tokens/s, unquantized")
     best = max(engine["ratio"] for engine in results["engine"])
     results["bars"] = [{"bar": "times the batch-1 rule, at least 15", "measured": best, "met": best >= 15}]
     print(f"{'met   ' if best >= 15 else 'MISSED'} {results['bars'][0]['bar']}: {best:.1f}")
