@@ -16,20 +16,22 @@ part() {  # name, seconds at most, command...
   [ $status -eq 0 ] || tail -n 25 "$out/$name.log"
 }
 : >"$out/parts.txt"
-part bits 60 python3 -m pytest -q -x -m gpu tests/test_gpu_bits.py -k "oracle or two_precisions or thousand and 4"  # right before fast
-part kernels 200 python3 bench/_cuda.py --out "$out" --write-settings ${QUICK:+--quick}
-part decode 150 python3 bench/decode.py --device cuda --out "$out"
+part bits 45 python3 -m pytest -q -x -m gpu tests/test_gpu_bits.py -k "oracle or two_precisions or thousand and 4"
+tail -n 3 "$out/bits.log"
+part kernels 180 python3 bench/_cuda.py --out "$out" --write-settings ${QUICK:+--quick}
+part decode 120 python3 bench/decode.py --device cuda --out "$out"
 cp -f pmpd/kernels/autotune/*.json "$out" 2>/dev/null
 export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1  # a plugin that fails to load, needed by nobody here, would end the run
 workers=$(python3 -c 'import xdist' 2>/dev/null && echo "-p xdist.plugin -n 8")
 more=$(python3 -c 'import hypothesis' 2>/dev/null && echo "tests/test_gptq.py tests/test_quantize_kmeans.py")
-part tests 150 python3 -m pytest -q -m gpu $workers tests/test_gpu.py tests/test_gpu_bits.py $more
+part tests 95 python3 -m pytest -q -m gpu $workers tests/test_gpu.py tests/test_gpu_bits.py $more
 if python3 -c 'import rouge_score, tyro' 2>/dev/null; then
-  part label 45 python3 bench/label.py --device cuda --plain-prompts 2 --max-new-tokens 64 --slots 64 128 --output "$out"
+  part label 40 python3 bench/label.py --device cuda --plain-prompts 2 --max-new-tokens 64 --slots 64 128 --output "$out"
 else
   echo "label: skipped, it needs rouge_score and tyro" | tee -a "$out/parts.txt"
 fi
 tail -n 4 "$out/tests.log"
+grep -hE "^(predicted|met|MISSED)|REFUSED" "$out/kernels.log" || true
 grep -E "graph|switching|prefill|copy|met|MISSED" "$out/decode.log" || true
 sed -n '/^shape /,$p' "$out/kernels.log"
 echo "-- parts ($((SECONDS - started)) s in all)"

@@ -39,6 +39,17 @@ def split(x: Tensor, plan: Plan) -> Split:
     return Split(rounded.long(), scale, rounded.double().sum((1, 2)).float() * scale)
 
 
+def represented(x: Tensor, plan: Plan) -> Tensor:
+    """`x` [M, K] -> float32 [M, K]: the values that the fixed point stands for; all that the kernel's
+    products lose of any weight."""
+    columns = x.shape[1]
+    wide = torch.nn.functional.pad(x.float(), (0, plan.per_warp * plan.warps * TILE_COLUMNS - columns)).view(
+        len(x), plan.per_warp, plan.warps, TILE_COLUMNS
+    )
+    scale = wide.abs().amax((1, 3), keepdim=True).clamp(min=1e-30) / 32767.0
+    return (torch.round(wide / scale) * scale).view(len(x), -1)[:, :columns]
+
+
 def product(
     codes: Tensor, coefficients: Tensor, x: Tensor, plan: Plan, bits: int, bias: Tensor | None = None
 ) -> Tensor:
