@@ -21,9 +21,12 @@ PROVIDER = "ray.autoscaler._private.fake_multi_node.node_provider.FakeMultiNodeP
 
 DRIVER = """
 import json, sys, threading, time
+import ray
 from pmpd import farm
 from pmpd.farm.capacity import live_nodes
-from tests.farm_fakes import FakeTask
+sys.path.insert(0, sys.argv[3])
+import farm_fakes  # not by its package, which imports torch, in this process and in every worker
+ray.cloudpickle.register_pickle_by_value(farm_fakes)
 
 def nodes():
     return sum(resources.get("GPU", 0) > 0 for resources in live_nodes().values())
@@ -38,7 +41,7 @@ options = farm.FarmOptions(num_workers=3, gpus_per_worker=1, unit_rows=2, progre
 farm.connect(options)
 seen = [nodes()]
 threading.Thread(target=watch, daemon=True).start()
-farm.run(FakeTask(seconds=1), {"prompts": sys.argv[1]}, sys.argv[2], {}, options)
+farm.run(farm_fakes.FakeTask(seconds=1), {"prompts": sys.argv[1]}, sys.argv[2], {}, options)
 deadline = time.monotonic() + 120
 while nodes() and time.monotonic() < deadline:
     time.sleep(0.2)
@@ -95,7 +98,7 @@ def autoscaling(tmp_path):
 def test_a_run_waits_for_nodes_grows_finishes_and_lets_them_go(autoscaling, tmp_path):
     prompts, out = tmp_path / "prompts", tmp_path / "out"
     write_prompts(prompts, 60)
-    command = [sys.executable, "-c", DRIVER, str(prompts), str(out)]
+    command = [sys.executable, "-c", DRIVER, str(prompts), str(out), str(ROOT / "tests")]
     for _ in range(60):  # until the head is up
         done = subprocess.run(
             command, cwd=ROOT, env=autoscaling, capture_output=True, text=True, timeout=500, check=False
