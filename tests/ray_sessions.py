@@ -37,9 +37,11 @@ QUIET = {"log_to_driver": False, "logging_level": "ERROR"}
 
 @contextlib.contextmanager
 def environment() -> Iterator[dict[str, str]]:
-    """Sets `ENVIRONMENT` for this process and its children; yields all of it."""
+    """Sets `ENVIRONMENT` for this process and its children; yields all of it. Whoever runs the tests with a
+    number of threads means these: workers of a farm reckon their own."""
     before = dict(os.environ)
     os.environ.update(ENVIRONMENT)
+    os.environ.pop("OMP_NUM_THREADS", None)
     try:
         yield dict(os.environ)
     finally:
