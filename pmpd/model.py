@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import operator
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,8 +14,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pmpd import gpu
-from pmpd.decode.ending import StopStrings, end_token_ids, give_pad_token
+from pmpd.decode.ending import end_token_ids, give_pad_token
 from pmpd.decode.engine import Engine
+from pmpd.decode.padded import GenerateOutput, output_of, raise_error, requests_of
 from pmpd.decode.pulse import Pulse
 from pmpd.decode.requests import Completion, Prefix, Request, Sampling, TokenEvent
 from pmpd.errors import UserError
@@ -30,25 +28,6 @@ from pmpd.weights.mixed import MultiCheckpoint
 from pmpd.weights.model_spec import ModelSpec
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass
-class GenerateOutput:
-    """What `generate` returns. B rows."""
-
-    input_ids: Tensor
-    """int64 [B, L]: each prompt with its new tokens, right-padded with the pad (else end-of-sequence)
-    token."""
-    new_token: Tensor
-    """int64 [B]: number of new tokens of each row, the end-of-sequence token included."""
-    precision_log: list[list[int]]
-    """Per row the precision of the forward that produced each new token; the first is the prefill's."""
-    precision_trace: list[list[tuple[int, int]]]
-    """The same, run-length encoded: (bits, count)."""
-    past_key_values: list[Prefix]
-    """Per row the cache of all tokens but the last, to be passed to the next call."""
-    completions: list[Completion]
-    """The engine's own records, with seconds and finish reasons."""
 
 
 class PMPDForCausalLM(nn.Module):
@@ -293,18 +272,21 @@ class PMPDForCausalLM(nn.Module):
         `stop`: a row ends with the token that completes one of these strings; the string stays in its tokens.
         """
         sampling = Sampling(temperature, top_p, top_k, seed, repetition_penalty)
-        requests = self._requests(
-            input_ids, max_new_tokens, past_key_values, attention_mask, keys, sampling, stop
+        requests = requests_of(
+            self.tokenizer, input_ids, max_new_tokens, past_key_values, attention_mask, keys, sampling, stop
         )
         scheduler, bits = self.decide(self.scheduler, prefill_bit)
         by_key = {
             completion.key: completion
             for completion in self.complete(requests, scheduler, bits, len(requests))
         }
-        completions = [by_key[request.key] for request in requests]
-        for completion in completions:
-            _raise_error(completion)
-        return self._output(requests, completions)
+        pad = self.tokenizer.pad_token_id
+        return output_of(
+            requests,
+            [by_key[request.key] for request in requests],
+            min(self.eos_token_ids, default=0) if pad is None else pad,
+            self.device,
+        )
 
     def stream(
         self,
@@ -318,8 +300,15 @@ class PMPDForCausalLM(nn.Module):
     ) -> Iterator[tuple[int, int]]:
         """As `generate` for one prompt int64 [1, L], yielding (token, precision) as soon as each token is
         known. Streams and calls may take turns: each decodes with a cache of its own."""
-        requests = self._requests(
-            input_ids, max_new_tokens, past_key_values, None, None, sampling or Sampling(), stop
+        requests = requests_of(
+            self.tokenizer,
+            input_ids,
+            max_new_tokens,
+            past_key_values,
+            None,
+            None,
+            sampling or Sampling(),
+            stop,
         )
         if len(requests) != 1:
             raise UserError(f"stream takes one prompt, got {len(requests)}; use generate for a batch")
@@ -327,7 +316,7 @@ class PMPDForCausalLM(nn.Module):
             if isinstance(event, TokenEvent):
                 yield event.token, event.bits
             else:
-                _raise_error(event)
+                raise_error(event)
 
     def stream_request(
         self, request: Request, scheduler: Scheduler | None, prefill_bit: int | None = None
@@ -336,84 +325,3 @@ class PMPDForCausalLM(nn.Module):
         scheduler, bits = self.decide(scheduler, prefill_bit)
         with self._borrowed(1, len(request.input_ids) + request.max_new_tokens) as engine:
             yield from engine.stream([request], scheduler, bits, self.eos_token_ids)
-
-    def _requests(
-        self,
-        input_ids: Tensor,
-        max_new_tokens: int,
-        past_key_values: Sequence[Prefix] | None,
-        attention_mask: Tensor | None,
-        keys: Sequence[str] | None,
-        sampling: Sampling,
-        stop: Sequence[str],
-    ) -> list[Request]:
-        if input_ids.dim() != 2 or len(input_ids) == 0:
-            raise UserError(
-                f"input_ids has shape {list(input_ids.shape)}; allowed: [batch, length] with at least one row"
-            )
-        if attention_mask is not None and attention_mask.shape != input_ids.shape:
-            raise UserError(
-                f"attention_mask has shape {list(attention_mask.shape)}, input_ids {list(input_ids.shape)}; "
-                f"they must agree"
-            )
-        if past_key_values is not None and len(past_key_values) != len(input_ids):
-            raise UserError(
-                f"past_key_values has {len(past_key_values)} rows, input_ids {len(input_ids)}; they must "
-                f"agree"
-            )
-        if keys is not None and len(keys) != len(input_ids):
-            raise UserError(f"keys names {len(keys)} rows, input_ids has {len(input_ids)}; they must agree")
-        ends = StopStrings(self.tokenizer, stop) if stop else None
-        prompts = [
-            row[mask.bool()].tolist()
-            for row, mask in zip(
-                input_ids,
-                attention_mask if attention_mask is not None else torch.ones_like(input_ids),
-                strict=True,
-            )
-        ]
-        return [
-            Request(
-                key=str(index),
-                draw_key=keys[index]
-                if keys is not None
-                else hashlib.sha256(json.dumps(prompt).encode()).hexdigest()[:16],
-                input_ids=prompt,
-                max_new_tokens=max_new_tokens,
-                prefix=past_key_values[index] if past_key_values is not None else None,
-                want_prefix=True,
-                sampling=sampling,
-                stop=ends,
-            )
-            for index, prompt in enumerate(prompts)
-        ]
-
-    def _output(self, requests: list[Request], completions: list[Completion]) -> GenerateOutput:
-        pad = (
-            self.tokenizer.pad_token_id
-            if self.tokenizer.pad_token_id is not None
-            else min(self.eos_token_ids, default=0)
-        )
-        sequences = [
-            torch.tensor([*r.input_ids, *c.tokens]) for r, c in zip(requests, completions, strict=True)
-        ]
-        return GenerateOutput(
-            input_ids=torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=pad).to(
-                self.device
-            ),
-            new_token=torch.tensor([len(completion.tokens) for completion in completions]),
-            precision_log=[
-                [bits for bits, count in c.precision_trace for _ in range(count)] for c in completions
-            ],
-            precision_trace=[completion.precision_trace for completion in completions],
-            past_key_values=[
-                completion.prefix for completion in completions if completion.prefix is not None
-            ],
-            completions=completions,
-        )
-
-
-def _raise_error(completion: Completion) -> None:
-    """ValueError where the row failed; its text names that class already."""
-    if completion.error:
-        raise UserError(completion.error.removeprefix("ValueError: "))
