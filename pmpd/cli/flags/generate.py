@@ -45,8 +45,8 @@ class GenerateJob:
     num_choices: int = 1
     """Answers per question (they differ where tokens are sampled, and for the random scheduler)."""
     schedulers: str = "fp,uniform,static,confidence,random,kv_cache"
-    """The sweep, comma-separated: fp (unquantized), uniform (each precision), static, confidence, random,
-    kv_cache, or what a module of --plugins registers."""
+    """The sweep, comma-separated: fp (unquantized), uniform (each precision), or a scheduler; also online,
+    budget (docs/guides/schedulers.md), or what a module of --plugins registers."""
     scheduler: str | None = None
     """Only this one instead of the sweep (naive = static)."""
     use_fp: bool = False
