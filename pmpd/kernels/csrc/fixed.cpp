@@ -175,11 +175,14 @@ EXPORT int pmpd_step(const PmpdStep* step, int level, int threads) {
     room.bytes_at = take(FIXED_TILE_ROWS * s.halves * HALF_COLUMNS);
     room.own_bytes = size;
     size = 0;
-    const int64_t barrier_at = take(64), x_at = take(tokens * step->hidden * 4), wide_at = take(tokens * larger(width, 2 * step->inner) * 4),
+    const int64_t counters = (step->layer_count * TAKES + 1) * TAKEN_STRIDE * 8;
+    const int64_t barrier_at = take(64), taken_at = take(counters), x_at = take(tokens * step->hidden * 4), wide_at = take(tokens * larger(width, 2 * step->inner) * 4),
                   attended_at = take(tokens * heads * 4), lines_at = take(threads * tokens * step->hidden * 4), own_at = take(threads * room.own_bytes);
     char* base = (char*)scratch_bytes((size_t)size);
     if (!base) return 1;
     memset(base + barrier_at, 0, 64);
+    memset(base + taken_at, 0, (size_t)counters);
+    room.taken = (int64_t*)(base + taken_at);
     room.barrier = (Barrier*)(base + barrier_at);
     room.x = (float*)(base + x_at);
     room.wide = (float*)(base + wide_at);

@@ -1,7 +1,8 @@
 // One decode step of a Llama tree (Mistral's and Qwen2's are the same): embedding to logits in one parallel region. Matrices are in
 // fixed point, everything between them is float32; keys and values are rounded to the bfloat16 of the cache. Included after fixed.h.
 //
-// Threads share the rows of a product, or the items of attention, and wait for each other in between. What all of them need and is
+// Threads take rows of a product, or items of attention, a part at a time, so that one which gets less of its processor holds nobody
+// up for long, and wait for each other in between. What all of them need and is
 // cheap (norms, tokens in fixed point) each computes for itself. So results depend neither on the number of threads nor on the other
 // tokens of the step.
 #pragma once
@@ -22,9 +23,13 @@ struct Worker {  // what one thread needs of a step
     uint8_t* bytes;  // FIXED_TILE_ROWS rows
 };
 
-INLINE void share(const Worker& w, int64_t items, int64_t& begin, int64_t& end) {
-    begin = items * w.thread / w.threads;
-    end = items * (w.thread + 1) / w.threads;
+// The next of so many items that no thread has taken yet, at least `least` of them; false: there are none. `what` counts over the step.
+INLINE bool take(const Worker& w, int64_t what, int64_t items, int64_t least, int64_t& begin, int64_t& end) {
+    int64_t size = w.threads == 1 ? items : items / (w.threads * 8);
+    if (size < least) size = least;
+    begin = __atomic_fetch_add(w.room->taken + what * TAKEN_STRIDE, size, __ATOMIC_RELAXED);
+    end = begin + size < items ? begin + size : items;
+    return begin < items;
 }
 
 // `line` = x times 1 / rms(x) times weight.
@@ -68,10 +73,12 @@ void multiply_segments(const Worker& w, const PmpdMatrix* matrix, float* y, int6
     }
 }
 
-void multiply_share(const Worker& w, const PmpdMatrix* matrix, float* y, int64_t stride, int kind) {
+enum { LEAST_GROUPS = 8 };
+
+void multiply_share(const Worker& w, int64_t what, const PmpdMatrix* matrix, float* y, int64_t stride, int kind) {
     int64_t begin, end;
-    share(w, (matrix->rows + GROUP_ROWS - 1) / GROUP_ROWS, begin, end);
-    if (begin < end) multiply_segments(w, matrix, y, stride, kind, begin, end);
+    while (take(w, what, (matrix->rows + GROUP_ROWS - 1) / GROUP_ROWS, LEAST_GROUPS, begin, end))
+        multiply_segments(w, matrix, y, stride, kind, begin, end);
 }
 
 // x [dim] turned by the angles: rotate_half of transformers.
@@ -84,54 +91,57 @@ INLINE void rotate(float* x, const float* cosine, const float* sine, int64_t dim
     }
 }
 
-void attention_share(const Worker& w, const PmpdLayer& layer) {
+// One token's attention by the query heads of one key head; its key and value go to the cache first.
+void attention_item(const Worker& w, const PmpdLayer& layer, int64_t item) {
     const PmpdStep* s = w.step;
     const int64_t dim = s->dim, group = s->heads / s->key_heads, width = (s->heads + 2 * s->key_heads) * dim;
-    int64_t begin, end;
-    share(w, s->tokens * s->key_heads, begin, end);
-    for (int64_t item = begin; item < end; ++item) {
-        const int64_t t = item / s->key_heads, head = item % s->key_heads;
-        const float *cosine = s->cosine + t * dim, *sine = s->sine + t * dim;
-        float* line = w.room->wide + t * width;
-        for (int64_t g = 0; g < group; ++g) {
-            float* query = line + (head * group + g) * dim;
-            rotate(query, cosine, sine, dim);
-            __builtin_memcpy(w.room->attended + (t * s->heads + head * group + g) * dim, query, (size_t)dim * 4);
-        }
-        float *key = line + (s->heads + head) * dim, *value = line + (s->heads + s->key_heads + head) * dim;
-        rotate(key, cosine, sine, dim);
-        const int64_t at = s->slots[t] * s->slot_stride + head * s->head_stride + (s->lengths[t] - 1) * s->position_stride;
-        for (int64_t d = 0; d < dim; ++d) {
-            ((uint16_t*)layer.keys)[at + d] = to_bfloat16(key[d]);
-            ((uint16_t*)layer.values)[at + d] = to_bfloat16(value[d]);
-        }
-        // queries are read before `out` of their head is written, so both can be one place
-        const Attention attention = {w.room->attended, (const float*)layer.keys, (const float*)layer.values, s->slots, s->lengths, w.room->attended,
-                                     s->heads, s->key_heads, dim, s->slot_stride, s->head_stride, s->position_stride, layer.window, s->scale};
-        attend_items<uint16_t>(&attention, w.scores, item, item + 1);
+    const int64_t t = item / s->key_heads, head = item % s->key_heads;
+    const float *cosine = s->cosine + t * dim, *sine = s->sine + t * dim;
+    float* line = w.room->wide + t * width;
+    for (int64_t g = 0; g < group; ++g) {
+        float* query = line + (head * group + g) * dim;
+        rotate(query, cosine, sine, dim);
+        __builtin_memcpy(w.room->attended + (t * s->heads + head * group + g) * dim, query, (size_t)dim * 4);
     }
+    float *key = line + (s->heads + head) * dim, *value = line + (s->heads + s->key_heads + head) * dim;
+    rotate(key, cosine, sine, dim);
+    const int64_t at = s->slots[t] * s->slot_stride + head * s->head_stride + (s->lengths[t] - 1) * s->position_stride;
+    for (int64_t d = 0; d < dim; ++d) {
+        ((uint16_t*)layer.keys)[at + d] = to_bfloat16(key[d]);
+        ((uint16_t*)layer.values)[at + d] = to_bfloat16(value[d]);
+    }
+    // queries are read before `out` of their head is written, so both can be one place
+    const Attention attention = {w.room->attended, (const float*)layer.keys, (const float*)layer.values, s->slots, s->lengths, w.room->attended,
+                                 s->heads, s->key_heads, dim, s->slot_stride, s->head_stride, s->position_stride, layer.window, s->scale};
+    attend_items<uint16_t>(&attention, w.scores, item, item + 1);
+}
+
+void attention_share(const Worker& w, int64_t what, const PmpdLayer& layer) {
+    int64_t begin, end;
+    while (take(w, what, w.step->tokens * w.step->key_heads, 1, begin, end))
+        for (int64_t item = begin; item < end; ++item) attention_item(w, layer, item);
 }
 
 // gate := silu(gate) * up, on the rows of this thread.
-void gate_share(const Worker& w, const PmpdLayer& layer) {
+void gate_share(const Worker& w, int64_t what, const PmpdLayer& layer) {
     const PmpdStep* s = w.step;
     float *gate = w.room->wide, *up = gate + s->tokens * s->inner;
     int64_t begin, end;
-    share(w, (s->inner + GROUP_ROWS - 1) / GROUP_ROWS, begin, end);
-    if (begin == end) return;
-    multiply_segments(w, layer.gate, gate, s->inner, OUT_FLOAT32, begin, end);
-    multiply_segments(w, layer.up, up, s->inner, OUT_FLOAT32, begin, end);
-    const int64_t first = begin * GROUP_ROWS, last = end * GROUP_ROWS < s->inner ? end * GROUP_ROWS : s->inner;
-    for (int64_t t = 0; t < s->tokens; ++t)
-        for (int64_t i = first; i < last; i += LANES) {
-            const int64_t left = last - i < LANES ? last - i : (int64_t)LANES;
-            Floats g = {}, u = {};
-            __builtin_memcpy(&g, gate + t * s->inner + i, (size_t)left * 4);
-            __builtin_memcpy(&u, up + t * s->inner + i, (size_t)left * 4);
-            const Floats e = exponential(g < 0.0f ? g : -g);  // of -|g|
-            g = g * u * (g < 0.0f ? e : Floats{} + 1.0f) / (1.0f + e);
-            __builtin_memcpy(gate + t * s->inner + i, &g, (size_t)left * 4);
-        }
+    while (take(w, what, (s->inner + GROUP_ROWS - 1) / GROUP_ROWS, LEAST_GROUPS, begin, end)) {
+        multiply_segments(w, layer.gate, gate, s->inner, OUT_FLOAT32, begin, end);
+        multiply_segments(w, layer.up, up, s->inner, OUT_FLOAT32, begin, end);
+        const int64_t first = begin * GROUP_ROWS, last = end * GROUP_ROWS < s->inner ? end * GROUP_ROWS : s->inner;
+        for (int64_t t = 0; t < s->tokens; ++t)
+            for (int64_t i = first; i < last; i += LANES) {
+                const int64_t left = last - i < LANES ? last - i : (int64_t)LANES;
+                Floats g = {}, u = {};
+                __builtin_memcpy(&g, gate + t * s->inner + i, (size_t)left * 4);
+                __builtin_memcpy(&u, up + t * s->inner + i, (size_t)left * 4);
+                const Floats e = exponential(g < 0.0f ? g : -g);  // of -|g|
+                g = g * u * (g < 0.0f ? e : Floats{} + 1.0f) / (1.0f + e);
+                __builtin_memcpy(gate + t * s->inner + i, &g, (size_t)left * 4);
+            }
+    }
 }
 
 // Rows of a bfloat16 matrix times up to MT tokens. x [hidden]: of 16 neighbours, the 8 of even columns first, then the odd ones.
@@ -157,24 +167,8 @@ INLINE void dense_rows(const uint16_t* weights, int64_t columns, const float* x,
         for (int t = 0; t < MT; ++t) y[t * y_stride + r] = sum_of(sum[r][t]);
 }
 
-void head_share(const Worker& w) {
-    const PmpdStep* s = w.step;
-    if (s->head) {
-        prepare_tokens(w, w.room->x, s->hidden, s->hidden, s->norm);
-        int64_t begin, end;
-        share(w, (s->vocabulary + GROUP_ROWS - 1) / GROUP_ROWS, begin, end);
-        const FixedShape shape = fixed_shape_of(s->hidden);
-        const FixedJob job = {s->head, 8, s->tokens, w.x, shape.halves * HALF_COLUMNS, w.scales, shape.units, w.sums, s->logits, s->vocabulary, OUT_FLOAT32};
-        if (begin < end) multiply_fixed(&job, begin, end, w.bytes);
-        return;
-    }
-    float* x = w.room->lines + w.thread * s->tokens * s->hidden;
-    for (int64_t t = 0; t < s->tokens; ++t) {
-        rms_norm(w.room->x + t * s->hidden, s->norm, s->hidden, s->epsilon, w.line);
-        for (int64_t i = 0; i < s->hidden; ++i) x[t * s->hidden + i / 16 * 16 + i % 2 * 8 + i % 16 / 2] = w.line[i];
-    }
-    int64_t begin, end;
-    share(w, s->vocabulary, begin, end);
+// Rows begin..end of the dense head times all tokens' x.
+void dense_head(const PmpdStep* s, const float* x, int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end;) {
         const int rows = end - row >= 4 ? 4 : 1;
         const uint16_t* weights = s->dense_head + row * s->hidden;
@@ -186,6 +180,28 @@ void head_share(const Worker& w) {
             else dense_rows<1, 1>(weights, s->hidden, x + t * s->hidden, s->hidden, y, s->vocabulary);
         }
         row += rows;
+    }
+}
+
+void head_share(const Worker& w) {
+    const PmpdStep* s = w.step;
+    const int64_t what = s->layer_count * TAKES, groups = (s->vocabulary + GROUP_ROWS - 1) / GROUP_ROWS;
+    int64_t begin, end;
+    if (s->head) {
+        prepare_tokens(w, w.room->x, s->hidden, s->hidden, s->norm);
+        const FixedShape shape = fixed_shape_of(s->hidden);
+        const FixedJob job = {s->head, 8, s->tokens, w.x, shape.halves * HALF_COLUMNS, w.scales, shape.units, w.sums, s->logits, s->vocabulary, OUT_FLOAT32};
+        while (take(w, what, groups, LEAST_GROUPS, begin, end)) multiply_fixed(&job, begin, end, w.bytes);
+        return;
+    }
+    float* x = w.room->lines + w.thread * s->tokens * s->hidden;
+    for (int64_t t = 0; t < s->tokens; ++t) {
+        rms_norm(w.room->x + t * s->hidden, s->norm, s->hidden, s->epsilon, w.line);
+        for (int64_t i = 0; i < s->hidden; ++i) x[t * s->hidden + i / 16 * 16 + i % 2 * 8 + i % 16 / 2] = w.line[i];
+    }
+    while (take(w, what, groups, LEAST_GROUPS, begin, end)) {
+        const int64_t last = end * GROUP_ROWS < s->vocabulary ? end * GROUP_ROWS : s->vocabulary;
+        dense_head(s, x, begin * GROUP_ROWS, last);
     }
 }
 
@@ -231,25 +247,26 @@ void decode_step(const PmpdStep* s, const StepRoom* room, int thread, int thread
     wait(TIME_NORM);
     for (int64_t index = 0; index < s->layer_count; ++index) {
         const PmpdLayer& layer = s->layers[index];
+        const int64_t first = index * TAKES;
         prepare_tokens(w, room->x, s->hidden, s->hidden, layer.norm);
         spent(TIME_NORM);
-        multiply_share(w, layer.q, room->wide, width, OUT_FLOAT32);
-        multiply_share(w, layer.k, room->wide + s->heads * s->dim, width, OUT_FLOAT32);
-        multiply_share(w, layer.v, room->wide + (s->heads + s->key_heads) * s->dim, width, OUT_FLOAT32);
+        multiply_share(w, first + TAKE_QUERY, layer.q, room->wide, width, OUT_FLOAT32);
+        multiply_share(w, first + TAKE_KEY, layer.k, room->wide + s->heads * s->dim, width, OUT_FLOAT32);
+        multiply_share(w, first + TAKE_VALUE, layer.v, room->wide + (s->heads + s->key_heads) * s->dim, width, OUT_FLOAT32);
         wait(TIME_PRODUCTS);
-        attention_share(w, layer);
+        attention_share(w, first + TAKE_ATTENTION, layer);
         wait(TIME_ATTENTION);
         prepare_tokens(w, room->attended, s->heads * s->dim, s->heads * s->dim, nullptr);
         spent(TIME_NORM);
-        multiply_share(w, layer.out, room->x, s->hidden, OUT_ADD);
+        multiply_share(w, first + TAKE_OUT, layer.out, room->x, s->hidden, OUT_ADD);
         wait(TIME_PRODUCTS);
         prepare_tokens(w, room->x, s->hidden, s->hidden, layer.post_norm);
         spent(TIME_NORM);
-        gate_share(w, layer);
+        gate_share(w, first + TAKE_GATE, layer);
         wait(TIME_PRODUCTS);
         prepare_tokens(w, room->wide, s->inner, s->inner, nullptr);
         spent(TIME_NORM);
-        multiply_share(w, layer.down, room->x, s->hidden, OUT_ADD);
+        multiply_share(w, first + TAKE_DOWN, layer.down, room->x, s->hidden, OUT_ADD);
         wait(TIME_PRODUCTS);
     }
     head_share(w);

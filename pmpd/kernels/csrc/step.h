@@ -38,8 +38,12 @@ struct Barrier {
     int arrived, generation;
 };
 
+// What threads take parts of, in this order in each layer; the head comes after the layers.
+enum { TAKE_QUERY, TAKE_KEY, TAKE_VALUE, TAKE_ATTENTION, TAKE_OUT, TAKE_GATE, TAKE_DOWN, TAKES, TAKEN_STRIDE = 8 };
+
 struct StepRoom {
     Barrier* barrier;
+    int64_t* taken;  // [layers * TAKES + 1, TAKEN_STRIDE]: how many items have been taken
     float *x, *wide, *attended, *lines;  // [tokens, hidden], [tokens, 2 inner or all heads], [tokens, heads * dim], [threads, tokens, hidden]
     char* own;                           // per thread own_bytes, in it:
     int64_t own_bytes, x_at, scales_at, sums_at, line_at, scores_at, bytes_at;
