@@ -262,6 +262,29 @@ def markdown(results: dict[str, Any]) -> str:
             f"{row['static_loss']:.4f} | {row['gain_percent']:+.2f} | [{row['low_percent']:+.2f}, "
             f"{row['high_percent']:+.2f}] | {row['p']:.2g} | {row['p_holm']:.2g} | {share} | {needed} |"
         )
+    if "exact" in results:
+        lines += ["", "| plan | curves against exact forwards, error in % | correlation over prompts |"]
+        lines += ["|---|---|---|"]
+        lines += [
+            f"| {name} | {row['error_percent']:+.2f} | {row['correlation']:.3f} |"
+            for name, row in results["exact"].items()
+        ]
+    if "noise" in results:
+        lines += ["", "| rule | pair | labelled again | agreement | no accuracy exceeds | majority |"]
+        lines += ["|---|---|---|---|---|---|"]
+        lines += [
+            f"| {row['rule']} | {row['pair']} | {row['against']} ({row['prompts']}) | {row['agreement']:.2f} "
+            f"[{row['low']:.2f}, {row['high']:.2f}] | {row['ceiling']:.2f} | {row['majority']:.2f} |"
+            for row in results["noise"]["results"]
+        ]
+    if "decode_time" in results:
+        lines += ["", "| policy | target bits | decode time of the highest precision | decisions |"]
+        lines += ["|---|---|---|---|"]
+        lines += [
+            f"| {row['policy']} | {row['target_bits']:g} | {row['of_highest']:.3f} "
+            f"| {row['decision_share']:.1%} |"
+            for row in results["decode_time"]
+        ]
     return "\n".join(lines) + "\n"
 
 

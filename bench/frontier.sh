@@ -2,7 +2,7 @@
 # The whole scheduler study: prompts, references, labels by divergence, noise, exactness, decode times, tables.
 #   bash bench/frontier.sh TEXTS QUESTIONS QUANTIZED UNQUANTIZED OUT NAME
 # With Ray on a GPU (PER_KIND=2000 of each kind, 256 new tokens):
-#   PER_KIND=2000 NEW=256 LONGEST=1024 BATCH=auto DEVICE=cuda bash bench/frontier.sh … frontier_cuda
+#   PER_KIND=2000 NEW=256 LONGEST=1024 BATCH=auto DEVICE=cuda NOISE=512 KV=1 bash bench/frontier.sh … frontier_cuda
 # On a CPU without Ray: PER_KIND=320 NEW=64 LONGEST=128 BATCH=32 WORKERS=0. What is finished is not done again,
 # so the same command goes on where it was stopped.
 set -euo pipefail
@@ -28,8 +28,13 @@ folders="$out/continuations $out/instructions"
   --reference-model-path "$unquantized" --prompts "${EXACT:-40}" --device "$device" --output "$out/exact.json"
 [ -e "$out/steps.json" ] || python -m bench.frontier steps --model-path "$quantized" --device "$device" \
   --output "$out/steps.json"
-[ -n "${NOISE:-}" ] && bash bench/label_noise.sh "$out/texts/continuations.jsonl" "$quantized" "$unquantized" \
-  "$out/noise" "$NOISE"
+noise=
+if [ -n "${NOISE:-}" ]; then # so many records, labelled again in four ways by each rule
+  bash bench/label_noise.sh "$out/texts/continuations.jsonl" "$quantized" "$unquantized" "$out/noise" "$NOISE"
+  python -m bench.label_noise --base "$out"/noise/{kl,agreement}/base --name "${name}_noise" \
+    --others "$out"/noise/{kl,agreement}/{bfloat16,space,cut,tokens}
+  noise="--noise bench/results/${name}_noise.json"
+fi
 # shellcheck disable=SC2086
 python -m bench.frontier study --labels $folders --exact "$out/exact.json" --steps "$out/steps.json" \
-  --device "$device" --name "$name"
+  $noise ${KV:+--kv-classifiers} --device "$device" --name "$name"
