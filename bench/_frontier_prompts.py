@@ -31,6 +31,13 @@ TASKS = (
 )
 
 
+def group_of(source: str) -> str:
+    """The group of a prompt by where its record came from: neighbouring lines of a file ("texts.jsonl:17"),
+    or one folder of documents ("email/get_bare_quoted_string")."""
+    line = source.rsplit(":", 1)[-1]
+    return str(int(line) // GROUP_LINES) if line.isdigit() else source.rpartition("/")[0]
+
+
 def passages(texts: str) -> list[str]:
     """Two passages of each record of the second half, in order."""
     found = [text for _, text, problem in records(PromptConfig(texts)) if problem is None]

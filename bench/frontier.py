@@ -70,8 +70,7 @@ def load(folders: tuple[str, ...]) -> tuple[CurveSet, dict[str, Any]]:
     for name, folder in zip(names, folders, strict=True):
         labels, prompts = (storage.join(folder, name) for name in ("labels", "prompts"))
         for row in storage.read_table(prompts, ["prompt_id", "source"]).to_pylist():
-            line = int(row["source"].rsplit(":", 1)[-1])
-            groups[row["prompt_id"]] = f"{folder}/{line // _frontier_prompts.GROUP_LINES}"
+            groups[row["prompt_id"]] = f"{folder}/{_frontier_prompts.group_of(row['source'])}"
             kinds[row["prompt_id"]] = sorted(set(names)).index(name)
         found = storage.read_table(labels, [*LABEL_COLUMNS, "seconds", "rule"]).to_pylist()
         manifest = storage.read_manifest(labels) or {}
@@ -93,7 +92,7 @@ class Study:
 
     labels: tuple[str, ...]
     """Output folders of pmpd label --rule kl, one a kind of prompt."""
-    targets: tuple[float, ...] = (2.5, 3.0, 3.5)
+    targets: tuple[float, ...] = (2.5, 2.75, 3.25, 3.5)
     """Bits on average."""
     folds: int = 5
     resamples: int = 10000

@@ -34,15 +34,20 @@ class Thresholds:
     raise_above: float
     patience: int
     hold: int
+    first: int = 0
+    """Place in the chain of the highest precision that it uses."""
+    last: int | None = None
+    """Of the lowest; None: the chain's."""
 
 
 def follow(curves: CurveSet, setting: Thresholds) -> np.ndarray:
     """Places in the chain of every decode forward under the scheduler `online`: int [N, M]."""
     tables, _ = doubt(curves, setting.signal)
     rows = np.arange(len(curves))
-    level, sure, hold = (np.zeros(len(curves), dtype=int) for _ in range(3))
+    sure, hold = np.zeros(len(curves), dtype=int), np.zeros(len(curves), dtype=int)
+    level = np.full(len(curves), setting.first)
     levels = np.zeros((len(curves), tables.shape[2]), dtype=int)
-    lowest = len(curves.chain) - 1
+    lowest = len(curves.chain) - 1 if setting.last is None else setting.last
     for t in range(tables.shape[2]):
         levels[:, t] = level
         seen = tables[rows, level, t]
@@ -50,7 +55,7 @@ def follow(curves: CurveSet, setting: Thresholds) -> np.ndarray:
         sure = np.where(seen < setting.lower_below, sure + 1, 0)
         hold = np.maximum(0, hold - 1)
         down = (sure >= setting.patience) & (hold == 0) & (level < lowest) & ~up
-        level = np.where(up, 0, np.where(down, level + 1, level))
+        level = np.where(up, setting.first, np.where(down, level + 1, level))
         hold = np.where(up, setting.hold, np.where(down, 0, hold))
         sure = np.where(up | down, 0, sure)
     return levels
@@ -59,13 +64,14 @@ def follow(curves: CurveSet, setting: Thresholds) -> np.ndarray:
 def settings_of(train: CurveSet) -> list[Thresholds]:
     """The settings that are tried on the training prompts."""
     found = []
+    lowest = len(train.chain) - 1
+    parts = sorted({(0, lowest), *((place, place + 1) for place in range(lowest))})
     for signal in ("entropy", "margin"):
         tables, _ = doubt(train, signal)
-        values = tables[:, 0][train.valid]
-        marks = np.quantile(values, QUANTILES)
+        marks = np.quantile(tables[:, 0][train.valid], QUANTILES)
         pairs = list(itertools.combinations_with_replacement(marks.tolist(), 2))
-        for (low, high), patience, hold in itertools.product(pairs, (1, 2), (1, 4)):
-            found.append(Thresholds(signal, low, high, patience, hold))
+        for (low, high), patience, hold, part in itertools.product(pairs, (1, 2), (1, 4), parts):
+            found.append(Thresholds(signal, low, high, patience, hold, *part))
     return found
 
 

@@ -108,14 +108,18 @@ def by_prediction(
     test: CurveSet,
     targets: Sequence[float],
     predicted: Callable[[CurveSet, np.ndarray], np.ndarray],
+    hindsight: bool = False,
 ) -> list[Outcome]:
-    """Per prompt the plan of least `predicted` loss [N, P] (sums over its forwards) + multiplier x bits."""
+    """Per prompt the plan of least `predicted` loss [N, P] + multiplier x bits: both of an answer of full
+    length, since nobody knows when it will end; with `hindsight`, sums over the forwards that it took."""
     plans = _plans(train)
+    nominal = train.widths[plans].sum(1)
 
     def chosen(part: CurveSet) -> tuple[np.ndarray, np.ndarray]:  # loss and bits, [N, K] each
         loss, bits = part.plan_tables(plans)
         costs = predicted(part, plans)
-        at = np.stack([(costs + each * bits).argmin(1) for each in MULTIPLIERS], axis=1)
+        weights = bits if hindsight else nominal
+        at = np.stack([(costs + each * weights).argmin(1) for each in MULTIPLIERS], axis=1)
         return np.take_along_axis(loss, at, axis=1), np.take_along_axis(bits, at, axis=1)
 
     # by bits alone, not by the loss on the prompts that the prediction was fitted to
@@ -133,7 +137,7 @@ def by_prediction(
 def oracle_plan(train: CurveSet, test: CurveSet, targets: Sequence[float], seed: int) -> list[Outcome]:
     """The plan that hindsight chooses for each prompt: no policy that decides once per prompt among these
     plans gains more."""
-    return by_prediction(test, test, targets, lambda part, plans: part.plan_tables(plans)[0])
+    return by_prediction(test, test, targets, lambda part, plans: part.plan_tables(plans)[0], hindsight=True)
 
 
 def oracle_token(train: CurveSet, test: CurveSet, targets: Sequence[float], seed: int) -> list[Outcome]:
@@ -164,7 +168,7 @@ def by_class(
 
     def predicted(part: CurveSet, _: np.ndarray) -> np.ndarray:
         names = classes[id(part)].tolist()
-        return np.stack([means.get(name, overall) for name in names]) * part.forwards[:, None]
+        return np.stack([means.get(name, overall) for name in names]) * part.valid.shape[1]
 
     return by_prediction(train, test, targets, predicted)
 
@@ -244,7 +248,7 @@ def regression(train: CurveSet, test: CurveSet, targets: Sequence[float], seed: 
     def predicted(part: CurveSet, plans: np.ndarray) -> np.ndarray:
         _, points = standardised(train.features, part.features)
         curve = np.exp(model(points)).reshape(-1, *y.shape[1:]) * scale  # [N, C, S]
-        along = curve[:, :, segment_of(plans.shape[1])] * part.valid[:, None, :]  # [N, C, M]
+        along = curve[:, :, segment_of(plans.shape[1])]  # [N, C, M]
         chosen = plans[:, None, :] == np.arange(len(part.chain))[None, :, None]
         return along.reshape(len(part), -1) @ chosen.reshape(len(plans), -1).T
 
