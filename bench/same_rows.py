@@ -14,19 +14,28 @@ import numpy as np
 import pyarrow.parquet as pq
 from safetensors.numpy import load_file
 
-MEASURED = ("seconds", "worker", "forward_seconds", "fingerprint")
+MEASURED = ("seconds", "worker", "time_ratio", "fingerprint")
 """Columns with one of these words in their name differ from run to run, or name the code."""
 
 
 def rows_of(folder: Path) -> dict[str, dict[str, object]]:
-    """Row id -> row, without what is measured."""
-    rows = {}
-    for path in sorted(folder.glob("*.parquet")):
-        table = pq.read_table(path)
-        kept = [name for name in table.column_names if not any(word in name for word in MEASURED)]
-        for row in table.select(kept).to_pylist():
-            rows[str(row[table.column_names[0]])] = row
-    return rows
+    """Row id -> row, without what is measured. The id is the first column, and for tables whose first column
+    is no id (scores) all without fractions."""
+    tables = [pq.read_table(path) for path in sorted(folder.glob("*.parquet"))]
+    rows = [row for table in tables for row in table.to_pylist()]
+    if not rows:
+        return {}
+    names = list(rows[0])
+    is_id = len({row[names[0]] for row in rows}) == len(rows)
+    keys = (
+        names[:1]
+        if is_id
+        else [n for n in names if all(isinstance(row[n], str | int | None) for row in rows)]
+    )
+    kept = [name for name in names if not any(word in name for word in MEASURED)]
+    found = {" ".join(str(row[key]) for key in keys): {name: row[name] for name in kept} for row in rows}
+    assert len(found) == len(rows), f"{folder}: rows that no column tells apart"
+    return found
 
 
 def equal(a: object, b: object) -> bool:

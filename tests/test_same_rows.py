@@ -30,3 +30,14 @@ def test_one_other_label_or_weight_or_a_missing_row_is_told(tmp_path, capsys):
     assert main(before, write(tmp_path / "c", weight=1.0000001)) == 1
     assert "1 tensors, 1 differ" in capsys.readouterr().out
     assert main(before, str(tmp_path / "nothing")) == 1
+
+
+def test_rows_of_a_table_without_an_id_are_told_apart_by_all_that_names_them(tmp_path, capsys):
+    for name, second in (("a", 0.5), ("b", 0.75)):
+        (tmp_path / name).mkdir()
+        rows = [
+            {"benchmark": "demo", "turn": t, "value": v} for t, v in ((None, 0.25), (1, second), (2, 0.1))
+        ]
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / name / "scores.parquet")
+    assert main(str(tmp_path / "a"), str(tmp_path / "b")) == 1
+    assert "3 rows, 1 differ\n  demo 1: value" in capsys.readouterr().out
