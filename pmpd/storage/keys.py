@@ -89,7 +89,7 @@ class Seen:
     _FEW = 1 << 16
 
     def __init__(self) -> None:
-        self._sorted = memoryview(np.zeros(0, np.uint64))  # which gives Python's ints, ten times as fast
+        self._sorted = np.zeros(0, np.uint64).data  # a memoryview gives Python's ints, ten times as fast
         self._new: set[int] = set()
 
     def __len__(self) -> int:
@@ -105,6 +105,6 @@ class Seen:
         self._new.add(key)
         if len(self._new) > max(self._FEW, len(self._sorted) // 16):
             both = np.concatenate([self._sorted, np.fromiter(self._new, np.uint64)])
-            self._sorted = memoryview(np.sort(both))
+            self._sorted = np.sort(both).data
             self._new = set()
         return True
