@@ -6,11 +6,14 @@ The first half of the texts' records is for calibration, the second half, never 
 scored: windows end to end, each text followed by the end-of-sequence token. Without `--texts`, the demo's own
 texts (train and held out) are used. The bars are those of SmolLM2-135M-Instruct on WikiText-2; for other
 models they are left out.
+
+`--quantized FOLDER` measures what `pmpd quantize` made before, which can be killed and gone on with; costs
+are then those of its manifest, and its calibration texts must have been the first half.
 """
 
 from __future__ import annotations
 
-import resource
+import json
 import tempfile
 import time
 from dataclasses import dataclass, fields
@@ -38,6 +41,8 @@ class Config(QuantizeConfig):
     """Unquantized checkpoint folder."""
     texts: str | None = None
     """File or folder of texts; None: the demo's."""
+    quantized: str | None = None
+    """Folder that `pmpd quantize` made of this model; None: quantize now."""
     test_tokens: int = 20480
     """At most so many tokens are scored."""
     windows: tuple[int, ...] = (2048, 512)
@@ -56,30 +61,30 @@ def main(config: Config) -> dict:
     else:
         texts = _texts(PromptConfig(config.texts))
         fitted, kept = texts[: len(texts) // 2], texts[len(texts) // 2 :]
-    settings = QuantizeConfig(**{field.name: getattr(config, field.name) for field in fields(QuantizeConfig)})
     with tempfile.TemporaryDirectory() as folder:
-        output = Path(folder) / "anyprec"
-        wall, cpu = time.monotonic(), time.process_time()
-        summary = quantize_checkpoint(
-            config.model_path,
-            output,
-            settings,
-            fitted,
-            on_progress=lambda stage, done, total: print(
-                f"{time.monotonic() - wall:7.1f} s  {stage} {done}/{total}", flush=True
-            ),
-        )
-        wall, cpu = time.monotonic() - wall, time.process_time() - cpu
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        output = Path(config.quantized or f"{folder}/anyprec")
+        if config.quantized is None:
+            settings = {field.name: getattr(config, field.name) for field in fields(QuantizeConfig)}
+            start = time.monotonic()
+            quantize_checkpoint(
+                config.model_path,
+                output,
+                QuantizeConfig(**settings),
+                fitted,
+                on_progress=lambda stage, done, total: print(
+                    f"{time.monotonic() - start:7.1f} s  {stage} {done}/{total}", flush=True
+                ),
+            )
+        made = json.loads((output / "manifest.json").read_text())
         found = measure(config, [config.model_path, str(output)], kept)
     results = {
         "model": Path(config.model_path).name,
-        "settings": summary.settings,
-        "seconds": round(wall, 1),
-        "processor_seconds": round(cpu, 1),
-        "peak_bytes": peak,
-        "model_bytes": {"unquantized": summary.source_bytes, "quantized": summary.model_bytes},
-        "relative_error": summary.relative_error,
+        "settings": made["settings"],
+        "seconds": made["seconds"],
+        "processor_seconds": made["processor_seconds"],
+        "peak_bytes": made["peak_bytes"],
+        "model_bytes": {"unquantized": made["source_bytes"], "quantized": made["model_bytes"]},
+        "relative_error": made["relative_error"],
         **found,
     }
     if config.bars:
