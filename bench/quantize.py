@@ -23,8 +23,7 @@ import torch
 import tyro
 
 from bench import _record
-from pmpd import PMPDForCausalLM, gpu
-from pmpd.cli.quantize import DEMO
+from pmpd import PMPDForCausalLM, demo, gpu
 from pmpd.evaluation.perplexity import by_precision, token_stream
 from pmpd.labeling.prompts import PromptConfig, records
 from pmpd.quantize.config import QuantizeConfig
@@ -37,7 +36,7 @@ BARS = {"4": 35.0, "3": 45.0, "2": 200.0}
 
 @dataclass(frozen=True)
 class Config(QuantizeConfig):
-    model_path: str = str(DEMO)
+    model_path: str = str(demo.DENSE)
     """Unquantized checkpoint folder."""
     texts: str | None = None
     """File or folder of texts; None: the demo's."""
