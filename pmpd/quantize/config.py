@@ -41,7 +41,7 @@ class QuantizeConfig:
     tuning_steps: int = 12
     """Steps of tuning the tables of the lowest precision for what the whole model says, each on another piece
     of text of half that length; every higher precision takes half as many as the one below. 0: no tuning."""
-    tuning_rate: float = 0.1
+    tuning_rate: float = 0.05
     """Highest step size of the tuning, as a share of the errors that quantizing made."""
     seed: int = 0
     """Of the order of the calibration texts."""
@@ -55,7 +55,7 @@ class QuantizeConfig:
         if self.tuning_steps < 0:
             raise UserError(f"--tuning-steps {self.tuning_steps}: give 0 (no tuning) or more")
         if not 0 < self.tuning_rate < 1:
-            raise UserError(f"--tuning-rate {self.tuning_rate}: give a rate between 0 and 1, like 0.1")
+            raise UserError(f"--tuning-rate {self.tuning_rate}: give a rate between 0 and 1, like 0.05")
 
     @property
     def precisions(self) -> range:
