@@ -26,6 +26,7 @@ from bench import _random_llama, _record
 from bench._farm_host import Head, Job, Watch, driver_of, kill, worker_processes
 from bench.same_rows import compare_datasets
 from pmpd import demo, storage
+from pmpd.storage.summary import read_summary
 
 SHAPES = {"1.1b": _random_llama.LLAMA_1B, "8b": _random_llama.LLAMA_8B}
 
@@ -305,7 +306,7 @@ def ended(job: Job) -> None:
 def measured(output: Path) -> dict[str, Any]:
     """Rate, workers and errors of a labels data set, from what the run wrote."""
     labels = str(output / "labels")
-    run = (storage.read_summary(labels) or {"runs": [{}]})["runs"][-1]
+    run = (read_summary(labels) or {"runs": [{}]})["runs"][-1]
     rows = storage.read_table(labels, ["prompt_id", "worker", "error"]).to_pylist()
     ids = [row["prompt_id"] for row in rows]
     seconds = run.get("wall_seconds") or float("nan")
