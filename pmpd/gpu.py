@@ -31,7 +31,7 @@ def shared_memory(device: torch.device) -> tuple[int, int, int]:
     found = torch.cuda.get_device_properties(device)
     return (
         found.multi_processor_count,
-        found.shared_memory_per_block_optin,
+        found.shared_memory_per_block_optin,  # type: ignore[attr-defined]  # not in the CPU build's stubs
         found.shared_memory_per_multiprocessor,
     )
 

@@ -153,7 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from pmpd.cli.helptext import with_paragraphs
 
     threads.prepare()  # before the command's module imports torch
-    config = None
+    config: Any = None
     try:
         rest = _without_secrets(rest)
         with terminable():

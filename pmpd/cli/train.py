@@ -107,17 +107,14 @@ def main(job: TrainJob) -> dict[str, Any]:
         told = {pair: {**asdict(limit), "ceiling": limit.ceiling} for pair, limit in limits.items()}
         found["ceiling.json"] = json.dumps(told, indent=1).encode()
     folder = storage.join(output, "scheduler")
-    for name in (
-        "config.json",
-        "tune.json",
-        "ceiling.json",
-    ):  # of an earlier training: its folder is unfinished until ours is written
+    # of an earlier training: its folder is unfinished until ours is written
+    for name in ("config.json", "tune.json", "ceiling.json"):
         storage.remove(storage.join(folder, name))
     for name, content in {**found, **files}.items():
         storage.write_bytes(storage.join(folder, name), content)
     console.print(results_table(metrics))
-    for pair, limit in limits.items():
-        console.print(ceiling_line(pair, limit), soft_wrap=True)
+    for of_pair, limit in limits.items():
+        console.print(ceiling_line(of_pair, limit), soft_wrap=True)
     if job.target_bits is not None:
         console.print(budget_line(json.loads(files["config.json"])["budget"]), soft_wrap=True)
     console.print(f"scheduler: {folder}", soft_wrap=True)

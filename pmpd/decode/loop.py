@@ -333,7 +333,7 @@ class DecodeLoop:
     def _end_rows(self, new: _NewTokens) -> None:
         """Looks at each row only where something is to be done about it."""
         is_end = np.isin(new.tokens, self.eos_array)
-        ended = is_end.any(axis=1)
+        ended = np.asarray(is_end.any(axis=1))
         seen = self.seen[new.at]
         count = seen + np.where(ended, is_end.argmax(axis=1) + 1, new.counts)
         self.seen[new.at] = seen + new.counts

@@ -106,7 +106,7 @@ def output_of(
         ],
         precision_trace=[completion.precision_trace for completion in completions],
         past_key_values=[completion.prefix for completion in completions if completion.prefix is not None],
-        completions=completions,
+        completions=list(completions),
     )
 
 

@@ -113,7 +113,8 @@ def forced_rows(
     """The rows of `prompts` (key -> tokens, one at least), whose references (key -> new tokens) have two
     tokens at least. `precisions`: descending; the first is the prefill's."""
     longest = max((len(prompts[key]) + len(references[key]) for key in prompts), default=1)
-    vocabulary = unquantized.model.get_input_embeddings().weight.shape[0]
+    embedding: Any = unquantized.model.get_input_embeddings()
+    vocabulary = int(embedding.weight.shape[0])
     for keys in batches(prompts, references, vocabulary, model.device.type):
         engine, target = (_engine(each, len(keys), longest) for each in (model, unquantized))
         whole = [

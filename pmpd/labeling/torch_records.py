@@ -50,7 +50,8 @@ _PAIR_FIELD = re.compile(r"(?:labels?|class|targets?)[_-]\d+[_-]\d+")
 
 def _numpy_globals() -> list[Any]:
     """What an array of numbers is pickled as, under the names of numpy 1 and 2."""
-    array, scalar = np.zeros(1).__reduce__()[0], np.float64(0).__reduce__()[0]
+    array: Any = np.zeros(1).__reduce__()[0]
+    scalar: Any = np.float64(0).__reduce__()[0]
     named = [
         (function, f"numpy.{core}.multiarray.{function.__name__}")
         for core in ("core", "_core")

@@ -35,7 +35,7 @@ def prompt_rows(
         if made is not None and all(token in special for token in ids):
             counts["empty"] += 1
             row["error"], ids, text = "the prompt has no token of a text", [], ""
-        prompt = ids[:limit]
+        prompt: list[int] = ids[:limit]
         yield {**row, "prompt_tokens": len(prompt), "prompt_text": text, "input_ids": prompt}
 
 
