@@ -259,12 +259,12 @@ def test_rows_with_an_error_are_kept_until_they_are_asked_for_again(cluster, job
 
 
 def run_as_script(monkeypatch, capsys, *arguments: str) -> str:
-    """What a failing `jobs/label.py` says."""
+    """What a failing `jobs/label.py` says at its end, behind lines of progress."""
     monkeypatch.setattr(sys, "argv", ["jobs/label.py", *arguments])
     with pytest.raises(SystemExit) as left:
         runpy.run_path(str(ROOT / "jobs/label.py"), run_name="__main__")
     assert left.value.code == 1
-    return capsys.readouterr().err.strip()
+    return capsys.readouterr().err.strip().splitlines()[-1]
 
 
 def test_a_run_with_nothing_but_errors_fails(cluster, job, monkeypatch, capsys):

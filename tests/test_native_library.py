@@ -85,7 +85,7 @@ def test_the_page_says_what_is_in_use(monkeypatch, capsys):
     ("variable", "value", "words"),
     [
         (dispatch.ENVIRONMENT, "cpu", "float16   error: kernel 'cpu' was asked for, but"),
-        (dispatch.ENVIRONMENT, "abacus", "known are cpu, triton, reference"),
+        (dispatch.ENVIRONMENT, "abacus", "known are cpu, triton, cuda, dense, reference"),
         pytest.param(
             *(native.LEVEL_VARIABLE, "avx9000", "error: PMPD_CPU_LEVEL=avx9000"),
             marks=pytest.mark.skipif(
