@@ -52,9 +52,10 @@ def _plans(curves: CurveSet) -> np.ndarray:
     return static_plans(curves.chain, curves.loss.shape[2])
 
 
-def static(train: CurveSet, test: CurveSet, targets: Sequence[float], seed: int) -> list[Outcome]:
-    """The best progressive plan, or mix of two, for all prompts."""
-    plans = _plans(train)
+def _best_mixes(
+    train: CurveSet, test: CurveSet, targets: Sequence[float], plans: np.ndarray
+) -> list[Outcome]:
+    """For each target the mix of two of `plans` that is best in training, the same for all prompts."""
     loss, bits = train.plan_tables(plans)
     total = train.forwards.sum()
     test_loss, test_bits = test.plan_tables(plans)
@@ -64,6 +65,11 @@ def static(train: CurveSet, test: CurveSet, targets: Sequence[float], seed: int)
         lambda k: Outcome(test_loss[:, k], test_bits[:, k], test.forwards),
         targets,
     )
+
+
+def static(train: CurveSet, test: CurveSet, targets: Sequence[float], seed: int) -> list[Outcome]:
+    """The best progressive plan, or mix of two, for all prompts."""
+    return _best_mixes(train, test, targets, _plans(train))
 
 
 def random_plan(train: CurveSet, test: CurveSet, targets: Sequence[float], seed: int) -> list[Outcome]:
@@ -91,16 +97,7 @@ def any_order(train: CurveSet, test: CurveSet, targets: Sequence[float], seed: i
     weight = np.maximum(train.valid.sum(0), 1)
     mean = train.loss.sum(0) / weight  # [C, M]
     costs = mean[None] + MULTIPLIERS[:, None, None] * train.widths[None, :, None]
-    plans = np.unique(costs.argmin(1), axis=0)
-    loss, bits = train.plan_tables(plans)
-    total = train.forwards.sum()
-    test_loss, test_bits = test.plan_tables(plans)
-    return hull_mix(
-        bits.sum(0) / total,
-        loss.sum(0) / total,
-        lambda k: Outcome(test_loss[:, k], test_bits[:, k], test.forwards),
-        targets,
-    )
+    return _best_mixes(train, test, targets, np.unique(costs.argmin(1), axis=0))
 
 
 def by_prediction(
