@@ -7,7 +7,6 @@ the perplexities. `--model-path smollm2/anyprec --dataset texts.jsonl` for anoth
 
 from __future__ import annotations
 
-import argparse
 import math
 from pathlib import Path
 
@@ -15,8 +14,8 @@ import torch
 from torch import Tensor
 
 from bench import _record
-from bench.fixed_point import loss_of
-from pmpd import PMPDForCausalLM, demo
+from bench.fixed_point import loss_of, parsed
+from pmpd import PMPDForCausalLM
 from pmpd.evaluation.perplexity import token_stream
 from pmpd.kernels import dispatch
 from pmpd.kernels.base import PackedWeights
@@ -51,14 +50,7 @@ def build(packed: PackedWeights, dtype: torch.dtype) -> RoundedMatrix:
 
 @torch.inference_mode()
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model-path", default=str(demo.ANYPREC), help="Any-Precision checkpoint")
-    parser.add_argument("--dataset", default="demo", help="as pmpd perplexity takes it")
-    parser.add_argument("--split", default=None, help="of the dataset")
-    parser.add_argument("--rows", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=64, help="of each row")
-    parser.add_argument("--out", type=Path, default=_record.RESULTS, help="folder of the JSON")
-    options = parser.parse_args()
+    options = parsed(__doc__, rows=4, tokens=64)
     dispatch.register(NAME, dispatch.Kernel(lambda device, dtype: None, build))
     losses: dict[str, dict[int, float]] = {}
     tokens_RT = None

@@ -62,16 +62,21 @@ def loss_of(model: PMPDForCausalLM, kernel: str | None, bits: int, tokens_RT: Te
     return total / wanted.numel()
 
 
-@torch.inference_mode()
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def parsed(description: str | None, rows: int, tokens: int) -> argparse.Namespace:
+    """Flags of a benchmark that forwards `rows` texts of `tokens` tokens through a model."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--model-path", default=str(demo.ANYPREC), help="Any-Precision checkpoint")
     parser.add_argument("--dataset", default="demo", help="as pmpd perplexity takes it")
     parser.add_argument("--split", default=None, help="of the dataset")
-    parser.add_argument("--rows", type=int, default=16)
-    parser.add_argument("--tokens", type=int, default=128, help="of each row")
+    parser.add_argument("--rows", type=int, default=rows)
+    parser.add_argument("--tokens", type=int, default=tokens, help="of each row")
     parser.add_argument("--out", type=Path, default=_record.RESULTS, help="folder of the JSON")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+@torch.inference_mode()
+def main() -> None:
+    options = parsed(__doc__, rows=16, tokens=128)
     tokens_RT = None
     results: list[dict] = []
     exact: dict[int, float] = {}
