@@ -17,7 +17,7 @@ import pmpd.evaluation.answer
 from pmpd import PMPDForCausalLM, farm, storage
 from pmpd.cli.flags.generate import GenerateJob
 from pmpd.cli.flags.report import ReportJob
-from pmpd.cli.generate import best_command, main
+from pmpd.cli.generate import best_command, main, reference_command
 from pmpd.cli.report import main as report
 from pmpd.evaluation.answer import Generator
 from pmpd.evaluation.results import read_generations
@@ -141,6 +141,26 @@ def test_the_command_after_a_search_keeps_the_flags_that_are_no_searchs() -> Non
         reuse_cache=False,
         max_new_tokens=64, trust_remote_code=True, batch_size="auto",
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("options", [{"schedulers": "uniform,static"}, {"scheduler": "static"}])
+def test_without_unquantized_answers_what_is_suggested_makes_them_and_then_reports(
+    asked, flags: dict, options: dict, tmp_path: Path
+) -> None:
+    job = GenerateJob(**{**flags, **options})
+    folder = Path(main(job, console := Console(record=True, width=400)))
+    told = console.export_text()
+    assert "report next" not in told, "that report would be refused"
+    output = ("--output-dir", str(tmp_path / "report"), "--resamples", "100")
+    with pytest.raises(ValueError, match="nothing to compare the answers with"):
+        report(tyro.cli(ReportJob, args=["--inputs", str(folder), *output]))
+    assert not (tmp_path / "report").exists(), "a refused report leaves nothing"
+    command = reference_command(job)
+    assert command in told
+    main(tyro.cli(GenerateJob, args=shlex.split(command)[2:]), console)
+    told = console.export_text(clear=False)
+    (suggested,) = (line for line in told.splitlines() if line.startswith("report next: "))
+    report(tyro.cli(ReportJob, args=[*shlex.split(suggested.partition(": ")[2])[2:], *output]))
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import importlib
 import json
 import shlex
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -156,16 +157,33 @@ def main(job: GenerateJob, console: Console | None = None) -> str:
             soft_wrap=True,
         )
     console.print(f"Parquet:     {folder}/*/answers/data", soft_wrap=True)
-    if job.static_search:
-        console.print(f"use it next: {best_command(job)}", soft_wrap=True)
-    else:  # what a search chose is worth a look beside the other runs only
-        console.print(
-            f"report next: pmpd report --inputs {output if job.searched else folder}",
-            soft_wrap=True,
-        )
     if all(row["error"] for row in rows):
         raise UserError(f"every turn has an error; the first one: {rows[0]['error']}")
+    if job.static_search:
+        console.print(f"use it next: {best_command(job)}", soft_wrap=True)
+        return folder
+    # what a search chose is worth a look beside the other runs only
+    inputs = output if job.searched else folder
+    report = f"pmpd report --inputs {shlex.quote(inputs)}"
+    if reportable(inputs):
+        console.print(f"report next: {report}", soft_wrap=True)
+    else:
+        console.print(
+            f"next:        {reference_command(job)}\n"
+            f"             answers the same questions without quantization, which a report compares with; "
+            f"then\nreport:      {report}",
+            soft_wrap=True,
+        )
     return folder
+
+
+def reportable(path: str) -> bool:
+    """Whether a report has something to compare the answers at `path` with."""
+    try:
+        found = compare(row for _, _, rows in read_generations(path) for row in rows)
+    except UserError:
+        return False
+    return all(comparison.has_reference for comparison in found)
 
 
 def import_plugins(modules: str | None) -> None:
@@ -237,10 +255,22 @@ def folder_name(job: GenerateJob, benchmark: str) -> str:
 def best_command(job: GenerateJob) -> str:
     """The command that answers the test split under what the search of `job` chose: all flags but those of
     search and questions."""
-    left_out = ("static_search", "search_points", "quality_budget", "scheduler", "schedulers", "use_fp",
-    "high_bit_steps", "validation",
+    left_out = ("static_search", "search_points", "quality_budget", "validation",
                 "question_file", "question_begin", "question_end")  # fmt: skip
-    words = ["pmpd", "generate", "--scheduler", "static", "--high-bit-steps", "best"]
+    words = command_like(job, ["--scheduler", "static", "--high-bit-steps", "best"], left_out)
+    return words + " --question-file TEST_QUESTIONS" * (job.question_file is not None)
+
+
+def reference_command(job: GenerateJob) -> str:
+    """The command by which the unquantized model answers the questions of `job`."""
+    return command_like(job, ["--use-fp"])
+
+
+def command_like(job: GenerateJob, words: Sequence[str], left_out: Sequence[str] = ()) -> str:
+    """pmpd generate with `words` in the place of the flags that choose runs, and the other flags of `job` but
+    those left out."""
+    left_out = (*left_out, "scheduler", "schedulers", "use_fp", "high_bit_steps")
+    words = ["pmpd", "generate", *words]
     for field in fields(job):
         value = getattr(job, field.name)
         if field.name in left_out or value == field.default:
@@ -250,7 +280,7 @@ def best_command(job: GenerateJob) -> str:
             words.append(f"--{flag}" if value else f"--no-{flag}")
         else:
             words += [f"--{flag}", *map(str, value if isinstance(value, tuple) else (value,))]
-    return shlex.join(words) + " --question-file TEST_QUESTIONS" * (job.question_file is not None)
+    return shlex.join(words)
 
 
 def static_steps(

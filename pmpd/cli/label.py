@@ -122,9 +122,10 @@ def main(job: LabelJob, console: Console | None = None) -> farm.FarmResult | Non
                 task, {"prompts": prompts, "references": references}, labels, label_identity, options, lease
             )
     if result is not None:
+        unscored = 0
         if result.dataset == labels:
             console.print(label_table(labels, job.max_new_tokens))
-            tell_unscored(labels, console)
+            unscored = tell_unscored(labels, console)
         rate = (
             f", {result.new_items} of them new, {result.rows_per_second:.2f} per second"
             if result.new_items
@@ -132,7 +133,7 @@ def main(job: LabelJob, console: Console | None = None) -> farm.FarmResult | Non
         )
         console.print(
             f"{result.rows} rows{rate}; {result.errors} with an error"
-            + ("; --retry-errors does them again" * bool(result.errors))
+            + ("; --retry-errors does them again" * (result.errors > unscored))
         )
         console.print(f"Parquet:    {storage.data_folder(result.dataset)}", soft_wrap=True)
         console.print(f"look:       pmpd inspect {result.dataset}", soft_wrap=True)
@@ -158,18 +159,26 @@ def what_is_labelled(job: LabelJob) -> tuple[PromptConfig, LabelRule]:
     return source, get_rule(job.rule or preset.get("rule", "rouge_l"))
 
 
-def tell_unscored(dataset: str, console: Console) -> None:
-    """Says it where more than a tenth of the references had nothing to score."""
+def tell_unscored(dataset: str, console: Console) -> int:
+    """How many references had nothing to score. Says that it is expected where they are few, and in bold that
+    it is not where they are more than a tenth."""
     errors = storage.read_table(dataset, ["error"])["error"].to_pylist()
     unscored = [error for error in errors if error and error.startswith(NothingToScoreError.__name__)]
-    if len(unscored) > len(errors) / 10:
-        console.print(
-            f"{len(unscored)} of {len(errors)} references have nothing to score, so these labels "
-            f"say little of "
-            f"this text; the first: {unscored[0].splitlines()[0]}",
-            style="bold",
-            soft_wrap=True,
+    if not unscored:
+        return 0
+    many = len(unscored) > len(errors) / 10
+    console.print(
+        f"{len(unscored)} of {len(errors)} references have nothing to score"
+        + (
+            ", so these labels say little of this text"
+            if many
+            else ": expected of a few; their rows hold an error, and pmpd train leaves them out"
         )
+        + f"; the first: {unscored[0].splitlines()[0]}",
+        style="bold" if many else None,
+        soft_wrap=True,
+    )
+    return len(unscored)
 
 
 def label_table(dataset: str, max_new_tokens: int) -> Table:

@@ -65,6 +65,14 @@ class Comparison:
     def uniform_high(self) -> Run | None:
         return self.runs.get(f"uniform-{self.high_bits}")
 
+    @property
+    def has_reference(self) -> bool:
+        """Whether there is something to compare the answers with: the unquantized model's or references."""
+        answers = next(iter(self.runs.values())).rows
+        return self.unquantized is not None or any(
+            answers[key]["reference_text"] is not None for key in self.shared
+        )
+
     def turns(self) -> list[int]:
         return sorted({turn for _, _, turn in self.shared})
 

@@ -23,9 +23,9 @@ from pmpd.report.view import Section, section_of, speed_caveat
 
 
 def write_report(report: Report, folder: Path) -> dict[str, Path]:
-    """Writes report.html, report.md and figures/*.png and *.svg; returns name -> path of what it wrote."""
-    (folder / "figures").mkdir(parents=True, exist_ok=True)
-    written: dict[str, Path] = {}
+    """Writes report.html, report.md and figures/*.png and *.svg; returns name -> path of what it wrote.
+    Nothing is written where a comparison is refused."""
+    written: dict[Path, bytes] = {}
     sheet = StyleSheet()
     sections: list[dict[str, Any]] = []
     texts: list[str] = []
@@ -36,9 +36,7 @@ def write_report(report: Report, folder: Path) -> dict[str, Path]:
         for name, (figure, caption) in drawn.items():
             stem, svg = f"{slug}-{name}", style.to_svg(figure)
             for suffix, content in ((".png", style.to_png(figure)), (".svg", style.on_white(svg).encode())):
-                path = folder / "figures" / (stem + suffix)
-                path.write_bytes(content)
-                written[stem + suffix] = path
+                written[folder / "figures" / (stem + suffix)] = content
             shown = sheet.lift(style.for_page(svg, stem, caption))
             graphics.append({"id": stem, "caption": caption, "svg": Markup(shown)})
         judged = judged_of(comparison, report)
@@ -57,11 +55,12 @@ def write_report(report: Report, folder: Path) -> dict[str, Path]:
         "made": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "made_by": provenance.made_by(),
     }
-    written["report.html"] = folder / "report.html"
-    written["report.html"].write_text(render(values, sheet), encoding="utf-8")
-    written["report.md"] = folder / "report.md"
-    written["report.md"].write_text(markdown.page_text(values, texts), encoding="utf-8")
-    return written
+    written[folder / "report.html"] = render(values, sheet).encode()
+    written[folder / "report.md"] = markdown.page_text(values, texts).encode()
+    for path, content in written.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
+    return {path.name: path for path in written}
 
 
 def _draw(comparison: Comparison, section: Section) -> dict[str, tuple[Any, str]]:
