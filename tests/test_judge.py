@@ -267,13 +267,16 @@ def test_ratings_are_means_by_category_on_the_turns_that_all_runs_have() -> None
         row for row in rows if row["run"] == "fp" and row["category"] == "writing" and row["turn"] == 2
     )
     lost |= {"error": "no rating", "score": None}
-    table = judge_table(rows, resamples=200, seed=0, base="uniform-4")
+    nearest = {"static-13/26": "fp"}
+    table = judge_table(rows, resamples=200, seed=0, base="uniform-4", nearest=nearest)
     found = {(score.run, score.category): score for score in table.scores}
     assert found["fp", "math"].value == 8.5
     assert found["uniform-4", "writing"].value == 8, "without the turn that has no rating in another run"
     assert found["uniform-4", "all"].judged == 7
     assert (found["static-13/26", "all"].difference, found["static-13/26", "all"].difference_high) == (-2, -2)
     assert found["uniform-4", "all"].difference is None
+    assert found["static-13/26", "all"].nearest_difference == -3
+    assert found["fp", "all"].nearest_difference is None
     assert table.errors == {"fp": 1}
 
 
@@ -294,8 +297,14 @@ def test_a_comparison_is_won_only_in_both_positions() -> None:
 def test_the_report_shows_what_judges_said(tmp_path: Path) -> None:
     rows = answer_rows()
     write_results(tmp_path / "in", rows)
+
+    def verdict(match: dict) -> str:
+        if match["mode"] == "pair":
+            return "[[C]]"
+        return "[[5]]" if match["run"] == "static-13/26" else "[[7]]"
+
     for mode in ("single", "pair"):
-        verdicts = judged(mode, lambda match: "[[7]]" if match["mode"] == "single" else "[[C]]")
+        verdicts = judged(mode, verdict)
         folder = tmp_path / "judge" / mode / "judgments"
         storage.write_shard(storage.to_table(verdicts, storage.JUDGMENTS), folder / "data" / "part-0.parquet")
         storage.write_manifest(
@@ -311,6 +320,17 @@ def test_the_report_shows_what_judges_said(tmp_path: Path) -> None:
     assert '<td>7.00<br><span class="ci">one question, +0.000</span>' in page, "no interval of one question"
     text = (tmp_path / "out" / "report.md").read_text()
     assert "### Judged by stub: ratings" in text
+    by_rating = (
+        "its mean rating by stub of 5.000 is worse than that of uniform 4 bit (−2.000, 95 % −2.000 to −2.000)"
+    )
+    in_pairs = (
+        "won 0.500 of its comparisons with uniform-4 by stub, a tie as half a win: not surely different from "
+        "half (95 % 0.500 to 0.500)."
+    )
+    for told in (by_rating, in_pairs):
+        assert told in page, "no conclusion from the judge"
+        assert told in text
+        assert page.index(told) < page.index("All runs"), "it belongs on top"
     with pytest.raises(ValueError, match="no generations in it"):
         report(ReportJob((str(tmp_path / "judge"),), str(tmp_path / "out2")))
 

@@ -65,7 +65,7 @@ def _write(job: ReportJob, told: str, console: Console) -> Path:
         raise UserError(f"--inputs {given}: no generations in it; give the folder of the answers, too")
     comparisons = compare(rows)
     scores = [row for comparison in comparisons for row in score(comparison, config)]
-    judged = [judged_table(number, found, sources, comparisons, config) for number, found in verdicts]
+    judged = [judged_table(number, found, sources, comparisons, scores, config) for number, found in verdicts]
     report = Report(comparisons, scores, sources, run_sources, config, judged, job.metric)
     output = Path(job.output_dir)
     written = write_report(report, output)
@@ -127,10 +127,17 @@ def judged_table(
     rows: list[dict[str, Any]],
     sources: Sequence[Source],
     comparisons: Sequence[Comparison],
+    scores: Sequence[Mapping[str, Any]],
     config: ScoreConfig,
 ) -> tuple[str, int, JudgeTable]:
     """(benchmark, source, scores) of a data set of judgments; differences are to the uniform highest
-    precision."""
+    precision, and to the uniform run of nearest average bits."""
     benchmark = sources[number - 1].manifest["config"]["benchmark"]
     base = next((c.uniform_high for c in comparisons if c.benchmark == benchmark), None)
-    return benchmark, number, judge_table(rows, config.resamples, config.seed, base.name if base else None)
+    nearest = {
+        row["run"]: row["nearest_uniform"]
+        for row in scores
+        if row["benchmark"] == benchmark and row["turn"] is None and row["nearest_uniform"]
+    }
+    name = base.name if base else None
+    return benchmark, number, judge_table(rows, config.resamples, config.seed, name, nearest)

@@ -37,6 +37,10 @@ class JudgeScore:
     """Single: to the base run, paired by question; with its 95 % interval."""
     difference_low: float | None = None
     difference_high: float | None = None
+    nearest_difference: float | None = None
+    """Single: to the uniform run of nearest average bits, likewise."""
+    nearest_difference_low: float | None = None
+    nearest_difference_high: float | None = None
 
 
 @dataclass(frozen=True)
@@ -54,9 +58,14 @@ class JudgeTable:
 
 
 def judge_table(
-    rows: Iterable[Mapping[str, Any]], resamples: int, seed: int, base: str | None = None
+    rows: Iterable[Mapping[str, Any]],
+    resamples: int,
+    seed: int,
+    base: str | None = None,
+    nearest: Mapping[str, str] | None = None,
 ) -> JudgeTable:
     """Rows of JUDGMENTS, of one judge and mode, to scores. `base` is left out where it was not judged.
+    `nearest`: run -> the uniform run of nearest average bits.
 
     Single: only turns that have a rating in every run count, so that runs are compared on the same ones.
     Pair: a comparison is won by the run that wins in both positions; everything else is a tie, as FastChat
@@ -70,8 +79,11 @@ def judge_table(
     errors: dict[str, int] = defaultdict(int)
     for row in rows:
         errors[row["run"]] += row["error"] is not None
-    table = _single if mode == "single" else _pair
-    scores, questions = table([row for row in rows if row["error"] is None], rows, resamples, seed, base)
+    good = [row for row in rows if row["error"] is None]
+    if mode == "single":
+        scores, questions = _single(good, rows, resamples, seed, base, nearest or {})
+    else:
+        scores, questions = _pair(good, resamples, seed)
     if not scores:
         raise UserError(f"judge {judge}: no turn was judged for all runs; run pmpd judge --retry-errors")
     shown = base if any(score.run == base for score in scores) and mode == "single" else None
@@ -84,7 +96,7 @@ Key = tuple[str, int, int]
 
 def _single(
     good: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]], resamples: int, seed: int,
-    base: str | None,
+    base: str | None, nearest: Mapping[str, str],
 ) -> tuple[list[JudgeScore], int]:  # fmt: skip
     ratings: dict[str, dict[Key, float]] = {row["run"]: {} for row in rows}
     category: dict[Key, str] = {}
@@ -99,18 +111,18 @@ def _single(
         keys = [key for key in shared if name in (ALL, category[key])]
         for run, sampled in samples.items():
             value, drawn = sampled.of(keys)
-            difference: tuple[float | None, ...] = (None, None, None)
-            if base in samples and run != base:
-                other, other_drawn = samples[base].of(keys)
-                difference = (value - other, *interval(drawn - other_drawn))
-            result.append(JudgeScore(run, None, name, value, *interval(drawn), *_counts(keys), *difference))
+            differences: list[float | None] = []
+            for other in (base, nearest.get(run)):
+                if other is None or other not in samples or run == other:
+                    differences += [None, None, None]
+                    continue
+                other_value, other_drawn = samples[other].of(keys)
+                differences += [value - other_value, *interval(drawn - other_drawn)]
+            result.append(JudgeScore(run, None, name, value, *interval(drawn), *_counts(keys), *differences))
     return result, len({key[0] for key in shared})
 
 
-def _pair(
-    good: Sequence[Mapping[str, Any]], rows: Sequence[Mapping[str, Any]], resamples: int, seed: int,
-    base: str | None,
-) -> tuple[list[JudgeScore], int]:  # fmt: skip
+def _pair(good: Sequence[Mapping[str, Any]], resamples: int, seed: int) -> tuple[list[JudgeScore], int]:
     verdicts: dict[tuple[str, str], dict[Key, list[str]]] = defaultdict(lambda: defaultdict(list))
     category: dict[Key, str] = {}
     for row in good:

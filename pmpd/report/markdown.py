@@ -24,6 +24,7 @@ def section_text(section: Section, captions: Mapping[str, str], judged: Sequence
     lines = [
         f"## {plain(section.name)}",
         "",
+        *(f"{plain(one.conclusion)}\n" for one in judged if one.conclusion),
         plain(section.conclusion),
         "",
         plain(section.counts),

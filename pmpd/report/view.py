@@ -88,7 +88,7 @@ def section_of(comparison: Comparison, report: Report) -> Section:
     scores = report.scores_of(comparison)
     name, against = main_metric(report, comparison)
     metric = get_metric(name)
-    rows = [row for row in scores if (row["metric"], row["against"], row["turn"]) == (name, against, None)]
+    rows = main_rows(comparison, report)
     title = comparison.benchmark + ("" if comparison.split == "test" else f" ({comparison.split})")
     return Section(
         title,
@@ -102,6 +102,14 @@ def section_of(comparison: Comparison, report: Report) -> Section:
         runs_table(comparison, report, metric, against, scores),
         metrics_table(comparison, scores),
     )
+
+
+def main_rows(comparison: Comparison, report: Report) -> list[ScoreRow]:
+    """The scores by the main metric, of all turns together: a row for each run."""
+    main = (*main_metric(report, comparison), None)
+    return [
+        row for row in report.scores_of(comparison) if (row["metric"], row["against"], row["turn"]) == main
+    ]
 
 
 # ------------------------------------------------------------------------------------------------------------
