@@ -9,6 +9,7 @@ import torch
 from pmpd.kernels.triton import DIGITS_BITS, ROUTES
 from tests import test_kernels_triton as kernels
 from tests import test_lean_cuda as lean
+from tests import test_step_attention as attention
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -59,6 +60,60 @@ def test_attention_over_slots(heads, kv_heads, dim, window, dtype):
         assert kernels.error(y[row], torch.einsum("ht,htd->hd", share, v)) < (
             2e-3 if dtype == torch.float16 else 1.5e-2
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "dim", "window", "part"),
+    [
+        (32, 8, 128, None, None), (32, 4, 64, None, None), (7, 7, 128, None, 2048), (15, 5, 64, None, 64),
+        (16, 1, 128, 200, None), (8, 1, 80, 40, 64),
+    ],
+)  # fmt: skip
+def test_rotation_cache_write_attention_and_join_in_one_launch(heads, kv_heads, dim, window, part, dtype):
+    positions = (0, 1500, 1024, 63)
+    attention.check(heads, kv_heads, dim, window, part, dtype, positions, capacity=2048)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@torch.inference_mode()
+def test_attention_launches_that_overlap_give_the_same_bits_a_thousand_times(rows):
+    """16 launches in a row that share their counters and write caches of their own, in a graph."""
+    attend = attention.StepAttention(attention.inverse_frequencies(128), 32, 8, 128)
+    caches = [
+        tuple(kernels.activations(3, 8, 2048, 128, seed=2 * layer + part) for part in range(2))
+        for layer in range(16)
+    ]
+    qkv = [kernels.activations(rows, 48 * 128, seed=100 + layer) for layer in range(16)]
+    slots = torch.tensor([2, 0, 1], device="cuda")[:rows]
+    positions = torch.tensor([1537, 0, 640], device="cuda")[:rows]
+
+    def run() -> torch.Tensor:
+        return torch.stack(
+            [attend(x, *cache, slots, positions, 2048) for x, cache in zip(qkv, caches, strict=True)]
+        )
+
+    eager = run()
+    for y, x, cache in zip(eager, qkv, caches, strict=True):
+        for row in range(rows):
+            slot, position = int(slots[row]), int(positions[row])
+            expected, *_ = attention.by_definition(x[row], *cache, slot, position, 32, None, 1.0)
+            assert kernels.error(y[row].view(32, 128), expected) < 2e-3
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = run()
+    different = torch.zeros((), dtype=torch.int64, device="cuda")
+    for _ in range(1000):
+        y.fill_(float("nan"))
+        graph.replay()
+        different += (y != eager).any()
+    assert different.item() == 0, "a part was joined before it was there"
+    assert not attend._counters(rows).any(), "counters are not as they were"
+
+
+@torch.inference_mode()
+def test_a_step_replayed_a_thousand_times_gives_the_same_bits():
+    lean.check_replays(kernels.TritonMatrix)
 
 
 @torch.inference_mode()

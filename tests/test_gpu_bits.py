@@ -135,6 +135,11 @@ def test_a_fused_step_gives_the_logits_of_transformers():
 
 
 @torch.inference_mode()
+def test_a_fused_step_replayed_a_thousand_times_gives_the_same_bits():
+    lean.check_replays(CudaMatrix)
+
+
+@torch.inference_mode()
 def test_a_graph_of_fused_steps_gives_the_tokens_of_eager_ones():
     from pmpd.decode.graphs import StepGraphs
     from pmpd.weights.base import Segment

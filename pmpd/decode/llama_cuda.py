@@ -1,15 +1,15 @@
-"""A lean decode forward for Llama trees on a CUDA device: eleven launches a layer, every one of them fit for
-a CUDA graph.
+"""A lean decode forward for Llama trees on a CUDA device: at most nine launches a layer, which all fit a
+CUDA graph.
 
 Nothing in it depends on values that the host knows: slots and positions are read on the device, so a captured
 forward replays for any rows. The generic path through the model's modules stays the truth: tests compare the
 two, and anything not recognised takes it.
 
-A layer: add + norm | q, k, v | rotary + cache write | attention, its join | o | add + norm | gate, up | silu
-| down. For one or two rows the stages also split their results into digits for the int8 tensor cores
+A layer: add + norm | q, k, v | rotary + cache write + attention | o | add + norm | gate, up | silu | down.
+For one or two rows the stages also split their results into digits for the int8 tensor cores
 (`pmpd.kernels.triton`), which is a launch more, before o. With the matrices of `pmpd.kernels.cuda` one or two
-rows take seven launches: norm + q, k, v | rotary + cache write | attention, its join | o | norm + gate, up +
-silu | down; rows of two precisions share them.
+rows take five launches: norm + q, k, v | rotary + cache write + attention | o | norm + gate, up + silu |
+down; rows of two precisions share them.
 
 Legend: n tokens of the flat forward (one a row), C hidden size, Hq query heads, H KV heads, D head dim, F
 intermediate size, V vocabulary.
@@ -29,14 +29,13 @@ from pmpd.kernels import dense
 from pmpd.kernels.cuda.launch import Norm
 from pmpd.kernels.cuda.matrix import CudaMatrix
 from pmpd.kernels.dense import DenseMatrix
+from pmpd.kernels.step_attention import StepAttention
 from pmpd.kernels.triton import (
     DIGITS_BITS,
     SPLIT_TOKENS,
     SplitActivations,
     TritonMatrix,
-    decode_attention,
     merge,
-    overlap,
     padded_rows,
     split_activations,
 )
@@ -193,7 +192,8 @@ class CudaForward:
     place."""
 
     def __init__(self, weights: LlamaWeights) -> None:
-        self.weights = weights
+        self.weights = w = weights
+        self._attention = StepAttention(w.inverse_frequencies, w.heads, w.kv_heads, w.head_dim, w.rope_scale)
 
     def __call__(
         self, input_ids: Tensor, slots: Tensor, positions: Tensor, segments: Sequence[Segment],
@@ -217,19 +217,9 @@ class CudaForward:
         delta: Tensor | None = None
         for index, layer in enumerate(w.layers):
             qkv = self._product(layer.qkv, self._norm(x, delta, layer.input_norm, split), segments)
-            q = self._rotate_write(qkv, slots, positions, keys[index], values[index])
-            attended = decode_attention(
-                q,
-                keys[index],
-                values[index],
-                slots,
-                positions,
-                w.head_dim**-0.5,
-                layer.window,
-                longest,
-                extra=1,
+            attended = self._attention(
+                qkv, keys[index], values[index], slots, positions, longest, layer.window
             )
-            attended = attended.view(n, -1)
             delta = self._product(layer.out, split_activations(attended) if split else attended, segments)
             gate_up = self._product(layer.gate_up, self._norm(x, delta, layer.post_norm, split), segments)
             delta = self._product(layer.down, self._gated(gate_up, split), segments)
@@ -242,21 +232,18 @@ class CudaForward:
         keys: Sequence[Tensor], values: Sequence[Tensor], longest: int,
     ) -> Tensor:  # fmt: skip
         """As `__call__`, row i at precision bits[i], where every layer is a `CudaMatrix` that `fits` them."""
-        w, n = self.weights, len(input_ids)
+        w = self.weights
         x = nn.functional.embedding(input_ids, w.embedding)
         delta: Tensor | None = None
         for index, layer in enumerate(w.layers):
             matrices = (layer.qkv, layer.out, layer.gate_up, layer.down)
             qkv, out, gate_up, down = cast("tuple[CudaMatrix, ...]", matrices)
             norm = Norm(layer.input_norm, w.epsilon, delta, torch.empty_like(x))
-            rotated = self._rotate_write(
-                qkv.multiply_each(x, bits, norm), slots, positions, keys[index], values[index]
+            heads = qkv.multiply_each(x, bits, norm)
+            attended = self._attention(
+                heads, keys[index], values[index], slots, positions, longest, layer.window
             )
-            attended = decode_attention(
-                rotated, keys[index], values[index], slots, positions, w.head_dim**-0.5, layer.window,
-                longest, extra=1,
-            )  # fmt: skip
-            delta = out.multiply_each(attended.view(n, -1), bits)
+            delta = out.multiply_each(attended, bits)
             x = norm.residual
             norm = Norm(layer.post_norm, w.epsilon, delta, torch.empty_like(x))
             delta = down.multiply_each(gate_up.multiply_each(x, bits, norm, gated=True), bits)
@@ -300,22 +287,6 @@ class CudaForward:
         rows = len(like)
         out = like if split else padded_rows(rows, width, like.dtype, like.device)
         return out, SplitActivations.empty(rows if split else 1, width, like.device)
-
-    def _rotate_write(
-        self, qkv: Tensor, slots: Tensor, positions: Tensor, keys: Tensor, values: Tensor
-    ) -> Tensor:
-        from pmpd.kernels import _triton_kernels as kernels
-
-        w, n = self.weights, len(slots)
-        q = torch.empty(n, w.heads, w.head_dim, dtype=qkv.dtype, device=qkv.device)
-        half = w.head_dim // 2
-        kernels.rotate_write[(n, w.heads + 2 * w.kv_heads)](
-            qkv, w.inverse_frequencies, positions, slots, q, keys, values, w.rope_scale,
-            *keys.stride()[:3], *values.stride()[:3],
-            HEADS=w.heads, KV_HEADS=w.kv_heads, HALF=half, HALF_PADDED=1 << (half - 1).bit_length(),
-            num_warps=1, **overlap(qkv.device),
-        )  # fmt: skip
-        return q
 
     def _gated(self, gate_up: Tensor, split: bool) -> Tensor | SplitActivations:
         from pmpd.kernels import _triton_kernels as kernels
