@@ -15,8 +15,8 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, wait
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -24,12 +24,22 @@ from typing import Any
 import torch
 
 from bench import _bars, _record, _timing
-from bench._contenders import ROTATE_BYTES, contenders, plans, random_weights, variants
+from bench._contenders import (
+    ROTATE_BYTES,
+    clones,
+    contenders,
+    plan_calls,
+    plans,
+    random_weights,
+    said,
+    variants,
+)
 from bench._peers import humming, humming_version, peers
 from bench._timing import Refused, relative_error
+from pmpd.kernels.base import PackedWeights
 from pmpd.kernels.cuda import compiler
-from pmpd.kernels.cuda.matrix import CudaMatrix, unavailable
-from pmpd.kernels.cuda.plan import MOST_TOKENS
+from pmpd.kernels.cuda.matrix import CudaMatrix, plan_of, unavailable
+from pmpd.kernels.cuda.plan import MOST_TOKENS, Plan
 from pmpd.kernels.reference import CacheBudget, ReferenceMatrix
 from pmpd.kernels.triton import (
     DIGITS_BITS,
@@ -117,6 +127,12 @@ def compile_plan(instance: str, capability: tuple[int, int]) -> None:
     compiler.compiled(instance, capability)
 
 
+def compile_plans(pool: ProcessPoolExecutor, plans: Iterable[Plan]) -> list[Future]:
+    capability = torch.cuda.get_device_capability()
+    instances = {plan.template("FLOAT16") for plan in plans}
+    return [pool.submit(compile_plan, name, capability) for name in instances]
+
+
 def check_one(job: tuple[int, int, torch.dtype, float, int]) -> dict:
     """Every route and M at one b against the definition in float64, on fresh random inputs with an
     outlier."""
@@ -142,7 +158,7 @@ def check_one(job: tuple[int, int, torch.dtype, float, int]) -> dict:
     return {"check": f"{n}x{k} {dtype} b={bits}", "dequantize_exact": same, "worst": worst, "passed": passed}
 
 
-def prepare(shapes: list[tuple[int, int]], tokens: list[int], workers: int, tune: bool) -> list[dict]:
+def prepare(shapes: list[tuple[int, int]], tokens: list[int], workers: int) -> list[dict]:
     """In many processes: compiles what will be timed (into Triton's cache on disk), and checks results.
     Returns the checks."""
     started = time.perf_counter()
@@ -162,13 +178,11 @@ def prepare(shapes: list[tuple[int, int]], tokens: list[int], workers: int, tune
         compiling = [pool.submit(compile_one, job) for job in sorted(jobs, key=lambda job: -job[2])]
         device = torch.device("cuda")
         if unavailable(device, torch.float16) is None:
-            instances = {
-                plan.template("FLOAT16")
-                for _, k in shapes for b in DIGITS_BITS for m in tokens if m <= MOST_TOKENS
-                for plan in plans(k, b, m, device, tune)
-            }  # fmt: skip
-            capability = torch.cuda.get_device_capability()
-            compiling += [pool.submit(compile_plan, name, capability) for name in instances]
+            shaped = [
+                (n, k, (b,) * m) for n, k in shapes for b in DIGITS_BITS for m in tokens if m <= MOST_TOKENS
+            ]
+            chosen = [plan_of(_record.hardware("cuda"), device, *job) for job in shaped]
+            compiling += compile_plans(pool, [plan for plan in chosen if plan is not None])
         for job, future in zip(checks, checking, strict=True):
             try:
                 rows.append(future.result())
@@ -196,8 +210,7 @@ def prepare(shapes: list[tuple[int, int]], tokens: list[int], workers: int, tune
 
 
 def time_kernels(
-    device: torch.device, bandwidth: float, shapes: dict[str, tuple[int, int]], tokens_of: Sequence[int],
-    tune: bool,
+    device: torch.device, bandwidth: float, shapes: dict[str, tuple[int, int]], tokens_of: Sequence[int]
 ) -> Iterator[dict]:  # fmt: skip
     """A row for each kernel that can be believed (`_timing`), and for each that can't one that says why."""
     for name, (n, k) in shapes.items():
@@ -214,25 +227,21 @@ def time_kernels(
         del copies, dense
         seen: dict[tuple[int, str], dict[float, float]] = {}
         for bits in sorted(DIGITS_BITS, reverse=True):
-            weight_bytes = n * k * bits / 8
-            weight = ReferenceMatrix(packed, torch.float32, CacheBudget(0)).dequantize(bits).double()
             for tokens, x in inputs.items():
-                moved = weight_bytes + n * (8 + {2: 8, 3: 16, 4: 32}[bits]) + 2 * tokens * (n + k)
-                expected = x.double() @ weight.T
-                for impl, calls in contenders(name, packed, *matrices, x, bits, tune):
+                moved, expected = moved_bytes(n, k, bits, tokens), exact_product(packed, x, bits)
+                for impl, calls in contenders(name, packed, *matrices, x, bits):
                     found = timed_row(name, n, k, bits, tokens, impl, calls, expected, moved, bandwidth)
                     if "us" in found:
                         seen.setdefault((tokens, impl), {})[moved] = found["us"] / 1e6
                     yield found
                 if tokens in (1, 8, 32) and humming_version():
-                    copies_of = max(2, min(48, int(ROTATE_BYTES / weight_bytes)))
+                    copies_of = max(2, min(48, int(ROTATE_BYTES / (n * k * bits / 8))))
                     try:
                         calls, theirs = humming(n, k, bits, copies_of, x)
                     except Exception as why:  # another project's: it must not end our run
                         yield refused(name, bits, tokens, "humming", why)
                         continue
                     yield timed_row(name, n, k, bits, tokens, "humming", calls, theirs, moved, bandwidth, 0.5)
-            del weight
         if n * k >= 14336 * 4096:  # smaller matrices may be bound by the launch
             for (tokens, impl), of in seen.items():
                 try:
@@ -240,6 +249,38 @@ def time_kernels(
                 except Refused as why:
                     yield refused(name, 0, tokens, impl, why)
         torch.cuda.empty_cache()
+
+
+def time_plans(
+    device: torch.device, bandwidth: float, shapes: dict[str, tuple[int, int]], workers: int
+) -> Iterator[dict]:
+    """A row for each plan of the CUDA kernel worth timing, at one and two tokens."""
+    jobs = [
+        (name, n, k, bits, tokens, plans(k, bits, tokens, device))
+        for name, (n, k) in shapes.items() for bits in sorted(DIGITS_BITS, reverse=True)
+        for tokens in range(1, MOST_TOKENS + 1)
+    ]  # fmt: skip
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        wait(compile_plans(pool, [plan for job in jobs for plan in job[-1]]))
+    for name, n, k, bits, tokens, of in jobs:
+        packed = random_weights(n, k, DIGITS_BITS, 1, device)
+        x = torch.randn(tokens, k, device=device).half()
+        expected = exact_product(packed, x, bits)
+        moved = moved_bytes(n, k, bits, tokens)
+        copies = clones(CudaMatrix(packed, torch.float16), n * k * bits / 8)
+        for plan in of:
+            calls = plan_calls(copies, x, plan)
+            yield timed_row(name, n, k, bits, tokens, said(plan), calls, expected, moved, bandwidth)
+
+
+def exact_product(packed: PackedWeights, x: torch.Tensor, bits: int) -> torch.Tensor:
+    """In float64."""
+    return x.double() @ ReferenceMatrix(packed, torch.float32, CacheBudget(0)).dequantize(bits).double().T
+
+
+def moved_bytes(n: int, k: int, bits: int, tokens: int) -> float:
+    """What one multiplication reads and writes."""
+    return n * k * bits / 8 + n * (8 + {2: 8, 3: 16, 4: 32}[bits]) + 2 * tokens * (n + k)
 
 
 def timed_row(
@@ -400,7 +441,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=_record.RESULTS, help="folder of the JSON")
     parser.add_argument("--quick", action="store_true", help="two shapes, M = 1, 8, 32")
     parser.add_argument("--workers", type=int, default=14, help="processes that compile")
-    parser.add_argument("--tune", action="store_true", help="many plans of the CUDA kernel, not one")
+    parser.add_argument("--tune", action="store_true", help="many plans of the CUDA kernel, and nothing else")
     parser.add_argument("--write-settings", action="store_true", help="write the autotune table of this GPU")
     options = parser.parse_args(arguments)
     device = torch.device("cuda")
@@ -419,15 +460,17 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"read {reading / 1e9:.0f} GB/s", flush=True)
     result["predictions"] = _bars.predictions(shapes, reading)
     save()
-    result["checks"] = prepare(list(shapes.values()), list(tokens), options.workers, options.tune)
+    if not options.tune:
+        result["checks"] = prepare(list(shapes.values()), list(tokens), options.workers)
     bandwidth = copy_bandwidth(device)
     result["copy_gb_s"] = bandwidth / 1e9
     print(f"{_record.hardware('cuda')}: copy {bandwidth / 1e9:.0f} GB/s", flush=True)
-    for part in (
+    everything = (
         time_attention(device, bandwidth),
         time_gptq(device, bandwidth),
-        time_kernels(device, bandwidth, shapes, tokens, options.tune),
-    ):
+        time_kernels(device, bandwidth, shapes, tokens),
+    )
+    for part in (time_plans(device, bandwidth, shapes, options.workers),) if options.tune else everything:
         try:
             for found in part:
                 result["rows"].append(found)

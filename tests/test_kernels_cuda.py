@@ -319,7 +319,9 @@ def test_why_it_can_not_be_used_is_said(monkeypatch):
         assert "cuda-bindings" in unavailable(cuda, torch.float16)
         with pytest.raises(UserError, match="cuda-bindings"):
             dispatch.choose(cuda, torch.float16, "cuda")
-        assert dispatch.choose(cuda, torch.float16).name == "triton", "not measured, so only when asked for"
+        choice = dispatch.choose(cuda, torch.float16)
+        assert choice.name == "triton"
+        assert "cuda-bindings" in choice.reason, "why the faster one is not taken is said"
     finally:
         for cached in (compiler.problem, compiler._version):
             cached.cache_clear()

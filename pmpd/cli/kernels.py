@@ -17,7 +17,6 @@ def main(job: KernelsJob) -> None:
     print(f"native CPU library: {_say(native.describe)}; torch uses {torch.get_num_threads()} threads")
     if gpu.available():
         _explain("cuda", torch.float16, torch.bfloat16, torch.float32)
-        print(f"--kernel cuda (not taken unless asked for): {_usable('cuda', torch.float16)}")
     else:
         print("cuda: no device, or a torch without CUDA")
 
@@ -28,12 +27,6 @@ def _explain(device: str, *dtypes: torch.dtype) -> None:
             f"{device:5} {str(dtype).removeprefix('torch.'):9} "
             f"{_say(dispatch.explain, torch.device(device), dtype)}"
         )
-
-
-def _usable(kernel: str, dtype: torch.dtype) -> str:
-    """Whether a kernel can be asked for on the CUDA device, or why not."""
-    why = dispatch.KERNELS[kernel].unavailable(torch.device("cuda"), dtype)
-    return f"can't be used: {why}" if why else "can be used"
 
 
 def _say(tell: Callable[..., str], *what: Any) -> str:

@@ -32,6 +32,8 @@ class Kernel:
     devices: tuple[str, ...] = ()
     """Device types where it is taken unless another is asked for; with none, it is taken only when asked
     for."""
+    only_asked: Callable[[torch.device, torch.dtype], str | None] = lambda device, dtype: None
+    """Why it is not taken unasked on such a device, though it could be used; else None."""
 
 
 def _lazy(module: str, function: str) -> Callable:
@@ -39,14 +41,19 @@ def _lazy(module: str, function: str) -> Callable:
     return lambda *arguments: getattr(importlib.import_module(module), function)(*arguments)
 
 
-def _of_module(module: str, build: str, *devices: str) -> Kernel:
-    return Kernel(_lazy(module, "unavailable"), _lazy(module, build), devices)
+def _of_module(module: str, build: str, *devices: str, **more: Callable) -> Kernel:
+    return Kernel(_lazy(module, "unavailable"), _lazy(module, build), devices, **more)
 
 
 KERNELS: dict[str, Kernel] = {
     "cpu": _of_module("pmpd.kernels.cpu", "build", "cpu"),
     "triton": _of_module("pmpd.kernels.triton", "TritonMatrix", "cuda"),
-    "cuda": _of_module("pmpd.kernels.cuda.matrix", "CudaMatrix"),  # not yet measured: only when asked for
+    "cuda": _of_module(
+        "pmpd.kernels.cuda.matrix",
+        "CudaMatrix",
+        "cuda",
+        only_asked=_lazy("pmpd.kernels.cuda.matrix", "only_asked"),
+    ),
     "dense": _of_module("pmpd.kernels.dense", "build"),
     "reference": _of_module("pmpd.kernels.reference", "ReferenceMatrix"),
 }
@@ -81,14 +88,13 @@ def choose(device: torch.device, dtype: torch.dtype, impl: str | None = None) ->
         if problem:
             raise UserError(f"kernel {forced!r} was asked for, but {problem}")
         return Choice(forced, "asked for" if impl else f"asked for by {ENVIRONMENT}")
-    problems = []
+    problems: list[str] = []
     for name, kernel in reversed(KERNELS.items()):
         if device.type in kernel.devices:
-            problem = kernel.unavailable(device, dtype)
+            problem = kernel.unavailable(device, dtype) or kernel.only_asked(device, dtype)
             if not problem:
-                return Choice(
-                    name, f"the native kernel for {device.type}, {str(dtype).removeprefix('torch.')}"
-                )
+                native = f"the native kernel for {device.type}, {str(dtype).removeprefix('torch.')}"
+                return Choice(name, "; ".join((native, *problems)))
             problems.append(problem)
     return Choice("reference", f"the slow path, since {'; '.join(problems) or f'none is for {device.type}'}")
 

@@ -156,7 +156,7 @@ class GPTQLinear(LazyLinear[PackedGPTQ]):
 
     def _pack(self, packed: PackedGPTQ, device: torch.device, dtype: torch.dtype) -> Any:
         packed = packed.to(device)
-        if dispatch.choose(device, dtype, self._kernel).name == "triton":
+        if dispatch.choose(device, dtype, self._kernel).name in ("triton", "cuda"):
             from pmpd.kernels.triton import GPTQMatrix
 
             return GPTQMatrix(*packed[:4], packed.bits, 0, dtype)

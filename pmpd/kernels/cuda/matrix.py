@@ -5,8 +5,7 @@ Memory of a matrix [N, K]: planes N K P / 8 bytes, the only copy; and for each p
 of coefficients (`bits`), 2 2^b of values (`fused` and `dense`), 2 2^b of the same values by bytes (`halves`,
 up to 4 bits). At P = 4, K = 4096 that is 11 % beside the planes, half of it the float32 coefficients.
 
-Bytes of one multiplication: N K b / 8 + N 2^b 4 + 2 M (K + N). How fast it is on a GPU is not yet measured on
-the released code, so the kernel is taken only when it is asked for.
+Bytes of one multiplication: N K b / 8 + N 2^b 4 + 2 M (K + N). What it reaches: bench/results/gpu.md.
 """
 
 from __future__ import annotations
@@ -42,6 +41,16 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
             f"{device} has {'.'.join(map(str, capability))}"
         )
     return triton.unavailable(device, dtype) or compiler.problem()
+
+
+def only_asked(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Unasked it is taken where it was measured beside Triton's: compute capability 9.0."""
+    capability = ".".join(map(str, gpu.capability(device)))
+    if capability == "9.0":
+        return None
+    return (
+        f"the CUDA kernels were measured on capability 9.0, not on {capability}: --kernel cuda asks for them"
+    )
 
 
 class CudaMatrix(TritonMatrix):

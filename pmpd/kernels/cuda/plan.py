@@ -95,7 +95,7 @@ def plan(
     """The instance for K = `columns` and tokens of `bits` (the highest first); None: K is too large for a
     block's shared memory. `warps`, `slots`, `blocks`: as measured, else by the rules below."""
     tiles = math.ceil(columns / TILE_COLUMNS)
-    if warps is None:  # fewer have a smaller ring
+    if warps is None:  # fewer have a smaller ring, but more columns under one scale
         for most in (8,) if tiles <= 64 else (16, 8):
             fewest = math.ceil(tiles / math.ceil(tiles / most))  # for as many tiles each
             if made := plan(columns, bits, gpu, fewest, slots, blocks):
@@ -103,9 +103,10 @@ def plan(
         return None
     per_warp = math.ceil(tiles / warps)
     several = sum(1 << max(0, b - 3) for b in bits) > 1
-    if slots is None:  # about 8 KiB a warp, and whole row blocks: then a tile's slot is a constant
-        slots = 16 // bits[0]
-        slots = slots // per_warp * per_warp if slots >= per_warp else per_warp
+    if (
+        slots is None
+    ):  # one row block: a tile's slot is a constant, and room for the next kernel's ring is left
+        slots = per_warp
     for size in range(slots, 0, -1):
         chunk = min(per_warp, size) if several else per_warp
         # the ring may take all that the activations leave; more registers for long chunks at 4 bits
