@@ -21,7 +21,7 @@ ORDER = [
     "decode",
     "schedulers weights",
     "kernels metrics",
-    "storage gpu demo threads",
+    "storage gpu demo threads plugins",
     "errors",
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names.split()}

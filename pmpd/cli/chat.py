@@ -15,7 +15,7 @@ import torch
 from rich.console import Console
 from rich.text import Text
 
-from pmpd import PMPDForCausalLM, demo
+from pmpd import PMPDForCausalLM, demo, plugins
 from pmpd.benchmarks.conversation import choose_template, stops, template_note
 from pmpd.cli.flags.chat import ChatJob
 from pmpd.decode.ending import StopStrings
@@ -245,6 +245,7 @@ def sampling_of(job: ChatJob) -> Sampling:
 
 def main(job: ChatJob, console: Console | None = None) -> None:
     console = console or Console()
+    plugins.load(job.plugins)
     chain = None
     if job.precisions is not None:
         try:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import shlex
 from collections import Counter
@@ -13,7 +12,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from pmpd import farm, storage
+from pmpd import farm, plugins, storage
 from pmpd.benchmarks import load_questions
 from pmpd.benchmarks.base import Split
 from pmpd.benchmarks.conversation import choose_template, template_note
@@ -39,7 +38,7 @@ def main(job: GenerateJob, console: Console | None = None) -> str:
     """Generates, prints the table, returns the folder of the results. ValueError for anything the user can
     cure."""
     console = console or Console()
-    import_plugins(job.plugins)
+    plugins.load(job.plugins)
     preset = get_preset(job.preset) if job.preset else NO_PRESET
     benchmark = preset.benchmark(job.bench_name)
     split: Split = "validation" if job.validation or job.static_search else "test"
@@ -184,16 +183,6 @@ def reportable(path: str) -> bool:
     except UserError:
         return False
     return all(comparison.has_reference for comparison in found)
-
-
-def import_plugins(modules: str | None) -> None:
-    for name in filter(None, (modules or "").split(",")):
-        try:
-            importlib.import_module(name.strip())
-        except ModuleNotFoundError as error:
-            raise UserError(
-                f"--plugins {modules}: {error}; give modules that are installed or on PYTHONPATH"
-            ) from error
 
 
 def sampling_plan(job: GenerateJob) -> SamplingPlan:

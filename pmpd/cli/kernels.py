@@ -7,12 +7,13 @@ from typing import Any
 
 import torch
 
-from pmpd import gpu
+from pmpd import gpu, plugins
 from pmpd.cli.flags.kernels import KernelsJob
 from pmpd.kernels import dispatch, native
 
 
 def main(job: KernelsJob) -> None:
+    plugins.load(job.plugins)
     _explain("cpu", torch.float32, torch.bfloat16, torch.float16)
     print(f"native CPU library: {_say(native.describe)}; torch uses {torch.get_num_threads()} threads")
     if gpu.available():

@@ -7,7 +7,7 @@ from collections import Counter
 from rich.console import Console
 from rich.table import Table
 
-from pmpd import farm, storage
+from pmpd import farm, plugins, storage
 from pmpd.cli.flags.label import LabelJob
 from pmpd.errors import UserError
 from pmpd.evaluation.presets import get_preset
@@ -26,6 +26,7 @@ def main(job: LabelJob, console: Console | None = None) -> farm.FarmResult | Non
     """Runs the stages and prints the table; the result of the last one. ValueError for anything the user can
     cure."""
     console = console or Console()
+    plugins.load(job.plugins)
     slots, unit_rows = farm.batch_of(job.batch_size)
     source, rule = what_is_labelled(job)
     chain = LabelConfig(parse_chain(job.precisions), job.max_new_tokens, slots).precisions

@@ -20,13 +20,14 @@ def main(config: PerplexityJob, console: Console | None = None) -> dict[int, Per
     import torch
     from rich.console import Console
 
-    from pmpd import PMPDForCausalLM, gpu
+    from pmpd import PMPDForCausalLM, gpu, plugins
     from pmpd.cli.steps import Steps
     from pmpd.evaluation.perplexity import by_precision, count_windows, token_stream
     from pmpd.labeling.prompts import PromptConfig, records
     from pmpd.weights.base import shared_state
 
     console = console or Console()
+    plugins.load(config.plugins)
     source = PromptConfig(config.dataset, config.dataset_config, config.split)
     source.kind  # noqa: B018 - raises for a dataset that is not there, before any work
     device = torch.device("cuda" if gpu.available() else "cpu")

@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.console import Console
 
-from pmpd import storage
+from pmpd import plugins, storage
 from pmpd.cli.flags.report import ReportJob
 from pmpd.errors import UserError
 from pmpd.evaluation.compare import Comparison, compare
@@ -29,6 +29,7 @@ def main(job: ReportJob, console: Console | None = None) -> Path:
     """Writes the report; the path of its page (of a local copy, where the report is written to a URI).
     UserError for anything the user can cure."""
     console = console or Console()
+    plugins.load(job.plugins)
     if not storage.is_uri(job.output_dir):
         return _write(job, job.output_dir, console)
     local = storage.cache_folder(job.output_dir)

@@ -15,7 +15,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 
-from pmpd import storage
+from pmpd import plugins, storage
 from pmpd.errors import UserError
 from pmpd.farm import ray_private
 from pmpd.farm.blame import after_kill, after_node_loss, after_stall
@@ -174,7 +174,7 @@ class ClusterPool:
         while sum(slot.node not in self.draining for slot in self.slots) < min(self.wanted, units):
             actor: Any = self._actor.options(
                 num_cpus=demand.cpus, num_gpus=demand.gpus, scheduling_strategy="SPREAD"
-            ).remote(storage.connections())
+            ).remote(storage.connections(), plugins.loaded())
             worker_id = uuid.uuid4().hex[:12]
             start = actor.start.remote(
                 self.task, self.dataset, self.lease.path, self.lease.token, worker_id, demand.gpus,

@@ -6,11 +6,11 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import ray
 
-from pmpd import storage
+from pmpd import plugins, storage
 from pmpd import threads as openmp
 from pmpd.farm.task import Beat, FarmTask, Place, Unit, UnitResult, WorkerInfo, note_path
 from pmpd.farm.workbench import Workbench, error_text
@@ -22,8 +22,11 @@ POISONED = 17
 class Worker:
     """`start` and `run` are called one after another, `beat` from a thread of its own, at any time."""
 
-    def __init__(self, connections: Mapping[str, tuple[str, str]] | None = None) -> None:
+    def __init__(
+        self, connections: Mapping[str, tuple[str, str]] | None = None, plugins: Sequence[str] = ()
+    ) -> None:
         storage.connect(connections or {})
+        self._plugins = plugins
         self._bench: Workbench | None = None
 
     def start(
@@ -51,6 +54,7 @@ class Worker:
         name = f"{ray.util.get_node_ip_address()}/{os.getpid()}" + (
             f"/gpu{'+'.join(gpu_ids)}" if gpu_ids else ""
         )
+        plugins.load(self._plugins)
         place = Place(name, threads, gpu_ids)
         bench = Workbench(task, dataset, lease_path, lease_token, place, worker_id, self._poisoned)
         info = bench.build()

@@ -47,6 +47,9 @@ class ChatJob:
     """What activations and unquantized weights are; auto: float32 on a CPU, float16 on a GPU."""
     head_bits: HeadBits = 16
     """8: half the bytes of the head, with --dtype bfloat16 on a CPU with AVX2."""
+    plugins: str | None = None
+    """Python modules to import first, comma-separated: what they register can be named then
+    (docs/guides/extensions.md)."""
     trust_remote_code: bool = False
     """Run model code that comes with the checkpoint."""
 

@@ -54,8 +54,8 @@ class GenerateJob:
     scheduler_options: str = "{}"
     """Further options of schedulers, as JSON: '{"kv_cache": {"published_steps": true}}'."""
     plugins: str | None = None
-    """Python modules to import first, comma-separated: the schedulers that they register can be named then.
-    Workers must be able to import them too."""
+    """Python modules to import first, comma-separated: what they register can be named then
+    (docs/guides/extensions.md). Workers must be able to import them too."""
     precisions: str = "4,3,2"
     """Precision chain, descending."""
     high_bit_steps: str | None = None

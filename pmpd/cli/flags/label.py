@@ -69,6 +69,9 @@ class LabelJob:
     """Of the prompts' random lengths."""
     stage: Literal["all", "prompts", "references", "labels"] = "all"
     """Only this one (prompts are always made first), or all."""
+    plugins: str | None = None
+    """Python modules to import first, comma-separated: what they register can be named then
+    (docs/guides/extensions.md). Workers must be able to import them too."""
     use_multi_model: bool = False
     """--model-path is a JSON of one checkpoint per precision (GPTQ), not an Any-Precision checkpoint."""
     retry_errors: bool = False

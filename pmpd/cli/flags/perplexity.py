@@ -44,6 +44,9 @@ class PerplexityJob:
     """8: half the bytes of the head, with --dtype bfloat16 on a CPU with AVX2."""
     output: str | None = None
     """Also write the figures to this JSON file."""
+    plugins: str | None = None
+    """Python modules to import first, comma-separated: the kernels and weight formats that
+    they register are known then."""
     trust_remote_code: bool = False
     """Run model code that comes with the checkpoint."""
 

@@ -21,6 +21,9 @@ class ReportJob:
     """Also BERTScore, with the model in this folder or of this name (needs pip install 'pmpd[bertscore]')."""
     metric: str | None = None
     """The metric of headlines, figure and table; default each benchmark's own."""
+    plugins: str | None = None
+    """Python modules to import first, comma-separated: the metrics and benchmarks that they
+    register are known then."""
     run_code: bool = False
     """Run generated code against its tests (humaneval), each program in a limited process of its own. It
     still runs as you: use a container."""

@@ -1,0 +1,107 @@
+"""The extensions of docs/guides/extensions.md, as they stand there, arrive through the commands."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+from pmpd import plugins, storage
+from pmpd.benchmarks import BENCHMARKS
+from pmpd.cli.main import main
+from pmpd.kernels import dispatch
+from pmpd.labeling.rule import RULES
+from pmpd.metrics.base import METRICS
+from pmpd.schedulers import SCHEDULERS
+from pmpd.weights.formats import FORMATS
+from tests.helpers import write_dense
+from tests.ray_sessions import ROOT, local_ray
+from tests.test_extensions_weights import write_row_scale
+
+GUIDE = (ROOT / "docs" / "guides" / "extensions.md").read_text()
+EXTENSIONS = dict(re.findall(r'```python title="(\w+)\.py"\n(.*?)```', GUIDE, re.DOTALL))
+NAMES = ("by_length", "capitals", "rebuilt", "row_scale", "same_start")
+
+
+@pytest.fixture(autouse=True)
+def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """All of them where Python finds them, in a process that has loaded none."""
+    for name, code in EXTENSIONS.items():
+        (tmp_path / f"{name}.py").write_text(code)
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", f"{tmp_path}:{ROOT}")
+    monkeypatch.setattr(plugins, "_loaded", [])
+    for registry in (SCHEDULERS, RULES, METRICS, BENCHMARKS, dispatch.KERNELS, FORMATS):
+        for name in {*registry} & {*NAMES, "named"}:
+            monkeypatch.delitem(registry, name)
+    before = [(registry, dict(registry)) for registry in (SCHEDULERS, RULES, METRICS, BENCHMARKS, FORMATS)]
+    before.append((dispatch.KERNELS, dict(dispatch.KERNELS)))
+    yield str(tmp_path)
+    for registry, entries in before:
+        registry.clear()
+        registry.update(entries)
+
+
+def test_each_is_a_file_of_at_most_40_lines() -> None:
+    assert tuple(sorted(EXTENSIONS)) == NAMES
+    assert max(len(code.splitlines()) for code in EXTENSIONS.values()) <= 40
+
+
+def label(outside: str, dense_folder, anyprec_folder, workers: int) -> list[dict]:
+    Path(outside, "texts.txt").write_text("one text here\n\nanother text there\n\na third one of words")
+    models = ["--model-path", str(anyprec_folder()), "--reference-model-path", str(dense_folder())]
+    wanted = ["--plugins", "same_start,rebuilt", "--rule", "same_start", "--kernel", "rebuilt"]
+    where = ["--dataset", f"{outside}/texts.txt", "--output-dir", f"{outside}/label", "--max-new-tokens", "4"]
+    assert main(["label", *models, *wanted, *where, "--num-workers", str(workers)]) == 0
+    return storage.read_table(f"{outside}/label/labels").to_pylist()
+
+
+def test_a_rule_and_a_kernel_label(outside: str, dense_folder, anyprec_folder) -> None:
+    rows = label(outside, dense_folder, anyprec_folder, 0)
+    assert {(row["rule"], row["error"]) for row in rows} == {("same_start/3/v1", None)}
+
+
+@pytest.mark.slow
+def test_workers_load_what_the_command_loads(outside: str, dense_folder, anyprec_folder) -> None:
+    """Rule and kernel are unknown to a worker's process until it imports them."""
+    with local_ray(2, runtime_env={"env_vars": {"PYTHONPATH": f"{outside}:{ROOT}"}}):
+        rows = label(outside, dense_folder, anyprec_folder, 1)
+    assert {(row["rule"], row["error"]) for row in rows} == {("same_start/3/v1", None)}
+
+
+def test_a_scheduler_a_benchmark_and_a_metric_reach_the_report(
+    outside: str, dense_folder, anyprec_folder
+) -> None:
+    questions = [{"country": name, "capital": "a"} for name in ("France", "Ghana", "Peru")]
+    Path(outside, "q.jsonl").write_text("".join(json.dumps(question) + "\n" for question in questions))
+    flags = ["--model-path", str(anyprec_folder()), "--bench-name", "capitals", "--kernel", "reference"]
+    more = [
+        "--question-file",
+        f"{outside}/q.jsonl",
+        "--schedulers",
+        "uniform,by_length",
+        "--num-workers",
+        "0",
+    ]
+    out = ["--output-dir", f"{outside}/out"]
+    assert main(["generate", "--plugins", "by_length,capitals", *flags, *more, *out]) == 0
+    inputs = ["--inputs", f"{outside}/out/capitals", "--resamples", "100"]
+    assert main(["report", "--plugins", "capitals", *inputs, "--output-dir", f"{outside}/report"]) == 0
+    page = Path(outside, "report", "report.html").read_text()
+    assert "</span>by_length</th>" in page
+    assert page.count("capital named") > 3, "figure, table of runs, table of metrics"
+
+
+def test_a_weight_format_loads_and_a_kernel_is_explained(outside: str, capsys) -> None:
+    folder = write_row_scale(Path(outside, "model"), write_dense(Path(outside, "dense")))
+    Path(outside, "texts.txt").write_text("some words of a text that is long enough")
+    flags = ["--model-path", str(folder), "--dataset", f"{outside}/texts.txt"]
+    assert main(["perplexity", "--plugins", "row_scale", *flags]) == 0
+    assert re.search(r"8 .*\n.*4 ", capsys.readouterr().out)
+    assert main(["kernels", "--plugins", "rebuilt"]) == 0
+    assert main(["kernels", "--plugins", "no_such"]) == 1
+    assert "--plugins no_such: No module named 'no_such'" in capsys.readouterr().err
