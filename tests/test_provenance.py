@@ -54,6 +54,14 @@ def test_fingerprint_is_of_the_sources_and_of_nothing_else(tmp_path):
     assert len(values) == 3
 
 
+def test_every_kind_of_source_counts():
+    """All files but data: kernels and judge prompts make rows as modules do."""
+    data = (".so", ".json", ".typed", ".txt", ".pyc")
+    files = [path for path in provenance.PACKAGE.rglob("*") if path.is_file() and path.suffix not in data]
+    kinds = {path.suffix for path in files if provenance.PACKAGE / "demo" not in path.parents}
+    assert kinds == set(provenance._SOURCES)
+
+
 def test_commit_is_that_of_our_own_repository_or_of_the_build(tmp_path):
     """In a virtual environment inside another repository, that repository's commit was recorded."""
     other = tmp_path / "other"

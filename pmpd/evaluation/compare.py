@@ -22,7 +22,7 @@ TurnKey = tuple[str, int, int]
 
 
 @dataclass
-class Run:
+class AnsweredRun:
     """The rows of one scheduler setting."""
 
     name: str
@@ -45,24 +45,24 @@ class Comparison:
     benchmark_version: str
     split: str
     model_id: str
-    runs: dict[str, Run]
+    runs: dict[str, AnsweredRun]
     shared: list[TurnKey]
     """Turns that every run answered, sorted."""
     speed: SpeedModel
     high_bits: int | None
     """The highest quantized precision."""
-    unanswered: dict[str, Run]
+    unanswered: dict[str, AnsweredRun]
     """Runs without a single answer: they are in no number."""
 
-    def find(self, kind: str) -> Run | None:
+    def find(self, kind: str) -> AnsweredRun | None:
         return next((run for run in self.runs.values() if run.kind == kind), None)
 
     @property
-    def unquantized(self) -> Run | None:
+    def unquantized(self) -> AnsweredRun | None:
         return self.find("fp")
 
     @property
-    def uniform_high(self) -> Run | None:
+    def uniform_high(self) -> AnsweredRun | None:
         return self.runs.get(f"uniform-{self.high_bits}")
 
     @property
@@ -126,9 +126,9 @@ def _compare(rows: list[Row]) -> Comparison:
             f"{benchmark}: rows of different benchmark_version ({', '.join(sorted(versions))}) in one "
             f"report; report them apart"
         )
-    runs: dict[str, Run] = {}
+    runs: dict[str, AnsweredRun] = {}
     for row in rows:
-        run = runs.setdefault(row["run"], Run(row["run"], row["kind"], row["scheduler"]))
+        run = runs.setdefault(row["run"], AnsweredRun(row["run"], row["kind"], row["scheduler"]))
         if run.scheduler != row["scheduler"]:
             raise UserError(
                 f"run {row['run']} of {benchmark} has two settings: {run.scheduler} and {row['scheduler']}; "
@@ -175,7 +175,7 @@ def _compare(rows: list[Row]) -> Comparison:
     )  # fmt: skip
 
 
-def _check_questions(runs: Iterable[Run], benchmark: str) -> None:
+def _check_questions(runs: Iterable[AnsweredRun], benchmark: str) -> None:
     """ValueError where one id stands for different questions: ids do not know the text (of a second turn's
     prompt, the answer is part)."""
     seen: dict[tuple[TurnKey, str], tuple[str, str | None]] = {}
@@ -196,7 +196,7 @@ def _short(text: str | None) -> str:
     return repr(text if text is None or len(text) <= 60 else text[:60] + "…")
 
 
-def _check_references(unquantized: Run, runs: Iterable[Run], benchmark: str) -> None:
+def _check_references(unquantized: AnsweredRun, runs: Iterable[AnsweredRun], benchmark: str) -> None:
     have = set(unquantized.rows) | set(unquantized.errors)
     missing = sorted({key for run in runs for key in (*run.rows, *run.errors)} - have)
     if missing:
@@ -219,14 +219,14 @@ KINDS = (*BASE_KINDS, "static", "kv_cache", "confidence", "random", "oracle")
 """The order of tables and legends."""
 
 
-def _run_order(item: tuple[str, Run]) -> tuple[int, list[float], str]:
+def _run_order(item: tuple[str, AnsweredRun]) -> tuple[int, list[float], str]:
     run = item[1]
     steps = run.settings.get("high_bit_steps") or run.settings.get("precisions") or []
     order = KINDS.index(run.kind) if run.kind in KINDS else len(KINDS)
     return order, [-float(step) for step in steps], run.name
 
 
-def _add_oracle(runs: dict[str, Run]) -> None:
+def _add_oracle(runs: dict[str, AnsweredRun]) -> None:
     """Adds the run `oracle`: per conversation the cheapest fixed plan that is as good as never switching,
     chosen with hindsight.
 
@@ -243,7 +243,7 @@ def _add_oracle(runs: dict[str, Run]) -> None:
     conversations: dict[tuple[str, int], list[TurnKey]] = defaultdict(list)
     for key in sorted(set.intersection(*(set(run.rows) for run in (unquantized, high, *static)))):
         conversations[key[:2]].append(key)
-    oracle = Run(
+    oracle = AnsweredRun(
         "oracle",
         "oracle",
         json.dumps({"name": "oracle", "plans": [high.name, *sorted(run.name for run in static)]}),
@@ -266,5 +266,5 @@ def _add_oracle(runs: dict[str, Run]) -> None:
     runs["oracle"] = oracle
 
 
-def _agreement(run: Run, unquantized: Run, key: TurnKey) -> float:
+def _agreement(run: AnsweredRun, unquantized: AnsweredRun, key: TurnKey) -> float:
     return rouge_l(run.rows[key]["output_text"], unquantized.rows[key]["output_text"])

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from pmpd.errors import UserError
-from pmpd.evaluation.compare import BASE_KINDS, UNIFORM_KINDS, Comparison, Run, TurnKey
+from pmpd.evaluation.compare import BASE_KINDS, UNIFORM_KINDS, AnsweredRun, Comparison, TurnKey
 from pmpd.metrics.base import (
     AGAINST,
     METRICS,
@@ -162,7 +162,7 @@ def _reference_of(comparison: Comparison, against: str, keys: Sequence[TurnKey])
     }
 
 
-def _sums(run: Run, pairs: Pairs, components: Components, questions: Mapping[str, int]) -> np.ndarray:
+def _sums(run: AnsweredRun, pairs: Pairs, components: Components, questions: Mapping[str, int]) -> np.ndarray:
     """Components summed per question: [Q, C]."""
     of_turn = {
         key: np.asarray(components(run.rows[key], *reference), dtype=np.float64)
@@ -175,9 +175,8 @@ def _sums(run: Run, pairs: Pairs, components: Components, questions: Mapping[str
 
 
 def _costs(
-    comparison: Comparison, run: Run, keys: Sequence[TurnKey], pairs: Pairs, questions: Mapping[str, int],
-    weights: np.ndarray,
-    turn: int | None,
+    comparison: Comparison, run: AnsweredRun, keys: Sequence[TurnKey], pairs: Pairs,
+    questions: Mapping[str, int], weights: np.ndarray, turn: int | None,
 ) -> dict[str, Any]:  # fmt: skip
     """What the run cost on the turns that are scored, `pairs`: average bits with their interval, ratios of
     decode time; and how many of its turns are not among those that all runs answered, `keys`."""

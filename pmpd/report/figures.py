@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from pmpd.evaluation.compare import BASE_KINDS, UNIFORM_KINDS, Comparison, Run
+from pmpd.evaluation.compare import BASE_KINDS, UNIFORM_KINDS, AnsweredRun, Comparison
 from pmpd.metrics.base import AGAINST, get_metric
 from pmpd.report.style import INK, KINDS, WIDTH, kind_of
 
@@ -127,7 +127,7 @@ def _unquantized_line(axes: Axes, row: Mapping[str, Any], against: str) -> None:
 _BINS = 12
 
 
-def switching_runs(comparison: Comparison) -> list[Run]:
+def switching_runs(comparison: Comparison) -> list[AnsweredRun]:
     """The runs whose switch steps may differ between rows."""
     runs = [run for run in comparison.runs.values() if run.kind not in (*BASE_KINDS, "static")]
     # an online scheduler has no switch steps
@@ -136,7 +136,7 @@ def switching_runs(comparison: Comparison) -> list[Run]:
     ]
 
 
-def switch_shares(run: Run) -> dict[tuple[int, int], np.ndarray]:
+def switch_shares(run: AnsweredRun) -> dict[tuple[int, int], np.ndarray]:
     """Per pair of the chain: share of turns [13] by high-precision decode forwards, in twelfths of
     max_new_tokens - 1."""
     chain = _chain(run)
@@ -150,13 +150,13 @@ def switch_shares(run: Run) -> dict[tuple[int, int], np.ndarray]:
     return {pair: count / max(count.sum(), 1) for pair, count in counts.items()}
 
 
-def _chain(run: Run) -> list[int]:
+def _chain(run: AnsweredRun) -> list[int]:
     if run.kind != "oracle":
         return run.settings["precisions"]
     return max((json.loads(row["scheduler"])["precisions"] for row in run.rows.values()), key=len)
 
 
-def _max_new_tokens(run: Run, row: Mapping[str, Any]) -> int:
+def _max_new_tokens(run: AnsweredRun, row: Mapping[str, Any]) -> int:
     return json.loads(row["scheduler"])["max_new_tokens"]
 
 

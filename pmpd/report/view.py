@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from pmpd.evaluation.compare import BASE_KINDS, Comparison, Run
+from pmpd.evaluation.compare import BASE_KINDS, AnsweredRun, Comparison
 from pmpd.metrics.base import AGAINST, Metric, get_metric
 from pmpd.report.page import kind_class
 from pmpd.report.source import Report, main_metric
@@ -149,7 +149,7 @@ def counts(comparison: Comparison) -> str:
     )
 
 
-def _unanswered(run: Run) -> str:
+def _unanswered(run: AnsweredRun) -> str:
     first = next(iter(run.errors.values())).splitlines()[0]
     return (
         f"{run.name} is in no number, since all its {len(run.errors)} turns failed, the first with: {first}."
@@ -344,7 +344,7 @@ def speed_caveat(comparison: Comparison) -> str:
     return "made while the machine was not known to be idle: take them as rough"
 
 
-def _ended(comparison: Comparison, run: Run) -> float:
+def _ended(comparison: Comparison, run: AnsweredRun) -> float:
     ended = sum(run.rows[key]["finish_reason"] in ("eos", "stop") for key in comparison.shared)
     return ended / len(comparison.shared)
 

@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1]
 COMMIT_FILE = PACKAGE / "_commit.txt"
 """Written into the wheel by `setup.py`, never into the source tree."""
 
-_SOURCES = (".py", ".cpp", ".h", ".j2", ".css", ".js")
+_SOURCES = (".py", ".cpp", ".h", ".cu", ".cuh", ".j2", ".css", ".js", ".jsonl")
 
 
 @cache
