@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from pmpd.metrics.bootstrap import bootstrap_weights, interval
 from pmpd.schedulers.chain import FRACTIONS, NUM_CLASSES
 from pmpd.training.config import SPLITS
 from pmpd.training.data import NO_LABEL, Labels
@@ -107,10 +108,7 @@ def compare(
     """One split's part of `evaluate`: `choices` holds the probability of each class per row, [N, 4], of each
     policy, one of them "majority". All policies are resampled alike, so that the interval of a difference is
     a paired one."""
-    generator = np.random.default_rng(seed)
-    counts_SN = generator.multinomial(
-        len(labels_N), np.full(len(labels_N), 1 / len(labels_N)), size=INTERVALS
-    ).astype(float)
+    counts_SN = bootstrap_weights(len(labels_N), INTERVALS, seed)
     point = {name: measures(confusion(labels_N, choice), pair) for name, choice in choices.items()}
     resampled = {
         name: measures(confusion(labels_N, choice, counts_SN), pair) for name, choice in choices.items()
@@ -124,13 +122,9 @@ def compare(
         difference = resampled[name]["accuracy"] - resampled["majority"]["accuracy"]
         report["policies"][name] = {
             **{measure: float(value) for measure, value in point[name].items()},
-            "interval": {measure: _interval(values) for measure, values in resampled[name].items()},
+            "interval": {measure: list(interval(values)) for measure, values in resampled[name].items()},
             "accuracy_minus_majority": float(point[name]["accuracy"] - point["majority"]["accuracy"]),
-            "accuracy_minus_majority_interval": _interval(difference),
+            "accuracy_minus_majority_interval": list(interval(difference)),
             "confusion": confusion(labels_N, choice).round(3).tolist(),
         }
     return report
-
-
-def _interval(values: np.ndarray) -> list[float]:
-    return [float(value) for value in np.quantile(values, [0.025, 0.975])]
