@@ -67,6 +67,26 @@ def test_usage_names_every_command(capsys):
     assert capsys.readouterr().out == f"pmpd {pmpd.__version__}\n"
 
 
+COMPLETE = """
+source "$1"
+_tyro=$(complete -p pmpd | sed 's/.*-F \\([^ ]*\\).*/\\1/')
+COMP_WORDS=(pmpd lab); COMP_CWORD=1; $_tyro; echo "${COMPREPLY[@]}"
+COMP_WORDS=(pmpd label --plug); COMP_CWORD=2; $_tyro; echo "${COMPREPLY[@]}"
+"""
+
+
+def test_a_shell_completes_commands_and_their_flags(capsys, tmp_path):
+    assert main(["--completion", "bash"]) == 0
+    (tmp_path / "pmpd.bash").write_text(capsys.readouterr().out)
+    shell = ["bash", "-c", COMPLETE, "bash", str(tmp_path / "pmpd.bash")]
+    done = subprocess.run(shell, capture_output=True, text=True, check=True)
+    command, flag = done.stdout.splitlines()
+    assert command == "label"
+    assert flag.startswith("--plugins")
+    assert main(["--completion", "cmd"]) == 2
+    assert "known are bash, zsh" in capsys.readouterr().err
+
+
 def test_an_unknown_command_names_the_known_ones(capsys):
     assert main(["lable"]) == 2
     assert "label" in capsys.readouterr().err

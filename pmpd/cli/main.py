@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields
 from types import FrameType
 from typing import Any
@@ -131,8 +131,28 @@ def usage() -> str:
             *lines,
             "",
             "pmpd COMMAND --help explains its flags. pmpd --version prints the version.",
+            "pmpd --completion bash (or zsh) prints what that shell reads to complete commands and flags.",
         ]
     )
+
+
+SHELLS = ("bash", "zsh")
+
+
+def print_completion(shell: str) -> int:
+    """Prints what completes all commands and their flags in that shell; the exit code."""
+    if shell not in SHELLS:
+        print(f"error: pmpd --completion {shell}: known are {', '.join(SHELLS)}", file=sys.stderr)
+        return 2
+    import tyro
+
+    jobs = {
+        name: getattr(importlib.import_module(f"pmpd.cli.flags.{command.module}"), command.flags)
+        for name, command in COMMANDS.items()
+    }
+    with suppress(SystemExit):  # tyro leaves once it has printed
+        tyro.extras.subcommand_cli_from_dict(jobs, prog="pmpd", args=["--tyro-print-completion", shell])
+    return 0
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -144,6 +164,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if name == "--version":
         print(f"pmpd {pmpd.__version__}")
         return 0
+    if name == "--completion":
+        return print_completion(rest[0] if rest else "")
     command = COMMANDS.get(name)
     if command is None:
         print(f"error: pmpd {name}: no such command; known are {', '.join(COMMANDS)}", file=sys.stderr)
