@@ -45,20 +45,20 @@ def follow(curves: CurveSet, setting: Thresholds) -> np.ndarray:
     tables, _ = doubt(curves, setting.signal)
     rows = np.arange(len(curves))
     sure, hold = np.zeros(len(curves), dtype=int), np.zeros(len(curves), dtype=int)
-    level = np.full(len(curves), setting.first)
-    levels = np.zeros((len(curves), tables.shape[2]), dtype=int)
+    place = np.full(len(curves), setting.first)
+    places = np.zeros((len(curves), tables.shape[2]), dtype=int)
     lowest = len(curves.chain) - 1 if setting.last is None else setting.last
     for t in range(tables.shape[2]):
-        levels[:, t] = level
-        seen = tables[rows, level, t]
+        places[:, t] = place
+        seen = tables[rows, place, t]
         up = seen > setting.raise_above
         sure = np.where(seen < setting.lower_below, sure + 1, 0)
         hold = np.maximum(0, hold - 1)
-        down = (sure >= setting.patience) & (hold == 0) & (level < lowest) & ~up
-        level = np.where(up, setting.first, np.where(down, level + 1, level))
+        down = (sure >= setting.patience) & (hold == 0) & (place < lowest) & ~up
+        place = np.where(up, setting.first, np.where(down, place + 1, place))
         hold = np.where(up, setting.hold, np.where(down, 0, hold))
         sure = np.where(up | down, 0, sure)
-    return levels
+    return places
 
 
 def settings_of(train: CurveSet) -> list[Thresholds]:
@@ -160,15 +160,15 @@ def follow_prediction(curves: CurveSet, model: NextLoss, multiplier: float) -> n
     place = np.zeros(len(curves), dtype=int)
     entropy, margin = curves.start["entropy"], curves.start["margin"]
     running = entropy.copy()
-    levels = np.zeros((len(curves), curves.loss.shape[2]), dtype=int)
-    for t in range(levels.shape[1]):
+    places = np.zeros((len(curves), curves.loss.shape[2]), dtype=int)
+    for t in range(places.shape[1]):
         costs = model.predict(_signals(curves, running, entropy, margin, t), place)
         place = (costs + multiplier * curves.widths).argmin(1)
-        levels[:, t] = place
+        places[:, t] = place
         entropy = curves.statistics["entropy"][rows, place, t]
         margin = curves.statistics["margin"][rows, place, t]
         running = HISTORY * running + (1 - HISTORY) * entropy
-    return levels
+    return places
 
 
 def online_regression(train: CurveSet, test: CurveSet, targets: Sequence[float], seed: int) -> list[Outcome]:

@@ -141,8 +141,8 @@ def oracle_token(train: CurveSet, test: CurveSet, targets: Sequence[float], seed
     """The precision that hindsight chooses for each decode forward."""
     outcomes = []
     for multiplier in MULTIPLIERS:
-        levels = (test.loss + multiplier * test.widths[None, :, None]).argmin(1)
-        outcomes.append(test.outcome(levels))
+        places = (test.loss + multiplier * test.widths[None, :, None]).argmin(1)
+        outcomes.append(test.outcome(places))
     means = np.asarray([(outcome.mean_bits, outcome.mean_loss) for outcome in outcomes])
     return hull_mix(means[:, 0], means[:, 1], lambda k: outcomes[k], targets)
 

@@ -32,7 +32,7 @@ from pmpd import gpu, storage
 from pmpd.errors import UserError
 from pmpd.quantize.calibration import calibration_samples
 from pmpd.quantize.config import QuantizeConfig
-from pmpd.quantize.layers import LayerPlan, find_layers
+from pmpd.quantize.layers import Layout, find_layers
 from pmpd.quantize.stages import Progress, Samples, Stages
 from pmpd.quantize.work import WorkFolder, save
 from pmpd.weights import formats
@@ -109,7 +109,7 @@ def quantize_checkpoint(
     checkpoint, output = open_checkpoint(model_path, trust_remote_code), Path(output_dir).absolute()
     check_unquantized(checkpoint)
     checkpoint.tokenizer()  # without one, what is written could not be loaded
-    plan, stored = _checked_plan(checkpoint)
+    layout, stored = _checked_layout(checkpoint)
     samples = _samples(checkpoint, config, texts) if config.weighted else None
     layers = _layers_fingerprint(checkpoint, config, None if samples is None else samples.inputs)
     fingerprint = _fingerprint(layers, config, samples)
@@ -118,7 +118,7 @@ def quantize_checkpoint(
     run = Stages(
         checkpoint,
         stored,
-        plan,
+        layout,
         config,
         samples,
         WorkFolder(
@@ -149,7 +149,7 @@ def quantize_checkpoint(
                 str(bits): [step[bits] for step in state.divergence if bits in step]
                 for bits in config.precisions
             },
-            skipped=plan.skipped,
+            skipped=layout.skipped,
             versions={
                 "torch": torch.__version__,
                 "transformers": transformers.__version__,
@@ -160,7 +160,7 @@ def quantize_checkpoint(
             peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             reused_layers=reused,
         )
-        _write(checkpoint, plan, config, tensors, summary, run.work.path, output)
+        _write(checkpoint, layout, config, tensors, summary, run.work.path, output)
     except (OSError, safetensors.SafetensorError) as error:
         raise OSError(
             f"writing failed: {error}; finished layers are kept in {run.work.path}: make room there and run "
@@ -170,7 +170,7 @@ def quantize_checkpoint(
     return summary
 
 
-def _checked_plan(checkpoint: Checkpoint) -> tuple[LayerPlan, NamedTensors]:
+def _checked_layout(checkpoint: Checkpoint) -> tuple[Layout, NamedTensors]:
     """What will be quantized, and the checkpoint's tensors by the model's names. UserError naming tensors
     that are missing or misshapen: nothing is found out hours later."""
     skeleton = build_skeleton(checkpoint)
@@ -245,7 +245,7 @@ def _finished(output: Path, fingerprint: str) -> Summary | None:
 
 def _write(
     checkpoint: Checkpoint,
-    plan: LayerPlan,
+    layout: Layout,
     config: QuantizeConfig,
     tensors: dict[str, Tensor],
     summary: Summary,
@@ -260,7 +260,7 @@ def _write(
         "seed_precision": config.seed_precision,
         "parent_precision": config.parent_precision,
         "group_count": 1,
-        "arch_config": plan.arch_config,
+        "arch_config": layout.arch_config,
     }
     (folder / "config.json").write_text(
         json.dumps({**checkpoint.config_json, "anyprec": anyprec}, indent=2) + "\n"

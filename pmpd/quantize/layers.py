@@ -12,7 +12,7 @@ from pmpd.kernels.bitplanes import COLUMNS_PER_WORD
 
 
 @dataclass(frozen=True)
-class LayerPlan:
+class Layout:
     """The quantized linears are `{model_name}.{layers_name}.{i}.{module}` for i < count and every module of
     `module_names`."""
 
@@ -36,7 +36,7 @@ class LayerPlan:
         return f"{self.model_name}.{self.layers_name}.{layer}.{module}"
 
 
-def find_layers(model: nn.Module) -> LayerPlan:
+def find_layers(model: nn.Module) -> Layout:
     """The decoder layers are the largest `ModuleList` of modules of one class; what is quantized are the
     plain `nn.Linear`s in them.
 
@@ -69,7 +69,7 @@ def find_layers(model: nn.Module) -> LayerPlan:
             f"nothing in the decoder layers {path} of {type(model).__name__} can be quantized: {reasons}"
         )
     model_name, _, layers_name = path.rpartition(".")
-    return LayerPlan(model_name, layers_name, names, len(layers), skipped)
+    return Layout(model_name, layers_name, names, len(layers), skipped)
 
 
 def _decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:

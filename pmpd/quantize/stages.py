@@ -21,7 +21,7 @@ from pmpd.kernels import bitplanes
 from pmpd.quantize.config import QuantizeConfig
 from pmpd.quantize.feedback import RowMetric, damped, quantize_for_output
 from pmpd.quantize.kmeans import QuantizedRows, quantize_rows, weighted_error
-from pmpd.quantize.layers import LayerPlan
+from pmpd.quantize.layers import Layout
 from pmpd.quantize.moments import InputMoments, add_input_moments
 from pmpd.quantize.tuning import TuningState, better_tables, set_bits, tune_tables, with_tables
 from pmpd.quantize.work import WorkFolder
@@ -56,7 +56,7 @@ class Stages:
     checkpoint: Checkpoint
     stored: NamedTensors
     """Its tensors by the model's names."""
-    plan: LayerPlan
+    layout: Layout
     config: QuantizeConfig
     samples: Samples | None
     work: WorkFolder
@@ -79,22 +79,22 @@ class Stages:
         return f"layer-{layer:05d}"
 
     def paths(self, layers: Iterable[int]) -> list[str]:
-        return [self.plan.path(layer, module) for layer in layers for module in self.plan.module_names]
+        return [self.layout.path(layer, module) for layer in layers for module in self.layout.module_names]
 
     # ---- stages one and two ----
 
     def quantize_layers(self) -> int:
         """Writes a file for each layer that has none; the number of layers that had one."""
-        waiting = [layer for layer in range(self.plan.count) if not self.work.has(self.layer_name(layer))]
+        waiting = [layer for layer in range(self.layout.count) if not self.work.has(self.layer_name(layer))]
         groups = [group for group in self._groups() if not set(group).isdisjoint(waiting)]
-        done = reused = self.plan.count - len(waiting)
+        done = reused = self.layout.count - len(waiting)
         for number, group in enumerate(groups):
             name = f"moments-{group[0]:05d}"
             moments = self._moments(group, name, number, len(groups))
             for layer in sorted(set(group).intersection(waiting)):
                 self._quantize_layer(layer, moments)
                 done += 1
-                self.on_progress("layers", done, self.plan.count)
+                self.on_progress("layers", done, self.layout.count)
             self.work.remove(name)
         return reused
 
@@ -103,7 +103,7 @@ class Stages:
         input."""
         groups: list[list[int]] = []
         room = 0
-        for layer in range(self.plan.count):
+        for layer in range(self.layout.count):
             size = sum(4 * self.stored.tensor(f"{path}.weight").shape[1] ** 2 for path in self.paths([layer]))
             if not groups or size > room:
                 groups.append([])
@@ -175,7 +175,7 @@ class Stages:
         """(precision -> relative error over all layers, number of quantized weights)."""
         sums: dict[str, list[float]] = {}
         weights = 0
-        for layer in range(self.plan.count):
+        for layer in range(self.layout.count):
             for bits, (error, total) in self.work.meta(self.layer_name(layer)).items():
                 entry = sums.setdefault(bits, [0.0, 0.0])
                 entry[0] += error
@@ -240,7 +240,7 @@ class Stages:
     def _quantized(self) -> dict[str, QuantizedRows]:
         """The result of stage two, in memory."""
         parent, result = self.config.parent_precision, {}
-        for layer in range(self.plan.count):
+        for layer in range(self.layout.count):
             stored = self.work.load(self.layer_name(layer))
             for path in self.paths([layer]):
                 result[path] = QuantizedRows(
@@ -252,7 +252,7 @@ class Stages:
     def _metrics(self) -> dict[str, RowMetric]:
         """Beside the result of stage two."""
         result = {}
-        for layer in range(self.plan.count):
+        for layer in range(self.layout.count):
             stored = self.work.load(f"metric-{layer:05d}")
             for path in self.paths([layer]):
                 errors = {bits: stored[f"{path}.error{bits}"] for bits in self.config.precisions}
@@ -277,7 +277,7 @@ class Stages:
     def output_tensors(self, state: TuningState) -> dict[str, Tensor]:
         """All tensors of the output, memory-mapped from work folder and source; a tensor with two names
         (tied) keeps the first."""
-        replaced = {f"{path}.weight" for path in self.paths(range(self.plan.count))}
+        replaced = {f"{path}.weight" for path in self.paths(range(self.layout.count))}
         tensors: dict[str, Tensor] = {}
         seen: set[tuple[int, torch.Size]] = set()
         for name in sorted(self.stored.names() - replaced):
@@ -285,7 +285,7 @@ class Stages:
             if (key := (tensor.data_ptr(), tensor.shape)) not in seen:
                 seen.add(key)
                 tensors[name] = tensor.contiguous()
-        for layer in range(self.plan.count):
+        for layer in range(self.layout.count):
             with self.work.open(self.layer_name(layer)) as file:
                 tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - a file, not a dict
         return tensors | state.tensors

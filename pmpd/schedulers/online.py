@@ -17,7 +17,7 @@ from pmpd.schedulers.chain import NEVER
 class _Row:
     """What is remembered of one row."""
 
-    level: int = 0
+    place: int = 0
     """Place in the chain of the next forward's precision."""
     sure: int = 0
     """Sure forwards in a row."""
@@ -68,15 +68,15 @@ class OnlineScheduler(Scheduler):
         values = rows.statistics[self.signal]
         doubts = values if self.signal == "entropy" else 1 - values
         rows.states[:] = [self._next(row, doubt) for row, doubt in zip(rows.states, doubts, strict=True)]
-        return np.asarray([self.precisions[row.level] for row in rows.states])
+        return np.asarray([self.precisions[row.place] for row in rows.states])
 
     def _next(self, row: _Row, doubt: float) -> _Row:
         if doubt > self.raise_above:
             return _Row(hold=self.hold)
         sure, hold = row.sure + 1 if doubt < self.lower_below else 0, max(0, row.hold - 1)
-        if sure < self.patience or hold or row.level == len(self.pairs):
-            return _Row(row.level, sure, hold)
-        return _Row(row.level + 1)
+        if sure < self.patience or hold or row.place == len(self.pairs):
+            return _Row(row.place, sure, hold)
+        return _Row(row.place + 1)
 
     def describe(self) -> dict[str, Any]:
         settings = ("signal", "lower_below", "raise_above", "patience", "hold")
