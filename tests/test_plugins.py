@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import sys
@@ -16,6 +17,7 @@ from pmpd.kernels import dispatch
 from pmpd.labeling.rule import RULES
 from pmpd.metrics.base import METRICS
 from pmpd.schedulers import SCHEDULERS
+from pmpd.storage.files import FILE_SYSTEMS
 from pmpd.weights.formats import FORMATS
 from tests.helpers import write_dense
 from tests.ray_sessions import ROOT, local_ray
@@ -23,7 +25,7 @@ from tests.test_extensions_weights import write_row_scale
 
 GUIDE = (ROOT / "docs" / "guides" / "extensions.md").read_text()
 EXTENSIONS = dict(re.findall(r'```python title="(\w+)\.py"\n(.*?)```', GUIDE, re.DOTALL))
-NAMES = ("by_length", "capitals", "rebuilt", "row_scale", "same_start")
+NAMES = ("box", "by_length", "capitals", "lengths", "rebuilt", "row_scale", "same_start")
 
 
 @pytest.fixture(autouse=True)
@@ -39,7 +41,7 @@ def outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         for name in {*registry} & {*NAMES, "named"}:
             monkeypatch.delitem(registry, name)
     before = [(registry, dict(registry)) for registry in (SCHEDULERS, RULES, METRICS, BENCHMARKS, FORMATS)]
-    before.append((dispatch.KERNELS, dict(dispatch.KERNELS)))
+    before += [(registry, dict(registry)) for registry in (dispatch.KERNELS, FILE_SYSTEMS)]
     yield str(tmp_path)
     for registry, entries in before:
         registry.clear()
@@ -63,6 +65,26 @@ def label(outside: str, dense_folder, anyprec_folder, workers: int) -> list[dict
 def test_a_rule_and_a_kernel_label(outside: str, dense_folder, anyprec_folder) -> None:
     rows = label(outside, dense_folder, anyprec_folder, 0)
     assert {(row["rule"], row["error"]) for row in rows} == {("same_start/3/v1", None)}
+
+
+def test_a_store_holds_all_and_a_task_of_ones_own_reads_it(
+    outside: str, dense_folder, anyprec_folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Path(outside, "box").mkdir()
+    monkeypatch.setenv("BOX_FOLDER", f"{outside}/box")
+    Path(outside, "texts.txt").write_text("one text here\n\nanother text there\n\na third one of words")
+    models = ["--model-path", str(anyprec_folder()), "--reference-model-path", str(dense_folder())]
+    where = ["--plugins", "box", "--dataset", f"{outside}/texts.txt", "--output-dir", "box:///label"]
+    more = ["--rule", "agreement", "--max-new-tokens", "4", "--num-workers", "0", "--kernel", "reference"]
+    assert main(["label", *models, *where, *more]) == 0
+    prompts = storage.read_table("box:///label/prompts").to_pylist()
+    assert len(storage.read_table(f"{outside}/box/label/labels")) == len(prompts) == 3
+    lengths = importlib.import_module("lengths")
+    result = lengths.main("box:///label/prompts", f"{outside}/lengths", num_workers=0)
+    assert (result.rows, result.errors) == (3, 0)
+    found = {row["prompt_id"]: row["words"] for row in storage.read_table(result.dataset).to_pylist()}
+    assert found == {row["prompt_id"]: len(row["prompt_text"].split()) for row in prompts}
+    assert lengths.main("box:///label/prompts", f"{outside}/lengths", num_workers=0).new_items == 0
 
 
 @pytest.mark.slow

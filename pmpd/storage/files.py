@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,11 @@ _DEFAULTS = {"s3": {"allow_delayed_open": "true"}, "gs": {"retry_limit_seconds":
 Google's client would try again for 15 minutes."""
 
 
+FILE_SYSTEMS: dict[str, Callable[[str], tuple[pafs.FileSystem, str]]] = {}
+"""Scheme -> file system and path within it of a URI, for stores that pyarrow does not know. A program may add
+some."""
+
+
 def resolve(path: str | Path) -> tuple[pafs.FileSystem, str]:
     """File system and path within it, of a local path or a URI. UserError where there is no such file system
     here."""
@@ -43,6 +48,8 @@ def resolve(path: str | Path) -> tuple[pafs.FileSystem, str]:
         return pafs.LocalFileSystem(), os.path.abspath(os.path.expanduser(text)).replace(os.sep, "/")
     location, user, query = split(text)
     scheme = location.partition("://")[0]
+    if scheme in FILE_SYSTEMS:
+        return FILE_SYSTEMS[scheme](text)
     given = query.removeprefix("?")
     missing = [f"{k}={v}" for k, v in _DEFAULTS.get(scheme, {}).items() if f"{k}=" not in given]
     inner = f"{scheme}://{user}{location.partition('://')[2].rstrip('/')}"
