@@ -335,6 +335,22 @@ def test_the_report_shows_what_judges_said(tmp_path: Path) -> None:
         report(ReportJob((str(tmp_path / "judge"),), str(tmp_path / "out2")))
 
 
+@pytest.mark.parametrize("unquantized", [True, False])
+def test_a_judged_sweep_without_unquantized_answers_is_told_what_the_report_lacks(
+    tmp_path: Path, capsys, unquantized: bool
+) -> None:
+    rows = [{**row, "reference_text": None} for row in answer_rows() if unquantized or row["kind"] != "fp"]
+    write_results(tmp_path / "in", rows)
+    with stub_judge(lambda messages, _: rating_of(messages)) as server:
+        main(
+            JudgeJob(
+                input=str(tmp_path / "in"), judge_url=server.url, judge_model="stub",
+                output_dir=str(tmp_path / "judge"),
+            )
+        )  # fmt: skip
+    assert ("pmpd generate --use-fp" in capsys.readouterr().out) == (not unquantized)
+
+
 def test_flags_that_do_not_go_together_are_refused() -> None:
     for options, said in (
         ({}, "--judge-url or --judge-model-path"),

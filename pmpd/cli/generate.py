@@ -20,7 +20,7 @@ from pmpd.cli.flags.generate import GenerateJob
 from pmpd.errors import UserError
 from pmpd.evaluation.compare import compare
 from pmpd.evaluation.presets import NO_PRESET, Preset, get_preset
-from pmpd.evaluation.results import read_generations
+from pmpd.evaluation.results import read_generations, reportable
 from pmpd.evaluation.sampling_plan import SamplingPlan
 from pmpd.evaluation.score import ScoreConfig
 from pmpd.evaluation.static_search import best_path, choose, read_best, write_best
@@ -174,15 +174,6 @@ def main(job: GenerateJob, console: Console | None = None) -> str:
             soft_wrap=True,
         )
     return folder
-
-
-def reportable(path: str) -> bool:
-    """Whether a report has something to compare the answers at `path` with."""
-    try:
-        found = compare(row for _, _, rows in read_generations(path) for row in rows)
-    except UserError:
-        return False
-    return all(comparison.has_reference for comparison in found)
 
 
 def sampling_plan(job: GenerateJob) -> SamplingPlan:

@@ -20,7 +20,7 @@ from pmpd.evaluation.judge import (
     single_matches,
 )
 from pmpd.evaluation.judge_endpoint import Endpoint
-from pmpd.evaluation.results import read_generations
+from pmpd.evaluation.results import read_generations, reportable
 from pmpd.farm.connection import output_folder
 from pmpd.farm.judge_task import EndpointJudgeTask, ModelJudgeTask, judge
 from pmpd.storage.records import source_of
@@ -73,9 +73,15 @@ def main(job: JudgeJob, console: Console | None = None) -> str:
         soft_wrap=True,
     )
     console.print(f"Parquet:     {storage.data_folder(result.dataset)}", soft_wrap=True)
-    console.print(f"report next: pmpd report --inputs {job.input} {folder}", soft_wrap=True)
     if result.errors == result.rows:
         raise UserError(f"every judgment has an error; the first one: {errors[0]}")
+    if not reportable(job.input):
+        console.print(
+            "next:        pmpd generate --use-fp, with the other flags of these answers: a report compares "
+            "them with the unquantized model's, too",
+            soft_wrap=True,
+        )
+    console.print(f"report next: pmpd report --inputs {job.input} {folder}", soft_wrap=True)
     return str(result.dataset)
 
 

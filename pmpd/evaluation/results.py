@@ -9,6 +9,7 @@ import pyarrow.fs as pafs
 
 from pmpd import storage
 from pmpd.errors import UserError
+from pmpd.evaluation.compare import compare
 
 
 def datasets_at(path: str, table: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
@@ -75,3 +76,12 @@ def _by_turn(folder: str, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         for row in rows
         for turn in (turns[row["conversation_id"]] if row["turn"] is None else [row["turn"]])
     ]
+
+
+def reportable(path: str) -> bool:
+    """Whether a report has something to compare the answers at `path` with."""
+    try:
+        found = compare(row for _, _, rows in read_generations(path) for row in rows)
+    except UserError:
+        return False
+    return all(comparison.has_reference for comparison in found)
