@@ -57,6 +57,7 @@ class RandomLlama:
         )
         device = torch.device("cuda")
         self.matrix_weights = 0
+        self.head_bits = 16
 
         made: dict[tuple[int, int], TritonMatrix] = {}
 
@@ -92,10 +93,18 @@ class RandomLlama:
             [torch.randn(shape, device=device, dtype=torch.float16) for _ in range(layers)] for _ in range(2)
         )
 
+    def give_byte_head(self) -> None:
+        """From now on the head has 8 bits."""
+        from pmpd.kernels.byte_rows import byte_rows
+        from pmpd.kernels.triton_bytes import TritonByteMatrix
+
+        self.head_bits = 8
+        self.forward.weights.head = TritonByteMatrix(byte_rows(self.forward.weights.embedding))
+
     def step_bytes(self, bits: int, rows: int) -> float:
         """What a decode step must read: matrices, head, and each row's cache at CONTEXT tokens."""
         cache = rows * CONTEXT * self.layers * self.kv_heads * self.dim * 2 * 2
-        return self.matrix_weights * bits / 8 + 2 * self.head_weights + cache
+        return self.matrix_weights * bits / 8 + self.head_bits / 8 * self.head_weights + cache
 
     def step(self, buffers, layout) -> None:
         """Greedy: reads and moves on the buffers only."""
@@ -117,7 +126,7 @@ def buffers_at(rows: int) -> dict[str, torch.Tensor]:
     }
 
 
-def measure_model(name: str, bandwidth: float) -> Iterator[dict]:
+def measure_model(name: str, bandwidth: float, head_bits: int) -> Iterator[dict]:
     from pmpd.kernels.cuda.matrix import unavailable
 
     why = unavailable(torch.device("cuda"), torch.float16)
@@ -131,6 +140,11 @@ def measure_model(name: str, bandwidth: float) -> Iterator[dict]:
         if kernel == "triton":
             yield measure_switch(model, name)
             yield from measure_prefill(model, name)
+        if kernel != "dense" and head_bits == 8:
+            model.give_byte_head()
+            for batch in (1, 2, 8, 32):
+                for bits in (4, 3, 2):
+                    yield measure_step(model, name, bits, batch, bandwidth) | {"kernel": kernel}
         del model
         torch.cuda.empty_cache()
 
@@ -155,14 +169,15 @@ def measure_step(
         eager_seconds = median(lambda: run(eager, 8), 3) / 8
     floor = model.step_bytes(bits, batch) / bandwidth
     print(
-        f"{name} b={bits:<2} batch={batch:<3} graph {graph_seconds * 1e3:7.3f} ms  eager "
-        f"{eager_seconds * 1e3:7.3f} ms  "
+        f"{name} b={bits:<2} head={model.head_bits:<2} batch={batch:<3} graph {graph_seconds * 1e3:7.3f} ms  "
+        f"eager {eager_seconds * 1e3:7.3f} ms  "
         f"{batch / graph_seconds:8.0f} tokens/s  floor {floor * 1e3:6.3f} ms "
         f"({100 * floor / graph_seconds:.0f} %)",
         flush=True,
     )
     return {
-        "model": name, "bits": bits, "batch": batch, "step_ms": graph_seconds * 1e3,
+        "model": name, "bits": bits, "head_bits": model.head_bits, "batch": batch,
+        "step_ms": graph_seconds * 1e3,
         "eager_ms": eager_seconds * 1e3,
         "tokens_s": batch / graph_seconds, "floor_ms": floor * 1e3, "of_floor": floor / graph_seconds,
         "why_eager": graphs.why_eager,
@@ -239,18 +254,23 @@ def measure_prefill(model: RandomLlama, name: str, tokens: int = 2048) -> Iterat
 
 def check_bars(rows: list[dict]) -> list[dict]:
     """What was promised of the largest model, and what came out, of each kernel."""
-    steps = {(r["kernel"], r["model"], r["bits"], r["batch"]): r for r in rows if "step_ms" in r}
+    steps = {
+        (r["kernel"], r["model"], r["bits"], r["head_bits"], r["batch"]): r for r in rows if "step_ms" in r
+    }
     bars: list[dict] = []
 
     def bar(said: str, least: float, measured: float) -> None:
         bars.append({"bar": f"{said}, at least {least:g}", "measured": measured, "met": measured >= least})
 
-    for (kernel, model, bits, batch), row in steps.items():
-        dense = steps.get(("dense", model, 16, batch))
+    for (kernel, model, bits, head_bits, batch), row in steps.items():
+        dense = steps.get(("dense", model, 16, 16, batch))
         if model != "8B" or kernel == "dense" or dense is None:
             continue
         times = dense["step_ms"] / row["step_ms"]
-        if batch == 1:
+        if head_bits == 8:
+            if batch == 1 and bits == 3:
+                bar(f"{kernel} {model} batch 1: 3 bits and a head of 8, times float16", 3.8, times)
+        elif batch == 1:
             bar(f"{kernel} {model} batch 1: {bits} bits, part of the floor", 0.8, row["of_floor"])
             if bits == 3:
                 bar(f"{kernel} {model} batch 1: 3 bits, times float16", 3.2, times)
@@ -263,7 +283,7 @@ def check_bars(rows: list[dict]) -> list[dict]:
     return bars
 
 
-def measure_cuda(models: list[str], out: Path) -> None:
+def measure_cuda(models: list[str], head_bits: int, out: Path) -> None:
     """Measures and writes what is there after every row."""
     from bench._cuda import copy_bandwidth
 
@@ -271,7 +291,7 @@ def measure_cuda(models: list[str], out: Path) -> None:
     print(f"copy {bandwidth / 1e9:.0f} GB/s", flush=True)
     result: dict = {"copy_gb_s": bandwidth / 1e9, "context": CONTEXT, "rows": []}
     for name in models:
-        for row in measure_model(name, bandwidth):
+        for row in measure_model(name, bandwidth, head_bits):
             result["rows"].append(row)
             _record.write("decode_cuda", result, "cuda", out)
     result["bars"] = check_bars(result["rows"])
@@ -285,7 +305,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="CPU: runs that the medians are taken over")
     parser.add_argument("--peer", choices=["llama.cpp"], help="CPU: times this beside, forward by forward")
     parser.add_argument("--profile", action="store_true", help="CPU: where a step's time goes")
-    parser.add_argument("--head-bits", type=int, choices=[16, 8], default=16, help="with --peer or --profile")
+    parser.add_argument(
+        "--head-bits", type=int, choices=[16, 8], default=16,
+        help="CUDA: 8 = heads of 8 bits too, beside those of 16; CPU: with --peer or --profile",
+    )  # fmt: skip
     parser.add_argument("--threads", type=int, default=2, help="with --peer or --profile")
     parser.add_argument("--steps", type=int, default=9, help="with --peer or --profile: medians over so many")
     parser.add_argument("--prefill", type=int, default=512, help="with --peer or --profile: tokens; 0 = none")
@@ -299,7 +322,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=_record.RESULTS, help="folder of the JSON")
     options = parser.parse_args()
     if options.device == "cuda":
-        measure_cuda(options.models, options.out)
+        measure_cuda(options.models, options.head_bits, options.out)
     else:
         from bench import _decode_cpu, _peer_cpu
 

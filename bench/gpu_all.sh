@@ -19,7 +19,7 @@ part() {  # name, seconds at most, command...
 part bits 45 python3 -m pytest -q -x -m gpu tests/test_gpu_bits.py -k "oracle or two_precisions or thousand and 4"
 tail -n 3 "$out/bits.log"
 part kernels 180 python3 bench/_cuda.py --out "$out" --write-settings ${QUICK:+--quick}
-part decode 120 python3 bench/decode.py --device cuda --out "$out"
+part decode 120 python3 bench/decode.py --device cuda --head-bits 8 --out "$out"
 cp -f pmpd/kernels/autotune/*.json "$out" 2>/dev/null
 export PYTEST_DISABLE_PLUGIN_AUTOLOAD=1  # a plugin that fails to load, needed by nobody here, would end the run
 workers=$(python3 -c 'import xdist' 2>/dev/null && echo "-p xdist.plugin -n 8")

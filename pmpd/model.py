@@ -23,7 +23,7 @@ from pmpd.errors import UserError
 from pmpd.schedulers.base import Scheduler
 from pmpd.weights import formats, mixed
 from pmpd.weights.base import PrecisionLinear, compute_dtype, head_dim, kv_heads
-from pmpd.weights.byte_head import byte_head_unavailable, use_byte_head
+from pmpd.weights.byte_head import byte_head_impossible, byte_head_unavailable, use_byte_head
 from pmpd.weights.mixed import MultiCheckpoint
 from pmpd.weights.model_spec import ModelSpec
 
@@ -40,8 +40,8 @@ class PMPDForCausalLM(nn.Module):
     defaults to the highest of them. `dtype`: what activations and unquantized weights are (default: float32;
     `.cuda()` keeps it, so pass float16 there). `kernel`: forces an implementation of the multiplication
     (`reference`, `cpu`, `triton`, `dense`). `head_bits` 8: the head has 8 bits instead of 16, which halves
-    what is read of it (bfloat16 on a CPU with AVX2). `trust_remote_code`: allows model code from the
-    checkpoint folder to run.
+    what is read of it (bfloat16 on a CPU with AVX2; float16 or bfloat16 on a GPU). `trust_remote_code`:
+    allows model code from the checkpoint folder to run.
 
     ValueError: no such checkpoint, precisions it does not hold, tensors missing or misshapen.
     """
@@ -74,7 +74,7 @@ class PMPDForCausalLM(nn.Module):
                 f"holds"
             )
         dtype = dtype or compute_dtype(torch.device("cpu"))
-        problem = None if head_bits == 16 else byte_head_unavailable(dtype, torch.device("cpu"), kernel)
+        problem = None if head_bits == 16 else byte_head_impossible(dtype, kernel)
         if problem:
             raise UserError(f"head of 8 bits: {problem}")
         spec = ModelSpec(

@@ -10,6 +10,7 @@ from pmpd.kernels.triton import DIGITS_BITS, ROUTES
 from tests import test_kernels_triton as kernels
 from tests import test_lean_cuda as lean
 from tests import test_step_attention as attention
+from tests import test_triton_bytes as heads
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -109,6 +110,31 @@ def test_attention_launches_that_overlap_give_the_same_bits_a_thousand_times(row
         different += (y != eager).any()
     assert different.item() == 0, "a part was joined before it was there"
     assert not attend._counters(rows).any(), "counters are not as they were"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 8, 17, 33, 64, 100])
+def test_a_head_of_bytes_multiplies_as_its_definition(tokens, dtype):
+    heads.check_product(32003, 2048, tokens, dtype)
+    heads.check_product(1000, 1056, tokens, dtype)
+
+
+def test_a_model_with_a_head_of_bytes_decodes_in_graphs_and_gives_the_tokens_of_its_dequantized_head():
+    from pmpd import PMPDForCausalLM, demo
+
+    prompts = ["The farm", "Once upon a time there was", "In the morning", "He said"]
+    answers = []
+    for head_bits in (8, 16):
+        model = PMPDForCausalLM(demo.ANYPREC, dtype=torch.float16, head_bits=head_bits).eval().cuda()
+        if head_bits == 8:
+            values = model.model.lm_head.rows().dequantize()
+        else:
+            model.model.lm_head.weight = torch.nn.Parameter(values.half(), requires_grad=False)
+        rows = [model.tokenizer(text, return_tensors="pt").input_ids.cuda() for text in prompts]
+        answers.append([model.generate(ids, 32).completions[0].tokens for ids in rows])
+        assert model._engine is not None
+        assert model._engine.steps is not None
+    assert sum(a == b for a, b in zip(*answers, strict=True)) >= len(prompts) - 1, "near ties may part"
 
 
 @torch.inference_mode()

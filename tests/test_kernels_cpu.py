@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from pmpd.kernels import cpu, native, pages
 from pmpd.kernels.base import PackedWeights
 from pmpd.kernels.bitplanes import pack
+from pmpd.kernels.byte_rows import byte_rows
 from pmpd.kernels.cpu_fixed import TABLE_MAX, ByteMatrix, FixedMatrix, quantize_tables
 from pmpd.kernels.reference import ReferenceMatrix
 
@@ -237,8 +238,8 @@ def test_what_gets_no_memory_says_so_instead_of_answering(level, dtype):
 @pytest.mark.skipif("avx2" not in LEVELS, reason="fixed point needs AVX2")
 def test_a_matrix_of_bytes_multiplies_as_stated():
     weight, x = torch.randn(37, 416) + 0.3, torch.randn(9, 416).bfloat16()
-    matrix = ByteMatrix(weight.bfloat16())
-    w = matrix.dequantize()
+    matrix = ByteMatrix(byte_rows(weight.bfloat16()))
+    w = matrix.rows.dequantize()
     reach = weight.amax(1) - weight.amin(1)
     assert ((w - weight.bfloat16().float()).abs() <= reach[:, None] / 500).all()
     y = matrix.multiply(x)

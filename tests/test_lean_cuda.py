@@ -10,9 +10,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from pmpd.decode import llama_cuda
 from pmpd.decode.llama_cuda import CudaForward, Dense, Layer, LlamaWeights, Several, Weight
 from pmpd.kernels.base import PackedWeights
+from pmpd.kernels.byte_rows import byte_rows
 from pmpd.kernels.cuda.matrix import CudaMatrix
 from pmpd.kernels.reference import ReferenceMatrix
 from pmpd.kernels.triton import TritonMatrix, merge
+from pmpd.kernels.triton_bytes import TritonByteMatrix
 from pmpd.weights.base import Segment
 from tests.host_kernel import COMPILER, stand_in
 from tests.test_kernels_triton import (
@@ -100,10 +102,11 @@ def lean(
 
 
 def check_replays(matrix: type[TritonMatrix]) -> None:
-    """On a GPU: a step of two rows over eight layers and hundreds of cached tokens, as a graph, against
-    itself."""
+    """On a GPU: a step of two rows over eight layers and hundreds of cached tokens, with a head of bytes, as
+    a graph, against itself."""
     model, packed = small_model(layers=8, dtype=torch.float16)
     forward = lean(model, packed, torch.float16, matrix)
+    forward.weights.head = TritonByteMatrix(byte_rows(model.lm_head.weight))
     caches = [activations(3, KV_HEADS, 1024, DIM, seed=seed) for seed in range(16)]
     tokens, slots = torch.tensor([5, 7], device=DEVICE), torch.tensor([2, 0], device=DEVICE)
     at = torch.tensor([700, 3], device=DEVICE)
@@ -193,9 +196,14 @@ def test_merged_layers_are_views_and_multiply_as_before():
         merge([matrices[2], matrices[0]])
 
 
+@pytest.mark.parametrize("head_bits", [16, 8])
 @torch.no_grad()
-def test_precisions_without_digits_and_unquantized_weights_take_the_same_forward():
-    model, _ = small_model(layers=1, dtype=torch.float32)
+def test_precisions_without_digits_and_unquantized_weights_take_the_same_forward(head_bits):
+    dtype = torch.float32 if head_bits == 16 else torch.float16
+    model, _ = small_model(layers=1, dtype=dtype)
+    head: torch.Tensor | TritonByteMatrix = model.lm_head.weight
+    if head_bits == 8:
+        head = TritonByteMatrix(byte_rows(model.lm_head.weight))
     layer = model.model.layers[0]
     attention, mlp = layer.self_attn, layer.mlp
     qkv = torch.cat([attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight])
@@ -207,15 +215,17 @@ def test_precisions_without_digits_and_unquantized_weights_take_the_same_forward
     )  # fmt: skip
     forward = CudaForward(
         LlamaWeights(
-            model.model.embed_tokens.weight, [dense], model.model.norm.weight, model.lm_head.weight,
+            model.model.embed_tokens.weight, [dense], model.model.norm.weight, head,
             model.model.rotary_emb.inv_freq,
             HEADS, KV_HEADS, DIM, model.config.rms_norm_eps,
         )
     )  # fmt: skip
-    keys, values = ([torch.zeros(2, KV_HEADS, 16, DIM, device=DEVICE)] for _ in range(2))
+    keys, values = ([torch.zeros(2, KV_HEADS, 16, DIM, device=DEVICE, dtype=dtype)] for _ in range(2))
     tokens = torch.tensor([5, 7], device=DEVICE)
     for position in range(2):
         logits = forward(tokens[position : position + 1], torch.tensor([1], device=DEVICE),
         torch.tensor([position], device=DEVICE),
                          [Segment(0, None, 16)], keys, values, 16)  # fmt: skip
-    assert error(logits[0], model(tokens[None]).logits[0, -1]) < 1e-5
+    if isinstance(head, TritonByteMatrix):
+        model.float().lm_head.weight.data = head.rows.dequantize()
+    assert error(logits[0], model(tokens[None]).logits[0, -1]) < (1e-5 if head_bits == 16 else 3e-3)

@@ -90,8 +90,8 @@ def test_precisions_and_tokenizers_that_do_not_fit_are_refused(anyprec_folder, t
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
-        ({"dtype": "auto"}, "--head-bits 8 with --dtype auto: .* add --dtype bfloat16"),
-        ({"dtype": "bfloat16", "kernel": "reference"}, "--head-bits 8 with --kernel reference: .*cpu kernel"),
+        ({"dtype": "float32"}, "--head-bits 8 with --dtype float32: .* add --dtype bfloat16"),
+        ({"dtype": "bfloat16", "kernel": "reference"}, "--head-bits 8 with --kernel reference: .* leave"),
         ({"dtype": "bfloat16", "head_bits": 4}, "--head-bits 4: a head has 16 bits or 8"),
     ],
 )
@@ -100,10 +100,18 @@ def test_a_head_of_8_bits_is_refused_where_it_can_not_be(options, reason):
         ModelSpec("model", **{"head_bits": 8, **options})
 
 
-def test_a_head_of_8_bits_is_not_for_a_gpu(anyprec_folder):
-    spec = ModelSpec(str(anyprec_folder()), dtype="bfloat16", head_bits=8)
-    with pytest.raises(UserError, match=r"--head-bits 8: .* the model is on cuda"):
-        PMPDForCausalLM.from_spec(spec, torch.device("cuda"))
+@pytest.mark.parametrize(
+    ("dtype", "device", "kernel", "reason"),
+    [
+        ("auto", "cpu", None, r"this is float32 \(--dtype bfloat16\)"),
+        ("float16", "cpu", None, r"this is float16 \(--dtype bfloat16\)"),
+        ("bfloat16", "cuda", "cpu", "on cuda it goes with kernel triton, cuda or dense, and kernel cpu"),
+    ],
+)
+def test_a_head_of_8_bits_is_refused_before_a_model_is_loaded_for_its_device(dtype, device, kernel, reason):
+    spec = ModelSpec("nowhere", dtype=dtype, kernel=kernel, head_bits=8)
+    with pytest.raises(UserError, match=f"--head-bits 8: .*{reason}"):
+        PMPDForCausalLM.from_spec(spec, torch.device(device))
 
 
 @pytest.mark.skipif(bool(NO_BYTE_HEAD), reason=str(NO_BYTE_HEAD))

@@ -118,8 +118,8 @@ class GraphSteps:
         where[:, places] = at, step - 1, position
         buffers["where"].copy_(torch.from_numpy(where))
         if sampled and "logits" not in buffers:
-            head = self.forward.weights.head
-            buffers["logits"] = head.new_zeros(graphs.bucket(n), len(head))
+            weights = self.forward.weights
+            buffers["logits"] = weights.embedding.new_zeros(graphs.bucket(n), weights.head.shape[0])
         graphs.run(n, layout)
         if not statistics and not sampled:
             return None, None

@@ -22,7 +22,7 @@ from transformers import LlamaForCausalLM, MistralForCausalLM, PreTrainedModel, 
 
 from pmpd.decode.slots import SlotCache, TokenPlaces, attend_slots
 from pmpd.kernels import pages
-from pmpd.kernels.cpu_fixed import FixedMatrix
+from pmpd.kernels.cpu_fixed import ByteMatrix, FixedMatrix
 from pmpd.kernels.llama_step import COLUMNS_MULTIPLE, LayerWeights, NativeStep
 from pmpd.weights.base import PrecisionLinear, PrecisionState, head_dim
 from pmpd.weights.byte_head import ByteHead
@@ -142,7 +142,7 @@ def _native_step(forward: LeanForward) -> NativeStep | None:
         layers,
         forward.embedding.detach().contiguous(),
         forward.norm.weight,
-        head.matrix if isinstance(head, ByteHead) else _in_huge_pages(head.weight),
+        cast("ByteMatrix", head.matrix) if isinstance(head, ByteHead) else _in_huge_pages(head.weight),
         forward.heads,
         forward.kv_heads,
         forward.head_dim,

@@ -39,7 +39,9 @@ from pmpd.kernels.triton import (
     padded_rows,
     split_activations,
 )
+from pmpd.kernels.triton_bytes import TritonByteMatrix
 from pmpd.weights.base import PrecisionLinear, Segment, head_dim
+from pmpd.weights.byte_head import ByteHead
 
 
 class Dense(NamedTuple):
@@ -78,13 +80,13 @@ class Layer:
 
 @dataclass
 class LlamaWeights:
-    """What a decoder of the Llama family computes with; `head` [V, C] and `embedding` [V, C] may be one
-    tensor."""
+    """What a decoder of the Llama family computes with; `head` [V, C], where it is dense, and `embedding`
+    [V, C] may be one tensor."""
 
     embedding: Tensor
     layers: Sequence[Layer]
     norm: Tensor
-    head: Tensor
+    head: Tensor | TritonByteMatrix
     inverse_frequencies: Tensor
     """float32 [D / 2]."""
     heads: int
@@ -101,15 +103,14 @@ def llama_weights(model: PreTrainedModel) -> LlamaWeights | str:
     Layers that read the same input are merged where their format allows it: the modules' own matrices become
     views, so the generic path (prefill) goes on working.
     """
-    if (
-        type(model) not in (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM)
-        or type(model.lm_head) is not nn.Linear
-    ):
+    if type(model) not in (LlamaForCausalLM, MistralForCausalLM, Qwen2ForCausalLM) or type(
+        model.lm_head
+    ) not in (nn.Linear, ByteHead):
         return (
             f"no decode step is written out for {type(model).__name__} with a "
             f"{type(model.lm_head).__name__} as its head"
         )
-    config, rotary = model.config, model.model.rotary_emb
+    config, rotary, head = model.config, model.model.rotary_emb, model.lm_head
     if config.hidden_act != "silu" or rotary.rope_type not in ("default", "llama3", "linear"):
         return (
             f"no decode step is written out for the activation {config.hidden_act} with rotary embeddings "
@@ -137,7 +138,7 @@ def llama_weights(model: PreTrainedModel) -> LlamaWeights | str:
         embedding=model.model.embed_tokens.weight,
         layers=layers,
         norm=model.model.norm.weight,
-        head=model.lm_head.weight,
+        head=head.matrix if isinstance(head, ByteHead) else head.weight,
         inverse_frequencies=rotary.inv_freq.float(),
         heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
@@ -223,9 +224,7 @@ class CudaForward:
             delta = self._product(layer.out, split_activations(attended) if split else attended, segments)
             gate_up = self._product(layer.gate_up, self._norm(x, delta, layer.post_norm, split), segments)
             delta = self._product(layer.down, self._gated(gate_up, split), segments)
-        last = self._norm(x, delta, w.norm, split=False)
-        assert isinstance(last, Tensor)
-        return nn.functional.linear(last, w.head)
+        return self._logits(x, delta)
 
     def _fused(
         self, input_ids: Tensor, slots: Tensor, positions: Tensor, bits: tuple[int, ...],
@@ -248,9 +247,12 @@ class CudaForward:
             norm = Norm(layer.post_norm, w.epsilon, delta, torch.empty_like(x))
             delta = down.multiply_each(gate_up.multiply_each(x, bits, norm, gated=True), bits)
             x = norm.residual
-        last = self._norm(x, delta, w.norm, split=False)
+        return self._logits(x, delta)
+
+    def _logits(self, x: Tensor, delta: Tensor | None) -> Tensor:
+        last, head = self._norm(x, delta, self.weights.norm, split=False), self.weights.head
         assert isinstance(last, Tensor)
-        return nn.functional.linear(last, w.head)
+        return nn.functional.linear(last, head) if isinstance(head, Tensor) else head.multiply(last)
 
     def _product(self, weight: Weight, x: Tensor | SplitActivations, segments: Sequence[Segment]) -> Tensor:
         if isinstance(weight, Dense):

@@ -17,15 +17,14 @@ import torch
 from torch import Tensor
 
 from pmpd.errors import UserError
-from pmpd.kernels import native, pages
+from pmpd.kernels import native
 from pmpd.kernels.base import BitplaneMatrix, PackedWeights
+from pmpd.kernels.byte_rows import ByteRows
 
 MAX_PLANES = 4  # as in csrc/bitplane.h
 TABLE_MAX = {2: 31, 3: 63, 4: 127}
 """Largest integer of a table, by bits: 8, 4 and 2 products with a token of 8 bits fit the 16 bits that AVX2
 adds in."""
-
-_HALF_COLUMNS = 128
 
 
 def fixed_unavailable(dtype: torch.dtype, planes: int) -> str | None:
@@ -119,35 +118,17 @@ class FixedMatrix(BitplaneMatrix):
 
 
 class ByteMatrix:
-    """`weight` [N, K] as signed bytes with a scale and an offset per row (the largest error of a weight is
-    1/508 of its row's range), multiplied with tokens of 8 bits: a head at half the memory traffic."""
+    """`rows` of bytes, multiplied with tokens of 8 bits: a head at half the memory traffic."""
 
-    def __init__(self, weight: Tensor) -> None:
-        rows, columns = weight.shape
-        self.fixed = _Fixed(rows, columns, 8)
-        exact = weight.detach().float()
-        low, high = exact.amin(1), exact.amax(1)
-        scale, middle = (high - low).clamp(min=1e-30) / 254, (high + low) / 2
-        padded = (
-            -(-rows // native.GROUP_ROWS) * native.GROUP_ROWS,
-            -(-columns // _HALF_COLUMNS) * _HALF_COLUMNS,
-        )
-        self._bytes = pages.zeros(padded[0] * padded[1]).view(torch.int8).view(padded)
-        self._bytes[:rows, :columns] = ((exact - middle[:, None]) / scale[:, None]).round().to(torch.int8)
-        self._lines = torch.zeros(padded[0], 2)
-        self._lines[:rows] = torch.stack([scale, middle], dim=1)
-        self.fixed.fields.stream[0] = self._bytes.data_ptr()
-        self.fixed.fields.fixed_scale[8] = self._lines.data_ptr()
+    def __init__(self, rows: ByteRows) -> None:
+        self.rows = rows
+        self.fixed = _Fixed(*rows.shape, 8)
+        self.fixed.fields.stream[0] = rows.codes.data_ptr()
+        self.fixed.fields.fixed_scale[8] = rows.lines.data_ptr()
 
     def multiply(self, x: Tensor) -> Tensor:
         """`x` bfloat16 [..., K] -> [..., N]."""
         return self.fixed.multiply(x, 8)
-
-    def dequantize(self) -> Tensor:
-        """float32 [N, K]."""
-        rows, columns = self.fixed.fields.rows, self.fixed.fields.columns
-        scale, middle = self._lines[:rows].unbind(1)
-        return self._bytes[:rows, :columns].float() * scale[:, None] + middle[:, None]
 
 
 def quantize_tables(table: Tensor, bits: int) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 """What activations and unquantized weights are; auto: float32 on a CPU, float16 on a GPU."""
 
 HeadBits = Literal[16, 8]
-"""How many bits a weight of the head has; 8: with the cpu kernel, for bfloat16 models."""
+"""How many bits a weight of the head has; 8: for bfloat16 models on a CPU, 16-bit ones on a GPU."""
 
 
 @dataclass(frozen=True)
@@ -54,15 +54,15 @@ class ModelSpec:
         if self.head_bits not in get_args(HeadBits):
             raise UserError(f"--head-bits {self.head_bits}: a head has 16 bits or 8")
         if self.head_bits == 8:
-            if self.dtype != "bfloat16":
+            if self.dtype == "float32":
                 raise UserError(
-                    f"--head-bits 8 with --dtype {self.dtype}: a head of 8 bits multiplies in fixed point, "
-                    "as bfloat16 models do on a CPU; add --dtype bfloat16"
+                    "--head-bits 8 with --dtype float32: a head of 8 bits is for bfloat16 models on a CPU, "
+                    "for float16 and bfloat16 ones on a GPU; add --dtype bfloat16"
                 )
-            if self.kernel not in (None, "cpu"):
+            if self.kernel == "reference":
                 raise UserError(
-                    f"--head-bits 8 with --kernel {self.kernel}: a head of 8 bits is part of the cpu kernel; "
-                    "leave --kernel out"
+                    "--head-bits 8 with --kernel reference: a head of 8 bits goes with the kernels cpu, "
+                    "triton, cuda and dense; leave --kernel out"
                 )
         if os.path.exists(self.path):  # a worker's working directory may be another; an id stays as it is
             object.__setattr__(self, "path", os.path.abspath(self.path))
