@@ -138,7 +138,7 @@ def llama_weights(model: PreTrainedModel) -> LlamaWeights | str:
         embedding=model.model.embed_tokens.weight,
         layers=layers,
         norm=model.model.norm.weight,
-        head=head.matrix if isinstance(head, ByteHead) else head.weight,
+        head=cast("TritonByteMatrix", head.matrix) if isinstance(head, ByteHead) else head.weight,
         inverse_frequencies=rotary.inv_freq.float(),
         heads=config.num_attention_heads,
         kv_heads=config.num_key_value_heads,
