@@ -4,6 +4,7 @@ source, run on the CPU thread by thread, against that."""
 from __future__ import annotations
 
 import importlib
+import math
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from pmpd.kernels.cuda import compiler, emulation
 from pmpd.kernels.cuda.coefficients import coefficients, subset_codes
 from pmpd.kernels.cuda.launch import Norm
 from pmpd.kernels.cuda.matrix import CudaMatrix, unavailable
-from pmpd.kernels.cuda.plan import BITS, H100, Gpu, Plan, plan
+from pmpd.kernels.cuda.plan import BITS, H100, TILE_COLUMNS, Gpu, Plan, plan
 from pmpd.kernels.reference import ReferenceMatrix
 from pmpd.kernels.triton import merge, tile_codes
 from tests.host_kernel import COMPILER, HostKernel, Instance, stand_in
@@ -62,15 +63,16 @@ def test_a_table_is_the_sum_of_its_coefficients_over_subsets_of_the_code(bits):
 @pytest.mark.parametrize("outlier", [0, 1000, 3000])
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_the_arithmetic_rounds_no_more_than_the_type_of_the_result(bits, outlier):
-    """16-bit fixed point with a scale a warp: of the size of float16 results' own rounding."""
+    """16-bit fixed point with a scale a warp: of the size of a float16 result's rounding. A warp's n columns
+    are rounded in steps of 1 / 32767 of their largest activation: sqrt(n / 12) steps in all."""
     codes, table, x = random_codes(64, 4096, bits), random_table(64, bits), random_x(4096)
     if outlier:
         x[1234] = float(outlier)
     worth, expected = coefficients(table, bits), exact(codes, table, x)
-    y = emulation.product(codes, worth, x, plan(4096, (bits,)), bits)
-    assert error(y, expected) < 6e-4
-    without_rounding = emulation.product(codes, worth, x.float(), plan(4096, (bits,)), bits)
-    assert error(without_rounding, expected) < 3e-4, "the fixed point costs more than the result's rounding"
+    made = plan(4096, (bits,))
+    assert error(emulation.product(codes, worth, x, made, bits), expected) < 6e-4
+    steps = math.sqrt(made.per_warp * TILE_COLUMNS / 12)
+    assert error(emulation.product(codes, worth, x.float(), made, bits), expected) < 1.3 * steps / 32767
 
 
 def test_coefficients_of_16_bits_would_cost_more_than_the_rounding_of_the_result():

@@ -95,17 +95,16 @@ def plan(
     """The instance for K = `columns` and tokens of `bits` (the highest first); None: K is too large for a
     block's shared memory. `warps`, `slots`, `blocks`: as measured, else by the rules below."""
     tiles = math.ceil(columns / TILE_COLUMNS)
+    several = sum(1 << max(0, b - 3) for b in bits) > 1
     if warps is None:  # fewer have a smaller ring, but more columns under one scale
-        for most in (8,) if tiles <= 64 else (16, 8):
+        small = 4 if several and len(bits) == 1 and tiles <= 16 else 8  # two blocks of eight would spill
+        for most in (small,) if tiles <= 64 else (16, 8):
             fewest = math.ceil(tiles / math.ceil(tiles / most))  # for as many tiles each
             if made := plan(columns, bits, gpu, fewest, slots, blocks):
                 return made
         return None
     per_warp = math.ceil(tiles / warps)
-    several = sum(1 << max(0, b - 3) for b in bits) > 1
-    if (
-        slots is None
-    ):  # one row block: a tile's slot is a constant, and room for the next kernel's ring is left
+    if slots is None:  # one row block: a tile's slot is a constant; the next kernel's ring has room
         slots = per_warp
     for size in range(slots, 0, -1):
         chunk = min(per_warp, size) if several else per_warp
