@@ -41,12 +41,12 @@ from pmpd.kernels.cuda import compiler
 from pmpd.kernels.cuda.matrix import CudaMatrix, plan_of, unavailable
 from pmpd.kernels.cuda.plan import MOST_TOKENS, Plan
 from pmpd.kernels.reference import CacheBudget, ReferenceMatrix
+from pmpd.kernels.step_attention import StepAttention
 from pmpd.kernels.triton import (
     DIGITS_BITS,
     ROUTES,
     GPTQMatrix,
     TritonMatrix,
-    decode_attention,
     settings_file,
 )
 
@@ -328,23 +328,27 @@ def refused(name: str, bits: int, tokens: int, impl: str, why: Exception) -> dic
 
 
 def time_attention(device: torch.device, bandwidth: float) -> Iterator[dict]:
-    """8B: 32 query, 8 KV heads, D = 128; against PyTorch's attention over the same slots with a mask."""
+    """8B: 32 query, 8 KV heads, D = 128: rotation, cache write and attention in one launch, against PyTorch's
+    attention alone over the same slots with a mask."""
     for batch, length in ((1, 1024), (8, 1024), (32, 1024)):
         caches = [
             tuple(torch.randn(batch, 8, 2048, 128, device=device, dtype=torch.float16) for _ in range(2))
             for _ in range(max(2, 64 // batch))
         ]
-        q = torch.randn(batch, 32, 128, device=device, dtype=torch.float16)
+        qkv = torch.randn(batch, 48 * 128, device=device, dtype=torch.float16)
+        q = qkv[:, : 32 * 128].view(batch, 32, 1, 128)
         slots = torch.arange(batch, device=device)
-        lengths = torch.full((batch,), length, device=device)
+        positions = torch.full((batch,), length - 1, device=device)
         mask = (torch.arange(2048, device=device) < length)[None, None, None].expand(batch, 1, 1, -1)
         moved = 2 * 2 * batch * 8 * length * 128
+        attend = StepAttention(torch.zeros(64, device=device), 32, 8, 128)  # turns by nothing, as the peer
+        found = attend(qkv, *caches[0], slots, positions, 2048)
         expected = torch.nn.functional.scaled_dot_product_attention(
-            q[:, :, None], *caches[0], attn_mask=mask, enable_gqa=True
-        )[:, :, 0]
-        error = relative_error(decode_attention(q, *caches[0], slots, lengths, 128**-0.5), expected)
+            q, *caches[0], attn_mask=mask, enable_gqa=True
+        )
+        error = relative_error(found, expected[:, :, 0].flatten(1))
         seconds = median_seconds(
-            [lambda c=c, q=q, s=slots, n=lengths: decode_attention(q, *c, s, n, 128**-0.5) for c in caches]
+            [lambda c=c, x=qkv, s=slots, n=positions, a=attend: a(x, *c, s, n, 2048) for c in caches]
         )
         yield row(f"attn B={batch}", 32, length, 16, batch, "triton", seconds, moved, bandwidth) | {
             "error": error
@@ -352,7 +356,7 @@ def time_attention(device: torch.device, bandwidth: float) -> Iterator[dict]:
         peer = median_seconds(
             [
                 lambda c=c, q=q, mask=mask: torch.nn.functional.scaled_dot_product_attention(
-                    q[:, :, None], *c, attn_mask=mask, enable_gqa=True
+                    q, *c, attn_mask=mask, enable_gqa=True
                 )
                 for c in caches
             ]

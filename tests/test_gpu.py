@@ -42,27 +42,6 @@ def test_gptq(bits, act_order):
     kernels.test_gptq_codes_scales_and_zeros(bits, act_order)
 
 
-@pytest.mark.parametrize(
-    ("heads", "kv_heads", "dim", "window"), [(32, 8, 128, None), (6, 2, 32, None), (8, 1, 80, 40)]
-)
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_attention_over_slots(heads, kv_heads, dim, window, dtype):
-    keys, values = (torch.randn(5, kv_heads, 1100, dim, device="cuda", dtype=dtype) for _ in range(2))
-    slots, lengths = torch.tensor([4, 0, 2], device="cuda"), torch.tensor([1, 1100, 513], device="cuda")
-    q = torch.randn(3, heads, dim, device="cuda", dtype=dtype)
-    y = kernels.decode_attention(q, keys, values, slots, lengths, dim**-0.5, window)
-    for row in range(3):
-        seen = slice(max(0, int(lengths[row]) - window) if window else 0, int(lengths[row]))
-        k, v = (
-            part[slots[row], :, seen].repeat_interleave(heads // kv_heads, 0).float()
-            for part in (keys, values)
-        )
-        share = torch.softmax(torch.einsum("hd,htd->ht", q[row].float(), k) * dim**-0.5, -1)
-        assert kernels.error(y[row], torch.einsum("ht,htd->hd", share, v)) < (
-            2e-3 if dtype == torch.float16 else 1.5e-2
-        )
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(
     ("heads", "kv_heads", "dim", "window", "part"),

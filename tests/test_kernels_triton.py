@@ -17,7 +17,6 @@ from pmpd.kernels.reference import ReferenceMatrix
 from pmpd.kernels.triton import (
     GPTQMatrix,
     TritonMatrix,
-    decode_attention,
     padded_rows,
     split_activations,
     table_digits,
@@ -293,25 +292,6 @@ def test_gptq_names_what_does_not_fit():
         GPTQMatrix(
             torch.zeros(8, 32).int(), torch.zeros(1, 3).int(), torch.zeros(1, 32), None, 4, 1, torch.float16
         )
-
-
-@pytest.mark.parametrize(
-    ("heads", "kv_heads", "dim", "window"),
-    [(6, 2, 32, None), (4, 4, 64, None), (8, 1, 80, 40), (2, 2, 16, 7)],
-)
-def test_decode_attention_sees_exactly_the_rows_own_tokens(heads, kv_heads, dim, window):
-    slots, lengths = torch.tensor([3, 0, 2]), torch.tensor([1, 300, 129])
-    keys, values = (activations(4, kv_heads, 320, dim, dtype=torch.float32, seed=s) for s in (1, 2))
-    q = activations(3, heads, dim, dtype=torch.float32, seed=3)
-    for row in range(3):  # what a row must not see is poison
-        keys[slots[row], :, lengths[row] :] = float("nan")
-        values[slots[row], :, lengths[row] :] = float("nan")
-    y = decode_attention(q, keys, values, slots.to(DEVICE), lengths.to(DEVICE), dim**-0.5, window)
-    for row in range(3):
-        seen = slice(max(0, int(lengths[row]) - window) if window else 0, int(lengths[row]))
-        k, v = (part[slots[row], :, seen].repeat_interleave(heads // kv_heads, 0) for part in (keys, values))
-        share = torch.softmax(torch.einsum("hd,htd->ht", q[row], k) * dim**-0.5, -1)
-        assert error(y[row], torch.einsum("ht,htd->hd", share, v)) < 1e-5, f"row {row}"
 
 
 def test_unavailable_says_why():
