@@ -51,15 +51,17 @@ PAUSE_SECONDS = 0.02
 """Before each turn: longer than libgomp's threads spin."""
 
 
-def read_bandwidth(clock: Callable[[], float], threads: int) -> float:
-    """Bytes/s that a product of one row reads: a dense float32 matrix of 256 MiB times a vector; the best of
-    some."""
-    matrix, x = torch.ones(1 << 15, 1 << 11), torch.ones(1 << 11)
+def read_bandwidth(clock: Callable[[], float]) -> float:
+    """Bytes/s that one pass over 512 MiB reads: the best of a sum, a dot product and a product with a vector,
+    some times each. One reader alone can stay below what a product of packed weights reads."""
+    matrix, x = torch.ones(1 << 16, 1 << 11), torch.ones(1 << 11)
+    readers = (matrix.sum, lambda: torch.dot(matrix.view(-1), matrix.view(-1)), lambda: torch.mv(matrix, x))
     seconds = []
-    for _ in range(9):
-        start = clock()
-        torch.mv(matrix, x)
-        seconds.append(clock() - start)
+    for _ in range(7):
+        for read in readers:
+            start = clock()
+            read()
+            seconds.append(clock() - start)
     return matrix.nbytes / min(seconds)
 
 
@@ -270,7 +272,7 @@ def measure_all(
         raise ValueError("--clock cpu counts the calling thread only: add --threads 1")
     torch.set_num_threads(config.threads)
     clock = time.thread_time if config.clock == "cpu" else time.perf_counter
-    bandwidth = read_bandwidth(clock, config.threads)
+    bandwidth = read_bandwidth(clock)
     shape = shape_of(config)
     saved = shape.vocab_size * shape.hidden_size * (2 if config.head_bits == 16 else 1)
 
@@ -295,6 +297,8 @@ def measure_all(
         contenders[name] = Theirs(_llama_cpp.Peer(path, config.threads, ROWS, length))
     with torch.inference_mode():
         rows = measure(contenders, config, clock)
+    bandwidth = max(bandwidth, read_bandwidth(clock))  # the machine may have been less busy since
+    floors = {bits: step_bytes(bits) / bandwidth * 1e3 for bits in BITS}
     bars = check_bars(rows, floors, config.prefill_tokens)
     result = {
         **vars(config), "kernel": native.LEVELS[native.active_level()],
