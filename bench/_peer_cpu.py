@@ -1,9 +1,9 @@
 """`bench.decode --device cpu --peer llama.cpp` and `--profile`: forwards of the 1.1 B model alone, without
 the engine.
 
-The roof comes first: the read bandwidth of this run. Contenders take turns, so a disturbance hits all of
-them; figures are medians. A turn is a pause (the other's threads stop spinning), a step that is not timed,
-and one that is.
+The roof comes first: the read bandwidth of this run. Contenders take turns, readers of plain numbers among
+them, so a disturbance hits all of them; figures are medians. A turn is a pause (the other's threads stop
+spinning), a step that is not timed, and one that is.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,7 +24,7 @@ from bench import _llama_cpp, _random_llama, _record
 from pmpd import PMPDForCausalLM
 from pmpd.decode.engine import Engine
 from pmpd.decode.slots import Stretch, TokenPlaces
-from pmpd.kernels import llama_step, native
+from pmpd.kernels import llama_step, native, pages
 
 BITS = (4, 3, 2)
 PROMPT, ROWS = 16, 8
@@ -51,18 +52,42 @@ PAUSE_SECONDS = 0.02
 """Before each turn: longer than libgomp's threads spin."""
 
 
+READ_BYTES = 512 << 20
+
+
+class Reader:
+    """Reads READ_BYTES of huge pages once, as a step reads its weights: the roof."""
+
+    def __init__(self, read: Callable[[torch.Tensor], object]) -> None:
+        self.read = read
+
+    @staticmethod
+    @cache
+    def numbers() -> torch.Tensor:
+        """float32, READ_BYTES of them, for all readers."""
+        return pages.zeros(READ_BYTES).view(torch.float32).fill_(1)
+
+    def step(self, rows: int, position: int) -> None:
+        """One pass; `rows` and `position` change nothing."""
+        self.read(self.numbers())
+
+
+READERS = {
+    "reading: sum": Reader(torch.sum),
+    "reading: dot": Reader(lambda numbers: torch.dot(numbers, numbers)),
+    "reading: largest": Reader(torch.amax),
+}
+
+
 def read_bandwidth(clock: Callable[[], float]) -> float:
-    """Bytes/s that one pass over 512 MiB reads: the best of a sum, a dot product and a product with a vector,
-    some times each. One reader alone can stay below what a product of packed weights reads."""
-    matrix, x = torch.ones(1 << 16, 1 << 11), torch.ones(1 << 11)
-    readers = (matrix.sum, lambda: torch.dot(matrix.view(-1), matrix.view(-1)), lambda: torch.mv(matrix, x))
+    """Bytes/s of the fastest reader, before anything else runs."""
     seconds = []
     for _ in range(7):
-        for read in readers:
+        for reader in READERS.values():
             start = clock()
-            read()
+            reader.step(1, 0)
             seconds.append(clock() - start)
-    return matrix.nbytes / min(seconds)
+    return READ_BYTES / min(seconds)
 
 
 class Ours:
@@ -145,7 +170,7 @@ def profile(
 
 
 def measure(
-    contenders: dict[str, Ours | Theirs], config: PeerConfig, clock: Callable[[], float]
+    contenders: dict[str, Ours | Theirs | Reader], config: PeerConfig, clock: Callable[[], float]
 ) -> list[dict[str, Any]]:
     """Medians of steps of 1 and of ROWS rows, and of a prefill."""
     rows = []
@@ -165,13 +190,17 @@ def measure(
                 seconds[name].append(clock() - start)
         rows += [row_of(name, f"step of {count}", some) for name, some in seconds.items()]
     if config.prefill_tokens:
-        chosen = [name for name in contenders if name.startswith(("pmpd 4", "llama.cpp Q4_"))]
+        chosen = {
+            name: contender
+            for name, contender in contenders.items()
+            if not isinstance(contender, Reader) and name.startswith(("pmpd 4", "llama.cpp Q4_"))
+        }
         seconds = {name: [] for name in chosen}
         for _ in range(3):
-            for name in chosen:
+            for name, contender in chosen.items():
                 time.sleep(PAUSE_SECONDS)
                 start = clock()
-                contenders[name].prefill(config.prefill_tokens)
+                contender.prefill(config.prefill_tokens)
                 seconds[name].append(clock() - start)
         rows += [row_of(name, f"prefill of {config.prefill_tokens}", some) for name, some in seconds.items()]
     return rows
@@ -291,14 +320,17 @@ def measure_all(
     length = max(config.prefill_tokens, PROMPT + 2 * config.steps) + 1
     engine = Engine(model.model, ROWS, length)
     profiles = profile(engine, config, bandwidth, step_bytes, clock) if show_profile else []
-    contenders: dict[str, Ours | Theirs] = {f"pmpd {bits}": Ours(engine, bits) for bits in BITS}
+    contenders: dict[str, Ours | Theirs | Reader] = {f"pmpd {bits}": Ours(engine, bits) for bits in BITS}
+    contenders |= READERS
     print(f"llama.cpp: {problem or _llama_cpp.build()}", flush=True)
     for name, path in paths.items():
         contenders[name] = Theirs(_llama_cpp.Peer(path, config.threads, ROWS, length))
     with torch.inference_mode():
         rows = measure(contenders, config, clock)
-    bandwidth = max(bandwidth, read_bandwidth(clock))  # the machine may have been less busy since
-    floors = {bits: step_bytes(bits) / bandwidth * 1e3 for bits in BITS}
+    read = [row["median_ms"] for row in rows if row["name"] in READERS and row["what"] == "step of 1"]
+    if read:  # they took turns with the steps
+        bandwidth = READ_BYTES / min(read) * 1e3
+        floors = {bits: step_bytes(bits) / bandwidth * 1e3 for bits in BITS}
     bars = check_bars(rows, floors, config.prefill_tokens)
     result = {
         **vars(config), "kernel": native.LEVELS[native.active_level()],
