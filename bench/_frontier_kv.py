@@ -7,8 +7,10 @@ Legend: N prompts, J pairs, C precisions, M decode forwards.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -19,9 +21,9 @@ from pmpd.evaluation.curve_set import CurveSet, Outcome
 from pmpd.evaluation.policies import Policy
 from pmpd.labeling.rule import RULES
 from pmpd.schedulers.budget import calibrate, choose_classes
-from pmpd.schedulers.chain import chain_bits, class_steps, pairs_of
+from pmpd.schedulers.chain import NUM_CLASSES, chain_bits, class_steps, pairs_of
 from pmpd.training.config import TrainConfig
-from pmpd.training.data import Features, Labels, features_from_table, join_features
+from pmpd.training.data import NO_LABEL, Features, Labels, features_from_table, join_features
 from pmpd.training.fit import train as fit
 from pmpd.training.result import output_kind, outputs_of
 
@@ -64,19 +66,90 @@ def class_losses(curves: CurveSet, new_tokens: int) -> np.ndarray:
     return np.stack(found, axis=1).reshape(len(curves), -1, 4).astype(np.float32)
 
 
-def kv_policy(features: Features, num_heads: int, objective: str, new_tokens: int) -> Policy:
-    """See the module's text."""
-    at = {key: index for index, key in enumerate(features.ids)}
+@dataclass(frozen=True)
+class KvFits:
+    """A classifier fitted for every fold: what it says of all prompts, and which it was validated on."""
 
-    def labels_of(train: CurveSet, test: CurveSet) -> FoldLabels:
-        keys = (*train.keys, *test.keys)
-        order = np.argsort(keys)
-        losses = np.concatenate([class_losses(part, new_tokens) for part in (train, test)])[order]
+    keys: tuple[str, ...]
+    fold: np.ndarray
+    """int64 [N]: the fold in which a prompt is held out."""
+    outputs: np.ndarray
+    """float32 [F, N, J, 4]: logits, or negative losses in nats."""
+    splits: np.ndarray
+    """int64 [F, N]: 0 trained on, 1 validated on, 2 held out."""
+    labels: np.ndarray
+    """int64 [N, J]; NO_LABEL where the rule says nothing."""
+    kind: str
+    """ "logits" or "losses"."""
+
+    def write(self, path: Path) -> None:
+        np.savez_compressed(path, **dataclasses.asdict(self))
+
+    @staticmethod
+    def read(path: Path) -> KvFits:
+        with np.load(path) as held:
+            parts = {name: held[name] for name in held.files}
+        keys, kind = tuple(parts.pop("keys").tolist()), str(parts.pop("kind"))
+        return KvFits(keys=keys, kind=kind, **parts)
+
+    def accuracy(self, pairs: Sequence[str]) -> list[dict[str, Any]]:
+        """Of classes, on held-out prompts, beside always saying the most frequent one of the others."""
+        rows = []
+        for j, pair in enumerate(pairs if self.kind == "logits" else ()):
+            right, majority, told = 0, 0, 0
+            for f in range(len(self.outputs)):
+                known = self.labels[:, j] != NO_LABEL
+                held, seen = known & (self.fold == f), known & (self.splits[f] == 0)
+                most = np.bincount(self.labels[seen, j], minlength=NUM_CLASSES).argmax()
+                right += int((self.outputs[f, held, j].argmax(-1) == self.labels[held, j]).sum())
+                majority += int((self.labels[held, j] == most).sum())
+                told += int(held.sum())
+            rows.append(
+                {"pair": pair, "prompts": told, "accuracy": right / told, "majority": majority / told}
+            )
+        return rows
+
+
+def fit_folds(
+    curves: CurveSet,
+    features: Features,
+    num_heads: int,
+    objective: str,
+    new_tokens: int,
+    fold_N: np.ndarray,
+    classes: Mapping[str, Sequence[int]] | None = None,
+    config: TrainConfig | None = None,
+    device: str = "cpu",
+) -> KvFits:
+    """The classifier of every fold. `classes`: prompt_id -> label of each pair, by another rule than the
+    divergence of `curves`."""
+    keys, pairs = curves.keys, tuple(pairs_of(curves.chain))
+    losses = class_losses(curves, new_tokens)
+    if classes is None:
         rule = RULES["kl"]
-        classes = [[rule.label((-row).tolist(), -float(row[3])) for row in rows] for rows in losses]
-        ids = tuple(keys[i] for i in order)
-        pairs = tuple(pairs_of(train.chain))
-        return FoldLabels(ids, pairs, np.asarray(classes), losses, frozenset(test.keys))
+        labels = [[rule.label((-row).tolist(), -float(row[3])) for row in rows] for rows in losses]
+    else:
+        labels = [list(classes.get(key, [NO_LABEL] * len(pairs))) for key in keys]
+    config = dataclasses.replace(config or TrainConfig(), objective=objective, rebalance="none")  # type: ignore[arg-type]
+    at = {key: row for row, key in enumerate(features.ids)}
+    rows = [at[key] for key in keys]
+    starts = torch.cumsum(features.lengths, 0) - features.lengths
+    places = torch.cat([torch.arange(starts[r], starts[r] + features.lengths[r]) for r in rows])
+    own = Features(keys, features.keys[places], features.values[places], features.lengths[rows])
+    outputs, splits = [], []
+    for fold in np.unique(fold_N):
+        held_out = frozenset(key for key, f in zip(keys, fold_N, strict=True) if f == fold)
+        of_fold = FoldLabels(keys, pairs, np.asarray(labels), losses, held_out)
+        state = fit(of_fold, own, num_heads, config, heads=("kv_cache",), device=device)
+        outputs.append(outputs_of(of_fold, state, config))
+        splits.append(of_fold.splits(config))
+    return KvFits(keys, fold_N, np.stack(outputs), np.stack(splits), np.asarray(labels), output_kind(config))
+
+
+def kv_policy(fits: KvFits, new_tokens: int) -> Policy:
+    """The classifiers as a policy: a bit budget's multiplier, calibrated on the prompts that a fold's
+    classifier was validated on, chooses the classes."""
+    place_of = {key: index for index, key in enumerate(fits.keys)}
 
     def outcome(curves: CurveSet, classes_NJ: np.ndarray) -> Outcome:
         steps = np.asarray(class_steps(new_tokens))[classes_NJ]
@@ -88,21 +161,13 @@ def kv_policy(features: Features, num_heads: int, objective: str, new_tokens: in
         return curves.outcome(np.stack(levels, axis=1))
 
     def policy(train: CurveSet, test: CurveSet, targets: Sequence[float], seed: int) -> list[Outcome]:
-        labels = labels_of(train, test)
-        config = TrainConfig(objective=objective, seed=seed, rebalance="none")  # type: ignore[arg-type]
-        rows = [at[key] for key in labels.ids]
-        keys, values, lengths = features.batch(rows)
-        valid = torch.arange(keys.shape[1])[None] < lengths[:, None]
-        own = Features(labels.ids, keys[valid].half(), values[valid].half(), lengths)
-        state = fit(labels, own, num_heads, config, heads=("kv_cache",))
-        scores, splits = outputs_of(labels, state, config), labels.splits(config)
-        place = {key: index for index, key in enumerate(labels.ids)}
-        of_test = scores[[place[key] for key in test.keys]]
+        rows = np.asarray([place_of[key] for key in test.keys])
+        (fold,) = np.unique(fits.fold[rows]).tolist()
+        outputs, validated = fits.outputs[fold], fits.splits[fold] == 1
         found = []
         for target in targets:
-            kind = output_kind(config)
-            multiplier = calibrate(scores[splits == 1], train.chain, target, kind).multiplier
-            found.append(outcome(test, choose_classes(of_test, train.chain, multiplier, kind)))
+            multiplier = calibrate(outputs[validated], train.chain, target, fits.kind).multiplier
+            found.append(outcome(test, choose_classes(outputs[rows], train.chain, multiplier, fits.kind)))
         return found
 
     return policy

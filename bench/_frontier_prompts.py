@@ -38,10 +38,10 @@ def group_of(source: str) -> str:
     return str(int(line) // GROUP_LINES) if line.isdigit() else source.rpartition("/")[0]
 
 
-def passages(texts: str) -> list[str]:
-    """Two passages of each record of the second half, in order."""
+def passages(texts: str, whole: bool = False) -> list[str]:
+    """Two passages of each record of the second half (`whole`: of all), in order."""
     found = [text for _, text, problem in records(PromptConfig(texts)) if problem is None]
-    long = [text for text in found[len(found) // 2 :] if len(text) >= 2 * PART_CHARACTERS]
+    long = [text for text in found[0 if whole else len(found) // 2 :] if len(text) >= 2 * PART_CHARACTERS]
     return [part for text in long for part in (text[:PART_CHARACTERS], _from_sentence(text))]
 
 
@@ -60,10 +60,12 @@ def instructions(parts: Sequence[str], characters: int = 350) -> list[str]:
     ]
 
 
-def write(texts: str, questions: str | None, folder: Path, continuations: int, tasks: int) -> dict[str, int]:
+def write(
+    texts: str, questions: str | None, folder: Path, continuations: int, tasks: int, whole: bool = False
+) -> dict[str, int]:
     """`continuations.jsonl` and `instructions.jsonl` (fields `text`): passages, and questions (a file of
     FastChat's schema, first turns) followed by tasks. File -> lines."""
-    parts = passages(texts)
+    parts = passages(texts, whole)
     asked = []
     if questions is not None:
         asked = [json.loads(line)["turns"][0] for line in Path(questions).read_text().splitlines() if line]

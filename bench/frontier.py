@@ -15,16 +15,26 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import tyro
+from safetensors.torch import save_file
 
-from bench import _frontier_prompts, _record
-from bench._frontier_kv import kv_features, kv_policy
-from bench._frontier_model import Exact, Steps
+from bench import (
+    _frontier_answers,
+    _frontier_pack,
+    _frontier_page,
+    _frontier_prompts,
+    _frontier_texts,
+    _record,
+)
+from bench._frontier_kv import KvFits, fit_folds, kv_features, kv_policy
+from bench._frontier_model import Exact, OnlineExact, Steps, given_tokens
+from bench.frontier_labels import KINDS
 from pmpd import storage
 from pmpd.evaluation.curve_set import LABEL_COLUMNS, CurveSet, Outcome, cross_fitted, curve_set, folds
 from pmpd.evaluation.frontier import (
@@ -38,8 +48,11 @@ from pmpd.evaluation.frontier import (
     table,
 )
 from pmpd.evaluation.online_policies import ONLINE_POLICIES
-from pmpd.evaluation.policies import ORACLES, POLICIES, Policy, static
+from pmpd.evaluation.policies import ORACLES, POLICIES, static
+from pmpd.training.config import TrainConfig
+from pmpd.weights.gguf import GGUFCheckpoint
 
+PATHS = ("pack", "steps", "noise", "exact", "online")
 FRONTIER_POINTS = 41
 
 
@@ -54,10 +67,12 @@ class Prompts:
     """Questions in FastChat's schema: their first turns are instructions."""
     continuations: int = 320
     tasks: int = 240
+    whole: bool = False
+    """Use all of it (what `texts` wrote holds no half that a quantizer has seen)."""
 
     def run(self) -> None:
         lines = _frontier_prompts.write(
-            self.texts, self.questions, self.output, self.continuations, self.tasks
+            self.texts, self.questions, self.output, self.continuations, self.tasks, self.whole
         )
         print(json.dumps(lines))
 
@@ -87,10 +102,210 @@ def load(folders: tuple[str, ...]) -> tuple[CurveSet, dict[str, Any]]:
 
 
 @dataclass(frozen=True)
+class Texts:
+    """Write real texts of Debian's packages and of files of records (`bench/_frontier_texts.py`)."""
+
+    output: Path
+    documents: tuple[Path, ...] = ()
+    """Folders of unpacked packages."""
+    records: tuple[str, ...] = ()
+    """Files of records; the second half of each."""
+    most: int = 700
+    """Records of each folder or file."""
+
+    def run(self) -> None:
+        print(_frontier_texts.write(self.documents, self.records, self.output, self.most), "records")
+
+
+@dataclass(frozen=True)
+class Unpack:
+    """Write a GGUF file as a folder of safetensors (float32, what it dequantizes to): each process that reads
+    the file itself takes 20 s for it."""
+
+    gguf: Path
+    output: Path
+
+    def run(self) -> None:
+        checkpoint = GGUFCheckpoint(self.gguf)
+        config = checkpoint.config()
+        config.save_pretrained(self.output)
+        checkpoint.write_side_files(self.output)
+        tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+        tensors = {name: checkpoint.tensor(name).clone() for name in sorted(checkpoint.names() - tied)}
+        save_file(tensors, self.output / "model.safetensors", {"format": "pt"})
+
+
+@dataclass(frozen=True)
+class Pack:
+    """Bring the label sets of `bench.frontier_labels` into a few small files."""
+
+    study: Path
+    output: Path
+
+    def run(self) -> None:
+        self.output.mkdir(parents=True, exist_ok=True)
+        folders = [str(self.study / "main" / "kl" / kind) for kind in KINDS]
+        curves, about = load(tuple(folders))
+        _frontier_pack.write_curves(curves, self.output)
+        counts = _frontier_pack.write_labels(self.study, self.output / _frontier_pack.LABELS)
+        told = {"kinds": about, "sets": counts, "costs": _frontier_pack.cost_rows(self.study)}
+        (self.output / ABOUT).write_text(json.dumps(told, indent=1, default=str) + "\n")
+        print(json.dumps({"prompts": len(curves), **counts}))
+
+
+@dataclass(frozen=True)
+class Fit:
+    """Fit the KV-cache classifier for every fold, by one rule, and keep what it says of every prompt."""
+
+    study: Path
+    pack: Path
+    rule: Literal["kl", "loss", "rouge_l", "agreement"]
+    """Whose labels; "loss": what each class loses, as a number."""
+    folds: int = 5
+    seed: int = 0
+    batch_size: int = 128
+    epochs: int = 30
+    device: str = "cpu"
+
+    def run(self) -> None:
+        started = time.perf_counter()
+        about = read_about(self.pack)
+        curves = _frontier_pack.read_curves(self.pack)
+        classes = None
+        if self.rule in ("rouge_l", "agreement"):
+            judged = _frontier_pack.read_labels(self.pack / _frontier_pack.LABELS)["main"][self.rule]
+            classes = dict(zip(judged.keys, judged.labels.tolist(), strict=True))
+        features = kv_features([str(self.study / "main" / "kl" / kind) for kind in KINDS])
+        config = TrainConfig(batch_size=self.batch_size, num_train_epochs=self.epochs, seed=self.seed)
+        fits = fit_folds(
+            curves,
+            features,
+            heads_of(about),
+            "loss" if self.rule == "loss" else "class",
+            tokens_of(about),
+            folds(curves, self.folds, self.seed),
+            classes,
+            config,
+            self.device,
+        )
+        fits.write(self.pack / f"kv-{self.rule}.npz")
+        told = {"rule": self.rule, "seconds": time.perf_counter() - started}
+        print(json.dumps({**told, "accuracy": fits.accuracy(pair_names(curves.chain))}))
+
+
+ABOUT = "about.json"
+
+
+def read_about(pack: Path) -> dict[str, Any]:
+    return json.loads((pack / ABOUT).read_text())["kinds"]
+
+
+def heads_of(about: dict[str, Any]) -> int:
+    return next(iter(about.values()))["models"]["num_key_value_heads"]
+
+
+def tokens_of(about: dict[str, Any]) -> int:
+    return next(iter(about.values()))["config"]["max_new_tokens"]
+
+
+def pair_names(chain: tuple[int, ...]) -> list[str]:
+    return [f"{high}-{low}" for high, low in pairwise(chain)]
+
+
+def rules_of(pack: Path, chain: tuple[int, ...]) -> dict[str, Any]:
+    """What the label sets say of the rules: noise, whole answers, classes, costs."""
+    sets, pairs = _frontier_pack.read_labels(pack / _frontier_pack.LABELS), pair_names(chain)
+    about = json.loads((pack / ABOUT).read_text())
+    return {
+        "rule_noise": _frontier_pack.noise_rows(sets, pairs),
+        "whole_answers": _frontier_pack.whole_answer_rows(sets["main"], pairs),
+        "classes": _frontier_pack.class_rows(sets["main"], pairs),
+        "costs": about["costs"],
+    }
+
+
+@dataclass(frozen=True)
+class Confirm:
+    """Fit one policy to one label set and judge it once on another: for a policy whose settings were changed
+    after a look at the first."""
+
+    fit_labels: tuple[str, ...]
+    """Output folders of pmpd label --rule kl: the static frontier and the policy are chosen on these."""
+    labels: tuple[str, ...]
+    """Prompts that nobody has looked at."""
+    policy: str = "online"
+    model_path: str = ""
+    """With it and reference_model_path, `online` is run exactly too (see `online`)."""
+    reference_model_path: str = ""
+    targets: tuple[float, ...] = (2.5, 2.75, 3.25, 3.5)
+    resamples: int = 10000
+    seed: int = 0
+    name: str = "frontier_confirm"
+    """Write bench/results/NAME.json."""
+
+    def run(self) -> None:
+        (train, _), (test, about) = load(self.fit_labels), load(self.labels)
+        assert not set(train.keys) & set(test.keys), "a prompt is in both sets"
+        train, test = same_length(train, test)
+        budgets = np.linspace(train.chain[-1], train.chain[0], FRONTIER_POINTS).tolist()
+        resampling = Resampling.of(test.groups, self.resamples, self.seed)
+        frontier = StaticFrontier(static(train, test, budgets, self.seed), resampling)
+        policy = {**POLICIES, **ONLINE_POLICIES}[self.policy]
+        outcomes = policy(train, test, self.targets, self.seed)
+        gains = [gain_of(self.policy, o, frontier, t) for o, t in zip(outcomes, self.targets, strict=True)]
+        oracle = ORACLES["oracle, plan"](test, test, self.targets, self.seed)
+        best = {t: gain_of("oracle", o, frontier, t).gain for o, t in zip(oracle, self.targets, strict=True)}
+        rows = table(gains, holm([gain.p for gain in gains]), best)  # type: ignore[arg-type]
+        exact = None
+        if self.model_path:
+            study = OnlineExact(
+                Path(),
+                Path(),
+                self.model_path,
+                self.reference_model_path,
+                _record.RESULTS / f"{self.name}_exact.json",
+                self.targets,
+                fitted_exactly=130,
+                resamples=self.resamples,
+                seed=self.seed,
+            )
+            exact = study.judge(train, test, given_tokens([*self.fit_labels, *self.labels]))
+        results = {
+            "exact": exact,
+            "settings": asdict(self),
+            "fitted_to": len(train),
+            "prompts": len(test),
+            "groups": len(np.unique(test.groups)),
+            "forwards": float(test.forwards.sum()),
+            "kinds": about,
+            "policies": rows,
+        }
+        _record.write(self.name, results)
+        for row in rows:
+            print(json.dumps(row))
+
+
+def same_length(first: CurveSet, second: CurveSet) -> tuple[CurveSet, CurveSet]:
+    """Both with as many forwards as the longer one's references."""
+    most = max(first.loss.shape[2], second.loss.shape[2])
+
+    def longer(curves: CurveSet) -> CurveSet:
+        more = most - curves.loss.shape[2]
+
+        def padded(table: np.ndarray) -> np.ndarray:
+            return np.pad(table, [(0, 0)] * (table.ndim - 1) + [(0, more)])
+
+        statistics = {name: padded(values) for name, values in curves.statistics.items()}
+        return replace(curves, loss=padded(curves.loss), valid=padded(curves.valid), statistics=statistics)
+
+    return longer(first), longer(second)
+
+
+@dataclass(frozen=True)
 class Study:
     """Every policy against the static frontier, on prompts that it was not fitted to."""
 
-    labels: tuple[str, ...]
+    labels: tuple[str, ...] = ()
     """Output folders of pmpd label --rule kl, one a kind of prompt."""
     targets: tuple[float, ...] = (2.5, 2.75, 3.25, 3.5)
     """Bits on average."""
@@ -103,18 +318,29 @@ class Study:
     """What bench.label_noise wrote."""
     exact: Path | None = None
     """What `exact` wrote."""
+    online: Path | None = None
+    """What `online` wrote."""
     kv_classifiers: bool = False
     """Fit the KV-cache classifiers too, to the labels and to the losses: minutes."""
     name: str = "frontier_cpu"
     """Write bench/results/NAME.json and NAME.md."""
     device: str = "cpu"
     """What the labels were made on."""
+    pack: Path | None = None
+    """What `pack` wrote, in place of labels; the classifiers that `fit` wrote there are policies, too."""
 
     def run(self) -> None:
         started = time.process_time()
-        curves, about = load(self.labels)
+        curves, about = (
+            load(self.labels)
+            if self.pack is None
+            else (_frontier_pack.read_curves(self.pack), read_about(self.pack))
+        )
         check_targets(curves.chain, self.targets)
         fold = folds(curves, self.folds, self.seed)
+        fits = self._kv_fits(curves, about, fold)
+        tokens = tokens_of(about)
+        kv = {f"KV classifier, {name}": kv_policy(fitted, tokens) for name, fitted in fits.items()}
         budgets = np.linspace(curves.chain[-1], curves.chain[0], FRONTIER_POINTS).tolist()
         resampling = Resampling.of(curves.groups, self.resamples, self.seed)
         frontier = StaticFrontier(cross_fitted(curves, fold, static, budgets, self.seed), resampling)
@@ -123,7 +349,7 @@ class Study:
         def gains_of(name: str, found: list[Outcome]) -> list[Gain]:
             return [gain_of(name, o, frontier, t) for o, t in zip(found, self.targets, strict=True)]
 
-        for name, policy in {**POLICIES, **self._kv_policies(about), **ONLINE_POLICIES}.items():
+        for name, policy in {**POLICIES, **kv, **ONLINE_POLICIES}.items():
             outcomes[name] = cross_fitted(curves, fold, policy, self.targets, self.seed)
             gains += gains_of(name, outcomes[name])
         for name, policy in ORACLES.items():
@@ -134,7 +360,10 @@ class Study:
             row["prompts_for_1_percent"] = prompts_needed(gain, len(curves))
         oracle_rows = table(oracle_gains, [gain.p for gain in oracle_gains], best)
         results = {
-            "settings": {**asdict(self), **{k: str(getattr(self, k)) for k in ("steps", "noise", "exact")}},
+            "settings": {
+                **asdict(self),
+                **{k: str(getattr(self, k)) for k in PATHS},
+            },
             "prompts": len(curves),
             "groups": len(np.unique(curves.groups)),
             "forwards": float(curves.forwards.sum()),
@@ -149,29 +378,80 @@ class Study:
             "policies": rows,
             "oracles": oracle_rows,
             **{key: json.loads(path.read_text()) for key, path in self._parts()},
+            **({} if self.pack is None else rules_of(self.pack, curves.chain)),
+            **self._answers(curves, fold, fits, tokens),
+            "classifiers": [
+                {"rule": name, **row}
+                for name, fitted in fits.items()
+                for row in fitted.accuracy(pair_names(curves.chain))
+            ],
             "cpu_seconds": time.process_time() - started,
         }
         if self.steps is not None:
             results["decode_time"] = decode_times(outcomes, self.targets, results["steps"]["results"])
         _record.write(self.name, results, self.device)
-        text = markdown(results)
+        text = _frontier_page.markdown(results)
         (_record.RESULTS / f"{self.name}.md").write_text(text)
+        _frontier_page.figure(results, _record.RESULTS / f"{self.name}.png")
         print(text)
 
-    def _kv_policies(self, about: dict[str, Any]) -> dict[str, Policy]:
+    def _answers(
+        self, curves: CurveSet, fold: np.ndarray, fits: dict[str, KvFits], tokens: int
+    ) -> dict[str, Any]:
+        """The whole answers' frontier; {} where none were decoded."""
+        if self.pack is None:
+            return {}
+        rouge = _frontier_pack.read_labels(self.pack / _frontier_pack.LABELS)["main"].get("rouge_l")
+        if rouge is None:
+            return {}
+        answers = _frontier_answers.answers_of(curves, rouge, tokens)
+        at = {key: row for row, key in enumerate(curves.keys)}
+        fold = fold[[at[key] for key in answers.curves.keys]]
+        gains, oracle = _frontier_answers.gains(
+            answers, fold, self.targets, tokens, fits, self.resamples, self.seed
+        )
+        best = {gain.target_bits: gain.gain for gain in oracle}
+        rows = table(gains, holm([gain.p for gain in gains]), best)  # type: ignore[arg-type]
+        for row, gain in zip(rows, gains, strict=True):
+            row["prompts_for_1_percent"] = prompts_needed(gain, len(answers.loss))
+        plans = [
+            {
+                "pair": pair_names(curves.chain)[j],
+                "class": k,
+                "bits": float(answers.bits[:, p].sum() / answers.forwards[:, p].sum()),
+                "rouge_l": float(1 - answers.loss[:, p].mean()),
+            }
+            for p, (j, k) in enumerate(answers.plans)
+        ]
+        return {
+            "answers": {
+                "prompts": len(answers.loss),
+                "plans": plans,
+                "policies": rows,
+                "oracles": table(oracle, [gain.p for gain in oracle], best),  # type: ignore[arg-type]
+            }
+        }
+
+    def _kv_fits(self, curves: CurveSet, about: dict[str, Any], fold: np.ndarray) -> dict[str, KvFits]:
+        if self.pack is not None:
+            found = {p.stem.removeprefix("kv-"): KvFits.read(p) for p in sorted(self.pack.glob("kv-*.npz"))}
+            for fitted in found.values():
+                assert fitted.keys == curves.keys, "the classifiers were fitted to other prompts"
+                assert np.array_equal(fitted.fold, fold), "the classifiers were fitted to other folds"
+            return found
         if not self.kv_classifiers:
             return {}
-        first = next(iter(about.values()))
-        heads, tokens = first["models"]["num_key_value_heads"], first["config"]["max_new_tokens"]
-        features = kv_features(self.labels)
+        features, heads = kv_features(self.labels), heads_of(about)
         return {
-            f"KV classifier, {objective}": kv_policy(features, heads, objective, tokens)
+            objective: fit_folds(curves, features, heads, objective, tokens_of(about), fold)
             for objective in ("class", "loss")
         }
 
     def _parts(self) -> list[tuple[str, Path]]:
         return [
-            (key, path) for key in ("steps", "noise", "exact") if (path := getattr(self, key)) is not None
+            (key, path)
+            for key in ("steps", "noise", "exact", "online")
+            if (path := getattr(self, key)) is not None
         ]
 
 
@@ -214,6 +494,7 @@ def decode_times(
             forwards = float(outcome.forwards.mean())
             watching = steps["statistics_seconds"] if name in ONLINE_POLICIES else 0.0
             probing = steps["probe_seconds"] if name in ("regression", "static per cluster") else 0.0
+            probing += steps.get("classifier_seconds", 0.0) if name.startswith("KV classifier") else 0.0
             step = float(np.interp(outcome.mean_bits, bits, seconds))
             total = step + watching + probing / forwards
             rows.append(
@@ -227,74 +508,16 @@ def decode_times(
     return rows
 
 
-def markdown(results: dict[str, Any]) -> str:
-    """The result as a page."""
-    chain = ", ".join(map(str, results["chain"]))
-    lines = [
-        f"# Policies against the static frontier: {results['prompts']} held-out prompts, chain {chain}",
-        "",
-        f"{results['forwards']:.0f} decode forwards, {results['groups']} groups of documents, "
-        f"{results['settings']['folds']} folds, "
-        f"{results['settings']['resamples']} paired resamples, {results['cpu_seconds']:.0f} CPU seconds for "
-        f"this table. Loss: KL(unquantized, plan) along the unquantized model's own output, nats a forward.",
-        "",
-        "| precision | loss | by kind | entropy |",
-        "|---|---|---|---|",
-    ]
-    for row in results["uniform"]:
-        kinds = " / ".join(f"{value:.4f}" for key, value in row.items() if key.startswith("loss_kind"))
-        lines.append(f"| {row['bits']} | {row['loss']:.4f} | {kinds} | {row['entropy']:.2f} |")
-    quarters = "; ".join(_segment(row) for row in results["by_segment"])
-    lines += ["", f"By quarter of the decode: {quarters}", ""]
-    lines += [
-        "| policy | target bits | bits | loss | static at these bits | gain, % | 95 % | p | p (Holm) | "
-        "share of the oracle | prompts to see 1 % |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for row in results["policies"] + results["oracles"]:
-        share = "" if row["oracle_share"] is None else f"{row['oracle_share']:.2f}"
-        needed, mark = row.get("prompts_for_1_percent", ""), ""
-        if row["p_holm"] < 0.05 and "prompts_for_1_percent" in row:
-            mark = " **" if row["gain_percent"] > 0 else " (worse)"
-        lines.append(
-            f"| {row['policy']}{mark} | {row['target_bits']:g} | {row['bits']:.3f} | {row['loss']:.4f} | "
-            f"{row['static_loss']:.4f} | {row['gain_percent']:+.2f} | [{row['low_percent']:+.2f}, "
-            f"{row['high_percent']:+.2f}] | {row['p']:.2g} | {row['p_holm']:.2g} | {share} | {needed} |"
-        )
-    if "exact" in results:
-        lines += ["", "| plan | curves against exact forwards, error in % | correlation over prompts |"]
-        lines += ["|---|---|---|"]
-        lines += [
-            f"| {name} | {row['error_percent']:+.2f} | {row['correlation']:.3f} |"
-            for name, row in results["exact"].items()
-        ]
-    if "noise" in results:
-        lines += ["", "| rule | pair | labelled again | agreement | no accuracy exceeds | majority |"]
-        lines += ["|---|---|---|---|---|---|"]
-        lines += [
-            f"| {row['rule']} | {row['pair']} | {row['against']} ({row['prompts']}) | {row['agreement']:.2f} "
-            f"[{row['low']:.2f}, {row['high']:.2f}] | {row['ceiling']:.2f} | {row['majority']:.2f} |"
-            for row in results["noise"]["results"]
-        ]
-    if "decode_time" in results:
-        lines += ["", "| policy | target bits | decode time of the highest precision | decisions |"]
-        lines += ["|---|---|---|---|"]
-        lines += [
-            f"| {row['policy']} | {row['target_bits']:g} | {row['of_highest']:.3f} "
-            f"| {row['decision_share']:.1%} |"
-            for row in results["decode_time"]
-        ]
-    return "\n".join(lines) + "\n"
-
-
-def _segment(row: dict[str, float]) -> str:
-    return ", ".join(f"{bits}: {row[bits]:.4f}" for bits in row if bits != "segment")
-
-
 if __name__ == "__main__":
     tyro.cli(
-        Annotated[Prompts, tyro.conf.subcommand("prompts")]
+        Annotated[Texts, tyro.conf.subcommand("texts")]
+        | Annotated[Prompts, tyro.conf.subcommand("prompts")]
+        | Annotated[Unpack, tyro.conf.subcommand("unpack")]
+        | Annotated[Pack, tyro.conf.subcommand("pack")]
+        | Annotated[Fit, tyro.conf.subcommand("fit")]
         | Annotated[Study, tyro.conf.subcommand("study")]
+        | Annotated[Confirm, tyro.conf.subcommand("confirm")]
+        | Annotated[OnlineExact, tyro.conf.subcommand("online")]
         | Annotated[Exact, tyro.conf.subcommand("exact")]
         | Annotated[Steps, tyro.conf.subcommand("steps")],  # type: ignore[arg-type]
         description=__doc__,

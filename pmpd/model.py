@@ -153,9 +153,10 @@ class PMPDForCausalLM(nn.Module):
         if engine is None or engine.slots < slots:
             engine = self._engine = None
             # a GPU runs ahead of the host, so the host looks at the tokens now and then only
-            engine = self._engine = Engine(
-                self.model, slots, max_length, sync_every=8 if self.device.type == "cuda" else 1
-            )
+            with torch.inference_mode(False):  # also where a caller is in it: others write to it outside
+                engine = self._engine = Engine(
+                    self.model, slots, max_length, sync_every=8 if self.device.type == "cuda" else 1
+                )
         return engine
 
     def _apply(self, fn, recurse: bool = True):  # nn.Module's hook behind .to(), .cuda(), .half()

@@ -18,6 +18,9 @@ from torch import Tensor
 from pmpd.decode.engine import Engine
 from pmpd.decode.slots import Stretch, TokenPlaces
 
+FEW_STRETCHES = 8
+"""Of one precision: from more on, its tokens are multiplied together."""
+
 
 @dataclass(frozen=True)
 class GivenTokens:
@@ -52,7 +55,10 @@ def forward_given(engine: Engine, rows: Sequence[GivenTokens], bits: int | Seque
         engine.pulse.step([bits] * len(rows))
     else:
         engine.state.set_tokens(bits)
+        if len(engine.state.segments) > FEW_STRETCHES * len(set(bits)):
+            engine.state.gather(engine.device)
         engine.pulse.step([bits[end - 1] for end in ends])
     places = TokenPlaces(tensor(slots), tensor(positions), max(positions) + 1, engine.slots, stretches)
     logits = engine.forward(tensor(flat), places, tensor(keep or [0]))
+    engine.state.gathered = ()
     return list(logits[: len(keep)].split([row.keep for row in rows]))

@@ -34,17 +34,30 @@ class PrecisionState:
     """
 
     segments: tuple[Segment, ...] = field(default=(Segment(0, None, 16),))
+    gathered: tuple[tuple[int, Tensor], ...] = ()
+    """(precision, which tokens int64 [m]) in place of many short segments; () where those are few."""
 
     def set_uniform(self, bits: int) -> None:
-        self.segments = (Segment(0, None, bits),)
+        self.segments, self.gathered = (Segment(0, None, bits),), ()
 
     def set_tokens(self, bits: Sequence[int] | np.ndarray) -> None:
         """One precision per token int [n], equal ones side by side (the engine sorts its rows so)."""
         starts = [0, *(np.flatnonzero(np.diff(bits)) + 1).tolist()]
         stops = [*starts[1:], len(bits)]
-        self.segments = tuple(
-            Segment(start, stop, int(bits[start])) for start, stop in zip(starts, stops, strict=True)
+        self.segments, self.gathered = (
+            tuple(Segment(start, stop, int(bits[start])) for start, stop in zip(starts, stops, strict=True)),
+            (),
         )
+
+    def gather(self, device: torch.device) -> None:
+        """Whoever can multiplies the tokens of a precision together, wherever they stand: after `set_tokens`
+        of precisions that go up and down, where each stretch would be a product of its own."""
+        widths = sorted({segment.bits for segment in self.segments})
+        places: dict[int, list[int]] = {bits: [] for bits in widths}
+        for start, stop, bits in self.segments:
+            assert stop is not None
+            places[bits].extend(range(start, stop))
+        self.gathered = tuple((bits, torch.tensor(at, device=device)) for bits, at in places.items())
 
 
 class PrecisionLinear(nn.Module, ABC):
@@ -69,7 +82,9 @@ class PrecisionLinear(nn.Module, ABC):
             return self.multiply(x, segments[0].bits)
         x_MK = x.reshape(-1, self.in_features)
         y_MN = x_MK.new_empty(x_MK.shape[0], self.out_features)
-        for start, stop, bits in segments:
+        for bits, at in self.state.gathered:
+            y_MN[at] = self.multiply(x_MK[at], bits)
+        for start, stop, bits in () if self.state.gathered else segments:
             y_MN[start:stop] = self.multiply(x_MK[start:stop], bits)
         return y_MN.view(*x.shape[:-1], self.out_features)
 
