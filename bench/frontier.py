@@ -52,7 +52,6 @@ from pmpd.evaluation.policies import ORACLES, POLICIES, static
 from pmpd.training.config import TrainConfig
 from pmpd.weights.gguf import GGUFCheckpoint
 
-PATHS = ("pack", "steps", "noise", "exact", "online")
 FRONTIER_POINTS = 41
 
 
@@ -204,6 +203,17 @@ def heads_of(about: dict[str, Any]) -> int:
     return next(iter(about.values()))["models"]["num_key_value_heads"]
 
 
+def told(settings: Any) -> dict[str, Any]:
+    """A dataclass as JSON, of paths their last part."""
+
+    def short(value: Any) -> Any:
+        if isinstance(value, Path) or (isinstance(value, str) and "/" in value):
+            return storage.base_name(str(value))
+        return [short(part) for part in value] if isinstance(value, tuple | list) else value
+
+    return {name: short(value) for name, value in asdict(settings).items()}
+
+
 def tokens_of(about: dict[str, Any]) -> int:
     return next(iter(about.values()))["config"]["max_new_tokens"]
 
@@ -272,7 +282,7 @@ class Confirm:
             exact = study.judge(train, test, given_tokens([*self.fit_labels, *self.labels]))
         results = {
             "exact": exact,
-            "settings": asdict(self),
+            "settings": told(self),
             "fitted_to": len(train),
             "prompts": len(test),
             "groups": len(np.unique(test.groups)),
@@ -360,10 +370,7 @@ class Study:
             row["prompts_for_1_percent"] = prompts_needed(gain, len(curves))
         oracle_rows = table(oracle_gains, [gain.p for gain in oracle_gains], best)
         results = {
-            "settings": {
-                **asdict(self),
-                **{k: str(getattr(self, k)) for k in PATHS},
-            },
+            "settings": told(self),
             "prompts": len(curves),
             "groups": len(np.unique(curves.groups)),
             "forwards": float(curves.forwards.sum()),
