@@ -184,9 +184,12 @@ class OnlineExact:
             curves.take(np.sort(rng.permutation(np.nonzero(mask)[0])[:most]))
             for mask, most in ((fold != 0, self.fitted_to), (fold == 0, self.prompts))
         )
-        self.judge(train, test, given_tokens([str(self.study / "main" / "kl" / kind) for kind in KINDS]))
+        folders = [str(self.study / "main" / "kl" / kind) for kind in KINDS]
+        found = self.judge(train, test, given_tokens(folders))
+        self.output.write_text(json.dumps(found, indent=1) + "\n")
+        print(json.dumps(found))
 
-    def judge(self, train: CurveSet, test: CurveSet, given: Mapping[str, Given]) -> list[dict[str, Any]]:
+    def judge(self, train: CurveSet, test: CurveSet, given: Mapping[str, Given]) -> dict[str, Any]:
         """`given`: prompt_id -> prompt and reference."""
         device, started = torch.device(self.device), time.perf_counter()
         specs = (
@@ -249,9 +252,7 @@ class OnlineExact:
             "seconds": time.perf_counter() - started,
             "rows": rows,
         }
-        self.output.write_text(json.dumps(found, indent=1) + "\n")
-        print(json.dumps(found))
-        return rows
+        return found
 
 
 Given = tuple[Sequence[int], Sequence[int]]

@@ -273,7 +273,7 @@ class Confirm:
                 Path(),
                 self.model_path,
                 self.reference_model_path,
-                _record.RESULTS / f"{self.name}_exact.json",
+                Path(),
                 self.targets,
                 fitted_exactly=130,
                 resamples=self.resamples,
@@ -291,7 +291,7 @@ class Confirm:
             "policies": rows,
         }
         _record.write(self.name, results)
-        for row in rows:
+        for row in [*rows, *(exact["rows"] if exact else ())]:
             print(json.dumps(row))
 
 
