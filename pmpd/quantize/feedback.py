@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pmpd.quantize.kmeans import QuantizedRows, quantize_rows
+from pmpd.quantize.kmeans import GPU_CHUNK, QuantizedRows, quantize_rows
 
 DAMPING = 0.01
 """Added to the diagonal of H, times its mean, as in GPTQ: directions that calibration texts never show get a
@@ -42,7 +42,7 @@ MAX_METRIC_BITS = 4
 """Of the metric that is kept: 2**b values squared for each row."""
 
 _FIT_ELEMENTS = 4 * 1024 * 1024
-"""Of the one-hot matrix of one chunk of rows."""
+"""Of the one-hot matrix of one chunk of rows; `GPU_CHUNK` times as many on a GPU."""
 
 
 def damped(hessian: Tensor) -> Tensor:
@@ -178,6 +178,10 @@ class RowMetric:
     errors: dict[int, Tensor]
     sums: Tensor
 
+    def to(self, device: torch.device) -> RowMetric:
+        """A copy whose `sums` are there; the errors, few, stay."""
+        return RowMetric(self.errors, self.sums.to(device))
+
     def of(self, bits: int) -> Tensor:
         """float64 [N, 2**bits, 2**bits]: a table moved by δ costs δᵀ M δ; `bits` at most those of `sums`."""
         return _merged(self.sums.double(), bits)
@@ -197,7 +201,8 @@ def refit_tables(
     n, k = weight.shape
     errors = torch.empty(len(precisions), n, dtype=torch.float64, device=weight.device)
     hessian = damped_hessian.float()
-    for start in range(0, n, step := max(1, _FIT_ELEMENTS // (k * 2**parent))):
+    elements = _FIT_ELEMENTS * (1 if weight.device.type == "cpu" else GPU_CHUNK)
+    for start in range(0, n, step := max(1, elements // (k * 2**parent))):
         part = slice(start, start + step)
         codes, target = rows.codes[part].long(), weight[part].float() @ hessian  # w H: [r, K]
         whole = (target * weight[part]).sum(1, dtype=torch.float64)  # wᵀ H w

@@ -29,11 +29,9 @@ from pmpd.weights import dense
 from pmpd.weights.checkpoint import Checkpoint
 from pmpd.weights.naming import NamedTensors
 
-_SAMPLES_PER_SAVE = 8
-"""After so many pieces of text the moments are written, so that a killed run loses no more."""
-
 _SECONDS_PER_SAVE = 20.0
-"""After so many seconds of tuning its state is written."""
+"""After so many seconds of reading texts or of tuning its state is written, so that a killed run loses no
+more."""
 
 Stage = Literal["inputs", "layers", "tuning", "validation"]
 Progress = Callable[[Stage, int, int], None]
@@ -123,9 +121,13 @@ class Stages:
             sums = {key: tensor.to(self.device) for key, tensor in self.work.load(name).items()}
             moments = InputMoments(sums, meta["key_of"], meta["samples"])
 
+        saved = time.monotonic()
+
         def on_sample() -> None:
-            if moments.samples % _SAMPLES_PER_SAVE == 0 or moments.samples == len(pieces):
+            nonlocal saved
+            if time.monotonic() - saved >= _SECONDS_PER_SAVE:  # gigabytes of a large model
                 self.work.save(name, moments.sums, {"key_of": moments.key_of, "samples": moments.samples})
+                saved = time.monotonic()
             self.on_progress("inputs", number * len(pieces) + moments.samples, groups * len(pieces))
 
         if moments.samples < len(pieces):

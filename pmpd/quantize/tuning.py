@@ -52,7 +52,7 @@ def basis(metric: RowMetric, bits: int) -> Tensor:
     diagonal = metric_NCC.diagonal(dim1=1, dim2=2)
     diagonal += _RIDGE * diagonal.mean(1, keepdim=True).clamp(min=1e-30)
     values, vectors = torch.linalg.eigh(metric_NCC)
-    lengths = (metric.errors[bits].double().view(-1, 1, 1) / values.unsqueeze(1)).sqrt()
+    lengths = (metric.errors[bits].to(values).view(-1, 1, 1) / values.unsqueeze(1)).sqrt()
     return ((vectors * lengths) @ vectors.transpose(1, 2)).float()
 
 
@@ -162,7 +162,7 @@ def tune_tables(
     with with_tables(model, quantized) as tuned:
         precisions = [bits for bits in sorted(next(iter(tuned.values())).tables) if bits <= MAX_METRIC_BITS]
         bases = {
-            (name, bits): basis(metrics[name], bits).to(model.device) for name in tuned for bits in precisions
+            (name, bits): basis(metrics[name].to(model.device), bits) for name in tuned for bits in precisions
         }
         for name, module in tuned.items():
             for bits in precisions:
