@@ -10,6 +10,7 @@ import secrets
 import shlex
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -25,7 +26,7 @@ import ray  # noqa: F401  # it brings the psutil that it needs itself
 import psutil  # isort: skip
 
 FIRST_WORKER_PORT, LAST_WORKER_PORT = 26000, 29999
-"""Ray's workers listen there; the head's own ports are outside of it."""
+"""Ray's workers listen there, each Ray's in a thousand of them; the head's own ports are outside of it."""
 
 STARTS = 3
 """Tries to start a head: on a busy host a node may come too late for Ray's fixed 30 s."""
@@ -66,6 +67,8 @@ class Head:
     gpus: int
     cpus: int
     nodes: int = 0
+    number: int = 0
+    """0 to 3, another for each Ray that runs beside."""
 
     def __enter__(self) -> Head:
         for left in reversed(range(STARTS)):
@@ -86,6 +89,7 @@ class Head:
     def _start(self) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="pmpd-ray-"))
         port, dashboard, agent, client, grpc, metrics = free_ports(6)
+        first = FIRST_WORKER_PORT + 1000 * self.number
         token = self.folder / "token"
         token.write_text(secrets.token_hex(32))
         token.chmod(0o600)
@@ -109,7 +113,7 @@ class Head:
                 *("-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"),
                 *("--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1", *shared),
                 *(f"--dashboard-agent-grpc-port={grpc}", f"--metrics-export-port={metrics}"),
-                *(f"--min-worker-port={FIRST_WORKER_PORT}", f"--max-worker-port={LAST_WORKER_PORT}"),
+                *(f"--min-worker-port={first}", f"--max-worker-port={first + 999}"),
                 *(f"--num-gpus={self.gpus}", f"--num-cpus={self.cpus}"),
             ]
         with (self.folder / "head.log").open("w") as log:
@@ -167,9 +171,13 @@ class Head:
                 *("bash", "-c", f"cd {shlex.quote(os.getcwd())} && exec {command}"),
                 timeout=timeout,
             )
-        except subprocess.TimeoutExpired:
+        except subprocess.TimeoutExpired as expired:
             self._ray("job", "stop", name, timeout=60)
-            raise RuntimeError(f"{' '.join(arguments)}: not done after {timeout:.0f} s") from None
+            told = expired.stdout or b""
+            tail = (told.decode(errors="replace") if isinstance(told, bytes) else told)[-700:]
+            raise RuntimeError(
+                f"{' '.join(arguments)}: not done after {timeout:.0f} s; its last words:\n{tail}"
+            ) from None
         return Job(list(arguments), done.returncode, time.monotonic() - begin, done.stdout)
 
 
@@ -199,7 +207,8 @@ class Watch:
 
     output: Path
     every: float = 0.5
-    gpus: dict[int, list[float]] = field(default_factory=dict)
+    gpus: dict[int, list[tuple[float, float]]] = field(default_factory=dict)
+    """GPU index -> (time of day, busy percent)."""
     driver: list[tuple[float, float]] = field(default_factory=list)
     """(moment, the driver's CPU seconds so far)."""
 
@@ -211,9 +220,14 @@ class Watch:
         (begin, before), (end, after) = self.driver[0], self.driver[-1]
         return round((after - before) / (end - begin), 3)
 
+    def busy_percent(self, until: float) -> dict[int, float]:
+        """GPU index -> busy percent, the mean up to a time of day: what comes after it is the way out."""
+        looks = {gpu: [busy for at, busy in some if at <= until] for gpu, some in self.gpus.items()}
+        return {gpu: round(statistics.mean(some), 1) for gpu, some in looks.items() if some}
+
     def look(self, driver: psutil.Process) -> None:
         for index, busy in gpu_percent().items():
-            self.gpus.setdefault(index, []).append(busy)
+            self.gpus.setdefault(index, []).append((time.time(), busy))
         with contextlib.suppress(psutil.Error):
             times = driver.cpu_times()
             self.driver.append((time.monotonic(), times.user + times.system))

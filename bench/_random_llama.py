@@ -85,7 +85,8 @@ def write(folder: Path, shape: Shape, precisions: tuple[int, ...] | None, seed: 
 
     # one large draw that unquantized matrices take their values from: what they are does not change what a
     # product costs
-    pool = normal(1 << 24) if precisions is None else None
+    largest = max(rows * columns for rows, columns in shape.linears().values())
+    pool = normal(largest + (1 << 20)) if precisions is None else None
     weight_map: dict[str, str] = {}
 
     def save(file: str, tensors: dict[str, Tensor]) -> None:
@@ -106,9 +107,9 @@ def write(folder: Path, shape: Shape, precisions: tuple[int, ...] | None, seed: 
         }
         for name, (rows, columns) in shape.linears().items():
             if pool is not None:
-                start = int(random.integers(len(pool)))
+                start = int(random.integers(len(pool) - rows * columns + 1))
                 tensors[f"{prefix}{name}.weight"] = (
-                    pool.roll(start)[: rows * columns].view(rows, columns).clone()
+                    pool[start : start + rows * columns].view(rows, columns).clone()
                 )
             else:
                 assert precisions is not None

@@ -21,6 +21,7 @@ from bench import _record
 from pmpd.weights.base import Segment
 
 SHAPES = {  # hidden, layers, heads, kv heads, intermediate, vocabulary
+    "135M": (576, 30, 9, 3, 1536, 49152),
     "1.1B": (2048, 22, 32, 4, 5632, 32000),
     "8B": (4096, 32, 32, 8, 14336, 128256),
 }
@@ -124,6 +125,20 @@ def buffers_at(rows: int) -> dict[str, torch.Tensor]:
         "slots": torch.arange(rows, device=device),
         "positions": torch.full((rows,), CONTEXT, device=device),
     }
+
+
+def measure_large(name: str, bandwidth: float, batches: list[int]) -> Iterator[dict]:
+    """A step of many rows by the kernel that a command takes unasked, and by cuBLAS in float16."""
+    from pmpd.kernels.dispatch import choose
+
+    unasked = choose(torch.device("cuda"), torch.float16).name
+    for kernel in ("dense", unasked):
+        model = RandomLlama(name, kernel, max(batches), 1024)
+        for batch in batches:
+            for bits in (16,) if kernel == "dense" else (4, 3, 2):
+                yield measure_step(model, name, bits, batch, bandwidth) | {"kernel": kernel}
+        del model
+        torch.cuda.empty_cache()
 
 
 def measure_model(name: str, bandwidth: float, head_bits: int) -> Iterator[dict]:
@@ -264,9 +279,13 @@ def check_bars(rows: list[dict]) -> list[dict]:
 
     for (kernel, model, bits, head_bits, batch), row in steps.items():
         dense = steps.get(("dense", model, 16, 16, batch))
-        if model != "8B" or kernel == "dense" or dense is None:
+        if kernel == "dense" or dense is None:
             continue
         times = dense["step_ms"] / row["step_ms"]
+        if batch >= 64:
+            bar(f"{kernel} {model} batch {batch}: {bits} bits, times float16", 1, times)
+        if model != "8B":
+            continue
         if head_bits == 8:
             if batch == 1 and bits == 3:
                 bar(f"{kernel} {model} batch 1: 3 bits and a head of 8, times float16", 3.8, times)
@@ -283,25 +302,31 @@ def check_bars(rows: list[dict]) -> list[dict]:
     return bars
 
 
-def measure_cuda(models: list[str], head_bits: int, out: Path) -> None:
+def measure_cuda(models: list[str], head_bits: int, out: Path, batches: list[int]) -> None:
     """Measures and writes what is there after every row."""
     from bench._cuda import copy_bandwidth
 
     bandwidth = copy_bandwidth(torch.device("cuda"))
     print(f"copy {bandwidth / 1e9:.0f} GB/s", flush=True)
     result: dict = {"copy_gb_s": bandwidth / 1e9, "context": CONTEXT, "rows": []}
+    name_of_file = "decode_cuda_large" if batches else "decode_cuda"
     for name in models:
-        for row in measure_model(name, bandwidth, head_bits):
+        rows = (
+            measure_large(name, bandwidth, batches) if batches else measure_model(name, bandwidth, head_bits)
+        )
+        for row in rows:
             result["rows"].append(row)
-            _record.write("decode_cuda", result, "cuda", out)
+            _record.write(name_of_file, result, "cuda", out)
     result["bars"] = check_bars(result["rows"])
-    print(_record.write("decode_cuda", result, "cuda", out))
+    print(_record.write(name_of_file, result, "cuda", out))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
-    parser.add_argument("--models", nargs="+", default=["1.1B", "8B"], help="CUDA: which random models")
+    parser.add_argument(
+        "--models", nargs="+", default=["1.1B", "8B"], help="CUDA: which random models; 135M too"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="CPU: runs that the medians are taken over")
     parser.add_argument("--peer", choices=["llama.cpp"], help="CPU: times this beside, forward by forward")
     parser.add_argument("--profile", action="store_true", help="CPU: where a step's time goes")
@@ -312,7 +337,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2, help="with --peer or --profile")
     parser.add_argument("--steps", type=int, default=9, help="with --peer or --profile: medians over so many")
     parser.add_argument("--prefill", type=int, default=512, help="with --peer or --profile: tokens; 0 = none")
-    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8], help="with --peer: rows of a step")
+    parser.add_argument(
+        "--batches", type=int, nargs="+", default=[],
+        help="rows of a step; with --peer: default 1 8; CUDA: these alone, at 4, 3, 2 and 16 bits",
+    )  # fmt: skip
     parser.add_argument("--kinds", nargs="+", default=[], help="with --peer: llama.cpp's; default all")
     parser.add_argument("--folder", type=Path, help="with --peer or --profile: models stay there for later")
     parser.add_argument("--prepare", action="store_true", help="with --folder: write the models, no more")
@@ -322,7 +350,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=_record.RESULTS, help="folder of the JSON")
     options = parser.parse_args()
     if options.device == "cuda":
-        measure_cuda(options.models, options.head_bits, options.out)
+        measure_cuda(options.models, options.head_bits, options.out, options.batches)
     else:
         from bench import _decode_cpu, _peer_cpu
 
@@ -334,7 +362,7 @@ def main() -> None:
                 options.prefill,
                 clock=options.clock,
                 kinds=tuple(options.kinds),
-                batches=tuple(options.batches),
+                batches=tuple(options.batches or (1, 8)),
             )
             _peer_cpu.main(
                 settings,

@@ -1,8 +1,9 @@
 """Measures the farm on the GPUs (or, with --cpu, the CPUs) of one host: see `bench/farm_gpu.sh`.
 
 Labels with 1, 2, ... workers must be equal row by row, each row once, also where a worker or the driver was
-killed on the way. Efficiency of n workers: their rows a second over n times those of one. Busy percentages
-and the driver's share of a core count from the first shard on.
+killed on the way. Efficiency of n workers: their rows a second over n times those of one. Busy percentages,
+the driver's share of a core and the rate `after_first` count from the first shard to the last. References are
+made once: every other run of labels starts with a copy of them. The JSON is written anew after every step.
 """
 
 from __future__ import annotations
@@ -10,8 +11,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as parquet
 import tyro
 
 from bench import _random_llama, _record
@@ -56,6 +58,14 @@ class FarmBench:
     size: int = 256
     max_new_tokens: int = 256
     batch_size: str = "auto"
+    rules: tuple[str, ...] = ()
+    """Rules to label by as well (`pmpd label --rule`), with the most workers."""
+    sweep: tuple[int, ...] = ()
+    """Batch sizes to label with as well, by the first number of workers."""
+    fit: str = "demo"
+    """Texts that `pmpd quantize` calibrates on."""
+    tuning_steps: int = 12
+    """Of `pmpd quantize`."""
     bench_name: str = "demo"
     """Benchmark to answer; mt_bench needs the hub or `question_file`."""
     question_file: str | None = None
@@ -64,23 +74,38 @@ class FarmBench:
     cpu: bool = False
     """No GPU: do the steps work?"""
     only: tuple[str, ...] = ()
-    """Steps to do, by a word of their name; default all. The first count of workers always labels."""
+    """Steps to do, by a word of their name; default all. The first count of workers always labels, unless its
+    rows are in `results` already."""
+    peer_batches: tuple[int, ...] = (64, 256)
+    """Of transformers' own generation."""
+    peer_prompts: int = 512
+    """So many of the prompts at most are given to it."""
     step_seconds: float = 300.0
-    """No step may take longer."""
+    """No step may take longer; quantizing twice as long."""
+    ray_number: int = 0
+    """0 to 3: another one for each of several of these scripts that run at the same time."""
+    name: str | None = None
+    """Of the JSON file; default: farm_cuda or farm_cpu."""
     out: Path = _record.RESULTS
     results: Path = Path("results/farm_gpu")
-    """Where the runs' own output goes: a fresh folder."""
+    """Where the runs' own output goes: a fresh folder, or one of a call with other steps and the same
+    settings."""
+
+    @property
+    def device(self) -> str:
+        return "cpu" if self.cpu else "cuda"
 
 
 @dataclass
 class Steps:
     """What the steps found; a step that fails is a line of it."""
 
-    only: tuple[str, ...]
+    config: FarmBench
     found: list[dict[str, Any]] = field(default_factory=list)
 
     def run(self, name: str, step: Callable[[], dict[str, Any]], always: bool = False) -> dict[str, Any]:
-        if self.only and not always and not any(word in name for word in self.only):
+        only = self.config.only
+        if only and not always and not any(word in name for word in only):
             return {"failed": "left out"}
         begin = time.monotonic()
         try:
@@ -90,7 +115,12 @@ class Steps:
         entry = {"step": name, "step_seconds": round(time.monotonic() - begin, 2), **result}
         self.found.append(entry)
         print(entry, flush=True)
+        self.write()
         return entry
+
+    def write(self) -> Path:
+        config = self.config
+        return _record.write(config.name or f"farm_{config.device}", self.found, config.device, config.out)
 
 
 @dataclass
@@ -125,6 +155,14 @@ class Farm:
             )
             self.alone = self.alone or entry
             self.compare(entry, count)
+        for size in config.sweep:
+            entry = run(
+                f"label {self.name} in batches of {size}",
+                lambda size=size: self.label(f"batch-{size}", config.workers[0], batch_size=str(size)),
+            )
+            self.compare(entry, config.workers[0])
+        for rule in config.rules:
+            run(f"label {self.name} by {rule}", lambda rule=rule: self.label(rule, self.most, rule=rule))
         self.compare(run(f"label {self.name}, a worker killed", self.worker_killed), self.most)
         self.compare(run(f"label {self.name}, the driver killed", self.driver_killed), self.most)
         self.compare(run(f"label {self.name}, a CUDA error", self.cuda_error), self.most)
@@ -164,17 +202,28 @@ class Farm:
         at_first_shard: Callable[[Path], Any] = lambda output: None,
         module: tuple[str, ...] = ("pmpd",),
         may_fail: bool = False,
+        rule: str | None = None,
     ) -> dict[str, Any]:
         output = self.folder(what)
+        self.share_references(output)
         arguments = [*self.label_arguments(output, batch_size), *self.flags(workers, share)]
+        arguments += ["--rule", rule] if rule else []
         watch = Watch(output)
         with watch.beside(lambda: at_first_shard(output)):
             job = self.head.job(*arguments, timeout=self.config.step_seconds, module=module)
         if job.code and may_fail:
             return {"exit": job.code, "output": job.output[-300:]}
         ended(job)
-        busy = {index: round(statistics.mean(percent), 1) for index, percent in watch.gpus.items()}
-        return {**measured(output), "driver_share_of_a_core": watch.driver_share, "busy_percent": busy}
+        result = measured(output)
+        busy = watch.busy_percent(result["last_shard"])
+        return {**result, "driver_share_of_a_core": watch.driver_share, "busy_percent": busy}
+
+    def share_references(self, output: Path) -> None:
+        """Prompts and references are those of the first run of labels: a copy of them."""
+        if "dataset" not in self.alone or output.exists():
+            return
+        for part in ("prompts", "references"):
+            shutil.copytree(Path(self.alone["dataset"]).parent / part, output / part)
 
     def compare(self, entry: dict[str, Any], workers: int) -> None:
         """Efficiency against the run alone, and how many rows differ from its rows."""
@@ -247,11 +296,15 @@ class Farm:
         output = self.folder("anyprec")
         job = self.head.job(
             *("quantize", "--model-path", self.unquantized, "--output-dir", str(output)),
-            timeout=600,
+            *("--dataset", self.config.fit, "--tuning-steps", str(self.config.tuning_steps)),
+            *("--gpus-per-worker", "0" if self.config.cpu else "1"),
+            timeout=2 * self.config.step_seconds,
         )
         ended(job)
         self.quantized = str(output)
-        return {"seconds": round(job.seconds, 1), "output": str(output)}
+        summary = json.loads((output / "manifest.json").read_text())
+        told = {name: summary.get(name) for name in ("perplexity", "peak_bytes", "model_bytes")}
+        return {"seconds": round(job.seconds, 1), "output": str(output), **told}
 
     def train(self) -> dict[str, Any]:
         job = self.head.job(
@@ -261,7 +314,7 @@ class Farm:
             timeout=self.config.step_seconds,
         )
         ended(job)
-        return {"seconds": round(job.seconds, 1)}
+        return {"seconds": round(job.seconds, 1), "told": job.output[-600:]}
 
     def generate(self) -> dict[str, Any]:
         config, output = self.config, self.folder("generate")
@@ -274,20 +327,32 @@ class Farm:
             timeout=config.step_seconds,
         )
         ended(job)
-        return {"seconds": round(job.seconds, 1), "output": str(output)}
+        datasets = [str(path.parent) for path in sorted(output.glob("*/*/answers/summary.json"))]
+        runs = [run for dataset in datasets for run in (read_summary(dataset) or {"runs": []})["runs"]]
+        workers = [w for d in datasets for w in storage.read_table(d, ["worker"])["worker"].to_pylist()]
+        return {
+            "seconds": round(job.seconds, 1),
+            "output": str(output),
+            "answers": len(workers),
+            "errors": sum(run["errors"] for run in runs),
+            "tokens": sum(run["tokens"] for run in runs),
+            "worker_seconds": round(sum(run["worker_seconds"] for run in runs), 1),
+            "actors": sorted(set(filter(None, workers))),
+        }
 
     def transformers(self) -> dict[str, Any]:
         """The same prompts by transformers' own generation, unquantized, on one GPU."""
         prompts = storage.read_table(self.alone["dataset"], ["input_ids"])["input_ids"].to_pylist()
         path = self.folder("prompts").with_suffix(".json")
-        path.write_text(json.dumps([ids for ids in prompts if ids]))
-        batches = [str(min(count, len(prompts))) for count in (64, 256)]
+        prompts = [ids for ids in prompts if ids][: self.config.peer_prompts]
+        path.write_text(json.dumps(prompts))
+        batches = [str(min(count, len(prompts))) for count in self.config.peer_batches]
         done = subprocess.run(
             [
                 *(sys.executable, "-m", "bench._transformers_peer", self.unquantized),
                 *("--prompts", str(path), "--batch-sizes", *dict.fromkeys(batches)),
                 *("--max-new-tokens", str(self.config.max_new_tokens)),
-                *("--device", "cpu" if self.config.cpu else "cuda"),
+                *("--device", self.config.device),
             ],
             capture_output=True, text=True, timeout=self.config.step_seconds, check=False,
         )  # fmt: skip
@@ -311,12 +376,17 @@ def measured(output: Path) -> dict[str, Any]:
     ids = [row["prompt_id"] for row in rows]
     seconds = run.get("wall_seconds") or float("nan")
     done = run.get("rows", len(rows))
+    references = (read_summary(str(output / "references")) or {"runs": [{}]})["runs"][-1]
+    after_first, last = after_first_shard(output / "labels" / "data")
     return {
         "dataset": labels,
         "rows": len(rows),
         "once": len(ids) == len(set(ids)),
         "errors": sum(bool(row["error"]) for row in rows),
         "rows_per_second": round(done / seconds, 3),
+        "after_first": after_first,
+        "last_shard": last,
+        "references_per_second": round(references.get("rows", 0) / references.get("wall_seconds", 1), 2),
         "tokens_per_second": round(run.get("tokens", 0) / seconds, 1),
         "forwards_per_second": round(sum((run.get("forwards") or {}).values()) / seconds, 1),
         "worker_seconds_per_1000": round(1000 * run.get("worker_seconds", float("nan")) / max(1, done), 1),
@@ -324,14 +394,24 @@ def measured(output: Path) -> dict[str, Any]:
     }
 
 
+def after_first_shard(folder: Path) -> tuple[float | None, float]:
+    """(rows a second from the first shard to the last, time of day of the last), by the files' times: without
+    the start of the workers, with the last unit's tail. None where there is one shard only."""
+    shards = sorted((path.stat().st_mtime, path) for path in folder.glob("*.parquet"))
+    (first, _), (last, _) = shards[0], shards[-1]
+    rows = sum(parquet.read_metadata(path).num_rows for _, path in shards[1:])
+    return round(rows / (last - first), 3) if last > first else None, last
+
+
 @contextlib.contextmanager
 def ray_of(config: FarmBench, nodes: int = 0) -> Iterator[Head]:
     cpus = os.cpu_count() or 4
     if nodes:
         each = 1 if config.cpu else max(1, cpus // nodes)
-        head = Head(0 if config.cpu else nodes, each, nodes)
+        head = Head(0 if config.cpu else nodes, each, nodes, config.ray_number)
     else:
-        head = Head(0, max(config.workers) + 1) if config.cpu else Head(max(config.workers), max(4, cpus))
+        gpus, cpus = (0, max(config.workers) + 1) if config.cpu else (max(config.workers), max(4, cpus))
+        head = Head(gpus, cpus, number=config.ray_number)
     with head:
         yield head
 
@@ -344,14 +424,15 @@ def checkpoints(config: FarmBench) -> Iterator[tuple[str, str, str]]:
         yield name, quantized[0] if quantized else "", unquantized
     for name in config.random:
         folder = (config.results / f"random-{name}").absolute()
-        _random_llama.write(folder, SHAPES[name], None)
+        if not (folder / "model.safetensors.index.json").exists():
+            _random_llama.write(folder, SHAPES[name], None)
         yield name, "", str(folder)
 
 
 def main(config: FarmBench) -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the Ray that was started ends too
     config.results.mkdir(parents=True, exist_ok=True)
-    steps, farms = Steps(config.only), []
+    steps, farms = Steps(config), []
     with ray_of(config) as head:
         for name, quantized, unquantized in checkpoints(config):
             farms.append(Farm(head, config, steps, name, quantized, unquantized))
@@ -366,17 +447,22 @@ def main(config: FarmBench) -> int:
                     lambda farm=farm, count=count: farm.label("nodes", count),
                 )
                 farm.compare(entry, count)
-    device = "cpu" if config.cpu else "cuda"
-    path = _record.write(f"farm_{device}", steps.found, device, config.out)
     print(table(steps.found))
-    print(f"JSON: {path}")
+    print(f"JSON: {steps.write()}")
     return int(any("failed" in step for step in steps.found))
 
 
 def table(found: list[dict[str, Any]]) -> str:
     columns = (
-        *("rows", "rows_per_second", "tokens_per_second", "efficiency", "rows_that_differ", "errors"),
-        *("worker_seconds_per_1000", "busy_percent", "driver_share_of_a_core", "actors", "step_seconds"),
+        *("rows", "rows_per_second", "after_first", "tokens_per_second", "efficiency", "rows_that_differ"),
+        *(
+            "errors",
+            "worker_seconds_per_1000",
+            "busy_percent",
+            "driver_share_of_a_core",
+            "actors",
+            "step_seconds",
+        ),
     )
     lines = ["| step | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for step in found:
