@@ -516,6 +516,50 @@ def test_a_beat_tells_how_far_a_unit_is(bench):
     assert worker.beat() is None
 
 
+def test_the_next_unit_is_worked_on_while_a_shard_is_written(bench, tmp_path, monkeypatch):
+    make, unit, _ = bench
+    units = unit.singles()
+    worker = make(FakeTask(poisons=(units[2].ids[0],)))
+    order: list[str] = []
+    started, write = threading.Event(), storage.write_shard
+
+    def slow_write(table, path, *rest):
+        name = next(one.ids[0] for one in units if one.name in path)
+        order.append(f"write {name}")
+        assert started.wait(60), "the next unit waits for the shard of the one before"
+        time.sleep(0.2)
+        size = write(table, path, *rest)
+        order.append(f"written {name}")
+        return size
+
+    done = worker._done
+
+    def watched(one: Unit):
+        if one is units[1]:
+            started.set()
+        return done(one)
+
+    monkeypatch.setattr(storage, "write_shard", slow_write)
+    monkeypatch.setattr(worker, "_done", watched)
+    monkeypatch.setattr(worker, "_poisoned", lambda *_: order.append("poisoned"))
+    threads = []
+    for one in units:
+        threads.append(threading.Thread(target=worker.run, args=(one,)))
+        threads[-1].start()
+        time.sleep(0.1)
+    for thread in threads:
+        thread.join()
+    first, second, third = (one.ids[0] for one in units)
+    told = [f"write {first}", f"written {first}", f"write {second}", f"written {second}"]
+    assert [what for what in order if third not in what and what != "poisoned"] == told, (
+        "in order, one at a time"
+    )
+    assert order.index("poisoned") > order.index(f"written {second}"), (
+        "what is done is durable before it ends"
+    )
+    assert len(storage.list_shards(tmp_path / "out")) == 3
+
+
 @pytest.mark.parametrize("one_row", [True, False])
 def test_of_an_item_in_two_shards_the_one_without_error_stays(tmp_path, one_row):
     """Items of several rows may have them in one shard, and only there."""

@@ -24,11 +24,8 @@ from pmpd.farm.local_pool import FAILURES_BEFORE_STOP, check_models
 from pmpd.farm.options import FarmOptions
 from pmpd.farm.progress import Progress
 from pmpd.farm.task import Beat, FarmTask, Unit, UnitResult, WorkerInfo, note_path, shard_path
-from pmpd.farm.worker import Worker
+from pmpd.farm.worker import UNITS, Worker
 from pmpd.storage.lease import Lease, LeaseLostError
-
-UNITS_IN_FLIGHT = 2
-"""Per worker: the next unit is there before the result of the last one has travelled."""
 
 START_RETRY_SECONDS = 30.0
 """Between two tries to start one more worker where others are up or load: a node that can start none costs
@@ -89,7 +86,9 @@ class ClusterPool:
         self.start_failures = 0
         self.draining: set[str] = set()
         actor: Any = ray.remote  # its types do not know concurrency groups
-        self._actor = actor(max_restarts=0, max_task_retries=0, concurrency_groups={"beat": 1})(Worker)
+        self._actor = actor(
+            max_restarts=0, max_task_retries=0, concurrency_groups={"beat": 1, "units": UNITS}
+        )(Worker)
         self._longest_step = 0.0
         self._planned = 0.0
         self._grow_after = 0.0
@@ -219,20 +218,27 @@ class ClusterPool:
 
     def _assign(self) -> None:
         ready = [slot for slot in self.slots if slot.info is not None and slot.node not in self.draining]
-        for depth in range(UNITS_IN_FLIGHT):
+        for depth in range(UNITS):
             for slot in ready:
                 # A second unit only if that leaves one for each worker that is still starting.
                 if len(slot.queue) > depth or (depth and self._waiting <= len(self.slots) - len(ready)):
                     continue
-                unit = self._next_for(slot, ready)
+                # Where a process ended is blamed on the first unit that is not durable: one that may end it
+                # has a worker for itself.
+                if any(unit.suspected for _, unit in slot.queue):
+                    continue
+                unit = self._next_for(slot, ready, alone=not slot.queue)
                 if unit is not None:
                     if not slot.queue:
                         slot.moved = time.monotonic()
                     slot.queue.append((slot.actor.run.remote(unit), unit))
 
-    def _next_for(self, slot: _Slot, ready: list[_Slot]) -> Unit | None:
-        """The next unit; one that ended a process on this node only if no other node has a worker."""
+    def _next_for(self, slot: _Slot, ready: list[_Slot], alone: bool) -> Unit | None:
+        """The next unit; one that ended a process on this node only if no other node has a worker, a
+        suspected one only if the worker has no other."""
         for index, unit in enumerate(self.pending):
+            if unit.suspected and not alone:
+                continue
             if unit.failed or slot.node not in unit.kills or all(other.node in unit.kills for other in ready):
                 del self.pending[index]
                 return unit

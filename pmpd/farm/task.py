@@ -94,6 +94,11 @@ class Unit:
     def name(self) -> str:
         return hashlib.sha256("/".join(sorted(self.ids)).encode()).hexdigest()[:16]
 
+    @property
+    def suspected(self) -> bool:
+        """Whether it has ended or stopped a worker, or is a row of one that has."""
+        return bool(self.kills or self.stalls or self.split) and not self.failed
+
     def singles(self) -> list[Unit]:
         return [
             Unit((key,), {name: (at[i],) for name, at in self.rows.items()}, split=True)

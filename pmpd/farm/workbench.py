@@ -1,12 +1,14 @@
 """What a worker does with a unit of items: read, run the task, write one shard. Imports no Ray.
 
 A row that raises is an error row; a unit's shard is written all or nothing, and only for a run that holds its
-lease and has not replaced this worker.
+lease and has not replaced this worker. Two threads may each do a unit: while one works, the shard of the one
+before is written, so that a GPU does not wait for storage.
 """
 
 from __future__ import annotations
 
 import hashlib
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Mapping
@@ -59,6 +61,10 @@ class Workbench:
         self._unit: Unit | None = None
         self._rows: dict[str, list[dict[str, Any]]] = {}
         self._forwards_before = 0
+        self._turn = threading.Lock()
+        """Of the unit that is read and worked on."""
+        self._writing = threading.Lock()
+        """Of the unit whose shard is written, the one before it."""
 
     def build(self) -> WorkerInfo:
         if storage.read_bytes(self.lease_path) is None:
@@ -73,8 +79,27 @@ class Workbench:
         return WorkerInfo(self.place, dict(self.built.models), self.built.device, seconds)
 
     def run(self, unit: Unit) -> UnitResult:
-        """Does a unit and writes its shard; returns when that is durable."""
-        begin = time.monotonic()
+        """Does a unit and writes its shard; returns when that is durable. Shards are written in the order in
+        which units are worked on."""
+        with self._turn:
+            begin = time.monotonic()
+            items, rows, forwards = self._done(unit)
+            self._writing.acquire()  # before the next unit has its turn: no two shards at once
+        try:
+            table = self._table(items, rows)
+            self._check_publication()
+            path = shard_path(self.dataset, unit)
+            size = storage.write_shard(table, path, self.task.row_group_rows)
+            entry = storage.entry_of(path, size, storage.rows_of(table, self.task.id_column))
+        finally:
+            self._writing.release()
+        error_items = sum(any(row.get("error") for row in rows[key]) for key in unit.ids)
+        tokens = sum(self.built.tokens(row) for key in unit.ids for row in rows[key] if not row.get("error"))
+        seconds = time.monotonic() - begin
+        return UnitResult(len(unit.ids), error_items, tokens, seconds, forwards, entry)
+
+    def _done(self, unit: Unit) -> tuple[dict[str, Item], dict[str, list[dict[str, Any]]], dict[int, int]]:
+        """(the unit's items, their rows, precision -> forwards of rows)."""
         pulse = self.built.pulse
         before = pulse.by_bits()
         rows: dict[str, list[dict[str, Any]]] = {}
@@ -88,20 +113,10 @@ class Workbench:
                 if problem is not None:
                     rows[key] = [self._error_row(item, problem)]
             self._work({key: item for key, item in items.items() if key not in rows}, rows)
-            pulse.rest()
-            table = self._table(items, rows)
-            self._check_publication()
-            path = shard_path(self.dataset, unit)
-            size = storage.write_shard(table, path, self.task.row_group_rows)
-            entry = storage.entry_of(path, size, storage.rows_of(table, self.task.id_column))
         finally:
             pulse.rest()
             self._unit, self._rows = None, {}
-        error_items = sum(any(row.get("error") for row in rows[key]) for key in unit.ids)
-        tokens = sum(self.built.tokens(row) for key in unit.ids for row in rows[key] if not row.get("error"))
-        seconds = time.monotonic() - begin
-        forwards = dict(pulse.by_bits() - before)
-        return UnitResult(len(unit.ids), error_items, tokens, seconds, forwards, entry)
+        return items, rows, dict(pulse.by_bits() - before)
 
     def beat(self) -> Beat | None:
         """How far the unit is, None between units; another thread asks."""
@@ -138,7 +153,8 @@ class Workbench:
         except Exception as error:
             if poisons_process(error):
                 assert self._unit is not None
-                self._poisoned(self._unit, error)
+                with self._writing:  # the unit before this one has no part in it
+                    self._poisoned(self._unit, error)
             left = {key: item for key, item in items.items() if key not in rows}
             if len(items) > 1:
                 for key, item in left.items():

@@ -15,12 +15,15 @@ from pmpd import threads as openmp
 from pmpd.farm.task import Beat, FarmTask, Place, Unit, UnitResult, WorkerInfo, note_path
 from pmpd.farm.workbench import Workbench, error_text
 
+UNITS = 2
+"""Under way at a time: one is worked on, the shard of the one before is written."""
+
 POISONED = 17
 """Exit code of a worker whose GPU context is broken."""
 
 
 class Worker:
-    """`start` and `run` are called one after another, `beat` from a thread of its own, at any time."""
+    """`run` is called after `start`, in up to `UNITS` threads; `beat` from one of its own, at any time."""
 
     def __init__(
         self, connections: Mapping[str, tuple[str, str]] | None = None, plugins: Sequence[str] = ()
@@ -61,6 +64,7 @@ class Worker:
         self._bench = bench
         return info
 
+    @ray.method(concurrency_group="units")
     def run(self, unit: Unit) -> UnitResult:
         assert self._bench is not None
         return self._bench.run(unit)
