@@ -215,3 +215,9 @@ def test_batches_of_several_precisions_come_back_to_few_layouts():
     assert len(layouts) < len(sizes) / 2
     state.set_tokens([4])
     assert padded(state.segments, 1)[1] == (Segment(0, None, 4),), "a single precision stays as it is"
+
+
+@pytest.mark.parametrize("rows", [64, 256, 512, 1024])
+def test_mixed_batches_of_every_split_have_few_layouts(rows: int) -> None:
+    layouts = {padded((Segment(0, n, 4), Segment(n, None, 3)), rows)[1] for n in range(1, rows)}
+    assert len(layouts) < 40, "a layout of its own for each split is captured for a few steps only"

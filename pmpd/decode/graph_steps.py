@@ -34,9 +34,9 @@ USES_BEFORE_CAPTURE = 4
 pass through many once."""
 
 
-SEGMENT_SIZES = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256)
+SEGMENT_SIZES = (1, 2, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 """Rows of one precision in a captured step of several precisions: fewer sizes than `graphs.BUCKETS`, since
-every combination is a layout."""
+every combination is a layout. More rows than the largest have a layout for each number."""
 
 
 class Rows(Protocol):

@@ -17,7 +17,7 @@ from pmpd import gpu
 
 _log = logging.getLogger(__name__)
 
-BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512)
+BUCKETS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 768, 1024)
 
 Buffers = Mapping[str, Tensor]
 Step = Callable[[Buffers, Hashable], None]
