@@ -127,6 +127,18 @@ def test_iwslt_keeps_only_long_sources(tmp_path: Path) -> None:
     )
 
 
+def test_a_huge_text_is_refused_without_counting_all_of_its_tokens(tmp_path: Path) -> None:
+    huge = {"translation": {"fr": "mot " * 2**20, "en": "word"}}
+    path = write_lines(tmp_path / "q.jsonl", huge, RECORDS["iwslt"])
+    counted, told = [], []
+    load_questions(
+        BENCHMARKS["iwslt"], question_file=path, left_out=told,
+        count_tokens=lambda text: counted.append(len(text)) or len(text),
+    )  # fmt: skip
+    assert "4,194,303 characters" in told[0]
+    assert max(counted) == 2**20
+
+
 @pytest.mark.parametrize(
     ("bad", "said"),
     [
@@ -142,7 +154,10 @@ def test_iwslt_keeps_only_long_sources(tmp_path: Path) -> None:
             r"the id '81' is taken by question\.jsonl:1",
         ),
         ('{"question_id": 1, "category": "c", "turns": ["half \\ud83d"]}', "half of a surrogate pair"),
-        (json.dumps({"question_id": 1, "category": "c", "turns": ["x" * 2**21]}), "2,097,152 characters"),
+        (
+            json.dumps({"question_id": 1, "category": "c", "turns": ["x" * 2**21]}),
+            "2,097,152 characters.* shorten it",
+        ),
     ],
 )
 def test_a_record_that_is_no_question_is_left_out_and_told(tmp_path: Path, bad: str, said: str) -> None:

@@ -17,6 +17,7 @@ from pmpd import storage
 from pmpd.demo import texts
 from pmpd.farm import FarmOptions, prompt_task
 from pmpd.farm.prompt_task import PromptTask
+from pmpd.labeling import prompts
 from pmpd.labeling.prompts import PromptConfig, cut_length, make_prompts
 from pmpd.storage import keys
 from pmpd.weights.model_spec import ModelSpec
@@ -323,3 +324,31 @@ def test_whole_and_chat_prompts_are_not_cut_and_have_ids_of_their_own(tokenizer,
     assert [row["error"] is None for row in rows] == [True, True, False, True]
     assert "the question takes" in rows[2]["error"]
     assert "450 fit" in rows[2]["error"], "a question without its end is another question"
+
+
+def test_a_huge_document_is_read_as_far_as_a_prompt_goes_and_a_huge_question_is_an_error(
+    tokenizer, tmp_path, monkeypatch
+):
+    path = write_lines(tmp_path / "texts.jsonl", c4([*TEXTS, "five " * 10_000]))
+    whole = made(tokenizer, path), made(tokenizer, path, form="whole", longest=150)
+    read: list[int] = []
+    monkeypatch.setattr(prompts, "MAX_DOCUMENT_CHARACTERS", 3000)
+    tokens_of = prompts.encode_document
+    monkeypatch.setattr(
+        prompts,
+        "encode_document",
+        lambda tokenizer, text: read.append(len(text)) or tokens_of(tokenizer, text),
+    )
+    for before, form in zip(whole, ({}, {"form": "whole", "longest": 150}), strict=True):
+        after = made(tokenizer, path, **form)
+        assert [row["input_ids"] for row in after] == [row["input_ids"] for row in before]
+    assert max(read) == 3000
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}<{{ m['content'] }}>{% endfor %}!"
+    counts: Counter[str] = Counter()
+    rows = list(make_prompts(PromptConfig(str(path), form="chat"), tokenizer, 2048, counts))
+    assert [row["error"] for row in rows] == [None] * 4 + [
+        "the question has 50,000 characters, 3,000 at most; shorten it, or take the beginnings of texts with "
+        "--prompt-form cut"
+    ]
+    assert not counts["malformed"], "it was well written"

@@ -180,7 +180,8 @@ def _parse(benchmark: Benchmark, record: Record, count_tokens: CountTokens) -> P
     if record.fields is None:
         raise UserError(record.problem)
     try:
-        parsed = benchmark.make(record.fields, count_tokens)
+        # What is too long is refused below, and need not be counted to its end.
+        parsed = benchmark.make(record.fields, lambda text: count_tokens(text[:MAX_CHARACTERS]))
     except UnicodeEncodeError as error:  # a text that was to be hashed
         raise UserError(f"{text_problem(error.object)}, in {error.object[:40]!r}") from None
     if parsed is None:
@@ -190,7 +191,9 @@ def _parse(benchmark: Benchmark, record: Record, count_tokens: CountTokens) -> P
         if told := text_problem(text):
             raise UserError(f"{told}, in {text[:40]!r}")
         if len(text) > MAX_CHARACTERS:
-            raise UserError(f"a text of {len(text):,} characters; {MAX_CHARACTERS:,} at most")
+            raise UserError(
+                f"a text of {len(text):,} characters; {MAX_CHARACTERS:,} at most; shorten it or take it out"
+            )
     return parsed
 
 

@@ -31,7 +31,8 @@ from pmpd.storage.records import SUFFIXES, Record, RecordSource, hub_records, so
 
 MAX_DOCUMENT_TOKENS = 2048
 MAX_DOCUMENT_CHARACTERS = 2**20
-"""What follows is not tokenized: a record of 50 MB would take minutes and gigabytes."""
+"""What follows is not tokenized: a record of 50 MB would take minutes and gigabytes. A prompt is the first
+`MAX_DOCUMENT_TOKENS` at most, so nothing of it is lost; a question, which must be whole, is an error row."""
 MIN_PROMPT_TOKENS = 32
 """Shorter cuts are made only where the document itself has fewer than twice as many tokens."""
 
@@ -203,6 +204,11 @@ def documents(config: PromptConfig, counts: Counter[str] | None = None) -> Itera
             first_problem = first_problem or f"{source}: {problem}"
             if counts["malformed"] == len(seen) == _PATIENCE:
                 break
+        elif config.form == "chat" and len(text) > MAX_DOCUMENT_CHARACTERS:
+            problem = (
+                f"the question has {len(text):,} characters, {MAX_DOCUMENT_CHARACTERS:,} at most; "
+                f"shorten it, or take the beginnings of texts with --prompt-form cut"
+            )
         text = text[:MAX_DOCUMENT_CHARACTERS] if problem is None else ""
         yield {"prompt_id": key, "source": source, "text": text, "problem": problem}
         if len(seen) == config.size:
