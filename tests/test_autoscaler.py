@@ -90,7 +90,6 @@ def autoscaling(tmp_path):
         with open(tmp_path / "head.log", "w") as log:
             head = subprocess.Popen(command, env={**env, **loopback, **fake}, stdout=log, stderr=log)
         try:
-            # A driver that joins while the head is half up waits for ever, in Ray's own code.
             deadline = time.monotonic() + 120
             while "Ray runtime started" not in (tmp_path / "head.log").read_text():
                 assert head.poll() is None, (tmp_path / "head.log").read_text()

@@ -113,6 +113,19 @@ def test_something_else_than_ray_is_told_at_once(joined, answer):
         joined(address, None)
 
 
+def test_a_ray_on_loopback_only_is_asked_there(joined, listening, monkeypatch):
+    """Ray takes 127.0.0.1 for the machine's own address, and asks there for minutes."""
+    seen = []
+    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "127.0.0.2")
+    monkeypatch.setattr(ray_private, "loopback_only", lambda: seen.append(1) or contextlib.nullcontext())
+    joined(listening, None)
+    joined(None, listening)
+    assert len(seen) == 2
+    monkeypatch.setattr(ray.util, "get_node_ip_address", lambda: "127.0.0.1")  # it answers there too
+    joined(listening, None)
+    assert len(seen) == 2
+
+
 def test_another_version_of_ray_is_told_with_both(joined, listening):
     page = (
         "Version mismatch: The cluster was started with:\n    Ray: 2.59.0\n    Python: 3.11.9\nThis process "

@@ -9,7 +9,7 @@ import socket
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -100,8 +100,11 @@ def _join(address: str, told: str) -> None:
     import ray
     from ray.exceptions import RayError
 
+    from pmpd.farm import ray_private
+
+    loopback = ray_private.loopback_only() if _on_loopback_only(address) else nullcontext()
     try:
-        with own_signals():
+        with own_signals(), loopback:
             ray.init(address=address, **QUIET)
     except (ConnectionError, RayError, ValueError, RuntimeError) as error:
         if "AuthenticationError" in f"{error!r} {error.__cause__}":
@@ -173,6 +176,17 @@ def _listens(address: str) -> bool:
     except (OSError, ValueError, OverflowError):
         return False
     return True
+
+
+def _on_loopback_only(address: str) -> bool:
+    """Whether that Ray was started with `--node-ip-address=127.0.0.1`. Ray takes a loopback address for the
+    machine's own, and asks there for two minutes, deaf to Ctrl-C."""
+    import ray
+
+    host, _, port = address.rpartition(":")
+    return host in ("127.0.0.1", "localhost", "[::1]") and not _listens(
+        f"{ray.util.get_node_ip_address()}:{port}"
+    )
 
 
 def _connection(address: str) -> socket.socket:
