@@ -244,6 +244,11 @@ def test_progress_is_one_line_with_all_numbers():
     line = stream.getvalue().splitlines()[-1]
     assert line.startswith("labels: 30/100 rows (30.0%)  2.00 rows/s  40 tokens/s  ETA 0:3")
     assert line.endswith("workers 2/3  errors 2")
+    told: list[float] = []
+    progress._publish = lambda numbers, by_bits: told.append(numbers["workers_up"])
+    progress.end()
+    assert stream.getvalue().splitlines()[-1].endswith("workers 2/3  errors 2"), "not as if none had worked"
+    assert told == [2, 0], "as metrics none is up any more"
 
 
 def test_a_unit_under_way_counts_by_its_forwards():

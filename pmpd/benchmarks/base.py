@@ -188,12 +188,12 @@ def _parse(benchmark: Benchmark, record: Record, count_tokens: CountTokens) -> P
         return None
     texts = (*parsed.turns, parsed.key, parsed.category, *(text for text in parsed.references if text))
     for text in texts:
-        if told := text_problem(text):
-            raise UserError(f"{told}, in {text[:40]!r}")
         if len(text) > MAX_CHARACTERS:
             raise UserError(
                 f"a text of {len(text):,} characters; {MAX_CHARACTERS:,} at most; shorten it or take it out"
             )
+        if told := text_problem(text):
+            raise UserError(f"{told}, in {text[:40]!r}")
     return parsed
 
 

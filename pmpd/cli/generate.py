@@ -85,7 +85,8 @@ def main(job: GenerateJob, console: Console | None = None) -> str:
         left_out=left_out,
     )  # fmt: skip
     if left_out:
-        console.print(f"{len(left_out)} records left out; the first one is {left_out[0]}", soft_wrap=True)
+        many = f"{len(left_out)} record{'s' * (len(left_out) > 1)}"
+        console.print(f"{many} left out; the first one is {left_out[0]}", soft_wrap=True)
     asked = job.template or preset.templates.get(benchmark.name)
     template = choose_template(job.model_id, tokenizer, asked)
     console.print(f"template: {template_note(template, job.model_id, asked)}", soft_wrap=True)

@@ -125,8 +125,7 @@ def _run(
             pool.close()
             ledger.journal.flush()
             _summarize(ledger, options, progress, pool, workers, time.monotonic() - begin)
-            progress.up = 0
-            progress.tick(force=True)
+            progress.end()
 
     ledger.reconcile()
     seconds = time.monotonic() - begin

@@ -128,12 +128,22 @@ class Progress:
         )
         return text + (f"  stalls {self.stalls}" * bool(self.stalls)) + (f"  ({self.note})" * bool(self.note))
 
-    def tick(self, force: bool = False) -> None:
-        now = time.monotonic()
-        if self._publish is not None and (now - self._last_published >= 1 or force):
-            self._last_published = now
+    def end(self) -> None:
+        """The last line, with the workers that there were; as metrics, none is up any more."""
+        self.tick(force=True)
+        self.up = 0
+        self._publish_numbers()
+
+    def _publish_numbers(self) -> None:
+        if self._publish is not None:
             by_bits = self.by_bits.copy()
             self._publish({name: value for name, value in self.numbers().items() if value == value}, by_bits)
+
+    def tick(self, force: bool = False) -> None:
+        now = time.monotonic()
+        if now - self._last_published >= 1 or force:
+            self._last_published = now
+            self._publish_numbers()
         if now - self._last < self._every and not force:
             return
         self._last = now
