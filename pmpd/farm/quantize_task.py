@@ -81,7 +81,7 @@ class QuantizeTask(FarmTask):
             trust_remote_code=self.trust_remote_code,
             device=None if device is None else torch.device(device),
             dtype=getattr(torch, self.dtype) if self.dtype else None,
-            work_copy=beside(self.output, "work") if remote else None,
+            work_copy=self.output if remote else None,
             on_progress=on_progress,
         )
         if remote:

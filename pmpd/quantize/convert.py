@@ -123,7 +123,7 @@ def quantize_checkpoint(
         samples,
         WorkFolder(
             output.parent / f".{output.name}.work-{layers}",
-            work_copy and storage.join(work_copy, layers),
+            work_copy and storage.join(work_copy, f".work-{layers}"),
         ),
         f"tuning-{fingerprint}",
         device,

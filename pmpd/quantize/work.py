@@ -81,8 +81,8 @@ class WorkFolder:
     def discard(self) -> None:
         """Removes all of it."""
         shutil.rmtree(self.path)
-        for file in storage.list_files(self.copy) if self.copy is not None else ():
-            storage.remove(file)
+        if self.copy is not None:
+            storage.remove_dataset(self.copy)
 
 
 def save(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
