@@ -56,11 +56,28 @@ class TokenPlaces:
     stretches: Sequence[Stretch] = ()
     masks: dict[int | None, Tensor] = field(default_factory=dict)
     """Decode masks bool [used_slots, 1, 1, longest], by window: all layers share them."""
+    stretch_masks: dict[tuple[int, int, int | None], Tensor] = field(default_factory=dict)
+    """Prefill masks bool [tokens, seen], by offset, tokens seen and window, likewise."""
 
     @cached_property
     def lengths(self) -> Tensor:
         """Keys that each row of a decode forward sees: int64 [n]."""
         return self.positions + 1
+
+    def stretch_mask(self, stretch: Stretch, window: int | None) -> Tensor:
+        """Which of the tokens up to a stretch's end each of its tokens sees."""
+        seen = stretch.offset + stretch.stop - stretch.start
+        key = stretch.offset, seen, window
+        if key not in self.stretch_masks:
+            device = self.slots.device
+            distance = torch.arange(stretch.offset, seen, device=device)[:, None] - torch.arange(
+                seen, device=device
+            )
+            mask = distance >= 0
+            if window is not None:
+                mask &= distance < window
+            self.stretch_masks[key] = mask
+        return self.stretch_masks[key]
 
     def decode_mask(self, window: int | None) -> Tensor:
         if window not in self.masks:
@@ -239,12 +256,7 @@ def _attend_prefill(
         seen = stretch.offset + stretch.stop - stretch.start
         mask = None
         if stretch.offset > 0 or (window is not None and seen > window):
-            distance = torch.arange(stretch.offset, seen, device=query.device)[:, None] - torch.arange(
-                seen, device=query.device
-            )
-            mask = distance >= 0
-            if window is not None:
-                mask &= distance < window
+            mask = places.stretch_mask(stretch, window)
         part = torch.nn.functional.scaled_dot_product_attention(
             query[stretch.start : stretch.stop].transpose(0, 1)[None],
             keys[stretch.slot : stretch.slot + 1, :, :seen],
