@@ -286,7 +286,7 @@ def candidates(train: CurveSet, most: int) -> list[Thresholds]:
     """Settings of `online` that are worth exact forwards: of those of `settings_of`, and more that switch
     seldom, for each twelfth of the bits some of least loss by the sums of curves, and as many that switch
     least."""
-    settings = list(settings_of(train))
+    settings = [setting for setting in settings_of(train) if setting.signal == "entropy"]
     for setting in list(settings):
         if setting.patience == 1 and setting.hold == 1:
             settings += [replace(setting, patience=p, hold=h) for p, h in ((4, 1), (4, 16), (8, 16))]

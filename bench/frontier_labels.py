@@ -14,6 +14,7 @@ another cut, half the new tokens.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 import traceback
@@ -51,17 +52,21 @@ class LabelSet:
     """Of the cut."""
     tokens_share: float = 1.0
     kinds: tuple[str, ...] = KINDS
+    folder: str = ""
+    """Whose rows these are; the set's own name by default."""
 
 
 SETS: dict[str, LabelSet] = {
     "main": LabelSet(again=False),
+    "more": LabelSet(again=False, folder="main"),
     "cost": LabelSet(),
     "bfloat16": LabelSet(other_reference=True),
     "space": LabelSet(space=True),
     "cut": LabelSet(seed=1, kinds=("continuations",)),
     "tokens": LabelSet(tokens_share=0.5),
 }
-"""By name. `cost` is `main` for few records, to be run alone on a device that is measured."""
+"""By name. `more` goes on behind the prompts of `main`; `cost` is `main` for few records, to be run alone
+on a device that is measured."""
 
 
 @dataclass(frozen=True)
@@ -74,8 +79,12 @@ class Config:
     sets: tuple[str, ...] = ("main",)
     size: int = 4400
     """Prompts of `main`, of both kinds together."""
+    more_size: int = 0
+    """Where `more` ends: prompts of both together."""
     noise_size: int = 512
     """Prompts of every other set."""
+    wait_seconds: float = 0
+    """So long the quantized model may be on its way; the references are made meanwhile."""
     max_new_tokens: int = 256
     max_prompt_tokens: int = 256
     slots: int = 256
@@ -119,7 +128,8 @@ class Models:
 def prompts_of(config: Config, made: LabelSet, kind: str, tokenizer: Any) -> list[dict[str, Any]]:
     """The PROMPTS rows of a set that this part makes."""
     part, parts = (int(number) for number in config.part.split("/"))
-    size = config.noise_size if made.again else config.size
+    size = config.noise_size if made.again else config.more_size if made.folder else config.size
+    first = config.size // len(made.kinds) if made.folder else 0
     form: Form = "chat" if kind == "instructions" else "cut"
     source = PromptConfig(
         str(config.texts / f"{kind}.jsonl"), None, None, 10**9, made.seed, form, config.max_prompt_tokens
@@ -129,17 +139,16 @@ def prompts_of(config: Config, made: LabelSet, kind: str, tokenizer: Any) -> lis
     for index, document in enumerate(documents(source)):
         if index == max(1, size // len(made.kinds)):
             break
-        if index % parts == part:
+        if index >= first and index % parts == part:
             text = (" " if made.space else "") + document["text"]
             rows.append(make({**document, "text": text}))
     return rows
 
 
-def write_rows(rows: Iterable[dict[str, Any]], dataset: Path, schema: Any, part: str) -> int:
-    """Shards of this part; rows."""
+def write_rows(rows: Iterable[dict[str, Any]], dataset: Path, schema: Any, name: str) -> int:
+    """Shards of a part by this name; rows."""
     held: list[dict[str, Any]] = []
     written = 0
-    name = part.split("/")[0]
 
     def flush() -> None:
         path = storage.join(storage.data_folder(str(dataset)), f"part-{name}-{written:05}.parquet")
@@ -158,38 +167,76 @@ def write_rows(rows: Iterable[dict[str, Any]], dataset: Path, schema: Any, part:
     return written
 
 
-def make_set(name: str, config: Config, models: Models) -> Iterator[dict[str, Any]]:
-    """Labels of one set, kind by kind; a line of costs for every step."""
-    made, quantized = SETS[name], models.get("quantized")
+@dataclass(frozen=True)
+class Referenced:
+    """Prompts of a set and kind, with their references."""
+
+    name: str
+    kind: str
+    prompts: list[dict[str, Any]]
+    references: dict[str, dict[str, Any]]
+    plain: LabelConfig
+
+
+class Costs:
+    """What steps took, written as they end."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.path = config.output / f"costs-{config.name}-{config.part.split('/')[0]}.json"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.lines: list[dict[str, Any]] = []
+
+    def timed(self, step: str, name: str, kind: str, prompts: int, work: Any) -> Any:
+        started = time.perf_counter()
+        found = work()
+        if self.config.device == "cuda":
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - started
+        line = {"set": name, "kind": kind, "prompts": prompts, "part": self.config.part, "step": step}
+        self.lines.append({**line, "seconds": seconds})
+        print(json.dumps(self.lines[-1]), flush=True)
+        self.path.write_text(json.dumps(self.lines, indent=1) + "\n")
+        return found
+
+
+def referenced(name: str, config: Config, models: Models, costs: Costs) -> Iterator[Referenced]:
+    """The references of one set, kind by kind."""
+    made = SETS[name]
     unquantized = models.get("other" if made.other_reference else "reference")
-    tokens = int(config.max_new_tokens * made.tokens_share)
-    plain = LabelConfig(quantized.precisions, tokens, config.slots)
-    schema = storage.labels_schema(quantized.head_dim)
+    plain = LabelConfig(max_new_tokens=int(config.max_new_tokens * made.tokens_share), slots=config.slots)
     for kind in made.kinds:
-        folder = config.output / name
-        prompts = prompts_of(config, made, kind, quantized.tokenizer)
+        prompts = prompts_of(config, made, kind, unquantized.tokenizer)
         usable = [row for row in prompts if not row["error"]]
-        for rule in config.rules:
-            write_rows(prompts, folder / rule / kind / "prompts", storage.PROMPTS, config.part)
-        line = {"set": name, "kind": kind, "prompts": len(usable), "part": config.part}
+        rows = costs.timed(
+            "references",
+            name,
+            kind,
+            len(usable),
+            lambda u=usable: list(reference_prompts(unquantized, u, plain)),
+        )
+        yield Referenced(name, kind, prompts, {row["prompt_id"]: row for row in rows}, plain)
 
-        def timed(step: str, work: Any, line: dict[str, Any] = line) -> tuple[dict[str, Any], Any]:
-            started = time.perf_counter()
-            found = work()
-            if config.device == "cuda":
-                torch.cuda.synchronize()
-            return {**line, "step": step, "seconds": time.perf_counter() - started}, found
 
-        made_rows = reference_prompts(unquantized, usable, plain)
-        cost, references = timed("references", lambda rows=made_rows: list(rows))
-        yield cost
-        by_id = {row["prompt_id"]: row for row in references}
-        for rule in config.rules:
-            labelling = replace(plain, rule=RULES[rule])
-            rows = label_prompts(quantized, usable, by_id, labelling, unquantized)
-            dataset = folder / rule / kind / "labels"
-            cost, _ = timed(rule, lambda r=rows, d=dataset: write_rows(r, d, schema, config.part))
-            yield cost
+def label_set(made: Referenced, config: Config, models: Models, costs: Costs) -> None:
+    """Both rules' labels of one set and kind."""
+    quantized = models.get("quantized")
+    unquantized = models.get("other" if SETS[made.name].other_reference else "reference")
+    schema = storage.labels_schema(quantized.head_dim)
+    usable = [row for row in made.prompts if not row["error"]]
+    shards = f"{made.name}-{config.part.split('/')[0]}"
+    for rule in config.rules:
+        folder = config.output / (SETS[made.name].folder or made.name) / rule / made.kind
+        write_rows(made.prompts, folder / "prompts", storage.PROMPTS, shards)
+        labelling = replace(made.plain, precisions=quantized.precisions, rule=RULES[rule])
+        rows = label_prompts(quantized, usable, made.references, labelling, unquantized)
+        costs.timed(
+            rule,
+            made.name,
+            made.kind,
+            len(usable),
+            lambda r=rows, f=folder: write_rows(r, f / "labels", schema, shards),
+        )
 
 
 def finish(config: Config) -> None:
@@ -201,6 +248,8 @@ def finish(config: Config) -> None:
     schema = storage.labels_schema(reading.head_dim)
     for name in config.sets:
         made = SETS[name]
+        if made.folder:
+            continue
         for rule in config.rules:
             for kind in made.kinds:
                 about = {
@@ -217,6 +266,9 @@ def finish(config: Config) -> None:
                 }
                 folder = config.output / name / rule / kind
                 for table, columns in (("prompts", storage.PROMPTS), ("labels", schema)):
+                    if not storage.list_shards(str(folder / table)):
+                        print(f"{folder / table}: nothing there")
+                        continue
                     errors = storage.read_table(str(folder / table), ["error"])["error"].to_pylist()
                     models = {"model": quantized.fingerprint(), "num_key_value_heads": reading.kv_heads}
                     storage.write_manifest(
@@ -236,17 +288,26 @@ def main(config: Config) -> None:
     if config.finish:
         finish(config)
         return
-    models, costs = Models(config), []
-    path = config.output / f"costs-{config.name}-{config.part.split('/')[0]}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
+    models, costs = Models(config), Costs(config)
+    every: list[Referenced] = []
     for name in config.sets:
-        try:
-            for cost in make_set(name, config, models):
-                costs.append(cost)
-                print(json.dumps(cost), flush=True)
-                path.write_text(json.dumps(costs, indent=1) + "\n")
-        except Exception:  # the other sets are worth having
-            traceback.print_exc()
+        with others_go_on():
+            every += referenced(name, config, models, costs)
+    deadline = time.monotonic() + config.wait_seconds
+    while not (Path(config.model_path) / "config.json").is_file() and time.monotonic() < deadline:
+        time.sleep(1)
+    for made in every:
+        with others_go_on():
+            label_set(made, config, models, costs)
+
+
+@contextlib.contextmanager
+def others_go_on() -> Iterator[None]:
+    """A set that fails is told; the others are worth having."""
+    try:
+        yield
+    except Exception:
+        traceback.print_exc()
 
 
 if __name__ == "__main__":
