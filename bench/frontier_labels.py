@@ -27,6 +27,7 @@ import torch
 import tyro
 
 from pmpd import PMPDForCausalLM, storage
+from pmpd.labeling import curves
 from pmpd.labeling.config import LabelConfig
 from pmpd.labeling.label import label_prompts, reference_prompts
 from pmpd.labeling.prompts import Form, PromptConfig, PromptMaker, documents
@@ -101,6 +102,8 @@ class Config:
     """costs-NAME.json; a part adds its number."""
     finish: bool = False
     """Write the manifests of what all parts made; nothing is labelled."""
+    logit_bytes: int = 2**31
+    """Memory of a GPU that the distributions of a batch may take."""
     threads: int = 2
     rules: tuple[str, ...] = RULES_MADE
 
@@ -289,16 +292,19 @@ def main(config: Config) -> None:
         finish(config)
         return
     models, costs = Models(config), Costs(config)
-    every: list[Referenced] = []
-    for name in config.sets:
-        with others_go_on():
-            every += referenced(name, config, models, costs)
-    deadline = time.monotonic() + config.wait_seconds
-    while not (Path(config.model_path) / "config.json").is_file() and time.monotonic() < deadline:
-        time.sleep(1)
-    for made in every:
-        with others_go_on():
-            label_set(made, config, models, costs)
+    curves.LOGIT_BYTES["cuda"] = config.logit_bytes
+    behind = [name for name in config.sets if SETS[name].folder]
+    for names in ([name for name in config.sets if name not in behind], behind):
+        every: list[Referenced] = []
+        for name in names:
+            with others_go_on():
+                every += referenced(name, config, models, costs)
+        deadline = time.monotonic() + config.wait_seconds
+        while not (Path(config.model_path) / "config.json").is_file() and time.monotonic() < deadline:
+            time.sleep(1)
+        for made in every:
+            with others_go_on():
+                label_set(made, config, models, costs)
 
 
 @contextlib.contextmanager
