@@ -18,14 +18,17 @@ import numpy as np
 
 from bench._frontier_kv import KvFits, class_losses
 from bench._frontier_pack import Judged
+from pmpd import storage
 from pmpd.evaluation.curve_set import CurveSet
 from pmpd.evaluation.frontier import Gain, Resampling, lower_hull, mix_for
 from pmpd.evaluation.policies import CLUSTERS, MULTIPLIERS, kmeans, nearest, ridge, standardised
 from pmpd.metrics.bootstrap import interval
 from pmpd.schedulers.budget import risks
 from pmpd.schedulers.chain import class_steps
+from pmpd.training.data import Features, features_from_table, usable
 
 POINTS = 41
+COMPONENTS = 16
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,45 @@ class Answers:
             float((self.bits * choice_NP).sum() / (self.forwards * choice_NP).sum()),
             float((self.loss * choice_NP).sum() / len(self.loss)),
         )
+
+
+def from_labels(folder: str, rule: str = "rouge_l") -> tuple[CurveSet, Judged, Features]:
+    """Prompts, answers and KV features of labels by a rule that decodes, without curves: the cheap features
+    are the prompt's length and the principal components of the cache's mean key and value. Every prompt is a
+    group of its own, since such labels do not say where it came from."""
+    columns = ["prompt_id", "prompt_tokens", "pairs", "keys", "values", "error"]
+    table = usable(storage.read_table(folder, columns)).sort_by("prompt_id")
+    features = features_from_table(table)
+    rows = table.select(["prompt_id", "prompt_tokens", "pairs"]).to_pylist()
+    chain = (rows[0]["pairs"][0]["high"], *(pair["low"] for pair in rows[0]["pairs"]))
+
+    def of(name: str) -> np.ndarray:
+        return np.asarray([[pair[name] for pair in row["pairs"]] for row in rows])
+
+    means = []
+    for part in (features.keys, features.values):
+        split = part.float().split(features.lengths.tolist())
+        means.append(np.stack([tokens.mean(0).numpy() for tokens in split]))
+    pooled = np.concatenate(means, axis=1)
+    pooled = (pooled - pooled.mean(0)) / np.maximum(pooled.std(0), 1e-9)
+    components = np.linalg.svd(pooled, full_matrices=False)[2][:COMPONENTS]
+    count, keys = len(rows), tuple(row["prompt_id"] for row in rows)
+    lengths = np.log([row["prompt_tokens"] for row in rows])[:, None]
+    nothing = np.zeros((count, len(chain), 1))
+    curves = CurveSet(
+        keys=keys,
+        groups=np.arange(count),
+        kinds=np.zeros(count, int),
+        chain=chain,
+        loss=nothing,
+        valid=np.ones((count, 1), bool),
+        statistics={},
+        start={},
+        features=np.concatenate([lengths, pooled @ components.T], axis=1),
+        feature_names=("log_length", *(f"pooled_{i}" for i in range(len(components)))),
+    )
+    judged = Judged(keys, keys, of("label"), of(rule).astype(float), of("branch_tokens"))
+    return curves, judged, features
 
 
 def answers_of(curves: CurveSet, rouge: Judged, new_tokens: int) -> Answers:
@@ -149,10 +191,10 @@ def predictions(
         "static per kind": class_table(train, test, lambda part: part.curves.kinds),
         "static per cluster": class_table(train, test, lambda part: clusters[id(part)]),
         "regression of ROUGE-L": regressed(train, test, train.loss),
-        "regression of the divergence": regressed(
-            train, test, by_plan(class_losses(train.curves, new_tokens), train.plans)
-        ),
     }
+    if train.curves.loss.any():
+        of_class = class_losses(train.curves, new_tokens)
+        found["regression of the divergence"] = regressed(train, test, by_plan(of_class, train.plans))
     for name, fitted in fits.items():
         place = {key: row for row, key in enumerate(fitted.keys)}
         rows = [np.asarray([place[key] for key in part.curves.keys]) for part in (train, test)]

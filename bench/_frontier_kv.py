@@ -120,11 +120,12 @@ def fit_folds(
     classes: Mapping[str, Sequence[int]] | None = None,
     config: TrainConfig | None = None,
     device: str = "cpu",
+    losses: np.ndarray | None = None,
 ) -> KvFits:
     """The classifier of every fold. `classes`: prompt_id -> label of each pair, by another rule than the
-    divergence of `curves`."""
+    divergence of `curves`; `losses` float32 [N, J, 4]: what each class loses, likewise."""
     keys, pairs = curves.keys, tuple(pairs_of(curves.chain))
-    losses = class_losses(curves, new_tokens)
+    losses = class_losses(curves, new_tokens) if losses is None else losses
     if classes is None:
         rule = RULES["kl"]
         labels = [[rule.label((-row).tolist(), -float(row[3])) for row in rows] for rows in losses]

@@ -31,18 +31,7 @@ def markdown(results: dict[str, Any]) -> str:
     lines += ["", f"By quarter of the decode: {quarters}", ""]
     lines += policies(results["policies"] + results["oracles"])
     if "answers" in results:
-        answers = results["answers"]
-        lines += ["", f"Whole answers: 1 - ROUGE-L of {answers['prompts']} prompts, plans of two precisions."]
-        lines += table(
-            answers["plans"],
-            {
-                "pair": _word("pair"),
-                "class": _word("class"),
-                "bits": _number("bits", 3),
-                "ROUGE-L": _number("rouge_l", 4),
-            },
-        )
-        lines += ["", *policies(answers["policies"] + answers["oracles"])]
+        lines += answers_lines(results["answers"])
     lines += rules(results)
     if "exact" in results:
         lines += ["", "| plan | curves against exact forwards, error in % | correlation over prompts |"]
@@ -88,6 +77,29 @@ def markdown(results: dict[str, Any]) -> str:
 
 def _segment(row: dict[str, float]) -> str:
     return ", ".join(f"{bits}: {row[bits]:.4f}" for bits in row if bits != "segment")
+
+
+def answers_page(results: dict[str, Any]) -> str:
+    """Of `bench.frontier answers`."""
+    lines = [
+        f"# Whole answers: policies against static plans, {results['answers']['prompts']} held-out prompts"
+    ]
+    lines += rules(results) + answers_lines(results["answers"])
+    return "\n".join(lines) + "\n"
+
+
+def answers_lines(answers: dict[str, Any]) -> list[str]:
+    lines = ["", f"Whole answers: loss 1 - ROUGE-L, {answers['prompts']} prompts, plans of two precisions."]
+    lines += table(
+        answers["plans"],
+        {
+            "pair": _word("pair"),
+            "class": _word("class"),
+            "bits": _number("bits", 3),
+            "ROUGE-L": _number("rouge_l", 4),
+        },
+    )
+    return [*lines, "", *policies(answers["policies"] + answers["oracles"])]
 
 
 def policies(rows: Sequence[dict[str, Any]]) -> list[str]:

@@ -192,6 +192,92 @@ class Fit:
         print(json.dumps({**told, "accuracy": fits.accuracy(pair_names(curves.chain))}))
 
 
+def judged_answers(
+    answers: _frontier_answers.Answers,
+    fold: np.ndarray,
+    targets: tuple[float, ...],
+    tokens: int,
+    fits: dict[str, KvFits],
+    resamples: int,
+    seed: int,
+) -> dict[str, Any]:
+    """The whole answers' frontier, policies and oracle."""
+    gains, oracle = _frontier_answers.gains(answers, fold, targets, tokens, fits, resamples, seed)
+    best = {gain.target_bits: gain.gain for gain in oracle}
+    rows = table(gains, holm([gain.p for gain in gains]), best)  # type: ignore[arg-type]
+    for row, gain in zip(rows, gains, strict=True):
+        row["prompts_for_1_percent"] = prompts_needed(gain, len(answers.loss))
+    plans = [
+        {
+            "pair": pair_names(answers.curves.chain)[j],
+            "class": k,
+            "bits": float(answers.bits[:, p].sum() / answers.forwards[:, p].sum()),
+            "rouge_l": float(1 - answers.loss[:, p].mean()),
+        }
+        for p, (j, k) in enumerate(answers.plans)
+    ]
+    return {
+        "prompts": len(answers.loss),
+        "plans": plans,
+        "policies": rows,
+        "oracles": table(oracle, [gain.p for gain in oracle], best),  # type: ignore[arg-type]
+    }
+
+
+@dataclass(frozen=True)
+class AnswersStudy:
+    """Whole answers alone, from the labels of a rule that decodes (rouge_l): no curves, no model."""
+
+    labels: str
+    """A labels dataset."""
+    targets: tuple[float, ...] = (2.5, 2.75, 3.0, 3.25, 3.5)
+    folds: int = 5
+    resamples: int = 10000
+    seed: int = 0
+    epochs: int = 30
+    batch_size: int = 64
+    name: str = "frontier_answers"
+    """Write bench/results/NAME.json and NAME.md."""
+
+    def run(self) -> None:
+        started = time.process_time()
+        curves, judged, features = _frontier_answers.from_labels(self.labels)
+        manifest = storage.read_manifest(self.labels) or {}
+        heads, tokens = (
+            manifest["models"]["num_key_value_heads"],
+            manifest["config"]["max_new_tokens"],
+        )
+        fold = folds(curves, self.folds, self.seed)
+        config = TrainConfig(batch_size=self.batch_size, num_train_epochs=self.epochs, seed=self.seed)
+        classes = dict(zip(judged.keys, judged.labels.tolist(), strict=True))
+        losses = (1 - judged.scores).astype(np.float32)
+        fits = {
+            "rouge_l": fit_folds(curves, features, heads, "class", tokens, fold, classes, config),
+            "loss of ROUGE-L": fit_folds(
+                curves, features, heads, "loss", tokens, fold, classes, config, losses=losses
+            ),
+        }
+        answers = _frontier_answers.answers_of(curves, judged, tokens)
+        found = judged_answers(answers, fold, self.targets, tokens, fits, self.resamples, self.seed)
+        names = pair_names(curves.chain)
+        results = {
+            "settings": told(self),
+            "labels": {
+                key: manifest.get(key) for key in ("config", "models", "seconds", "device", "git_commit")
+            },
+            "classes": _frontier_pack.class_rows({"rouge_l": judged}, names),
+            "classifiers": [
+                {"rule": n, **row} for n, fitted in fits.items() for row in fitted.accuracy(names)
+            ],
+            "answers": found,
+            "cpu_seconds": time.process_time() - started,
+        }
+        _record.write(self.name, results)
+        text = _frontier_page.answers_page(results)
+        (_record.RESULTS / f"{self.name}.md").write_text(text)
+        print(text)
+
+
 ABOUT = "about.json"
 
 
@@ -414,29 +500,8 @@ class Study:
         answers = _frontier_answers.answers_of(curves, rouge, tokens)
         at = {key: row for row, key in enumerate(curves.keys)}
         fold = fold[[at[key] for key in answers.curves.keys]]
-        gains, oracle = _frontier_answers.gains(
-            answers, fold, self.targets, tokens, fits, self.resamples, self.seed
-        )
-        best = {gain.target_bits: gain.gain for gain in oracle}
-        rows = table(gains, holm([gain.p for gain in gains]), best)  # type: ignore[arg-type]
-        for row, gain in zip(rows, gains, strict=True):
-            row["prompts_for_1_percent"] = prompts_needed(gain, len(answers.loss))
-        plans = [
-            {
-                "pair": pair_names(curves.chain)[j],
-                "class": k,
-                "bits": float(answers.bits[:, p].sum() / answers.forwards[:, p].sum()),
-                "rouge_l": float(1 - answers.loss[:, p].mean()),
-            }
-            for p, (j, k) in enumerate(answers.plans)
-        ]
         return {
-            "answers": {
-                "prompts": len(answers.loss),
-                "plans": plans,
-                "policies": rows,
-                "oracles": table(oracle, [gain.p for gain in oracle], best),  # type: ignore[arg-type]
-            }
+            "answers": judged_answers(answers, fold, self.targets, tokens, fits, self.resamples, self.seed)
         }
 
     def _kv_fits(self, curves: CurveSet, about: dict[str, Any], fold: np.ndarray) -> dict[str, KvFits]:
@@ -523,6 +588,7 @@ if __name__ == "__main__":
         | Annotated[Pack, tyro.conf.subcommand("pack")]
         | Annotated[Fit, tyro.conf.subcommand("fit")]
         | Annotated[Study, tyro.conf.subcommand("study")]
+        | Annotated[AnswersStudy, tyro.conf.subcommand("answers")]
         | Annotated[Confirm, tyro.conf.subcommand("confirm")]
         | Annotated[OnlineExact, tyro.conf.subcommand("online")]
         | Annotated[Exact, tyro.conf.subcommand("exact")]

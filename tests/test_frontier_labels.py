@@ -12,7 +12,7 @@ import torch
 from bench import _frontier_pack, _frontier_prompts, _frontier_texts, _record
 from bench._frontier_kv import KvFits
 from bench._frontier_model import OnlineExact, exact_losses, given_tokens
-from bench.frontier import Fit, Pack, Study, load
+from bench.frontier import AnswersStudy, Fit, Pack, Study, load
 from bench.frontier_labels import Config, main
 from pmpd import PMPDForCausalLM
 from pmpd.evaluation.curve_set import folds
@@ -170,6 +170,24 @@ def test_online_is_judged_exactly_beside_the_static_plans(study):
     }
     assert len(rows) == 8
     assert all(2 <= row["bits"] <= 4 for row in rows)
+
+
+def test_whole_answers_are_judged_from_labels_alone(study, tmp_path, monkeypatch):
+    monkeypatch.setattr(_record, "RESULTS", tmp_path)
+    monkeypatch.setattr(_record.write, "__defaults__", ("cpu", tmp_path))
+    labels = str(study / "main" / "agreement" / "continuations" / "labels")
+    AnswersStudy(labels, targets=(2.5, 3.0), folds=2, resamples=50, epochs=1, name="it").run()
+    found = json.loads((tmp_path / "it.json").read_text())["results"]["answers"]
+    assert [(plan["pair"], plan["class"]) for plan in found["plans"]] == [
+        *(("4-3", k) for k in (3, 2, 1)),
+        *(("3-2", k) for k in (3, 2, 1, 0)),
+    ]
+    assert np.all(np.diff([plan["bits"] for plan in found["plans"]]) <= 0)
+    names = {row["policy"] for row in found["policies"]}
+    assert {"static per cluster", "KV classifier, rouge_l", "KV classifier, loss of ROUGE-L"} <= names
+    best = {row["target_bits"]: row["gain_percent"] for row in found["oracles"]}
+    assert all(row["gain_percent"] <= best[row["target_bits"]] + 1 for row in found["policies"])
+    assert "KV classifier, rouge_l" in (tmp_path / "it.md").read_text()
 
 
 def test_texts_are_prose_of_neighbouring_records(tmp_path):
