@@ -80,7 +80,12 @@ class FakeTask(FarmTask):
 
             resource.setrlimit(resource.RLIMIT_FSIZE, (self.file_size_limit, self.file_size_limit))
         self_place = json.dumps(
-            {"gpus": place.gpu_ids, "threads": place.threads, "omp": os.environ.get("OMP_NUM_THREADS")}
+            {
+                "gpus": place.gpu_ids,
+                "threads": place.threads,
+                "omp": os.environ.get("OMP_NUM_THREADS"),
+                "niceness": os.getpriority(os.PRIO_PROCESS, 0),
+            }
         )
 
         pulse = Pulse()

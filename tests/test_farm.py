@@ -74,6 +74,9 @@ def test_every_item_once_and_a_second_run_does_nothing(work, prompts, tmp_path):
     assert answers(rows) == expected(prompts)
     assert (result.rows, result.errors, result.new_items) == (COUNT, 0, COUNT)
     assert all(row["worker"] for row in rows.values())
+    assert {json.loads(row["place"])["niceness"] for row in rows.values()} == {
+        os.getpriority(os.PRIO_PROCESS, 0)
+    }
     assert "60/60 rows" in printed
     before = shards(tmp_path / "out")
     for leftover in ("._lease.json.0a.tmp", ".death.0a.tmp", ".manifest.json.0a.tmp"):

@@ -31,6 +31,10 @@ START_RETRY_SECONDS = 30.0
 """Between two tries to start one more worker where others are up or load: a node that can start none costs
 the run nothing."""
 
+NOT_NICE = {"env_vars": {"RAY_worker_niceness": "0"}}
+"""Ray gives its workers a niceness of 15: on a machine that others use, they had what is left, and a GPU
+waited for a worker's Python."""
+
 BEAT_SECONDS = 2.0
 STALL_SECONDS = 300.0
 STALL_STEPS = 20
@@ -41,7 +45,7 @@ PAUSE_SECONDS = 30.0
 
 
 @dataclass(eq=False)
-class _Slot:
+class _Seat:
     """One worker, from the moment it is asked for."""
 
     actor: Any
@@ -78,7 +82,7 @@ class ClusterPool:
         self.options, self.progress, self.journal = options, progress, journal
         self.models: dict[str, Any] = dict(known_models)
         self.devices: set[str] = set()
-        self.slots: list[_Slot] = []
+        self.seats: list[_Seat] = []
         self.pending: deque[Unit] = deque()
         """Units that came back, before those not drawn yet."""
         self._source: Iterator[Unit] = iter(())
@@ -105,7 +109,7 @@ class ClusterPool:
         """Returns when every one of the `count` units is durable. They are drawn as workers take them."""
         self._source, self._undrawn = iter(units), count
         self._turned = time.monotonic()
-        while self._waiting or any(slot.queue for slot in self.slots):
+        while self._waiting or any(seat.queue for seat in self.seats):
             self.lease.check()
             self._plan()
             self._grow()
@@ -121,18 +125,18 @@ class ClusterPool:
         return len(self.pending) + self._undrawn
 
     def close(self) -> None:
-        for slot in self.slots:
-            ray.kill(slot.actor)
-        self.slots.clear()
+        for seat in self.seats:
+            ray.kill(seat.actor)
+        self.seats.clear()
 
     def _report(self) -> None:
         now = time.monotonic()
         progress = self.progress
-        progress.up = sum(slot.info is not None for slot in self.slots)
+        progress.up = sum(seat.info is not None for seat in self.seats)
         progress.worker_seconds += progress.up * (now - self._turned)
         self._turned = now
         progress.wanted = max(progress.up, self.wanted)
-        given = sum(len(unit.ids) for slot in self.slots for _, unit in slot.queue)
+        given = sum(len(unit.ids) for seat in self.seats for _, unit in seat.queue)
         progress.queued = progress.total - progress.done - given
         waiting = "starting workers" if self._nodeless_since is None else "waiting for a node"
         progress.note = "" if progress.up else waiting
@@ -152,8 +156,8 @@ class ClusterPool:
         self.draining = leaving
         self.nodes = {node: resources for node, resources in nodes.items() if node not in leaving}
         self.staffing = staff(self.options, list(self.nodes.values()))
-        for slot in [slot for slot in self.slots if slot.node in leaving and not slot.queue]:
-            self._remove(slot)
+        for seat in [seat for seat in self.seats if seat.node in leaving and not seat.queue]:
+            self._remove(seat)
         if any(self.staffing.demand.fits(node) for node in self.nodes.values()):
             self._nodeless_since = None
             return
@@ -166,44 +170,44 @@ class ClusterPool:
             )
 
     def _grow(self) -> None:
-        if time.monotonic() < self._grow_after and self.slots:
+        if time.monotonic() < self._grow_after and self.seats:
             return
-        units = self._waiting + sum(len(slot.queue) for slot in self.slots)
+        units = self._waiting + sum(len(seat.queue) for seat in self.seats)
         demand = self.staffing.demand
-        while sum(slot.node not in self.draining for slot in self.slots) < min(self.wanted, units):
+        while sum(seat.node not in self.draining for seat in self.seats) < min(self.wanted, units):
             actor: Any = self._actor.options(
-                num_cpus=demand.cpus, num_gpus=demand.gpus, scheduling_strategy="SPREAD"
+                num_cpus=demand.cpus, num_gpus=demand.gpus, scheduling_strategy="SPREAD", runtime_env=NOT_NICE
             ).remote(storage.connections(), plugins.loaded())
             worker_id = uuid.uuid4().hex[:12]
             start = actor.start.remote(
                 self.task, self.dataset, self.lease.path, self.lease.token, worker_id, demand.gpus,
                 self.staffing.per_node,
             )  # fmt: skip
-            self.slots.append(_Slot(actor, worker_id, start))
+            self.seats.append(_Seat(actor, worker_id, start))
 
-    def _started(self, slot: _Slot) -> None:
+    def _started(self, seat: _Seat) -> None:
         try:
-            info: WorkerInfo = ray.get(slot.start)
+            info: WorkerInfo = ray.get(seat.start)
         except RayError as error:
-            self._start_failed(slot, error)
+            self._start_failed(seat, error)
             return
         self.start_failures = 0
-        slot.info, slot.start, slot.moved = info, None, time.monotonic()
-        slot.node = self._node(slot)[0]
+        seat.info, seat.start, seat.moved = info, None, time.monotonic()
+        seat.node = self._node(seat)[0]
         check_models(self.dataset, self.models, info.models, info.place.worker)
         self.models = dict(info.models)
         self.devices.add(info.device)
         self.progress.worker_seconds += info.seconds
         self.progress.ready()
 
-    def _start_failed(self, slot: _Slot, error: RayError) -> None:
-        node, address, alive = self._node(slot)
-        self._remove(slot)
+    def _start_failed(self, seat: _Seat, error: RayError) -> None:
+        node, address, alive = self._node(seat)
+        self._remove(seat)
         if not alive:
             self.progress.say(f"node {address} went while a worker started there")
             return
         self.progress.say(f"a worker could not start on {address}: {_short(error)}")
-        if any(other.info is not None or self._node(other)[0] not in ("", node) for other in self.slots):
+        if any(other.info is not None or self._node(other)[0] not in ("", node) for other in self.seats):
             self._grow_after = time.monotonic() + START_RETRY_SECONDS
             return
         self.start_failures += 1
@@ -217,29 +221,29 @@ class ClusterPool:
     # -- units go and come back
 
     def _assign(self) -> None:
-        ready = [slot for slot in self.slots if slot.info is not None and slot.node not in self.draining]
+        ready = [seat for seat in self.seats if seat.info is not None and seat.node not in self.draining]
         for depth in range(UNITS):
-            for slot in ready:
+            for seat in ready:
                 # A second unit only if that leaves one for each worker that is still starting.
-                if len(slot.queue) > depth or (depth and self._waiting <= len(self.slots) - len(ready)):
+                if len(seat.queue) > depth or (depth and self._waiting <= len(self.seats) - len(ready)):
                     continue
                 # Where a process ended is blamed on the first unit that is not durable: one that may end it
                 # has a worker for itself.
-                if any(unit.suspected for _, unit in slot.queue):
+                if any(unit.suspected for _, unit in seat.queue):
                     continue
-                unit = self._next_for(slot, ready, alone=not slot.queue)
+                unit = self._next_for(seat, ready, alone=not seat.queue)
                 if unit is not None:
-                    if not slot.queue:
-                        slot.moved = time.monotonic()
-                    slot.queue.append((slot.actor.run.remote(unit), unit))
+                    if not seat.queue:
+                        seat.moved = time.monotonic()
+                    seat.queue.append((seat.actor.run.remote(unit), unit))
 
-    def _next_for(self, slot: _Slot, ready: list[_Slot], alone: bool) -> Unit | None:
+    def _next_for(self, seat: _Seat, ready: list[_Seat], alone: bool) -> Unit | None:
         """The next unit; one that ended a process on this node only if no other node has a worker, a
         suspected one only if the worker has no other."""
         for index, unit in enumerate(self.pending):
             if unit.suspected and not alone:
                 continue
-            if unit.failed or slot.node not in unit.kills or all(other.node in unit.kills for other in ready):
+            if unit.failed or seat.node not in unit.kills or all(other.node in unit.kills for other in ready):
                 del self.pending[index]
                 return unit
         if self._undrawn:
@@ -248,9 +252,9 @@ class ClusterPool:
         return None
 
     def _collect(self) -> None:
-        waiting = {slot.start: slot for slot in self.slots if slot.start is not None}
-        waiting |= {reference: slot for slot in self.slots for reference, _ in slot.queue}
-        waiting |= {slot.beat: slot for slot in self.slots if slot.beat is not None}
+        waiting = {seat.start: seat for seat in self.seats if seat.start is not None}
+        waiting |= {reference: seat for seat in self.seats for reference, _ in seat.queue}
+        waiting |= {seat.beat: seat for seat in self.seats if seat.beat is not None}
         if not waiting:
             time.sleep(0.2)
             return
@@ -258,24 +262,24 @@ class ClusterPool:
         if done:
             done, _ = ray.wait(list(waiting), num_returns=len(waiting), timeout=0)
         for reference in done:
-            slot = waiting[reference]
-            if slot not in self.slots:  # found dead by another of its references
+            seat = waiting[reference]
+            if seat not in self.seats:  # found dead by another of its references
                 continue
-            if reference == slot.start:
-                self._started(slot)
-            elif reference == slot.beat:
-                self._beat(slot)
+            if reference == seat.start:
+                self._started(seat)
+            elif reference == seat.beat:
+                self._beat(seat)
             else:
-                self._finished(slot, reference)
+                self._finished(seat, reference)
 
-    def _finished(self, slot: _Slot, reference: Any) -> None:
-        index = next(i for i, (queued, _) in enumerate(slot.queue) if queued == reference)
-        unit = slot.queue[index][1]
-        slot.moved = time.monotonic()
+    def _finished(self, seat: _Seat, reference: Any) -> None:
+        index = next(i for i, (queued, _) in enumerate(seat.queue) if queued == reference)
+        unit = seat.queue[index][1]
+        seat.moved = time.monotonic()
         try:
             result: UnitResult = ray.get(reference)
         except RayTaskError as error:
-            del slot.queue[index]
+            del seat.queue[index]
             cause = getattr(error, "cause", None)
             if (
                 isinstance(cause, storage.ShardWriteError | LeaseLostError)
@@ -285,10 +289,10 @@ class ClusterPool:
             self.progress.say(f"a unit failed outside of its rows and is tried again: {_short(error)}")
             self.pending.append(replace(unit, failures=unit.failures + 1))
         except RayError as error:  # of the actor, of its node, or Ray's memory monitor
-            self._died(slot, error)
+            self._died(seat, error)
         else:
-            del slot.queue[index]
-            self.progress.beats.pop(slot.id, None)
+            del seat.queue[index]
+            self.progress.beats.pop(seat.id, None)
             self.progress.add(result)
             self.journal.add(result.entry)
 
@@ -296,22 +300,22 @@ class ClusterPool:
 
     def _ask_for_beats(self) -> None:
         now = time.monotonic()
-        every = max(BEAT_SECONDS, 0.02 * len(self.slots))
-        for slot in self.slots:
-            if slot.queue and slot.beat is None and now - slot.asked > every:
-                slot.asked, slot.beat = now, slot.actor.beat.remote()
+        every = max(BEAT_SECONDS, 0.02 * len(self.seats))
+        for seat in self.seats:
+            if seat.queue and seat.beat is None and now - seat.asked > every:
+                seat.asked, seat.beat = now, seat.actor.beat.remote()
 
-    def _beat(self, slot: _Slot) -> None:
-        reference, slot.beat = slot.beat, None
+    def _beat(self, seat: _Seat) -> None:
+        reference, seat.beat = seat.beat, None
         try:
             beat: Beat | None = ray.get(reference)
         except RayError:  # it is dead, which its unit tells
             return
-        if beat is not None and slot.queue:
+        if beat is not None and seat.queue:
             self._longest_step = max(self._longest_step, beat.longest_seconds)
-            self.progress.beats[slot.id] = beat
-        if beat != slot.seen:
-            slot.seen, slot.moved = beat, time.monotonic()
+            self.progress.beats[seat.id] = beat
+        if beat != seat.seen:
+            seat.seen, seat.moved = beat, time.monotonic()
 
     def _stall_seconds(self) -> float:
         return self.options.stall_seconds or max(STALL_SECONDS, STALL_STEPS * self._longest_step)
@@ -319,40 +323,40 @@ class ClusterPool:
     def _replace_stalled(self) -> None:
         now = time.monotonic()
         if now - self._turned > PAUSE_SECONDS:
-            for slot in self.slots:
-                slot.moved = now
-        for slot in list(self.slots):
-            still = now - slot.moved
-            if slot.info is not None and slot.queue and still > self._stall_seconds():
-                self._stalled(slot, still)
-            elif slot.info is None and still > self.options.start_seconds:
-                if not self._node(slot)[0]:
-                    slot.moved = now  # it waits for a node, that is no stall
+            for seat in self.seats:
+                seat.moved = now
+        for seat in list(self.seats):
+            still = now - seat.moved
+            if seat.info is not None and seat.queue and still > self._stall_seconds():
+                self._stalled(seat, still)
+            elif seat.info is None and still > self.options.start_seconds:
+                if not self._node(seat)[0]:
+                    seat.moved = now  # it waits for a node, that is no stall
                     continue
                 self.progress.stalls += 1
-                self._start_failed(slot, RayError(f"it has not started in {still:.0f} s"))
+                self._start_failed(seat, RayError(f"it has not started in {still:.0f} s"))
 
-    def _stalled(self, slot: _Slot, still: float) -> None:
+    def _stalled(self, seat: _Seat, still: float) -> None:
         """Its late result must not be published: it is struck from the lease before its unit is given to
         another one."""
-        assert slot.info is not None
+        assert seat.info is not None
         self.progress.stalls += 1
         self.progress.say(
-            f"worker {slot.info.place.worker} has made no progress for {still:.0f} s; it is replaced and its "
+            f"worker {seat.info.place.worker} has made no progress for {still:.0f} s; it is replaced and its "
             f"units are done again"
         )
-        self.lease.revoke(slot.id)
-        self._remove(slot)
-        self._requeue(slot, lambda unit: after_stall(unit, still))
+        self.lease.revoke(seat.id)
+        self._remove(seat)
+        self._requeue(seat, lambda unit: after_stall(unit, still))
 
     # -- workers that go
 
-    def _died(self, slot: _Slot, error: RayError) -> None:
+    def _died(self, seat: _Seat, error: RayError) -> None:
         """Replaces a dead worker: what it had finished counts, the unit it was at is blamed (unless its node
         went), the rest waits."""
-        node, _, node_alive = self._node(slot)
-        self._remove(slot)
-        place = slot.info.place.worker if slot.info else "?"
+        node, _, node_alive = self._node(seat)
+        self._remove(seat)
+        place = seat.info.place.worker if seat.info else "?"
         self.progress.say(
             f"worker {place} is gone ({'its node too' if not node_alive else _death(error)}); its units are "
             f"done again"
@@ -370,13 +374,13 @@ class ClusterPool:
                 storage.remove(note_path(self.dataset, unit))
             return after_kill(unit, node, alive, others, note.decode() if note else _death(error))
 
-        self._requeue(slot, blame)
+        self._requeue(seat, blame)
 
-    def _requeue(self, slot: _Slot, blame: Any) -> None:
+    def _requeue(self, seat: _Seat, blame: Any) -> None:
         """Units of a worker that is gone: the first that is not durable is blamed."""
         again: list[Unit] = []
         blamed = False
-        for _, unit in slot.queue:
+        for _, unit in seat.queue:
             errors = self._durable_errors(unit)
             if errors is not None:
                 self.progress.add(UnitResult(len(unit.ids), errors, 0, 0.0))
@@ -395,20 +399,20 @@ class ClusterPool:
             return None
         return sum(shard.errors) if set(shard.ids) == set(unit.ids) else None
 
-    def _node(self, slot: _Slot) -> tuple[str, str, bool]:
+    def _node(self, seat: _Seat) -> tuple[str, str, bool]:
         """Id and address of the worker's node ("" and "?" until it has one), and whether that is alive. Ray's
         table knows it from when the worker begins to start, which is before the worker can say it."""
-        node, address = ray_private.place_of(slot.actor)
+        node, address = ray_private.place_of(seat.actor)
         if not address:  # not placed yet: the id is that of a node which was asked
             return "", "?", True
         dead = any(known["NodeID"] == node and not known["Alive"] for known in ray.nodes())
         return node, address, not dead
 
-    def _remove(self, slot: _Slot) -> None:
-        self.slots.remove(slot)
-        self.progress.beats.pop(slot.id, None)
+    def _remove(self, seat: _Seat) -> None:
+        self.seats.remove(seat)
+        self.progress.beats.pop(seat.id, None)
         with contextlib.suppress(RayError):
-            ray.kill(slot.actor)  # unreachable is not dead: it must not come back
+            ray.kill(seat.actor)  # unreachable is not dead: it must not come back
 
 
 def _rebuilt(error: BaseException) -> BaseException:
