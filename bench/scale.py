@@ -103,7 +103,7 @@ class SimulatedRay:
 
         return make
 
-    def _actor(self, connections: Any) -> Actor:
+    def _actor(self, *_: Any) -> Actor:
         self.actors.append(Actor(self))
         return self.actors[-1]
 

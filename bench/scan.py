@@ -17,7 +17,6 @@ import contextlib
 import importlib
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -98,7 +97,9 @@ def write_parts(dataset: Path, keys: np.ndarray, per_shard: int) -> None:
 
 
 def megabytes() -> int:
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    """The most memory that this process has held: rusage would count that of the one which started it."""
+    status = Path("/proc/self/status").read_text()
+    return round(int(status.partition("VmHWM:")[2].split()[0]) / 1024)
 
 
 def measure(folder: str, output: str) -> dict[str, float]:

@@ -30,6 +30,11 @@ def test_ids_survive_as_keys_and_sort_as_text(ids):
         assert keys.decode(keys.encode(pa.chunked_array([pa.array(["x", *some], pa.string())[1:]]))) == some
 
 
+def test_distinct_keys_are_sorted_and_there_once():
+    for few in (["0" * 15 + "2", "f" * 16, "0" * 15 + "2"], ["b", "aa", "b", "a"], []):
+        assert keys.decode(keys.distinct(keys.encode(few))) == sorted(set(few))
+
+
 def test_keys_of_both_kinds_compare():
     wanted, held = keys.encode(["0" * 16, "f" * 16]), keys.encode(["conversation", "f" * 16])
     assert (wanted.dtype, held.dtype.kind) == (np.uint64, "S")

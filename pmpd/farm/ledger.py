@@ -157,11 +157,11 @@ class Ledger:
         self.output = storage.Scan()  # the memory of the one before is given back first
         self.output = storage.scan(self.dataset, self.id_column, full=full, remember=True)
         at = ids_of.positions(self.output.keys, self._ids)
-        self._unknown = np.unique(self.output.keys[at < 0])
+        self._unknown = ids_of.distinct(self.output.keys[at < 0])
         self._done = np.zeros(len(self._ids), bool)
         self._done[at[at >= 0]] = True
         self.items_done = int(self._done.sum()) + len(self._unknown)
-        self.items_failed = len(np.unique(self.output.keys[self.output.errors]))
+        self.items_failed = len(ids_of.distinct(self.output.keys[self.output.errors]))
 
     # -- after the work
 
@@ -277,7 +277,7 @@ def _drop(output: storage.Scan, rows: np.ndarray) -> bool:
 
 def reconcile(ids: np.ndarray, output: storage.Scan, dataset: str, one_row_per_item: bool) -> None:
     """ReconcileError unless every id of the input (each once) is in the output exactly once, and no other."""
-    held = np.unique(output.keys)
+    held = ids_of.distinct(output.keys)
     problems = {
         "missing": ids[ids_of.missing(ids, held)],
         "more than once": output.keys[[rows[0] for rows in _doubled(output, one_row_per_item)]],

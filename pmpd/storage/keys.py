@@ -66,6 +66,14 @@ def alike(first: np.ndarray, second: np.ndarray) -> tuple[np.ndarray, np.ndarray
     return widened(first), widened(second)
 
 
+def distinct(keys: np.ndarray) -> np.ndarray:
+    """The keys, sorted, each once. numpy's `unique` does it with a hash table of some 40 bytes a key."""
+    ordered = np.sort(keys)
+    new = np.ones(len(ordered), bool)
+    new[1:] = ordered[1:] != ordered[:-1]
+    return ordered if new.all() else ordered[new]
+
+
 def missing(wanted: np.ndarray, held: np.ndarray) -> np.ndarray:
     """Positions in `wanted` of the keys that are not in `held`, which is sorted."""
     return np.flatnonzero(positions(wanted, held) < 0)
