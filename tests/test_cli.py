@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 
@@ -134,6 +137,21 @@ def test_a_stopped_command_says_what_is_kept(failing, capsys, monkeypatch):
     )
     assert main(["inspect", "x"]) == 130
     assert "stopped; rows: run the same command again to go on" in capsys.readouterr().err
+
+
+def test_sigterm_is_told_from_ctrl_c_behind_code_that_knows_only_the_latter():
+    def wait_in_ray() -> None:
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt from None  # as Ray's C++ does
+
+    with pytest.raises(cli.Terminated), cli.terminable():
+        wait_in_ray()
+    with pytest.raises(KeyboardInterrupt) as caught, cli.terminable():
+        raise KeyboardInterrupt
+    assert not isinstance(caught.value, cli.Terminated)
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -95,13 +95,21 @@ def terminable() -> Iterator[None]:
         yield
         return
 
+    came = False
+
     def end(number: int, frame: FrameType | None) -> None:
+        nonlocal came
+        came = True
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         raise Terminated
 
     before = signal.signal(signal.SIGTERM, end)
     try:
         yield
+    except KeyboardInterrupt as stop:
+        if came and not isinstance(stop, Terminated):  # Ray's C++ makes a plain one of it
+            raise Terminated from stop
+        raise
     finally:
         signal.signal(signal.SIGTERM, before)
 

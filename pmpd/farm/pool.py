@@ -423,8 +423,8 @@ def _rebuilt(error: BaseException) -> BaseException:
 
 
 def _death(error: RayError, limit: int = 300) -> str:
-    """Ray's reason, without the ids before it."""
-    text = " ".join(str(error).split())
+    """Ray's reason, without the ids before it and the guesses behind it."""
+    text = " ".join(str(error).split()).partition(" Some common causes include")[0]
     return text.partition("The actor is dead because ")[2][:limit] or text[:limit]
 
 
