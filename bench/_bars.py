@@ -23,6 +23,9 @@ PROMISED_SHARE = {
 }  # fmt: skip
 """On an H100; on an H200 14336x4096 is promised 0.80."""
 
+OURS = ("bits", "digits", "halves", "clusters")
+"""How our contenders' names begin."""
+
 
 def predictions(shapes: dict[str, tuple[int, int]], bytes_per_second: float) -> list[dict[str, Any]]:
     """Microseconds that are expected at this bandwidth."""
@@ -58,7 +61,7 @@ def check(rows: Sequence[dict], bytes_per_second: float, h200: bool) -> list[dic
             least = 0.80 if h200 and name == "14336x4096" else promised
             share = at[0]["n"] * at[0]["k"] * bits / 8 / (mine / 1e6) / bytes_per_second
             bar(f"{said}: part of the read bandwidth", least, share)
-        ours = min((us for impl in ("bits", "digits", "halves") if (us := fastest(impl, at))), default=None)
+        ours = min((us for impl in OURS if (us := fastest(impl, at))), default=None)
         for peer in ("any-precision", "humming"):
             if ours and (theirs := fastest(peer, at)):
                 bar(f"{said}: times as fast as {peer}", 1, theirs / ours)

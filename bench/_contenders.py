@@ -108,6 +108,8 @@ def contenders(
         chosen = plain._plan((bits,) * tokens)  # as measured, else by the rules
         if chosen is not None:
             yield said(chosen), plan_calls(clones(plain, weight_bytes), x, chosen)
+    elif plain is not None and plain.route(tokens, bits) == "clusters":
+        yield "clusters", [lambda m=m: m.multiply(x, bits, "clusters") for m in clones(plain, weight_bytes)]
     theirs = any_precision()
     if theirs is not None and tokens <= 8:
         planes = [packed.planes.clone() for _ in range(max(2, int(ROTATE_BYTES / packed.planes.nbytes)))]

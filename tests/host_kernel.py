@@ -1,4 +1,4 @@
-"""Runs `pmpd/kernels/cuda/bits.cu` on the CPU, thread by thread (`tests/cuda_host/host.h` says how)."""
+"""Runs the kernels of `pmpd/kernels/cuda` on the CPU, thread by thread, as `tests/cuda_host/host.h` says."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pmpd.kernels.cuda import launch, matrix
+from pmpd.kernels.cuda import compiler, halves, launch, matrix
+from pmpd.kernels.cuda.halves import HalvesPlan
 from pmpd.kernels.cuda.launch import TYPES, Arguments, Norm, arguments_of
 from pmpd.kernels.cuda.plan import H100, Gpu, Plan
 
@@ -41,25 +42,30 @@ class Instance:
 class HostKernel:
     """A library with some instances."""
 
-    def __init__(self, folder: Path, threads: dict[str, int]) -> None:
-        """`threads` of a block, by name of an instance."""
+    def __init__(
+        self, folder: Path, threads: dict[str, int], source: str = "bits.cu", arguments: type = Arguments
+    ) -> None:
+        """`threads` of a block, by name of an instance in `source`, which takes `arguments`."""
         self.names = list(threads)
         lines = [f"{{{name}, {count}}}," for name, count in threads.items()]
-        source = folder / "instances.cpp"
-        source.write_text(
+        text = folder / "instances.cpp"
+        text.write_text(
+            f'#define KERNEL_SOURCE "{Path(compiler.__file__).parent / source}"\n'
             f'#include "{FOLDER / "run.h"}"\nconst Instance instances[] = {{\n' + "\n".join(lines) + "\n};\n"
         )
         assert COMPILER
         library = folder / "kernel.so"
-        command = [COMPILER, "-std=c++17", "-O0", "-w", "-fPIC", "-shared", "-o", str(library), str(source)]
+        # each library has variables of its own: the linker would make those of one name one
+        options = ["-std=c++17", "-O0", "-w", "-fPIC", "-fno-gnu-unique", "-shared"]
+        command = [COMPILER, *options, "-o", str(library), str(text)]
         subprocess.run(command, check=True)
         self.library = ctypes.CDLL(str(library))
         self.library.launch.restype = ctypes.c_char_p
-        assert self.library.arguments_bytes() == ctypes.sizeof(Arguments), "launch.Arguments is not bits.cu's"
+        assert self.library.arguments_bytes() == ctypes.sizeof(arguments), f"Arguments is not {source}'s"
 
     def launch(
-        self, name: str, arguments: Arguments, grid: int, shared_bytes: int, order: tuple[int, int],
-        constants: list[Tensor], written: list[Tensor], results: list[Tensor],
+        self, name: str, arguments: ctypes.Structure, grid: int, shared_bytes: int, order: tuple[int, int],
+        constants: list[Tensor], written: list[Tensor], results: list[Tensor], cluster: int = 1,
     ) -> None:  # fmt: skip
         """AssertionError: what the emulated machine found."""
         self.library.forget()
@@ -70,7 +76,12 @@ class HostKernel:
                     ctypes.c_void_p(storage.data_ptr()), ctypes.c_int64(storage.nbytes()), kind
                 )
         problem = self.library.launch(
-            self.names.index(name), ctypes.byref(arguments), grid, ctypes.c_int64(shared_bytes), *order
+            self.names.index(name),
+            ctypes.byref(arguments),
+            grid,
+            ctypes.c_int64(shared_bytes),
+            *order,
+            cluster,
         )
         assert problem is None, f"{name}: {problem.decode()}"
 
@@ -119,6 +130,37 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, folder: Path) -> list[str]:
         launched.append(instance)
 
     monkeypatch.setattr(launch, "run", run)
+    monkeypatch.setattr(launch, "gpu_of", lambda device: Gpu(3, *H100[1:]))
+    monkeypatch.setattr(matrix, "plan_of", matrix.plan_of.__wrapped__)
+    return launched
+
+
+def stand_in_halves(monkeypatch: pytest.MonkeyPatch, folder: Path) -> list[str]:
+    """The same for `halves.cu`, which 3 to 32 tokens then take, in two clusters of two blocks."""
+    launched: list[str] = []
+    libraries: dict[str, HostKernel] = {}
+
+    def plan_of(
+        gpu_name: str, device: object, rows: int, columns: int, bits: int, tokens: int
+    ) -> HalvesPlan | None:
+        if not 2 < tokens <= halves.MOST_TOKENS:
+            return None
+        return HalvesPlan(bits, halves.octets_of(tokens), -(-columns // 256), 2, 1, 2, 1, 2, 1)
+
+    def run(
+        plan: HalvesPlan, dtype: str, arguments: halves.Arguments, row_blocks: int, device: object
+    ) -> None:
+        name = plan.template(dtype)
+        if name not in libraries:
+            at = folder / f"halves{len(libraries)}"
+            at.mkdir()
+            libraries[name] = HostKernel(at, {name: plan.threads}, halves.SOURCE, halves.Arguments)
+        bytes_ = plan.shared_bytes
+        libraries[name].launch(name, arguments, 2 * plan.parts, bytes_, ORDERS[1], [], [], [], plan.parts)
+        launched.append(name)
+
+    monkeypatch.setattr(halves, "run", run)
+    monkeypatch.setattr(halves, "plan_of", plan_of)
     monkeypatch.setattr(launch, "gpu_of", lambda device: Gpu(3, *H100[1:]))
     monkeypatch.setattr(matrix, "plan_of", matrix.plan_of.__wrapped__)
     return launched

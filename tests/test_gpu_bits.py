@@ -6,7 +6,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pmpd.kernels.cuda import emulation
+from pmpd import gpu
+from pmpd.kernels.cuda import emulation, halves
 from pmpd.kernels.cuda.launch import Norm
 from pmpd.kernels.cuda.matrix import CudaMatrix, unavailable
 from pmpd.kernels.cuda.plan import BITS
@@ -171,3 +172,64 @@ def test_a_graph_of_fused_steps_gives_the_tokens_of_eager_ones():
     (graph_tokens, why), (eager_tokens, _) = decode(True), decode(False)
     assert why is None, f"the step was not captured: {why}"
     assert torch.equal(graph_tokens, eager_tokens)
+
+
+def clusters_or_skip(packed, dtype: torch.dtype, bits: int, tokens: int) -> CudaMatrix:
+    """A matrix whose tokens take `halves.cu`."""
+    matrix = CudaMatrix(packed, dtype)
+    if matrix.route(tokens, bits) != "clusters":
+        pytest.skip(f"the autotune table of {gpu.device_name(CUDA)} names no cut for this shape")
+    return matrix
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("columns", [4096, 14336])
+def test_errors_of_clusters_against_float64(columns, dtype):
+    """Octets that are full and that are not, an outlier of 3000 standard deviations."""
+    packed = packed_weights(4096, columns, (2,), bias=True)
+    matrix = clusters_or_skip(packed, dtype, 2, 8)
+    for tokens in (3, 8, 13, 16, 24, 32):
+        x = activations(tokens, columns, dtype=dtype, seed=tokens)
+        x[:, columns // 3] += 3000.0
+        assert matrix.route(tokens, 2) == "clusters"
+        off = error(matrix.multiply(x, 2), exact(packed, x, 2))
+        assert off < TOLERANCE[dtype] / 2, f"{tokens} tokens: {off:.1e}"
+
+
+def test_small_clusters_write_only_their_rows():
+    """For the sanitizer: one instance of each kind of cluster, on a few rows."""
+    packed = packed_weights(100, 1024, (3,), bias=True)
+    tables = CudaMatrix(packed, torch.float16)._tables[3]["halves"]
+    planes, bias = CudaMatrix(packed, torch.float16)._tiles.planes, packed.bias.half().to(CUDA)
+    for octets, cut in ((1, (1, 2, 2, 1, 2, 1)), (2, (2, 2, 1, 2, 2, 1)), (4, (4, 1, 2, 1, 2, 1))):
+        x = activations(8 * octets - 3, 1024)
+        y = halves.product(halves.HalvesPlan(3, octets, 4, *cut), planes, tables, x, 100, bias)
+        assert error(y, exact(packed, x, 3)) < 1e-3, f"{octets} octets"
+
+
+@pytest.mark.parametrize("tokens", [8, 16, 32])
+def test_clusters_give_the_same_bits_a_thousand_times(tokens):
+    """12 products in a row, each reading what the one in front wrote, in a graph."""
+    packed = packed_weights(4096, 4096, (2,))
+    for table in packed.tables.values():
+        table.div_(table.float().std() * 64)  # sums of 4096 terms keep their size
+    matrices = [clusters_or_skip(packed, torch.float16, 2, tokens) for _ in range(12)]
+    x = activations(tokens, 4096)
+
+    def chain_of() -> torch.Tensor:
+        y = x
+        for matrix in matrices:
+            y = matrix.multiply(y, 2)
+        return y
+
+    eager = chain_of()
+    assert eager.isfinite().all()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = chain_of()
+    different = torch.zeros((), dtype=torch.int64, device=CUDA)
+    for _ in range(1000):
+        y.fill_(float("nan"))
+        graph.replay()
+        different += (y != eager).any()
+    assert different.item() == 0, "launches overlap wrongly"

@@ -182,7 +182,7 @@ def settings_file(gpu_name: str) -> Path:
 
 
 @lru_cache(maxsize=8)
-def _settings(gpu_name: str) -> dict[str, Any]:
+def settings(gpu_name: str) -> dict[str, Any]:
     path = settings_file(gpu_name)
     return json.loads(path.read_text()) if path.is_file() else {}
 
@@ -194,7 +194,7 @@ def _gpu_name(device: torch.device) -> str:
 def warps_of(gpu_name: str, route: str, rows: int, columns: int, bits: int, tokens: int) -> int:
     """Warps that share a row block's columns: as measured for this GPU, route and shape, else about 2048
     warps in all."""
-    measured = _settings(gpu_name).get(route, {}).get(f"{rows}x{columns}x{bits}x{_token_bucket(tokens)}")
+    measured = settings(gpu_name).get(route, {}).get(f"{rows}x{columns}x{bits}x{_token_bucket(tokens)}")
     if measured:
         return int(measured["warps"])
     blocks = math.ceil(columns / TILE_COLUMNS)

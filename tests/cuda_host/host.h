@@ -3,7 +3,8 @@
 // what needs a whole warp or block waits for it. More is checked than a GPU would: every access to global
 // memory lies in a buffer and is of its kind; nothing that an earlier kernel writes is read before
 // `wait_for_last`, and nothing is written; all lanes of a warp meet at the same instruction. Copies land as
-// early or as late as is allowed, and threads run in several orders: results must not depend on either.
+// early or as late as is allowed, and threads run in several orders: results must not depend on either. The
+// blocks of a cluster run together, each with shared memory of its own.
 #pragma once
 #include <ucontext.h>
 
@@ -20,6 +21,7 @@
 #define KERNEL(THREADS, BLOCKS) void
 #define SHARED alignas(16) static
 #define UNROLL
+#define NO_UNROLL
 
 struct alignas(16) uint4 { unsigned x, y, z, w; };
 struct alignas(16) float4 { float x, y, z, w; };
@@ -31,36 +33,43 @@ struct Copy { unsigned to; const char* from; };
 struct Fiber {
     ucontext_t context;
     std::vector<char> stack;
-    bool done, waited;  // waited: for the kernel in front
-    int warp_turn, block_turn;
+    bool started, done, waited, arrived;  // waited: for the kernel in front; arrived: at the cluster's barrier
+    int phase;
     std::vector<std::vector<Copy>> groups;
 };
-enum Op { NONE, SYNC, SHUFFLE, MAXIMUM, MMA };
+enum Op { NONE, SYNC, SHUFFLE, MAXIMUM, MMA, MMA_HALVES };
 struct Warp {
     Op op;
     int arrived, turn;
     unsigned a[32][4], b[32][2];
     int d[32][4];
-    float value[32], result[32];
+    float value[32], result[32], products[32][4];
+};
+struct Block {
+    char* arena;  // its dynamic shared memory, 16-byte aligned
+    int arrived, turn;
 };
 
 inline std::vector<Range> ranges;
 inline std::vector<Fiber> fibers;
 inline std::vector<Warp> warps;
-inline std::vector<char> shared;  // the dynamic part, and a guard
-inline char* arena;               // 16-byte aligned in it
+inline std::vector<Block> cluster;  // that runs now
+inline std::vector<char> shared;    // the dynamic part of each, and guards
 inline size_t shared_bytes;
 inline ucontext_t scheduler;
-inline int current, block, blocks, block_arrived, block_turn;
+inline int current, first_block, blocks, threads, cluster_arrived, cluster_turn;
 inline bool late;
 
 inline std::string problem;  // the first one; it ends the launch
 constexpr size_t GUARD = 4096;
 
+inline int rank() { return current / threads; }  // of the block in its cluster
+inline char* arena() { return cluster[rank()].arena; }
 inline void yield() { swapcontext(&fibers[current].context, &scheduler); }
 [[noreturn]] inline void fail(const char* what, const void* where = nullptr) {
     char text[200];
-    std::snprintf(text, sizeof text, "block %d, thread %d: %s %p", block, current, what, where);
+    std::snprintf(text, sizeof text, "block %d, thread %d: %s %p", first_block + rank(),
+                  current % threads, what, where);
     if (problem.empty()) problem = text;
     while (true) yield();  // never resumed
 }
@@ -90,18 +99,44 @@ template <class Work> void together(Op op, Work work) {
 }
 }  // namespace host
 
-inline int thread_index() { return host::current; }
-inline int block_index() { return host::block; }
+inline int thread_index() { return host::current % host::threads; }
+inline int block_index() { return host::first_block + host::rank(); }
 inline int block_count() { return host::blocks; }
-inline uint4* dynamic_shared() { return reinterpret_cast<uint4*>(host::arena); }
+inline uint4* dynamic_shared() { return reinterpret_cast<uint4*>(host::arena()); }
 inline void sync_warp() { host::together(host::SYNC, [](host::Warp&) {}); }
 inline void sync_block() {
-    const int turn = host::block_turn;
-    if (++host::block_arrived == int(host::fibers.size())) {
-        host::block_arrived = 0, host::block_turn++;
+    host::Block& block = host::cluster[host::rank()];
+    const int turn = block.turn;
+    if (++block.arrived == host::threads) {
+        block.arrived = 0, block.turn++;
     } else {
-        while (host::block_turn == turn) host::yield();
+        while (block.turn == turn) host::yield();
     }
+}
+inline void cluster_arrive() {
+    host::Fiber& fiber = host::fibers[host::current];
+    if (fiber.arrived) host::fail("arrived at the cluster's barrier twice");
+    fiber.arrived = true, fiber.phase = host::cluster_turn;
+    if (++host::cluster_arrived == int(host::fibers.size())) host::cluster_arrived = 0, host::cluster_turn++;
+}
+inline void cluster_wait() {
+    host::Fiber& fiber = host::fibers[host::current];
+    if (!fiber.arrived) host::fail("waits for the cluster without having arrived");
+    while (host::cluster_turn == fiber.phase) host::yield();
+    fiber.arrived = false;
+}
+inline void store_in_cluster(float4* to, int rank, float4 value) {
+    if (rank < 0 || rank >= int(host::cluster.size())) host::fail("no such block in the cluster");
+    const size_t at = reinterpret_cast<char*>(to) - host::arena();
+    if (at % 16 || at + 16 > host::shared_bytes) host::fail("a store to outside shared memory");
+    bool runs = false;
+    for (int i = 0; i < host::threads; i++) {
+        const host::Fiber& other = host::fibers[rank * host::threads + i];
+        if (!other.started) host::fail("a store to a block that may not have started");
+        runs |= !other.done;
+    }
+    if (!runs) host::fail("a store to a block that has ended");
+    std::memcpy(host::cluster[rank].arena + at, &value, 16);
 }
 inline void let_next_start() {}
 inline void wait_for_last() { host::fibers[host::current].waited = true; }
@@ -122,16 +157,27 @@ template <class V> void store(V* to, V value) {
 }
 
 inline unsigned shared_address(const void* p) {
-    return unsigned(static_cast<const char*>(p) - host::arena);
+    return unsigned(static_cast<const char*>(p) - host::arena());
 }
-inline void land(const host::Copy& copy) { std::memcpy(host::arena + copy.to, copy.from, 16); }
+inline void land(const host::Copy& copy) { std::memcpy(host::arena() + copy.to, copy.from, 16); }
 inline void copy16(unsigned to, const void* from) {
     if (to % 16 || to + 16 > host::shared_bytes) host::fail("a copy to outside shared memory");
     if (!host::is_of(host::CONSTANT, from, 16)) host::fail("a copy of what is no constant", from);
     auto& groups = host::fibers[host::current].groups;
     if (groups.empty()) groups.emplace_back();
     groups.back().push_back({to, static_cast<const char*>(from)});
-    if (host::late) std::memset(host::arena + to, 0x5A, 16);
+    if (host::late) std::memset(host::arena() + to, 0x5A, 16);
+    else land(groups.back().back());
+}
+inline void copy16_or_zero(unsigned to, const void* from, bool copies) {
+    static const char zeros[16] = {};
+    if (to % 16 || to + 16 > host::shared_bytes) host::fail("a copy to outside shared memory");
+    if (!host::fibers[host::current].waited) host::fail("read before wait_for_last:", from);
+    if (copies && !host::is_of(host::WRITTEN, from, 16)) host::fail("not an input:", from);
+    auto& groups = host::fibers[host::current].groups;
+    if (groups.empty()) groups.emplace_back();
+    groups.back().push_back({to, copies ? static_cast<const char*>(from) : zeros});
+    if (host::late) std::memset(host::arena() + to, 0x5A, 16);
     else land(groups.back().back());
 }
 // The last group is the open one.
@@ -234,53 +280,89 @@ template <Type TYPE> u16 narrow(float value) {
     return bits;
 }
 
+template <Type TYPE> float half_of(unsigned word, int upper) { return widen<TYPE>(u16(word >> (16 * upper))); }
+// Lane 4 g + t: a0, a1 rows g, g + 8 of columns 2 t, 2 t + 1, a2, a3 the same of columns 8 + 2 t ..; b0, b1
+// column g of rows 2 t .., 8 + 2 t ..; c as of `mma_bits`.
+template <Type TYPE> void mma_halves(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {
+    const int lane = host::current % 32;
+    host::Warp& warp = host::warps[host::current / 32];
+    std::memcpy(warp.a[lane], a, sizeof a);
+    warp.b[lane][0] = b0, warp.b[lane][1] = b1;
+    host::together(host::MMA_HALVES, [](host::Warp& w) {
+        for (int row = 0; row < 16; row++)
+            for (int column = 0; column < 8; column++) {
+                double sum = 0;
+                for (int k = 0; k < 16; k++)
+                    sum += double(half_of<TYPE>(w.a[row % 8 * 4 + k / 2 % 4][k / 8 * 2 + row / 8], k % 2)) *
+                           half_of<TYPE>(w.b[column * 4 + k / 2 % 4][k / 8], k % 2);
+                w.products[row % 8 * 4 + column / 2][row / 8 * 2 + column % 2] = float(sum);
+            }
+    });
+    for (int i = 0; i < 4; i++) c[i] += warp.products[lane][i];
+}
+inline unsigned look_up(unsigned a, unsigned b, unsigned selector) {
+    if (selector & 0x8888) host::fail("a selector above 7");
+    return prmt(a, b, selector);
+}
+inline unsigned pick(unsigned a, unsigned b, unsigned mask) { return (a & mask) | (b & ~mask); }
+
 namespace host {
 inline void (*entry)();
 inline void fiber_main() {
+    fibers[current].started = true;
     entry();
     fibers[current].done = true;
     yield();
 }
-// One block after the other; `order` 0: threads upwards, 1: downwards, 2: every seventh, around.
-inline void run(void (*body)(), int threads, int grid, size_t bytes, int order, bool late_copies) {
-    entry = body, blocks = grid, late = late_copies, shared_bytes = bytes;
+// One cluster of `size` blocks after the other; `order` 0: threads upwards, 1: downwards, 2: every seventh,
+// around.
+inline void run(void (*body)(), int of_block, int grid, size_t bytes, int order, bool late_copies, int size) {
+    const int all = of_block * size;
+    entry = body, blocks = grid, late = late_copies, shared_bytes = bytes, threads = of_block;
     problem.clear();
-    fibers.resize(threads), warps.resize(threads / 32);
+    fibers.resize(all), warps.resize(all / 32), cluster.resize(size);
+    const size_t room = (bytes + 15) / 16 * 16 + GUARD;
     for (Fiber& f : fibers) f.stack.resize(256 << 10);
-    for (block = 0; block < grid; block++) {
-        shared.assign(bytes + 16 + GUARD, char(0xA5));
-        arena = shared.data() + (16 - reinterpret_cast<uintptr_t>(shared.data()) % 16) % 16;
-        block_arrived = block_turn = 0;
+    for (first_block = 0; first_block < grid; first_block += size) {
+        shared.assign(size * room + 16, char(0xA5));
+        char* const aligned = shared.data() + (16 - reinterpret_cast<uintptr_t>(shared.data()) % 16) % 16;
+        for (int i = 0; i < size; i++) cluster[i] = {aligned + i * room, 0, 0};
+        cluster_arrived = cluster_turn = 0;
         for (Warp& w : warps) w = Warp{};
         for (Fiber& f : fibers) {
-            f.done = f.waited = false;
+            f.started = f.done = f.waited = f.arrived = false;
             f.groups.clear();
             getcontext(&f.context);
             f.context.uc_stack.ss_sp = f.stack.data(), f.context.uc_stack.ss_size = f.stack.size();
             f.context.uc_link = &scheduler;
             makecontext(&f.context, fiber_main, 0);
         }
-        int arrivals = -1, left = threads;
+        int arrivals = -1, left = all;
         for (long idle = 0; left;) {
             left = 0;
-            for (int i = 0; i < threads; i++) {
-                current = order == 1 ? threads - 1 - i : order == 2 ? (i * 7 + block) % threads : i;
+            for (int i = 0; i < all; i++) {
+                current = order == 1 ? all - 1 - i : order == 2 ? (i * 7 + first_block) % all : i;
                 if (fibers[current].done) continue;
                 swapcontext(&scheduler, &fibers[current].context);
                 if (!problem.empty()) return;
                 left += !fibers[current].done;
             }
-            int now = block_turn;
+            int now = cluster_turn;
+            for (const Block& b : cluster) now += b.turn;
             for (const Warp& w : warps) now += w.turn;
             idle = now == arrivals ? idle + 1 : 0, arrivals = now;
             if (idle > 3 && left) problem = "the block hangs: threads wait for others that never come";
             if (!problem.empty()) return;
         }
-        if (block_arrived) problem = "some threads wait for a barrier that others never reach";
+        for (const Fiber& f : fibers)
+            if (f.arrived) problem = "a thread ended between its arrival and its wait";
+        for (const Block& b : cluster)
+            if (b.arrived) problem = "some threads wait for a barrier that others never reach";
         for (Warp& w : warps)
             if (w.arrived) problem = "some lanes wait for others that have ended";
-        for (const char* p = arena + bytes; p < arena + bytes + GUARD - 16; p++)
-            if (*p != char(0xA5)) problem = "a write past the end of shared memory";
+        for (const Block& b : cluster)
+            for (const char* p = b.arena + (bytes + 15) / 16 * 16; p < b.arena + room; p++)
+                if (*p != char(0xA5)) problem = "a write past the end of shared memory";
         if (!problem.empty()) return;
     }
 }

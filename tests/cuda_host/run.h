@@ -1,7 +1,8 @@
-// A library around `host.h`: `instances` of `bits_product`, the memory that they may touch, and a launch.
+// A library around `host.h`: `instances` of the kernel in the file KERNEL_SOURCE, the memory that they may
+// touch, and a launch.
 #pragma once
 #include "host.h"
-#include "../../pmpd/kernels/cuda/bits.cu"
+#include KERNEL_SOURCE
 
 struct Instance { void (*kernel)(const Arguments); int threads; };
 extern const Instance instances[];
@@ -15,9 +16,9 @@ extern "C" void allow(const void* begin, int64_t bytes, int kind) {
 }
 // Null, or what went wrong.
 extern "C" const char* launch(int which, const Arguments* given, int grid, int64_t shared, int order,
-                              int late) {
+                              int late, int cluster) {
     instance = which, arguments = *given;
     host::run([] { instances[instance].kernel(arguments); }, instances[which].threads, grid, size_t(shared),
-              order, late != 0);
+              order, late != 0, cluster);
     return host::problem.empty() ? nullptr : host::problem.c_str();
 }

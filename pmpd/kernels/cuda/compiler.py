@@ -49,19 +49,20 @@ def problem() -> str | None:
     return None
 
 
-def compiled(instance: str, capability: tuple[int, int]) -> Binary:
-    """The machine code of `instance` (`Plan.template`) for a compute capability: from disk, or compiled now.
-    UserError: NVRTC is missing. RuntimeError: it does not compile, with the compiler's words."""
+def compiled(instance: str, capability: tuple[int, int], source: str = SOURCE) -> Binary:
+    """The machine code of `instance` (`Plan.template`) of file `source` for a compute capability: from disk,
+    or compiled now. UserError: NVRTC is missing. RuntimeError: it does not compile, with the compiler's
+    words."""
     if why := problem():
         raise UserError(f"kernel 'cuda': {why}")
     architecture = f"sm_{capability[0]}{capability[1]}"
-    path = cache_folder() / f"{cache_key(instance, architecture, _version())}.cubin"
+    path = cache_folder() / f"{cache_key(instance, architecture, _version(), source)}.cubin"
     try:
         symbol, _, code = path.read_bytes().partition(b"\n")
         return Binary(symbol.decode(), code)
     except OSError:  # not there, or not to be read
         pass
-    made = compile_now(instance, architecture)
+    made = compile_now(instance, architecture, source)
     _write(path, made.symbol.encode() + b"\n" + made.code)
     return made
 
@@ -73,20 +74,20 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "pmpd" / "cuda"
 
 
-def cache_key(instance: str, architecture: str, version: tuple[int, int]) -> str:
+def cache_key(instance: str, architecture: str, version: tuple[int, int], source: str = SOURCE) -> str:
     """Over everything that the machine code depends on."""
     digest = hashlib.sha256()
-    for name in (SOURCE, HEADER):
+    for name in (source, HEADER):
         digest.update((FOLDER / name).read_bytes() + b"\0")
     digest.update(repr((instance, architecture, version, OPTIONS)).encode())
     return digest.hexdigest()[:32]
 
 
-def compile_now(instance: str, architecture: str) -> Binary:
+def compile_now(instance: str, architecture: str, source: str = SOURCE) -> Binary:
     """Without the cache."""
     nvrtc = bindings("nvrtc")
-    source, header = ((FOLDER / name).read_bytes() for name in (SOURCE, HEADER))
-    program = _checked(nvrtc.nvrtcCreateProgram(source, SOURCE.encode(), 1, [header], [HEADER.encode()]))
+    text, header = ((FOLDER / name).read_bytes() for name in (source, HEADER))
+    program = _checked(nvrtc.nvrtcCreateProgram(text, source.encode(), 1, [header], [HEADER.encode()]))
     try:
         _checked(nvrtc.nvrtcAddNameExpression(program, instance.encode()))
         options = [f"--gpu-architecture={architecture}".encode(), *(o.encode() for o in OPTIONS)]

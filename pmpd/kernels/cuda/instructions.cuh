@@ -14,6 +14,7 @@ enum Type { FLOAT16, BFLOAT16 };
 #define KERNEL(THREADS, BLOCKS) __global__ void __launch_bounds__(THREADS, BLOCKS)
 #define SHARED __shared__
 #define UNROLL _Pragma("unroll")
+#define NO_UNROLL _Pragma("unroll 1")
 
 DEVICE int thread_index() { return threadIdx.x; }
 DEVICE int block_index() { return blockIdx.x; }
@@ -49,6 +50,11 @@ DEVICE u32 shared_address(const void* p) { return static_cast<u32>(__cvta_generi
 // 16 bytes from global to shared memory without passing registers, in groups that are waited for in order.
 DEVICE void copy16(u32 to, const void* from) {
     asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+// The same, or 16 zero bytes.
+DEVICE void copy16_or_zero(u32 to, const void* from, bool copies) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(copies ? 16 : 0)
+                 : "memory");
 }
 DEVICE void close_group() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 template <int PENDING> DEVICE void wait_groups() {
@@ -90,6 +96,43 @@ DEVICE void mma_bits(int (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
+// c += a b: 16 x 16 times 16 x 8 floats of 16 bits, sums of 32.
+template <Type TYPE> DEVICE void mma_halves(float (&c)[4], const u32 (&a)[4], u32 b0, u32 b1) {
+    if (TYPE == BFLOAT16)
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 "
+                     "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                     : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+    else
+        asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+                     "{%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+                     : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+                     : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+// A cluster is consecutive blocks that run at once. What a thread wrote before it arrives, every thread of the
+// cluster sees behind its wait. Slow: arriving waits for all that the thread has written and asked for.
+DEVICE void cluster_arrive() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");
+#endif
+}
+DEVICE void cluster_wait() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory");
+#endif
+}
+// To where `to` of this block's shared memory is in block `rank` of the cluster.
+DEVICE void store_in_cluster(float4* to, int rank, float4 value) {
+#if __CUDA_ARCH__ >= 900
+    u32 there;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(shared_address(to)), "r"(rank));
+    asm volatile("st.shared::cluster.v4.f32 [%0], {%1,%2,%3,%4};" ::"r"(there), "f"(value.x), "f"(value.y),
+                 "f"(value.z), "f"(value.w)
+                 : "memory");
+#endif
+}
+
 DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffff, value, mask); }
 DEVICE float warp_max(float value) {  // not negative: ordered like its bits
     return __uint_as_float(__reduce_max_sync(0xffffffff, __float_as_uint(value)));
@@ -99,6 +142,18 @@ DEVICE float reciprocal_root(float value) { return rsqrtf(value); }
 DEVICE float exponential(float value) { return __expf(value); }
 DEVICE u32 bits_of(float value) { return __float_as_uint(value); }
 DEVICE u32 prmt(u32 a, u32 b, u32 selector) { return __byte_perm(a, b, selector); }
+// Byte i is byte `nibble i of selector` (each below 8) of the eight of b:a.
+DEVICE u32 look_up(u32 a, u32 b, u32 selector) {
+    u32 found;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(found) : "r"(a), "r"(b), "r"(selector));
+    return found;
+}
+// Bits of a where the mask is set, else of b.
+DEVICE u32 pick(u32 a, u32 b, u32 mask) {
+    u32 found;
+    asm("lop3.b32 %0, %1, %2, %3, 0xE4;" : "=r"(found) : "r"(a), "r"(b), "r"(mask));
+    return found;
+}
 
 template <Type TYPE> DEVICE float widen(u16 value) {
     if (TYPE == BFLOAT16) return __uint_as_float(u32(value) << 16);

@@ -91,7 +91,7 @@ def run(instance: str, plan: Plan, arguments: Arguments, grid: int, device: torc
     kernel = function(instance, plan.shared_bytes, index)
     stream = torch.cuda.current_stream(device).cuda_stream
     with torch.cuda.device(device):
-        _make_current(index)
+        make_current(index)
         launch(kernel, arguments, grid, 32 * plan.warps, plan.shared_bytes, stream, overlaps(device))
 
 
@@ -106,12 +106,12 @@ def gpu_of(device: torch.device) -> Gpu:
 
 
 @functools.cache
-def function(instance: str, shared_bytes: int, device: int) -> Any:
+def function(instance: str, shared_bytes: int, device: int, source: str = compiler.SOURCE) -> Any:
     """The kernel, loaded on a device, allowed that much dynamic shared memory."""
     driver = compiler.bindings("driver")
-    binary = compiler.compiled(instance, gpu.capability(torch.device("cuda", device)))
+    binary = compiler.compiled(instance, gpu.capability(torch.device("cuda", device)), source)
     with torch.cuda.device(device):
-        _make_current(device)
+        make_current(device)
         module = checked(driver.cuModuleLoadData(binary.code))
         found = checked(driver.cuModuleGetFunction(module, binary.symbol.encode()))
         attribute = driver.CUfunction_attribute
@@ -129,26 +129,43 @@ def function(instance: str, shared_bytes: int, device: int) -> Any:
 
 
 def launch(
-    found: Any, arguments: Arguments, grid: int, threads: int, shared_bytes: int, stream: int, overlap: bool
-) -> None:
+    found: Any, arguments: ctypes.Structure, grid: int, threads: int, shared_bytes: int, stream: int,
+    overlap: bool, cluster: int = 0,
+) -> None:  # fmt: skip
     """One launch of a loaded kernel on `stream` (its handle). The driver copies the arguments."""
+    driver = compiler.bindings("driver")
+    config = config_of(grid, threads, shared_bytes, stream, overlap, cluster)
+    parameters = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
+    checked(driver.cuLaunchKernelEx(config, found, ctypes.addressof(parameters), 0))
+
+
+def config_of(
+    grid: int, threads: int, shared_bytes: int, stream: int, overlap: bool, cluster: int = 0
+) -> Any:
+    """A launch as the driver wants it; `cluster` blocks (0: each for itself) run at once and reach each
+    other's shared memory."""
     driver = compiler.bindings("driver")
     config = driver.CUlaunchConfig()
     config.gridDimX, config.gridDimY, config.gridDimZ = grid, 1, 1
     config.blockDimX, config.blockDimY, config.blockDimZ = threads, 1, 1
     config.sharedMemBytes, config.hStream = shared_bytes, stream
+    attributes = []
     if overlap:
         attribute = driver.CUlaunchAttribute()
         attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
         attribute.value.programmaticStreamSerializationAllowed = 1
-        config.attrs, config.numAttrs = [attribute], 1
-    else:
-        config.numAttrs = 0
-    parameters = (ctypes.c_void_p * 1)(ctypes.addressof(arguments))
-    checked(driver.cuLaunchKernelEx(config, found, ctypes.addressof(parameters), 0))
+        attributes.append(attribute)
+    if cluster:
+        attribute = driver.CUlaunchAttribute()
+        attribute.id = driver.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION
+        attribute.value.clusterDim.x = cluster
+        attribute.value.clusterDim.y = attribute.value.clusterDim.z = 1
+        attributes.append(attribute)
+    config.attrs, config.numAttrs = attributes, len(attributes)
+    return config
 
 
-def _make_current(device: int) -> None:
+def make_current(device: int) -> None:
     """PyTorch's context of a device, in a thread that may not have used it yet."""
     driver = compiler.bindings("driver")
     if int(checked(driver.cuCtxGetCurrent())) == 0:

@@ -1,5 +1,6 @@
-"""A matrix for `bits.cu`: one or two tokens at 2 to 6 bits; more tokens and more bits take the routes of
-`pmpd.kernels.triton`, over the same resident planes.
+"""A matrix for `bits.cu` (one or two tokens at 2 to 6 bits) and `halves.cu` (3 to 32 tokens, where that was
+measured to be faster); more tokens and more bits take the routes of `pmpd.kernels.triton`, over the same
+resident planes.
 
 Memory of a matrix [N, K]: planes N K P / 8 bytes, the only copy; and for each precision b, a row, 4 2^b bytes
 of coefficients (`bits`), 2 2^b of values (`fused` and `dense`), 2 2^b of the same values by bytes (`halves`,
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from pmpd import gpu
 from pmpd.kernels import triton
-from pmpd.kernels.cuda import compiler, launch
+from pmpd.kernels.cuda import compiler, halves, launch
 from pmpd.kernels.cuda.coefficients import coefficients
 from pmpd.kernels.cuda.plan import BITS, MOST_TOKENS, Plan
 from pmpd.kernels.cuda.plan import plan as plan_of_rules
@@ -64,20 +65,29 @@ class CudaMatrix(TritonMatrix):
         return len(bits) <= MOST_TOKENS and self._plan(tuple(sorted(bits, reverse=True))) is not None
 
     def route(self, tokens: int, bits: int) -> str:
-        """`bits`, or one of Triton's routes."""
+        """`bits`, `clusters` (of `halves.cu`), or one of Triton's routes."""
         if 0 < tokens <= MOST_TOKENS and self._plan((bits,) * tokens) is not None:
             return "bits"
-        if tokens <= triton.FUSED_TOKENS:
-            return "halves" if bits in DIGITS_BITS else "fused"
-        return "dense"
+        if tokens > triton.FUSED_TOKENS:
+            return "dense"
+        if bits not in DIGITS_BITS:
+            return "fused"
+        return "clusters" if self._halves_plan(tokens, bits) else "halves"
 
     def multiply(self, x: Tensor, bits: int, route: str | None = None, warps: int | None = None) -> Tensor:
         """As in the base class. `route` forces one."""
         x_MK = x.reshape(-1, self.shape[1])
         route = route or self.route(len(x_MK), bits)
-        if route != "bits":
+        if route == "bits":
+            y_MN = self.multiply_each(x_MK, (bits,) * len(x_MK))
+        elif route == "clusters":
+            plan, tables = self._halves_plan(len(x_MK), bits), self._tables[bits]["halves"]
+            assert plan is not None, f"{len(x_MK)} tokens, {bits} bits: no cut in the autotune table"
+            x_MK, bias = launch.aligned(x_MK), self._tiles.bias
+            y_MN = halves.product(plan, self._tiles.planes, tables, x_MK, self.shape[0], bias)
+        else:
             return super().multiply(x, bits, route, warps)
-        return self.multiply_each(x_MK, (bits,) * len(x_MK)).view(*x.shape[:-1], self.shape[0])
+        return y_MN.view(*x.shape[:-1], self.shape[0])
 
     def multiply_each(
         self, x: Tensor, bits: tuple[int, ...], norm: launch.Norm | None = None, gated: bool = False,
@@ -100,6 +110,9 @@ class CudaMatrix(TritonMatrix):
         if any(b not in BITS or b not in self._tables for b in bits):
             return None
         return plan_of(self._gpu_name, self._tiles.planes.device, *self.shape, bits)
+
+    def _halves_plan(self, tokens: int, bits: int) -> halves.HalvesPlan | None:
+        return halves.plan_of(self._gpu_name, self._tiles.planes.device, *self.shape, bits, tokens)
 
     def _tables_of(self, table: Tensor, bits: int) -> dict[str, Tensor]:
         padded = -len(table) % triton.TILE_ROWS
