@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from bench import _bars, _record, _timing
+from bench import _bars, _clusters, _record, _timing
 from bench._contenders import (
     ROTATE_BYTES,
     clones,
@@ -38,6 +38,8 @@ from bench._peers import humming, humming_version, peers
 from bench._timing import Refused, relative_error
 from pmpd.kernels.base import PackedWeights
 from pmpd.kernels.cuda import compiler
+from pmpd.kernels.cuda.halves import SOURCE, HalvesPlan
+from pmpd.kernels.cuda.launch import gpu_of
 from pmpd.kernels.cuda.matrix import CudaMatrix, plan_of, unavailable
 from pmpd.kernels.cuda.plan import MOST_TOKENS, Plan
 from pmpd.kernels.reference import CacheBudget, ReferenceMatrix
@@ -122,15 +124,17 @@ def compile_one(job: tuple[int, int, int, str, int]) -> None:
     torch.cuda.synchronize()
 
 
-def compile_plan(instance: str, capability: tuple[int, int]) -> None:
+def compile_plan(instance: str, capability: tuple[int, int], source: str) -> None:
     """In a process of its own: fills the CUDA kernels' cache on disk."""
-    compiler.compiled(instance, capability)
+    compiler.compiled(instance, capability, source)
 
 
-def compile_plans(pool: ProcessPoolExecutor, plans: Iterable[Plan]) -> list[Future]:
+def compile_plans(pool: ProcessPoolExecutor, plans: Iterable[Plan | HalvesPlan]) -> list[Future]:
     capability = torch.cuda.get_device_capability()
-    instances = {plan.template("FLOAT16") for plan in plans}
-    return [pool.submit(compile_plan, name, capability) for name in instances]
+    instances = {
+        (plan.template("FLOAT16"), compiler.SOURCE if isinstance(plan, Plan) else SOURCE) for plan in plans
+    }
+    return [pool.submit(compile_plan, name, capability, source) for name, source in instances]
 
 
 def check_one(job: tuple[int, int, torch.dtype, float, int]) -> dict:
@@ -273,6 +277,29 @@ def time_plans(
             yield timed_row(name, n, k, bits, tokens, said(plan), calls, expected, moved, bandwidth)
 
 
+def time_cuts(
+    device: torch.device, bandwidth: float, shapes: dict[str, tuple[int, int]], workers: int
+) -> Iterator[dict]:
+    """A row for each cut of `halves.cu` worth timing, where the GPU has clusters."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        return
+    jobs = [
+        (name, n, k, bits, tokens, _clusters.cuts(k, bits, tokens, gpu_of(device)))
+        for name, (n, k) in shapes.items() for bits in sorted(DIGITS_BITS, reverse=True)
+        for tokens in _clusters.TOKENS
+    ]  # fmt: skip
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        wait(compile_plans(pool, [plan for job in jobs for plan in job[-1]]))
+    for name, n, k, bits, tokens, of in jobs:
+        packed = random_weights(n, k, DIGITS_BITS, 1, device)
+        x = torch.randn(tokens, k, device=device).half()
+        expected, moved = exact_product(packed, x, bits), moved_bytes(n, k, bits, tokens)
+        copies = clones(CudaMatrix(packed, torch.float16), n * k * bits / 8)
+        for plan in of:
+            calls = _clusters.calls(copies, x, plan)
+            yield timed_row(name, n, k, bits, tokens, _clusters.said(plan), calls, expected, moved, bandwidth)
+
+
 def exact_product(packed: PackedWeights, x: torch.Tensor, bits: int) -> torch.Tensor:
     """In float64."""
     return x.double() @ ReferenceMatrix(packed, torch.float32, CacheBudget(0)).dequantize(bits).double().T
@@ -407,17 +434,14 @@ def best_settings(rows: list[dict]) -> dict[str, dict[str, dict]]:
     return table
 
 
-def write_settings(gpu: str, best: dict[str, dict[str, dict]]) -> None:
-    """Adds to the autotune table of this GPU."""
+def write_settings(gpu: str, best: dict[str, dict[str, dict]], rows: list[dict]) -> None:
+    """Adds to the autotune table of this GPU: `best_settings` of `rows`, and their cuts of `halves.cu`."""
     path = settings_file(gpu)
     path.parent.mkdir(exist_ok=True)
     known = json.loads(path.read_text()) if path.is_file() else {}
-    path.write_text(
-        json.dumps(
-            {"gpu": gpu, **{route: {**known.get(route, {}), **best[route]} for route in best}}, indent=1
-        )
-        + "\n"
-    )
+    table = known | {"gpu": gpu} | {route: {**known.get(route, {}), **best[route]} for route in best}
+    table["clusters"] = table.get("clusters", {}) | _clusters.best(rows, table["halves"])
+    path.write_text(json.dumps(table, indent=1) + "\n")
 
 
 def print_table(rows: list[dict], shapes: dict[str, tuple[int, int]], tokens_of: Sequence[int]) -> None:
@@ -429,7 +453,7 @@ def print_table(rows: list[dict], shapes: dict[str, tuple[int, int]], tokens_of:
     ):
         timed = [r for r in rows if "us" in r and (r["shape"], r["tokens"]) == (name, tokens)]
         at = [r for r in timed if r["bits"] in (bits, 16)]
-        mine = [r for r in at if r["impl"].startswith(("digits", "halves", "bits"))]
+        mine = [r for r in at if r["impl"].startswith(_bars.OURS)]
         peers_at = {r["impl"]: f"{r['us']:.2f}" for r in at if r["impl"] in ("any-precision", "humming")}
         for peer in (r for r in at if r["impl"] == "torch" and mine):
             best = min(mine, key=lambda r: r["us"])
@@ -445,7 +469,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=_record.RESULTS, help="folder of the JSON")
     parser.add_argument("--quick", action="store_true", help="two shapes, M = 1, 8, 32")
     parser.add_argument("--workers", type=int, default=14, help="processes that compile")
-    parser.add_argument("--tune", action="store_true", help="many plans of the CUDA kernel, and nothing else")
+    parser.add_argument(
+        "--tune", action="store_true", help="many plans of the CUDA kernels, and nothing else"
+    )
     parser.add_argument("--write-settings", action="store_true", help="write the autotune table of this GPU")
     options = parser.parse_args(arguments)
     device = torch.device("cuda")
@@ -474,7 +500,11 @@ def main(arguments: list[str] | None = None) -> None:
         time_gptq(device, bandwidth),
         time_kernels(device, bandwidth, shapes, tokens),
     )
-    for part in (time_plans(device, bandwidth, shapes, options.workers),) if options.tune else everything:
+    tuning = (
+        time_plans(device, bandwidth, shapes, options.workers),
+        time_cuts(device, bandwidth, shapes, options.workers),
+    )
+    for part in tuning if options.tune else everything:
         try:
             for found in part:
                 result["rows"].append(found)
@@ -485,7 +515,7 @@ def main(arguments: list[str] | None = None) -> None:
     result["settings"] = best_settings(result["rows"])
     save()
     if options.write_settings:
-        write_settings(_record.hardware("cuda"), result["settings"])
+        write_settings(_record.hardware("cuda"), result["settings"], result["rows"])
     print_table(result["rows"], shapes, tokens)
     result["bars"] = _bars.check(result["rows"], reading, "H200" in _record.hardware("cuda"))
     save()

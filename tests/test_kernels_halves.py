@@ -8,6 +8,7 @@ import json
 import pytest
 import torch
 
+from bench import _clusters
 from pmpd import gpu
 from pmpd.kernels import triton
 from pmpd.kernels.cuda import halves
@@ -87,6 +88,33 @@ def test_every_cut_of_the_tables_fits_the_gpu():
             assert made.shared_bytes <= H100.block_bytes, f"{path.name}: {key}"
             assert made.threads <= 1024
             assert made.parts in (1, 2, 4, 8)
+
+
+def test_every_cut_that_is_tried_fits_and_covers_all_columns():
+    for columns in (32, 2048, 4096, 5632, 14336):
+        for bits in triton.DIGITS_BITS:
+            for tokens in _clusters.TOKENS:
+                tried = _clusters.cuts(columns, bits, tokens, H100)
+                assert tried, f"K = {columns}, {bits} bits, {tokens} tokens: none"
+                for made in tried:
+                    assert made.shared_bytes <= H100.block_bytes
+                    assert made.threads <= 512
+                    assert made.parts * made.warps * made.per_warp * 256 >= columns
+
+
+def test_a_table_names_the_fastest_cut_only_where_triton_is_slower():
+    def row(impl: str, us: float, tokens: int = 8) -> dict:
+        return {"n": 64, "k": 512, "bits": 2, "tokens": tokens, "impl": impl, "us": us}
+
+    made = HalvesPlan(2, 1, 2, 2, 1, 8, 1, 2, 1)
+    rows = [
+        row(_clusters.said(made), 9.0), row("clusters p1 w2 r4 s1 l3 b1", 8.5),
+        row("clusters p1 w2 r8 s1 l3 b1", 8.7), row("clusters p1 w2 r4 s1 l2 b1", 9.9, 16),
+        row("halves w4", 7.0),
+    ]  # fmt: skip
+    known = {"64x512x2x8": {"warps": 4, "us": 10.0}, "64x512x2x16": {"warps": 4, "us": 10.0}}
+    assert _clusters.best(rows, known) == {"64x512x2x8": {"cut": [1, 2, 4, 1, 3, 1], "us": 8.5}}
+    assert _clusters.best(rows, {}) == {}, "nothing is known of Triton's"
 
 
 def test_only_measured_shapes_of_gpus_with_clusters_take_it(monkeypatch):
