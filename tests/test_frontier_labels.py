@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from bench import _frontier_pack, _frontier_prompts, _frontier_texts, _record
+from bench import _frontier_kv, _frontier_pack, _frontier_prompts, _frontier_texts, _record
 from bench._frontier_kv import KvFits
 from bench._frontier_model import OnlineExact, exact_losses, given_tokens
 from bench.frontier import AnswersStudy, Fit, Pack, Study, load
@@ -175,6 +175,7 @@ def test_online_is_judged_exactly_beside_the_static_plans(study):
 def test_whole_answers_are_judged_from_labels_alone(study, tmp_path, monkeypatch):
     monkeypatch.setattr(_record, "RESULTS", tmp_path)
     monkeypatch.setattr(_record.write, "__defaults__", ("cpu", tmp_path))
+    monkeypatch.setattr(_frontier_kv, "VALIDATION_SHARE", 0.4)  # of so few prompts
     labels = str(study / "main" / "agreement" / "continuations" / "labels")
     AnswersStudy(labels, targets=(2.5, 3.0), folds=2, resamples=50, epochs=1, name="it").run()
     found = json.loads((tmp_path / "it.json").read_text())["results"]["answers"]

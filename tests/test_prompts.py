@@ -347,8 +347,12 @@ def test_a_huge_document_is_read_as_far_as_a_prompt_goes_and_a_huge_question_is_
     tokenizer.chat_template = "{% for m in messages %}<{{ m['content'] }}>{% endfor %}!"
     counts: Counter[str] = Counter()
     rows = list(make_prompts(PromptConfig(str(path), form="chat"), tokenizer, 2048, counts))
-    assert [row["error"] for row in rows] == [None] * 4 + [
+    assert [row["error"] for row in rows] == [
+        None,
+        None,
+        "the question takes 2403 tokens, 2048 fit",
+        None,
         "the question has 50,000 characters, 3,000 at most; shorten it, or take the beginnings of texts with "
-        "--prompt-form cut"
+        "--prompt-form cut",
     ]
     assert not counts["malformed"], "it was well written"
