@@ -19,7 +19,7 @@ from pmpd.kernels.cuda.plan import H100, Gpu, Plan
 
 COMPILER = shutil.which("g++")
 FOLDER = Path(__file__).parent / "cuda_host"
-ORDERS = ((0, 0), (1, 1), (2, 1))
+ORDERS = ((0, 0), (1, 1), (2, 1), (3, 1))
 """(order of the threads, whether copies land late): results may depend on neither."""
 
 

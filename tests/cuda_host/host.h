@@ -315,7 +315,7 @@ inline void fiber_main() {
     yield();
 }
 // One cluster of `size` blocks after the other; `order` 0: threads upwards, 1: downwards, 2: every seventh,
-// around.
+// around, 3: each warp as far as it comes alone.
 inline void run(void (*body)(), int of_block, int grid, size_t bytes, int order, bool late_copies, int size) {
     const int all = of_block * size;
     entry = body, blocks = grid, late = late_copies, shared_bytes = bytes, threads = of_block;
@@ -340,12 +340,16 @@ inline void run(void (*body)(), int of_block, int grid, size_t bytes, int order,
         int arrivals = -1, left = all;
         for (long idle = 0; left;) {
             left = 0;
-            for (int i = 0; i < all; i++) {
+            for (int i = 0, swept = 0; i < all; i++) {
                 current = order == 1 ? all - 1 - i : order == 2 ? (i * 7 + first_block) % all : i;
-                if (fibers[current].done) continue;
-                swapcontext(&scheduler, &fibers[current].context);
-                if (!problem.empty()) return;
-                left += !fibers[current].done;
+                if (i % 32 == 0) swept = warps[i / 32].turn;
+                if (!fibers[current].done) {
+                    swapcontext(&scheduler, &fibers[current].context);
+                    if (!problem.empty()) return;
+                    left += !fibers[current].done;
+                }
+                // order 3: the warp again, until it waits for others
+                if (order == 3 && i % 32 == 31 && warps[i / 32].turn != swept) i -= 32;
             }
             int now = cluster_turn;
             for (const Block& b : cluster) now += b.turn;
