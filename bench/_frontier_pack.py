@@ -222,8 +222,9 @@ def whole_answer_rows(
     """How well each rule says what ROUGE-L of the whole answers loses, over random groups of prompts: the
     correlation, over groups, of the mean loss by the rule with the mean loss of ROUGE-L, both of class 0
     against never switching; mean and standard deviation over random groupings."""
-    whole = rules["rouge_l"]
-    rows = []
+    whole, rows = rules.get("rouge_l"), []
+    if whole is None:
+        return []
     for rule, judged in rules.items():
         if rule == "rouge_l":
             continue
