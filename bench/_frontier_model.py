@@ -31,6 +31,7 @@ from pmpd.evaluation.frontier import (
     table,
 )
 from pmpd.evaluation.online_policies import Thresholds, follow, settings_of
+from pmpd.evaluation.policies import choices_by_prediction, class_prediction, regression_prediction
 from pmpd.labeling.curves import PROBE_TOKENS, batches, exact_divergence
 from pmpd.schedulers.base import STATISTICS
 from pmpd.training.fit import make_head
@@ -253,6 +254,83 @@ class OnlineExact:
             "rows": rows,
         }
         return found
+
+
+@dataclass(frozen=True)
+class PromptExact:
+    """Policies that decide once per prompt against the static frontier, both run exactly on prompts that they
+    were not fitted to."""
+
+    pack: Path
+    study: Path
+    model_path: str
+    reference_model_path: str
+    output: Path
+    targets: tuple[float, ...] = (2.75, 3.5)
+    prompts: int = 64
+    """Of the first fold, at most."""
+    folds: int = 5
+    resamples: int = 10000
+    seed: int = 0
+    device: str = "cpu"
+
+    def run(self) -> None:
+        curves = read_curves(self.pack)
+        fold = folds(curves, self.folds, self.seed)
+        held = np.random.default_rng(self.seed).permutation(np.nonzero(fold == 0)[0])[: self.prompts]
+        train, test = curves.take(np.nonzero(fold != 0)[0]), curves.take(np.sort(held))
+        plans = static_plans(train.chain, train.loss.shape[2])
+        loss, bits = (part.sum(0) / train.forwards.sum() for part in train.plan_tables(plans))
+        static = Mixes(bits, loss)
+        at = sorted({int(np.searchsorted(static.bits, t)) + i for t in self.targets for i in (-2, -1, 0, 1)})
+        near = [int(static.hull[i]) for i in at if 0 <= i < len(static.hull)]
+        predictions = {
+            "static per kind": class_prediction(train, test, train.kinds, test.kinds),
+            "regression": regression_prediction(train),
+        }
+        chosen = {
+            name: choices_by_prediction(train, test, self.targets, predicted)
+            for name, predicted in predictions.items()
+        }
+        levels = [np.tile(plans[k], (len(test), 1)) for k in near]
+        levels += [
+            plans[end] for some in chosen.values() for first, second, _ in some for end in (first, second)
+        ]
+        given = given_tokens([str(self.study / "main" / "kl" / kind) for kind in KINDS])
+        device = torch.device(self.device)
+        specs = ModelSpec(self.model_path), ModelSpec(self.reference_model_path, dtype="float32")
+        models = [PMPDForCausalLM.from_spec(spec, device).eval() for spec in specs]
+        started, widths = time.perf_counter(), test.widths.astype(int)
+        rows = [given[key] for key in test.keys]
+        exact = exact_losses(models[0], models[1], rows, [widths[each] for each in levels], test.chain[0])
+        resampling = Resampling.of(test.groups, self.resamples, self.seed)
+        simulated = [test.outcome(each) for each in levels]
+        ran = [Outcome(sums, o.bits, o.forwards) for sums, o in zip(exact, simulated, strict=True)]
+        told, gains = [], []
+        for judged, outcomes in (("exactly", ran), ("by sums of curves", simulated)):
+            frontier = StaticFrontier(outcomes[: len(near)], resampling)
+            ends = iter(outcomes[len(near) :])
+            for name, some in chosen.items():
+                for target, (_, _, share) in zip(self.targets, some, strict=True):
+                    mixed = Outcome.mix(next(ends), next(ends), share)
+                    gains.append(gain_of(name, mixed, frontier, target))
+                    told.append({"judged": judged})
+        found = {
+            "prompts": len(test),
+            "groups": len(np.unique(test.groups)),
+            "fitted_to": len(train),
+            "seconds": time.perf_counter() - started,
+            "static": [
+                {"bits": o.mean_bits, "exact": e.mean_loss, "by_curves": o.mean_loss}
+                for o, e in zip(simulated[: len(near)], ran, strict=False)
+            ],
+            "rows": [
+                {**row, **more}
+                for row, more in zip(told, table(gains, holm([gain.p for gain in gains]), {}), strict=True)
+            ],
+        }
+        self.output.write_text(json.dumps(found, indent=1) + "\n")
+        print(json.dumps(found))
 
 
 Given = tuple[Sequence[int], Sequence[int]]

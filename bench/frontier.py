@@ -33,7 +33,7 @@ from bench import (
     _record,
 )
 from bench._frontier_kv import KvFits, fit_folds, kv_features, kv_policy
-from bench._frontier_model import Exact, OnlineExact, Steps, given_tokens
+from bench._frontier_model import Exact, OnlineExact, PromptExact, Steps, given_tokens
 from bench.frontier_labels import KINDS
 from pmpd import storage
 from pmpd.evaluation.curve_set import LABEL_COLUMNS, CurveSet, Outcome, cross_fitted, curve_set, folds
@@ -424,6 +424,8 @@ class Study:
     """What the labels were made on."""
     pack: Path | None = None
     """What `pack` wrote, in place of labels; the classifiers that `fit` wrote there are policies, too."""
+    kind: int | None = None
+    """Of a pack, the prompts of this kind alone, without the classifiers."""
 
     def run(self) -> None:
         started = time.process_time()
@@ -432,6 +434,8 @@ class Study:
             if self.pack is None
             else (_frontier_pack.read_curves(self.pack), read_about(self.pack))
         )
+        if self.kind is not None:
+            curves = curves.take(np.nonzero(curves.kinds == self.kind)[0])
         check_targets(curves.chain, self.targets)
         fold = folds(curves, self.folds, self.seed)
         fits = self._kv_fits(curves, about, fold)
@@ -505,6 +509,8 @@ class Study:
         }
 
     def _kv_fits(self, curves: CurveSet, about: dict[str, Any], fold: np.ndarray) -> dict[str, KvFits]:
+        if self.kind is not None:
+            return {}
         if self.pack is not None:
             found = {p.stem.removeprefix("kv-"): KvFits.read(p) for p in sorted(self.pack.glob("kv-*.npz"))}
             for fitted in found.values():
@@ -590,6 +596,7 @@ if __name__ == "__main__":
         | Annotated[Study, tyro.conf.subcommand("study")]
         | Annotated[AnswersStudy, tyro.conf.subcommand("answers")]
         | Annotated[Confirm, tyro.conf.subcommand("confirm")]
+        | Annotated[PromptExact, tyro.conf.subcommand("prompts-exact")]
         | Annotated[OnlineExact, tyro.conf.subcommand("online")]
         | Annotated[Exact, tyro.conf.subcommand("exact")]
         | Annotated[Steps, tyro.conf.subcommand("steps")],  # type: ignore[arg-type]

@@ -11,7 +11,7 @@ import torch
 
 from bench import _frontier_kv, _frontier_pack, _frontier_prompts, _frontier_texts, _record
 from bench._frontier_kv import KvFits
-from bench._frontier_model import OnlineExact, exact_losses, given_tokens
+from bench._frontier_model import OnlineExact, PromptExact, exact_losses, given_tokens
 from bench.frontier import AnswersStudy, Fit, Pack, Study, load
 from bench.frontier_labels import Config, main
 from pmpd import PMPDForCausalLM
@@ -172,12 +172,22 @@ def test_online_is_judged_exactly_beside_the_static_plans(study):
     assert all(2 <= row["bits"] <= 4 for row in rows)
 
 
+def test_policies_of_the_prompt_are_judged_exactly_too(study):
+    models = str(study / "anyprec"), str(study / "dense")
+    PromptExact(study / "pack", study, *models, study / "prompts.json", (2.5, 3.5), 8, 2, 20).run()
+    found = json.loads((study / "prompts.json").read_text())
+    assert [row["judged"] for row in found["rows"]] == ["exactly"] * 4 + ["by sums of curves"] * 4
+    assert {row["policy"] for row in found["rows"]} == {"static per kind", "regression"}
+    bits = {(row["policy"], row["target_bits"], row["bits"]) for row in found["rows"]}
+    assert len(bits) == 4, "both ways judge the same plans"
+
+
 def test_whole_answers_are_judged_from_labels_alone(study, tmp_path, monkeypatch):
     monkeypatch.setattr(_record, "RESULTS", tmp_path)
     monkeypatch.setattr(_record.write, "__defaults__", ("cpu", tmp_path))
     monkeypatch.setattr(_frontier_kv, "VALIDATION_SHARE", 0.4)  # of so few prompts
     labels = str(study / "main" / "agreement" / "continuations" / "labels")
-    AnswersStudy(labels, targets=(2.5, 3.0), folds=2, resamples=50, epochs=1, name="it").run()
+    AnswersStudy(labels, targets=(2.5, 3.0), folds=2, resamples=50, epochs=1, seed=1, name="it").run()
     found = json.loads((tmp_path / "it.json").read_text())["results"]["answers"]
     assert [(plan["pair"], plan["class"]) for plan in found["plans"]] == [
         *(("4-3", k) for k in (3, 2, 1)),

@@ -100,35 +100,48 @@ def any_order(train: CurveSet, test: CurveSet, targets: Sequence[float], seed: i
     return _best_mixes(train, test, targets, np.unique(costs.argmin(1), axis=0))
 
 
-def by_prediction(
-    train: CurveSet,
-    test: CurveSet,
-    targets: Sequence[float],
-    predicted: Callable[[CurveSet, np.ndarray], np.ndarray],
-    hindsight: bool = False,
-) -> list[Outcome]:
-    """Per prompt the plan of least `predicted` loss [N, P] + multiplier x bits: both of an answer of full
-    length, since nobody knows when it will end; with `hindsight`, sums over the forwards that it took."""
+Prediction = Callable[[CurveSet, np.ndarray], np.ndarray]
+"""(prompts, plans [P, M]) -> predicted loss [N, P] of an answer of full length."""
+
+
+def choices_by_prediction(
+    train: CurveSet, test: CurveSet, targets: Sequence[float], predicted: Prediction, hindsight: bool = False
+) -> list[tuple[np.ndarray, np.ndarray, float]]:
+    """Per target, the plans (rows of `static_plans`) that each prompt of `test` takes under two neighbouring
+    multipliers, int [N] each, and the share of the second: each prompt has the plan of least predicted loss
+    + multiplier x bits, both of an answer of full length, since nobody knows when it will end; with
+    `hindsight`, sums over the forwards that it took."""
     plans = _plans(train)
     nominal = train.widths[plans].sum(1)
 
-    def chosen(part: CurveSet) -> tuple[np.ndarray, np.ndarray]:  # loss and bits, [N, K] each
-        loss, bits = part.plan_tables(plans)
+    def chosen(part: CurveSet) -> np.ndarray:  # [N, K]
         costs = predicted(part, plans)
-        weights = bits if hindsight else nominal
-        at = np.stack([(costs + each * weights).argmin(1) for each in MULTIPLIERS], axis=1)
-        return np.take_along_axis(loss, at, axis=1), np.take_along_axis(bits, at, axis=1)
+        weights = part.plan_tables(plans)[1] if hindsight else nominal
+        return np.stack([(costs + each * weights).argmin(1) for each in MULTIPLIERS], axis=1)
 
     # by bits alone, not by the loss on the prompts that the prediction was fitted to
-    train_bits = chosen(train)[1].sum(0) / train.forwards.sum()
+    _, bits = train.plan_tables(plans)
+    train_bits = np.take_along_axis(bits, chosen(train), axis=1).sum(0) / train.forwards.sum()
     bits_K, first = np.unique(train_bits, return_index=True)
-    test_loss, test_bits = chosen(test)
-    found = []
-    for target in targets:
-        a, b, share = mix_for(bits_K.tolist(), target)
-        ends = [Outcome(test_loss[:, first[k]], test_bits[:, first[k]], test.forwards) for k in (a, b)]
-        found.append(Outcome.mix(ends[0], ends[1], share))
-    return found
+    at = chosen(test)
+    mixes = [mix_for(bits_K.tolist(), target) for target in targets]
+    return [(at[:, first[a]], at[:, first[b]], share) for a, b, share in mixes]
+
+
+def by_prediction(
+    train: CurveSet, test: CurveSet, targets: Sequence[float], predicted: Prediction, hindsight: bool = False
+) -> list[Outcome]:
+    """What `choices_by_prediction` comes to."""
+    loss, bits = test.plan_tables(_plans(train))
+    rows = np.arange(len(test))
+    return [
+        Outcome.mix(
+            Outcome(loss[rows, first], bits[rows, first], test.forwards),
+            Outcome(loss[rows, second], bits[rows, second], test.forwards),
+            share,
+        )
+        for first, second, share in choices_by_prediction(train, test, targets, predicted, hindsight)
+    ]
 
 
 def oracle_plan(train: CurveSet, test: CurveSet, targets: Sequence[float], seed: int) -> list[Outcome]:
@@ -150,12 +163,11 @@ def oracle_token(train: CurveSet, test: CurveSet, targets: Sequence[float], seed
 # ---- Prompts in classes
 
 
-def by_class(
-    train: CurveSet, test: CurveSet, targets: Sequence[float], train_class: np.ndarray, test_class: np.ndarray
-) -> list[Outcome]:
-    """One static plan per class of prompts."""
-    plans = _plans(train)
-    loss, _ = train.plan_tables(plans)
+def class_prediction(
+    train: CurveSet, test: CurveSet, train_class: np.ndarray, test_class: np.ndarray
+) -> Prediction:
+    """The mean loss of a prompt's class."""
+    loss, _ = train.plan_tables(_plans(train))
     overall = loss.sum(0) / train.forwards.sum()
     means = {}
     for name in np.unique(train_class):
@@ -167,19 +179,20 @@ def by_class(
         names = classes[id(part)].tolist()
         return np.stack([means.get(name, overall) for name in names]) * part.valid.shape[1]
 
-    return by_prediction(train, test, targets, predicted)
+    return predicted
 
 
 def per_kind(train: CurveSet, test: CurveSet, targets: Sequence[float], seed: int) -> list[Outcome]:
     """A static plan per kind of prompt."""
-    return by_class(train, test, targets, train.kinds, test.kinds)
+    return by_prediction(train, test, targets, class_prediction(train, test, train.kinds, test.kinds))
 
 
 def per_cluster(train: CurveSet, test: CurveSet, targets: Sequence[float], seed: int) -> list[Outcome]:
     """A static plan per cluster of the prompts' features (k-means)."""
     x, y = standardised(train.features, test.features)
     centres = kmeans(x, CLUSTERS, seed)
-    return by_class(train, test, targets, nearest(x, centres), nearest(y, centres))
+    at, test_at = nearest(x, centres), nearest(y, centres)
+    return by_prediction(train, test, targets, class_prediction(train, test, at, test_at))
 
 
 def standardised(train: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -234,7 +247,7 @@ def segment_means(curves: CurveSet) -> np.ndarray:
     return np.stack(parts, axis=2)
 
 
-def regression(train: CurveSet, test: CurveSet, targets: Sequence[float], seed: int) -> list[Outcome]:
+def regression_prediction(train: CurveSet) -> Prediction:
     """The loss curve, by precision and segment, regressed on the prompt's features (in logarithms, and
     brought back to the right mean); the plan per prompt by the prediction."""
     x, _ = standardised(train.features, train.features)
@@ -249,7 +262,12 @@ def regression(train: CurveSet, test: CurveSet, targets: Sequence[float], seed: 
         chosen = plans[:, None, :] == np.arange(len(part.chain))[None, :, None]
         return along.reshape(len(part), -1) @ chosen.reshape(len(plans), -1).T
 
-    return by_prediction(train, test, targets, predicted)
+    return predicted
+
+
+def regression(train: CurveSet, test: CurveSet, targets: Sequence[float], seed: int) -> list[Outcome]:
+    """The plan per prompt by `regression_prediction`."""
+    return by_prediction(train, test, targets, regression_prediction(train))
 
 
 POLICIES: dict[str, Policy] = {
