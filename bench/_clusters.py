@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 
-from pmpd.kernels.cuda.halves import HalvesPlan, octets_of, product
+from pmpd.kernels.cuda.cut import TILE_COLUMNS, Gpu
+from pmpd.kernels.cuda.halves import HalvesCut, octets_of, product
 from pmpd.kernels.cuda.matrix import CudaMatrix
-from pmpd.kernels.cuda.plan import TILE_COLUMNS, Gpu
 
 TOKENS = (8, 16, 32)
 """What the instances tell apart."""
@@ -18,7 +18,7 @@ LEAST = 1.08
 """How many times as fast as Triton's `halves` a cut must be for the table to name it."""
 
 
-def cuts(columns: int, bits: int, tokens: int, gpu: Gpu) -> list[HalvesPlan]:
+def cuts(columns: int, bits: int, tokens: int, gpu: Gpu) -> list[HalvesCut]:
     """Those of 8 to 16 warps a block, one or two tiles a warp, that fit."""
     tiles, octets, found = math.ceil(columns / TILE_COLUMNS), octets_of(tokens), []
     for parts in (1, 2, 4, 8):
@@ -26,25 +26,23 @@ def cuts(columns: int, bits: int, tokens: int, gpu: Gpu) -> list[HalvesPlan]:
         for warps in {of_block, math.ceil(of_block / 2)}:
             for rows in {8 // warps, 16 // warps} - {0}:
                 for share, slots in ((1, 2), (2, 2), (1, 3)):
-                    made = HalvesPlan(bits, octets, tiles, parts, warps, rows, share, slots, 1)
+                    made = HalvesCut(bits, octets, tiles, parts, warps, rows, share, slots, 1)
                     if made.shared_bytes <= gpu.block_bytes:
                         found.append(made)
     return list(dict.fromkeys(found))
 
 
-def said(plan: HalvesPlan) -> str:
+def said(cut: HalvesCut) -> str:
     """The name of a cut in the tables."""
-    return f"clusters p{plan.parts} w{plan.warps} r{plan.rows} s{plan.share} l{plan.slots} b{plan.blocks}"
+    return f"clusters p{cut.parts} w{cut.warps} r{cut.rows} s{cut.share} l{cut.slots} b{cut.blocks}"
 
 
 def calls(
-    matrices: Sequence[CudaMatrix], x: torch.Tensor, plan: HalvesPlan
+    matrices: Sequence[CudaMatrix], x: torch.Tensor, cut: HalvesCut
 ) -> list[Callable[[], torch.Tensor]]:
     """One a matrix."""
     return [
-        lambda m=m: product(
-            plan, m._tiles.planes, m._tables[plan.bits]["halves"], x, m.shape[0], m._tiles.bias
-        )
+        lambda m=m: product(cut, m._tiles.planes, m._tables[cut.bits]["halves"], x, m.shape[0], m._tiles.bias)
         for m in matrices
     ]
 

@@ -9,10 +9,10 @@ import torch
 
 from bench._peers import any_precision
 from pmpd.kernels.base import PackedWeights
+from pmpd.kernels.cuda.cut import MOST_TOKENS, Cut
+from pmpd.kernels.cuda.cut import cut as cut_of_rules
 from pmpd.kernels.cuda.launch import gpu_of
 from pmpd.kernels.cuda.matrix import CudaMatrix
-from pmpd.kernels.cuda.plan import MOST_TOKENS, Plan
-from pmpd.kernels.cuda.plan import plan as plan_of_rules
 from pmpd.kernels.triton import (
     FUSED_TOKENS,
     SPLIT_TOKENS,
@@ -105,9 +105,9 @@ def contenders(
             yield route, [lambda m=m, r=route: m.multiply(x, bits, r) for m in matrices]
     del matrices
     if plain is not None and tokens <= MOST_TOKENS:
-        chosen = plain._plan((bits,) * tokens)  # as measured, else by the rules
+        chosen = plain._cut((bits,) * tokens)  # as measured, else by the rules
         if chosen is not None:
-            yield said(chosen), plan_calls(clones(plain, weight_bytes), x, chosen)
+            yield said(chosen), cut_calls(clones(plain, weight_bytes), x, chosen)
     elif plain is not None and plain.route(tokens, bits) == "clusters":
         yield "clusters", [lambda m=m: m.multiply(x, bits, "clusters") for m in clones(plain, weight_bytes)]
     theirs = any_precision()
@@ -117,14 +117,14 @@ def contenders(
         yield "any-precision", [lambda p=p: theirs(x[None], p, table, bits)[0] for p in planes]
 
 
-def rule(columns: int, bits: int, tokens: int, device: torch.device) -> Plan:
-    """The plan of `bits.cu` that its rules give."""
-    made = plan_of_rules(columns, (bits,) * tokens, gpu_of(device))
+def rule(columns: int, bits: int, tokens: int, device: torch.device) -> Cut:
+    """The cut of `bits.cu` that its rules give."""
+    made = cut_of_rules(columns, (bits,) * tokens, gpu_of(device))
     assert made is not None, f"{columns} columns"
     return made
 
 
-def plans(columns: int, bits: int, tokens: int, device: torch.device) -> list[Plan]:
+def cuts(columns: int, bits: int, tokens: int, device: torch.device) -> list[Cut]:
     """Those worth timing: that of the rules, and rings of one or two row blocks. Four warps only where the
     rules have them: an outlier costs all columns of its warp their precision."""
     found = [rule(columns, bits, tokens, device)]
@@ -132,17 +132,17 @@ def plans(columns: int, bits: int, tokens: int, device: torch.device) -> list[Pl
         per_warp = -(-columns // (TILE_COLUMNS * warps))
         for slots in (None, per_warp, 2 * per_warp):
             for blocks in (1, 2, 4):
-                made = plan_of_rules(columns, (bits,) * tokens, gpu_of(device), warps, slots, blocks)
+                made = cut_of_rules(columns, (bits,) * tokens, gpu_of(device), warps, slots, blocks)
                 # no fewer than 64 registers a thread
                 if made and made.warps <= made.tiles and per_warp <= 14 and blocks * warps <= 32:
                     found.append(made)
     return list(dict.fromkeys(found))
 
 
-def said(plan: Plan) -> str:
-    """The name of a plan in the tables."""
-    return f"bits w{plan.warps} s{plan.slots} b{plan.blocks}"
+def said(cut: Cut) -> str:
+    """The name of a cut in the tables."""
+    return f"bits w{cut.warps} s{cut.slots} b{cut.blocks}"
 
 
-def plan_calls(matrices: list[CudaMatrix], x: torch.Tensor, plan: Plan) -> list[Callable[[], torch.Tensor]]:
-    return [lambda m=m: m.multiply_each(x, plan.bits, plan=plan) for m in matrices]
+def cut_calls(matrices: list[CudaMatrix], x: torch.Tensor, cut: Cut) -> list[Callable[[], torch.Tensor]]:
+    return [lambda m=m: m.multiply_each(x, cut.bits, cut=cut) for m in matrices]

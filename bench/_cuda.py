@@ -28,8 +28,8 @@ from bench._contenders import (
     ROTATE_BYTES,
     clones,
     contenders,
-    plan_calls,
-    plans,
+    cut_calls,
+    cuts,
     random_weights,
     said,
     variants,
@@ -38,10 +38,10 @@ from bench._peers import humming, humming_version, peers
 from bench._timing import Refused, relative_error
 from pmpd.kernels.base import PackedWeights
 from pmpd.kernels.cuda import compiler
-from pmpd.kernels.cuda.halves import SOURCE, HalvesPlan
+from pmpd.kernels.cuda.cut import MOST_TOKENS, Cut
+from pmpd.kernels.cuda.halves import SOURCE, HalvesCut
 from pmpd.kernels.cuda.launch import gpu_of
-from pmpd.kernels.cuda.matrix import CudaMatrix, plan_of, unavailable
-from pmpd.kernels.cuda.plan import MOST_TOKENS, Plan
+from pmpd.kernels.cuda.matrix import CudaMatrix, cut_of, unavailable
 from pmpd.kernels.reference import CacheBudget, ReferenceMatrix
 from pmpd.kernels.step_attention import StepAttention
 from pmpd.kernels.triton import (
@@ -129,10 +129,10 @@ def compile_plan(instance: str, capability: tuple[int, int], source: str) -> Non
     compiler.compiled(instance, capability, source)
 
 
-def compile_plans(pool: ProcessPoolExecutor, plans: Iterable[Plan | HalvesPlan]) -> list[Future]:
+def compile_cuts(pool: ProcessPoolExecutor, cuts: Iterable[Cut | HalvesCut]) -> list[Future]:
     capability = torch.cuda.get_device_capability()
     instances = {
-        (plan.template("FLOAT16"), compiler.SOURCE if isinstance(plan, Plan) else SOURCE) for plan in plans
+        (cut.template("FLOAT16"), compiler.SOURCE if isinstance(cut, Cut) else SOURCE) for cut in cuts
     }
     return [pool.submit(compile_plan, name, capability, source) for name, source in instances]
 
@@ -185,8 +185,8 @@ def prepare(shapes: list[tuple[int, int]], tokens: list[int], workers: int) -> l
             shaped = [
                 (n, k, (b,) * m) for n, k in shapes for b in DIGITS_BITS for m in tokens if m <= MOST_TOKENS
             ]
-            chosen = [plan_of(_record.hardware("cuda"), device, *job) for job in shaped]
-            compiling += compile_plans(pool, [plan for plan in chosen if plan is not None])
+            chosen = [cut_of(_record.hardware("cuda"), device, *job) for job in shaped]
+            compiling += compile_cuts(pool, [cut for cut in chosen if cut is not None])
         for job, future in zip(checks, checking, strict=True):
             try:
                 rows.append(future.result())
@@ -258,23 +258,23 @@ def time_kernels(
 def time_plans(
     device: torch.device, bandwidth: float, shapes: dict[str, tuple[int, int]], workers: int
 ) -> Iterator[dict]:
-    """A row for each plan of the CUDA kernel worth timing, at one and two tokens."""
+    """A row for each cut of the CUDA kernel worth timing, at one and two tokens."""
     jobs = [
-        (name, n, k, bits, tokens, plans(k, bits, tokens, device))
+        (name, n, k, bits, tokens, cuts(k, bits, tokens, device))
         for name, (n, k) in shapes.items() for bits in sorted(DIGITS_BITS, reverse=True)
         for tokens in range(1, MOST_TOKENS + 1)
     ]  # fmt: skip
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        wait(compile_plans(pool, [plan for job in jobs for plan in job[-1]]))
+        wait(compile_cuts(pool, [cut for job in jobs for cut in job[-1]]))
     for name, n, k, bits, tokens, of in jobs:
         packed = random_weights(n, k, DIGITS_BITS, 1, device)
         x = torch.randn(tokens, k, device=device).half()
         expected = exact_product(packed, x, bits)
         moved = moved_bytes(n, k, bits, tokens)
         copies = clones(CudaMatrix(packed, torch.float16), n * k * bits / 8)
-        for plan in of:
-            calls = plan_calls(copies, x, plan)
-            yield timed_row(name, n, k, bits, tokens, said(plan), calls, expected, moved, bandwidth)
+        for cut in of:
+            calls = cut_calls(copies, x, cut)
+            yield timed_row(name, n, k, bits, tokens, said(cut), calls, expected, moved, bandwidth)
 
 
 def time_cuts(
@@ -289,15 +289,15 @@ def time_cuts(
         for tokens in _clusters.TOKENS
     ]  # fmt: skip
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        wait(compile_plans(pool, [plan for job in jobs for plan in job[-1]]))
+        wait(compile_cuts(pool, [cut for job in jobs for cut in job[-1]]))
     for name, n, k, bits, tokens, of in jobs:
         packed = random_weights(n, k, DIGITS_BITS, 1, device)
         x = torch.randn(tokens, k, device=device).half()
         expected, moved = exact_product(packed, x, bits), moved_bytes(n, k, bits, tokens)
         copies = clones(CudaMatrix(packed, torch.float16), n * k * bits / 8)
-        for plan in of:
-            calls = _clusters.calls(copies, x, plan)
-            yield timed_row(name, n, k, bits, tokens, _clusters.said(plan), calls, expected, moved, bandwidth)
+        for cut in of:
+            calls = _clusters.calls(copies, x, cut)
+            yield timed_row(name, n, k, bits, tokens, _clusters.said(cut), calls, expected, moved, bandwidth)
 
 
 def exact_product(packed: PackedWeights, x: torch.Tensor, bits: int) -> torch.Tensor:
@@ -421,10 +421,10 @@ def best_settings(rows: list[dict]) -> dict[str, dict[str, dict]]:
     for r in rows:
         if "us" not in r:
             continue
-        if plan := re.fullmatch(r"bits w(\d+) s(\d+) b(\d+)", r["impl"]):
+        if cut := re.fullmatch(r"bits w(\d+) s(\d+) b(\d+)", r["impl"]):
             key = f"{r['n']}x{r['k']}x{'+'.join([str(r['bits'])] * r['tokens'])}"
             if r["us"] < table["bits"].get(key, {"us": math.inf})["us"]:
-                numbers = dict(zip(("warps", "slots", "blocks"), map(int, plan.groups()), strict=True))
+                numbers = dict(zip(("warps", "slots", "blocks"), map(int, cut.groups()), strict=True))
                 table["bits"][key] = numbers | {"us": round(r["us"], 2)}
             continue
         route, _, warps = r["impl"].partition(" w")
@@ -469,9 +469,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=_record.RESULTS, help="folder of the JSON")
     parser.add_argument("--quick", action="store_true", help="two shapes, M = 1, 8, 32")
     parser.add_argument("--workers", type=int, default=14, help="processes that compile")
-    parser.add_argument(
-        "--tune", action="store_true", help="many plans of the CUDA kernels, and nothing else"
-    )
+    parser.add_argument("--tune", action="store_true", help="many cuts of the CUDA kernels, and nothing else")
     parser.add_argument("--write-settings", action="store_true", help="write the autotune table of this GPU")
     options = parser.parse_args(arguments)
     device = torch.device("cuda")

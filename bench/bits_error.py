@@ -19,8 +19,8 @@ from pmpd import PMPDForCausalLM
 from pmpd.evaluation.perplexity import token_stream
 from pmpd.kernels import dispatch
 from pmpd.kernels.base import PackedWeights
+from pmpd.kernels.cuda.cut import cut
 from pmpd.kernels.cuda.emulation import represented
-from pmpd.kernels.cuda.plan import plan
 from pmpd.kernels.reference import ReferenceMatrix
 from pmpd.labeling.prompts import PromptConfig, records
 
@@ -35,7 +35,7 @@ class RoundedMatrix(ReferenceMatrix):
     def multiply(self, x: Tensor, bits: int) -> Tensor:
         weight = self.dequantize(bits).double()
         x_MK = x.reshape(-1, self.shape[1])
-        made = plan(self.shape[1], (bits,))
+        made = cut(self.shape[1], (bits,))
         assert made is not None
         exact, y = x_MK.double() @ weight.T, represented(x_MK, made).double() @ weight.T
         ERRORS.setdefault(bits, []).extend(((y - exact).norm(dim=1) / exact.norm(dim=1)).tolist())

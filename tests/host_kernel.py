@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from pmpd.kernels.cuda import compiler, halves, launch, matrix
-from pmpd.kernels.cuda.halves import HalvesPlan
+from pmpd.kernels.cuda.cut import H100, Cut, Gpu
+from pmpd.kernels.cuda.halves import HalvesCut
 from pmpd.kernels.cuda.launch import TYPES, Arguments, Norm, arguments_of
-from pmpd.kernels.cuda.plan import H100, Gpu, Plan
 
 COMPILER = shutil.which("g++")
 FOLDER = Path(__file__).parent / "cuda_host"
@@ -25,18 +25,18 @@ ORDERS = ((0, 0), (1, 1), (2, 1), (3, 1))
 
 @dataclass(frozen=True)
 class Instance:
-    plan: Plan
+    cut: Cut
     dtype: torch.dtype = torch.float16
     front: str = "PLAIN"
     back: str = "STORE"
 
     @property
     def threads(self) -> int:
-        return 32 * self.plan.warps
+        return 32 * self.cut.warps
 
     @property
     def name(self) -> str:
-        return self.plan.template(TYPES[self.dtype], self.front, self.back)
+        return self.cut.template(TYPES[self.dtype], self.front, self.back)
 
 
 class HostKernel:
@@ -106,7 +106,7 @@ class HostKernel:
                 written += [] if norm.delta is None else [norm.delta]
                 results.append(norm.residual)
             self.launch(
-                instance.name, arguments, grid, instance.plan.shared_bytes, order, constants, written, results
+                instance.name, arguments, grid, instance.cut.shared_bytes, order, constants, written, results
             )
             assert wide[:, -3:].isnan().all(), "the kernel wrote past its rows"
             outputs.append(torch.cat([y, norm.residual], dim=1) if norm else y)
@@ -121,17 +121,17 @@ def stand_in(monkeypatch: pytest.MonkeyPatch, folder: Path) -> list[str]:
     launched: list[str] = []
     libraries: dict[str, HostKernel] = {}
 
-    def run(instance: str, plan: Plan, arguments: Arguments, grid: int, device: torch.device) -> None:
+    def run(instance: str, cut: Cut, arguments: Arguments, grid: int, device: torch.device) -> None:
         if instance not in libraries:
             at = folder / str(len(libraries))
             at.mkdir()
-            libraries[instance] = HostKernel(at, {instance: 32 * plan.warps})
-        libraries[instance].launch(instance, arguments, grid, plan.shared_bytes, ORDERS[1], [], [], [])
+            libraries[instance] = HostKernel(at, {instance: 32 * cut.warps})
+        libraries[instance].launch(instance, arguments, grid, cut.shared_bytes, ORDERS[1], [], [], [])
         launched.append(instance)
 
     monkeypatch.setattr(launch, "run", run)
     monkeypatch.setattr(launch, "gpu_of", lambda device: Gpu(3, *H100[1:]))
-    monkeypatch.setattr(matrix, "plan_of", matrix.plan_of.__wrapped__)
+    monkeypatch.setattr(matrix, "cut_of", matrix.cut_of.__wrapped__)
     return launched
 
 
@@ -140,27 +140,25 @@ def stand_in_halves(monkeypatch: pytest.MonkeyPatch, folder: Path) -> list[str]:
     launched: list[str] = []
     libraries: dict[str, HostKernel] = {}
 
-    def plan_of(
+    def cut_of(
         gpu_name: str, device: object, rows: int, columns: int, bits: int, tokens: int
-    ) -> HalvesPlan | None:
+    ) -> HalvesCut | None:
         if not 2 < tokens <= halves.MOST_TOKENS:
             return None
-        return HalvesPlan(bits, halves.octets_of(tokens), -(-columns // 256), 2, 1, 2, 1, 2, 1)
+        return HalvesCut(bits, halves.octets_of(tokens), -(-columns // 256), 2, 1, 2, 1, 2, 1)
 
-    def run(
-        plan: HalvesPlan, dtype: str, arguments: halves.Arguments, row_blocks: int, device: object
-    ) -> None:
-        name = plan.template(dtype)
+    def run(cut: HalvesCut, dtype: str, arguments: halves.Arguments, row_blocks: int, device: object) -> None:
+        name = cut.template(dtype)
         if name not in libraries:
             at = folder / f"halves{len(libraries)}"
             at.mkdir()
-            libraries[name] = HostKernel(at, {name: plan.threads}, halves.SOURCE, halves.Arguments)
-        bytes_ = plan.shared_bytes
-        libraries[name].launch(name, arguments, 2 * plan.parts, bytes_, ORDERS[1], [], [], [], plan.parts)
+            libraries[name] = HostKernel(at, {name: cut.threads}, halves.SOURCE, halves.Arguments)
+        bytes_ = cut.shared_bytes
+        libraries[name].launch(name, arguments, 2 * cut.parts, bytes_, ORDERS[1], [], [], [], cut.parts)
         launched.append(name)
 
     monkeypatch.setattr(halves, "run", run)
-    monkeypatch.setattr(halves, "plan_of", plan_of)
+    monkeypatch.setattr(halves, "cut_of", cut_of)
     monkeypatch.setattr(launch, "gpu_of", lambda device: Gpu(3, *H100[1:]))
-    monkeypatch.setattr(matrix, "plan_of", matrix.plan_of.__wrapped__)
+    monkeypatch.setattr(matrix, "cut_of", matrix.cut_of.__wrapped__)
     return launched

@@ -8,9 +8,9 @@ import torch
 
 from pmpd import gpu
 from pmpd.kernels.cuda import emulation, halves
+from pmpd.kernels.cuda.cut import BITS
 from pmpd.kernels.cuda.launch import Norm
 from pmpd.kernels.cuda.matrix import CudaMatrix, unavailable
-from pmpd.kernels.cuda.plan import BITS
 from pmpd.kernels.reference import ReferenceMatrix
 from tests import test_lean_cuda as lean
 from tests.test_kernels_cuda import error, norm_by_definition
@@ -45,7 +45,7 @@ def test_errors_against_float64(columns):
         for bits in BITS:
             for tokens in (1, 2):
                 if not matrix.fits((bits,) * tokens):
-                    assert columns > 14336, "a plan is missing"
+                    assert columns > 14336, "a cut is missing"
                     continue
                 for outlier in (0.0, 3000.0):
                     x = activations(tokens, columns, dtype=dtype, seed=bits)
@@ -62,10 +62,10 @@ def test_the_machine_code_gives_the_bits_of_the_oracle(bits):
     packed = packed_weights(80, 1184, (bits,), bias=True)
     matrix = CudaMatrix(packed, torch.float16)
     x = activations(1, 1184)
-    plan = matrix._plan((bits,))
+    cut = matrix._cut((bits,))
     codes = emulation_codes(packed, bits)
     expected = emulation.product(
-        codes, matrix._tables[bits]["coefficients"].cpu(), x[0].cpu(), plan, bits, packed.bias.half().cpu()
+        codes, matrix._tables[bits]["coefficients"].cpu(), x[0].cpu(), cut, bits, packed.bias.half().cpu()
     )
     assert torch.equal(matrix.multiply(x, bits, "bits")[0].cpu(), expected)
 
@@ -203,7 +203,7 @@ def test_small_clusters_write_only_their_rows():
     planes, bias = CudaMatrix(packed, torch.float16)._tiles.planes, packed.bias.half().to(CUDA)
     for octets, cut in ((1, (1, 2, 2, 1, 2, 1)), (2, (2, 2, 1, 2, 2, 1)), (4, (4, 1, 2, 1, 2, 1))):
         x = activations(8 * octets - 3, 1024)
-        y = halves.product(halves.HalvesPlan(3, octets, 4, *cut), planes, tables, x, 100, bias)
+        y = halves.product(halves.HalvesCut(3, octets, 4, *cut), planes, tables, x, 100, bias)
         assert error(y, exact(packed, x, 3)) < 1e-3, f"{octets} octets"
 
 

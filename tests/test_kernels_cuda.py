@@ -14,9 +14,9 @@ from pmpd.errors import UserError
 from pmpd.kernels import dispatch
 from pmpd.kernels.cuda import compiler, emulation
 from pmpd.kernels.cuda.coefficients import coefficients, subset_codes
+from pmpd.kernels.cuda.cut import BITS, H100, TILE_COLUMNS, Cut, Gpu, cut
 from pmpd.kernels.cuda.launch import Norm
 from pmpd.kernels.cuda.matrix import CudaMatrix, unavailable
-from pmpd.kernels.cuda.plan import BITS, H100, TILE_COLUMNS, Gpu, Plan, plan
 from pmpd.kernels.reference import ReferenceMatrix
 from pmpd.kernels.triton import merge, tile_codes
 from tests.host_kernel import COMPILER, HostKernel, Instance, stand_in
@@ -69,7 +69,7 @@ def test_the_arithmetic_rounds_no_more_than_the_type_of_the_result(bits, outlier
     if outlier:
         x[1234] = float(outlier)
     worth, expected = coefficients(table, bits), exact(codes, table, x)
-    made = plan(4096, (bits,))
+    made = cut(4096, (bits,))
     assert error(emulation.product(codes, worth, x, made, bits), expected) < 6e-4
     steps = math.sqrt(made.per_warp * TILE_COLUMNS / 12)
     assert error(emulation.product(codes, worth, x.float(), made, bits), expected) < 1.3 * steps / 32767
@@ -80,7 +80,7 @@ def test_coefficients_of_16_bits_would_cost_more_than_the_rounding_of_the_result
     codes, table, x = random_codes(64, 4096, 4), random_table(64, 4), random_x(4096)
     worth, expected = coefficients(table, 4), exact(codes, table, x)
     wide, short = (
-        error(emulation.product(codes, some, x.float(), plan(4096, (4,)), 4), expected)
+        error(emulation.product(codes, some, x.float(), cut(4096, (4,)), 4), expected)
         for some in (worth, worth.half().float())
     )
     assert short > 5 * wide
@@ -91,21 +91,21 @@ def test_coefficients_of_16_bits_would_cost_more_than_the_rounding_of_the_result
 def test_what_is_not_finite_stays_visible(value):
     codes, table, x = random_codes(16, 512, 3), random_table(16, 3), random_x(512)
     x[77] = value
-    y = emulation.product(codes, coefficients(table, 3), x, plan(512, (3,)), 3)
+    y = emulation.product(codes, coefficients(table, 3), x, cut(512, (3,)), 3)
     assert not y.isfinite().any()
 
 
-# -- plans
+# -- cuts
 
 
 @pytest.mark.parametrize("gpu", [H100, A100, ADA])
 def test_every_plan_fits_the_gpu_and_covers_all_columns(gpu):
     for columns in (32, 256, 288, 576, 1536, 2048, 2912, 4096, 5632, 8192, 11008, 14336, 18944, 28672):
         for bits in [(b,) for b in BITS] + [(b, c) for b in (2, 3, 4) for c in range(2, b + 1)]:
-            made = plan(columns, bits, gpu)
+            made = cut(columns, bits, gpu)
             if made is None and len(bits) == 2 and columns * 4 > gpu.block_bytes / 2:
                 continue  # two tokens' activations leave no room for a ring: each takes a launch
-            assert made is not None, f"K = {columns}, {bits} bits: no plan"
+            assert made is not None, f"K = {columns}, {bits} bits: no cut"
             assert made.block_bytes() <= gpu.block_bytes
             assert made.warps * made.per_warp * 256 >= columns
             assert made.warps <= 16
@@ -114,7 +114,7 @@ def test_every_plan_fits_the_gpu_and_covers_all_columns(gpu):
 
 
 def test_a_k_that_no_ring_has_room_for_has_no_plan():
-    assert plan(1 << 20, (4,), H100) is None
+    assert cut(1 << 20, (4,), H100) is None
 
 
 # -- the source itself, thread by thread
@@ -125,8 +125,8 @@ def cases() -> list[tuple[str, Instance, int, int, int]]:
     and columns that fill no tile, more and fewer row blocks than blocks."""
     half, brain = torch.float16, torch.bfloat16
 
-    def own(bits: tuple[int, ...], tiles: int, warps: int, slots: int, chunk: int) -> Plan:
-        return Plan(bits, tiles, warps, slots, chunk, 1, 1)
+    def own(bits: tuple[int, ...], tiles: int, warps: int, slots: int, chunk: int) -> Cut:
+        return Cut(bits, tiles, warps, slots, chunk, 1, 1)
 
     return [
         ("two bits, ring of two row blocks", Instance(own((2,), 4, 2, 4, 2)), 100, 1024, 2),
@@ -145,7 +145,7 @@ def cases() -> list[tuple[str, Instance, int, int, int]]:
         ("tokens of four and three bits", Instance(own((4, 3), 3, 2, 5, 2)), 70, 640, 1),
         ("tokens of four and two bits", Instance(own((4, 2), 2, 1, 3, 1)), 33, 512, 1),
         ("one warp, one tile", Instance(own((4,), 1, 1, 1, 1), half), 5, 32, 1),
-        ("as planned for SmolLM2", Instance(plan(576, (4,))), 64, 576, 2),
+        ("as planned for SmolLM2", Instance(cut(576, (4,))), 64, 576, 2),
     ]  # fmt: skip
 
 
@@ -161,7 +161,7 @@ def host(tmp_path_factory) -> HostKernel:
 @pytest.mark.parametrize("case", cases(), ids=lambda case: case[0])
 def test_the_source_gives_what_the_emulation_says(host, case):
     _, instance, rows, columns, grid = case
-    bits, dtype = instance.plan.bits, instance.dtype
+    bits, dtype = instance.cut.bits, instance.dtype
     codes, x = random_codes(rows, columns, bits[0]), random_x(len(bits), columns, dtype=dtype)
     bias = random_x(rows, dtype=dtype, seed=3)
     worth = {b: coefficients(random_table(rows, b), b) for b in bits}
@@ -171,7 +171,7 @@ def test_the_source_gives_what_the_emulation_says(host, case):
     worths = [worth[b] for b in sorted(worth, reverse=True)]
     y = host.product(instance, planes, worths, spaced[:, :columns], rows, grid, bias)
     for token, b in enumerate(bits):
-        expected = emulation.product(codes >> (bits[0] - b), worth[b], x[token], instance.plan, b, bias)
+        expected = emulation.product(codes >> (bits[0] - b), worth[b], x[token], instance.cut, b, bias)
         assert torch.equal(y[token], expected), f"token {token}: {error(y[token], expected.double()):.1e}"
         truth = exact(codes >> (bits[0] - b), random_table(rows, b), x[token]) + bias.double()
         assert error(y[token], truth) < (8e-4 if dtype == torch.float16 else 6e-3)
@@ -190,8 +190,8 @@ def norm_by_definition(
 def fused_cases() -> list[tuple[str, Instance, int, int, int, bool]]:
     """name, instance, rows, columns, blocks, whether something is added before the norm"""
 
-    def own(bits: tuple[int, ...], tiles: int, warps: int, slots: int, chunk: int) -> Plan:
-        return Plan(bits, tiles, warps, slots, chunk, 1, 1)
+    def own(bits: tuple[int, ...], tiles: int, warps: int, slots: int, chunk: int) -> Cut:
+        return Cut(bits, tiles, warps, slots, chunk, 1, 1)
 
     half, brain = torch.float16, torch.bfloat16
     return [
@@ -215,7 +215,7 @@ def test_what_is_fused_gives_what_its_stages_give(fused_host, case):
     """Norm in front, silu(gate) * up behind: the emulation's product between stages by definition. Their sums
     are added in another order, so values may differ by the last bit of the type."""
     _, instance, rows, columns, grid, adds = case
-    bits, dtype = instance.plan.bits, instance.dtype
+    bits, dtype = instance.cut.bits, instance.dtype
     codes, x = random_codes(rows, columns, bits[0]), random_x(len(bits), columns, dtype=dtype)
     delta = random_x(len(bits), columns, dtype=dtype, seed=5) if adds else None
     weight = 1 + 0.1 * random_x(columns, dtype=dtype, seed=6)
@@ -228,7 +228,7 @@ def test_what_is_fused_gives_what_its_stages_give(fused_host, case):
     if norm:
         assert torch.equal(norm.residual, total)
     for token, b in enumerate(bits):
-        plain = emulation.product(codes >> (bits[0] - b), worth[b], normed[token], instance.plan, b, bias)
+        plain = emulation.product(codes >> (bits[0] - b), worth[b], normed[token], instance.cut, b, bias)
         expected = plain
         if instance.back == "GATED":
             gate, up = plain[: rows // 2], plain[rows // 2 :]
@@ -338,7 +338,7 @@ needs_nvrtc = pytest.mark.skipif(compiler.problem() is not None, reason=str(comp
 @needs_nvrtc
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
 def test_it_compiles_for_gpus_with_1_bit_tensor_cores(architecture):
-    made = plan(4096, (4,))
+    made = cut(4096, (4,))
     binary = compiler.compile_now(made.template("BFLOAT16", "NORM", "GATED"), architecture)
     assert binary.code[:4] == b"\x7fELF"
     assert binary.symbol.encode() in binary.code
@@ -347,7 +347,7 @@ def test_it_compiles_for_gpus_with_1_bit_tensor_cores(architecture):
 @needs_nvrtc
 def test_machine_code_is_kept_on_disk_by_all_that_it_depends_on(monkeypatch, tmp_path):
     monkeypatch.setenv(compiler.CACHE_VARIABLE, str(tmp_path / "cache"))
-    name = plan(256, (2,)).template("FLOAT16")
+    name = cut(256, (2,)).template("FLOAT16")
     first = compiler.compiled(name, (9, 0))
     monkeypatch.setattr(compiler, "compile_now", lambda *_: pytest.fail("compiled again"))
     assert compiler.compiled(name, (9, 0)) == first

@@ -12,10 +12,10 @@ from bench import _clusters
 from pmpd import gpu
 from pmpd.kernels import triton
 from pmpd.kernels.cuda import halves
-from pmpd.kernels.cuda.halves import HalvesPlan, octets_of, plan_of
+from pmpd.kernels.cuda.cut import H100
+from pmpd.kernels.cuda.halves import HalvesCut, cut_of, octets_of
 from pmpd.kernels.cuda.launch import TYPES
 from pmpd.kernels.cuda.matrix import CudaMatrix
-from pmpd.kernels.cuda.plan import H100
 from pmpd.kernels.reference import ReferenceMatrix
 from pmpd.kernels.triton import table_halves, tile_codes
 from tests.host_kernel import COMPILER, ORDERS, HostKernel, stand_in_halves
@@ -27,32 +27,32 @@ HALF, BRAIN = torch.float16, torch.bfloat16
 CUDA = torch.device("cuda")
 
 
-def cases() -> list[tuple[str, HalvesPlan, torch.dtype, int, int, int, int]]:
-    """name, plan, type, tokens, rows, columns, clusters: ragged last tiles, warps without a tile, passes that
+def cases() -> list[tuple[str, HalvesCut, torch.dtype, int, int, int, int]]:
+    """name, cut, type, tokens, rows, columns, clusters: ragged last tiles, warps without a tile, passes that
     row blocks do not fill, fewer and more passes than clusters."""
     return [
-        ("2 bits", HalvesPlan(2, 1, 3, 1, 2, 1, 1, 2, 1), HALF, 5, 70, 672, 2),
-        ("3 bits, cluster", HalvesPlan(3, 2, 5, 2, 2, 2, 1, 2, 1), BRAIN, 13, 100, 1280, 2),
-        ("4 bits, shared, cluster of four", HalvesPlan(4, 4, 4, 4, 1, 1, 2, 3, 1), HALF, 31, 90, 1024, 1),
-        ("4 bits, two tiles", HalvesPlan(4, 1, 4, 1, 2, 2, 2, 3, 1), HALF, 8, 150, 1024, 2),
-        ("fewer tiles than warps", HalvesPlan(3, 1, 3, 2, 2, 1, 1, 1, 1), HALF, 3, 33, 544, 5),
-        ("more parts than octets", HalvesPlan(2, 1, 8, 8, 1, 1, 1, 2, 1), BRAIN, 7, 70, 2048, 2),
+        ("2 bits", HalvesCut(2, 1, 3, 1, 2, 1, 1, 2, 1), HALF, 5, 70, 672, 2),
+        ("3 bits, cluster", HalvesCut(3, 2, 5, 2, 2, 2, 1, 2, 1), BRAIN, 13, 100, 1280, 2),
+        ("4 bits, shared, cluster of four", HalvesCut(4, 4, 4, 4, 1, 1, 2, 3, 1), HALF, 31, 90, 1024, 1),
+        ("4 bits, two tiles", HalvesCut(4, 1, 4, 1, 2, 2, 2, 3, 1), HALF, 8, 150, 1024, 2),
+        ("fewer tiles than warps", HalvesCut(3, 1, 3, 2, 2, 1, 1, 1, 1), HALF, 3, 33, 544, 5),
+        ("more parts than octets", HalvesCut(2, 1, 8, 8, 1, 1, 1, 2, 1), BRAIN, 7, 70, 2048, 2),
     ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def host(tmp_path_factory) -> HostKernel:
-    names = {plan.template(TYPES[dtype]): plan.threads for _, plan, dtype, *_ in cases()}
+    names = {cut.template(TYPES[dtype]): cut.threads for _, cut, dtype, *_ in cases()}
     return HostKernel(tmp_path_factory.mktemp("halves"), names, halves.SOURCE, halves.Arguments)
 
 
 @needs_compiler
 @pytest.mark.parametrize("case", cases(), ids=lambda case: case[0])
 def test_the_source_gives_the_product_of_the_table_values(host, case):
-    _, plan, dtype, tokens, rows, columns, clusters = case
-    codes, bias = random_codes(rows, columns, plan.bits), random_x(rows, dtype=dtype, seed=3)
-    planes, table = tile_codes(codes, plan.bits, plain=True), random_table(rows, plan.bits).to(dtype)
-    words = table_halves(table, plan.bits, dtype)
+    _, cut, dtype, tokens, rows, columns, clusters = case
+    codes, bias = random_codes(rows, columns, cut.bits), random_x(rows, dtype=dtype, seed=3)
+    planes, table = tile_codes(codes, cut.bits, plain=True), random_table(rows, cut.bits).to(dtype)
+    words = table_halves(table, cut.bits, dtype)
     spaced = torch.full((tokens, columns + 8), float("nan"), dtype=dtype)
     spaced[:, :columns] = random_x(tokens, columns, dtype=dtype)
     x, outputs = spaced[:, :columns], []
@@ -60,8 +60,8 @@ def test_the_source_gives_the_product_of_the_table_values(host, case):
         wide = torch.full((tokens, rows + 3), float("nan"), dtype=dtype)
         arguments = halves.arguments_of(planes, words, x, wide[:, :-3], rows, bias)
         host.launch(
-            plan.template(TYPES[dtype]), arguments, clusters * plan.parts, plan.shared_bytes, order,
-            [planes, bias, words], [spaced], [wide], plan.parts,
+            cut.template(TYPES[dtype]), arguments, clusters * cut.parts, cut.shared_bytes, order,
+            [planes, bias, words], [spaced], [wide], cut.parts,
         )  # fmt: skip
         assert wide[:, -3:].isnan().all(), "the kernel wrote past its rows"
         outputs.append(wide[:, :-3])
@@ -84,7 +84,7 @@ def test_every_cut_of_the_tables_fits_the_gpu():
     for path in triton.settings_file("").parent.glob("*.json"):
         for key, measured in json.loads(path.read_text()).get("clusters", {}).items():
             _, columns, bits, tokens = map(int, key.split("x"))
-            made = HalvesPlan(bits, tokens // 8, -(-columns // 256), *measured["cut"])
+            made = HalvesCut(bits, tokens // 8, -(-columns // 256), *measured["cut"])
             assert made.shared_bytes <= H100.block_bytes, f"{path.name}: {key}"
             assert made.threads <= 1024
             assert made.parts in (1, 2, 4, 8)
@@ -106,7 +106,7 @@ def test_a_table_names_the_fastest_cut_only_where_triton_is_slower():
     def row(impl: str, us: float, tokens: int = 8) -> dict:
         return {"n": 64, "k": 512, "bits": 2, "tokens": tokens, "impl": impl, "us": us}
 
-    made = HalvesPlan(2, 1, 2, 2, 1, 8, 1, 2, 1)
+    made = HalvesCut(2, 1, 2, 2, 1, 8, 1, 2, 1)
     rows = [
         row(_clusters.said(made), 9.0), row("clusters p1 w2 r4 s1 l3 b1", 8.5),
         row("clusters p1 w2 r8 s1 l3 b1", 8.7), row("clusters p1 w2 r4 s1 l2 b1", 9.9, 16),
@@ -120,16 +120,16 @@ def test_a_table_names_the_fastest_cut_only_where_triton_is_slower():
 def test_only_measured_shapes_of_gpus_with_clusters_take_it(monkeypatch):
     monkeypatch.setattr(gpu, "capability", lambda device: (9, 0))
     try:
-        of_h200 = [plan_of("NVIDIA H200", CUDA, 4096, 4096, 2, tokens) for tokens in (2, 3, 8, 9, 32, 33)]
+        of_h200 = [cut_of("NVIDIA H200", CUDA, 4096, 4096, 2, tokens) for tokens in (2, 3, 8, 9, 32, 33)]
         assert [made and made.octets for made in of_h200] == [None, 1, 1, 2, 4, None]
-        assert plan_of("NVIDIA H200", CUDA, 4096, 4096, 4, 8) is None, "Triton's is faster there"
-        assert plan_of("NVIDIA H200", CUDA, 4096, 4352, 2, 8) is None
-        assert plan_of("another GPU", CUDA, 4096, 4096, 2, 8) is None
+        assert cut_of("NVIDIA H200", CUDA, 4096, 4096, 4, 8) is None, "Triton's is faster there"
+        assert cut_of("NVIDIA H200", CUDA, 4096, 4352, 2, 8) is None
+        assert cut_of("another GPU", CUDA, 4096, 4096, 2, 8) is None
         monkeypatch.setattr(gpu, "capability", lambda device: (8, 0))
-        plan_of.cache_clear()
-        assert plan_of("NVIDIA H200", CUDA, 4096, 4096, 2, 8) is None, "there are no clusters"
+        cut_of.cache_clear()
+        assert cut_of("NVIDIA H200", CUDA, 4096, 4096, 2, 8) is None, "there are no clusters"
     finally:
-        plan_of.cache_clear()
+        cut_of.cache_clear()
 
 
 @needs_compiler

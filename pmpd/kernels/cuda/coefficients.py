@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pmpd.kernels.cuda.plan import TILE_ROWS
+from pmpd.kernels.cuda.cut import TILE_ROWS
 
 
 def subset_codes(bits: int) -> list[int]:

@@ -50,7 +50,7 @@ def problem() -> str | None:
 
 
 def compiled(instance: str, capability: tuple[int, int], source: str = SOURCE) -> Binary:
-    """The machine code of `instance` (`Plan.template`) of file `source` for a compute capability: from disk,
+    """The machine code of `instance` (`Cut.template`) of file `source` for a compute capability: from disk,
     or compiled now. UserError: NVRTC is missing. RuntimeError: it does not compile, with the compiler's
     words."""
     if why := problem():

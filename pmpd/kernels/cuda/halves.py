@@ -18,14 +18,14 @@ from torch import Tensor
 from pmpd import gpu
 from pmpd.kernels import triton
 from pmpd.kernels.cuda import compiler, launch
-from pmpd.kernels.cuda.plan import TILE_COLUMNS
+from pmpd.kernels.cuda.cut import TILE_COLUMNS
 
 SOURCE = "halves.cu"
 MOST_TOKENS = 32
 
 
 @dataclass(frozen=True)
-class HalvesPlan:
+class HalvesCut:
     """One instance of the kernel, for one K, precision and number of octets."""
 
     bits: int
@@ -83,15 +83,15 @@ def octets_of(tokens: int) -> int:
 
 
 @functools.lru_cache(maxsize=1024)
-def plan_of(
+def cut_of(
     gpu_name: str, device: torch.device, rows: int, columns: int, bits: int, tokens: int
-) -> HalvesPlan | None:
+) -> HalvesCut | None:
     """The cut measured for this GPU and shape; None: these tokens take another kernel."""
     if device.type != "cuda" or gpu.capability(device) != (9, 0) or not 2 < tokens <= MOST_TOKENS:
         return None
     octets = octets_of(tokens)
     measured = triton.settings(gpu_name).get("clusters", {}).get(f"{rows}x{columns}x{bits}x{8 * octets}")
-    return measured and HalvesPlan(bits, octets, math.ceil(columns / TILE_COLUMNS), *measured["cut"])
+    return measured and HalvesCut(bits, octets, math.ceil(columns / TILE_COLUMNS), *measured["cut"])
 
 
 class Arguments(ctypes.Structure):
@@ -105,13 +105,13 @@ class Arguments(ctypes.Structure):
 
 
 def product(
-    plan: HalvesPlan, planes: Tensor, tables: Tensor, x: Tensor, rows: int, bias: Tensor | None
+    cut: HalvesCut, planes: Tensor, tables: Tensor, x: Tensor, rows: int, bias: Tensor | None
 ) -> Tensor:
     """x W' + bias [M, N]. `tables` int32 [N padded, words] of `table_halves`; `x` [M, K] 16-byte aligned, its
     stride a multiple of 8; `rows` N."""
     y = x.new_empty(len(x), rows)
     arguments = arguments_of(planes, tables, x, y, rows, bias)
-    run(plan, launch.TYPES[x.dtype], arguments, planes.shape[1], x.device)
+    run(cut, launch.TYPES[x.dtype], arguments, planes.shape[1], x.device)
     return y
 
 
@@ -126,27 +126,27 @@ def arguments_of(
     )  # fmt: skip
 
 
-def run(plan: HalvesPlan, dtype: str, arguments: Arguments, row_blocks: int, device: torch.device) -> None:
+def run(cut: HalvesCut, dtype: str, arguments: Arguments, row_blocks: int, device: torch.device) -> None:
     """One launch on PyTorch's current stream of the device."""
     index = torch.cuda.current_device() if device.index is None else device.index
-    passes = math.ceil(row_blocks / plan.row_blocks)
-    grid = plan.parts * min(passes, clusters_of(plan, dtype, index))
-    kernel = launch.function(plan.template(dtype), plan.shared_bytes, index, SOURCE)
+    passes = math.ceil(row_blocks / cut.row_blocks)
+    grid = cut.parts * min(passes, clusters_of(cut, dtype, index))
+    kernel = launch.function(cut.template(dtype), cut.shared_bytes, index, SOURCE)
     stream = torch.cuda.current_stream(device).cuda_stream
     with torch.cuda.device(device):
         launch.make_current(index)
         launch.launch(
-            kernel, arguments, grid, plan.threads, plan.shared_bytes, stream, launch.overlaps(device),
-            plan.parts,
+            kernel, arguments, grid, cut.threads, cut.shared_bytes, stream, launch.overlaps(device),
+            cut.parts,
         )  # fmt: skip
 
 
 @functools.cache
-def clusters_of(plan: HalvesPlan, dtype: str, device: int) -> int:
+def clusters_of(cut: HalvesCut, dtype: str, device: int) -> int:
     """Clusters that can run at once."""
     driver = compiler.bindings("driver")
-    kernel = launch.function(plan.template(dtype), plan.shared_bytes, device, SOURCE)
-    config = launch.config_of(plan.parts, plan.threads, plan.shared_bytes, 0, False, plan.parts)
+    kernel = launch.function(cut.template(dtype), cut.shared_bytes, device, SOURCE)
+    config = launch.config_of(cut.parts, cut.threads, cut.shared_bytes, 0, False, cut.parts)
     with torch.cuda.device(device):
         launch.make_current(device)
         return max(1, int(launch.checked(driver.cuOccupancyMaxActiveClusters(kernel, config))))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pmpd import gpu
 from pmpd.kernels.cuda import compiler
-from pmpd.kernels.cuda.plan import Gpu, Plan
+from pmpd.kernels.cuda.cut import Cut, Gpu
 
 TYPES = {torch.float16: "FLOAT16", torch.bfloat16: "BFLOAT16"}
 POINTERS = ("planes", "coefficients", "coefficients1", "bias", "x", "delta", "weight", "residual", "y")
@@ -44,18 +44,18 @@ class Norm(NamedTuple):
 
 
 def product(
-    plan: Plan, planes: Tensor, coefficients: list[Tensor], x: Tensor, y: Tensor, rows: int,
+    cut: Cut, planes: Tensor, coefficients: list[Tensor], x: Tensor, y: Tensor, rows: int,
     bias: Tensor | None = None, norm: Norm | None = None, gated: bool = False, reverse: bool = False,
 ) -> None:  # fmt: skip
-    """`y` [M, N] <- x W' + bias, M the number of the plan's tokens; `rows` N, `coefficients` one for each
+    """`y` [M, N] <- x W' + bias, M the number of the cut's tokens; `rows` N, `coefficients` one for each
     precision among the tokens, the first token's first. `x` [M, K] 16-byte aligned, its stride a multiple
     of 8. `gated`: the first half of W is gate, the second up, and y [M, N / 2] <- silu(gate) * up.
-    `reverse`: row 0 of x and y is the plan's last token."""
+    `reverse`: row 0 of x and y is the cut's last token."""
     device = x.device
-    instance = plan.template(TYPES[x.dtype], "NORM" if norm else "PLAIN", "GATED" if gated else "STORE")
+    instance = cut.template(TYPES[x.dtype], "NORM" if norm else "PLAIN", "GATED" if gated else "STORE")
     row_blocks = planes.shape[1] // (2 if gated else 1)
     arguments = arguments_of(planes, coefficients, x, y, rows, row_blocks, bias, norm, reverse)
-    run(instance, plan, arguments, plan.grid(row_blocks, gpu_of(device)), device)
+    run(instance, cut, arguments, cut.grid(row_blocks, gpu_of(device)), device)
 
 
 def arguments_of(
@@ -85,14 +85,14 @@ def arguments_of(
     return made
 
 
-def run(instance: str, plan: Plan, arguments: Arguments, grid: int, device: torch.device) -> None:
+def run(instance: str, cut: Cut, arguments: Arguments, grid: int, device: torch.device) -> None:
     """One launch on PyTorch's current stream of the device."""
     index = torch.cuda.current_device() if device.index is None else device.index
-    kernel = function(instance, plan.shared_bytes, index)
+    kernel = function(instance, cut.shared_bytes, index)
     stream = torch.cuda.current_stream(device).cuda_stream
     with torch.cuda.device(device):
         make_current(index)
-        launch(kernel, arguments, grid, 32 * plan.warps, plan.shared_bytes, stream, overlaps(device))
+        launch(kernel, arguments, grid, 32 * cut.warps, cut.shared_bytes, stream, overlaps(device))
 
 
 def overlaps(device: torch.device) -> bool:

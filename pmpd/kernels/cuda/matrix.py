@@ -21,8 +21,8 @@ from pmpd import gpu
 from pmpd.kernels import triton
 from pmpd.kernels.cuda import compiler, halves, launch
 from pmpd.kernels.cuda.coefficients import coefficients
-from pmpd.kernels.cuda.plan import BITS, MOST_TOKENS, Plan
-from pmpd.kernels.cuda.plan import plan as plan_of_rules
+from pmpd.kernels.cuda.cut import BITS, MOST_TOKENS, Cut
+from pmpd.kernels.cuda.cut import cut as cut_of_rules
 from pmpd.kernels.triton import DIGITS_BITS, TritonMatrix, table_halves
 
 CAPABILITIES = ((8, 0), (9, 0))
@@ -62,17 +62,17 @@ class CudaMatrix(TritonMatrix):
 
     def fits(self, bits: tuple[int, ...]) -> bool:
         """Whether `multiply_each` takes tokens of these precisions."""
-        return len(bits) <= MOST_TOKENS and self._plan(tuple(sorted(bits, reverse=True))) is not None
+        return len(bits) <= MOST_TOKENS and self._cut(tuple(sorted(bits, reverse=True))) is not None
 
     def route(self, tokens: int, bits: int) -> str:
         """`bits`, `clusters` (of `halves.cu`), or one of Triton's routes."""
-        if 0 < tokens <= MOST_TOKENS and self._plan((bits,) * tokens) is not None:
+        if 0 < tokens <= MOST_TOKENS and self._cut((bits,) * tokens) is not None:
             return "bits"
         if tokens > triton.FUSED_TOKENS:
             return "dense"
         if bits not in DIGITS_BITS:
             return "fused"
-        return "clusters" if self._halves_plan(tokens, bits) else "halves"
+        return "clusters" if self._halves_cut(tokens, bits) else "halves"
 
     def multiply(self, x: Tensor, bits: int, route: str | None = None, warps: int | None = None) -> Tensor:
         """As in the base class. `route` forces one."""
@@ -81,22 +81,22 @@ class CudaMatrix(TritonMatrix):
         if route == "bits":
             y_MN = self.multiply_each(x_MK, (bits,) * len(x_MK))
         elif route == "clusters":
-            plan, tables = self._halves_plan(len(x_MK), bits), self._tables[bits]["halves"]
-            assert plan is not None, f"{len(x_MK)} tokens, {bits} bits: no cut in the autotune table"
+            cut, tables = self._halves_cut(len(x_MK), bits), self._tables[bits]["halves"]
+            assert cut is not None, f"{len(x_MK)} tokens, {bits} bits: no cut in the autotune table"
             x_MK, bias = launch.aligned(x_MK), self._tiles.bias
-            y_MN = halves.product(plan, self._tiles.planes, tables, x_MK, self.shape[0], bias)
+            y_MN = halves.product(cut, self._tiles.planes, tables, x_MK, self.shape[0], bias)
         else:
             return super().multiply(x, bits, route, warps)
         return y_MN.view(*x.shape[:-1], self.shape[0])
 
     def multiply_each(
         self, x: Tensor, bits: tuple[int, ...], norm: launch.Norm | None = None, gated: bool = False,
-        plan: Plan | None = None,
+        cut: Cut | None = None,
     ) -> Tensor:  # fmt: skip
         """`x` [M, K], M one or two -> [M, N], each row at a precision of its own, in one launch. The planes
-        are read once, as many as the highest precision has. `norm` and `gated` as of `launch.product`, `plan`
+        are read once, as many as the highest precision has. `norm` and `gated` as of `launch.product`, `cut`
         another than the one chosen."""
-        made = plan or self._plan(tuple(sorted(bits, reverse=True)))
+        made = cut or self._cut(tuple(sorted(bits, reverse=True)))
         assert made is not None, f"{bits} bits, {self.shape[1]} columns"
         x, rows = launch.aligned(x), self.shape[0]
         y = x.new_empty(len(bits), rows // 2 if gated else rows)
@@ -105,14 +105,14 @@ class CudaMatrix(TritonMatrix):
         launch.product(made, self._tiles.planes, worth, x, y, rows, self._tiles.bias, norm, gated, reverse)
         return y
 
-    def _plan(self, bits: tuple[int, ...]) -> Plan | None:
+    def _cut(self, bits: tuple[int, ...]) -> Cut | None:
         """None: these precisions take another route."""
         if any(b not in BITS or b not in self._tables for b in bits):
             return None
-        return plan_of(self._gpu_name, self._tiles.planes.device, *self.shape, bits)
+        return cut_of(self._gpu_name, self._tiles.planes.device, *self.shape, bits)
 
-    def _halves_plan(self, tokens: int, bits: int) -> halves.HalvesPlan | None:
-        return halves.plan_of(self._gpu_name, self._tiles.planes.device, *self.shape, bits, tokens)
+    def _halves_cut(self, tokens: int, bits: int) -> halves.HalvesCut | None:
+        return halves.cut_of(self._gpu_name, self._tiles.planes.device, *self.shape, bits, tokens)
 
     def _tables_of(self, table: Tensor, bits: int) -> dict[str, Tensor]:
         padded = -len(table) % triton.TILE_ROWS
@@ -125,12 +125,10 @@ class CudaMatrix(TritonMatrix):
 
 
 @lru_cache(maxsize=1024)
-def plan_of(
-    gpu_name: str, device: torch.device, rows: int, columns: int, bits: tuple[int, ...]
-) -> Plan | None:
+def cut_of(gpu_name: str, device: torch.device, rows: int, columns: int, bits: tuple[int, ...]) -> Cut | None:
     """As measured for this GPU and shape, else by the rules."""
     key = f"{rows}x{columns}x{'+'.join(map(str, bits))}"
     path = triton.settings_file(gpu_name)
     measured = json.loads(path.read_text()).get("bits", {}).get(key, {}) if path.is_file() else {}
     chosen = {name: measured[name] for name in ("warps", "slots", "blocks") if name in measured}
-    return plan_of_rules(columns, bits, launch.gpu_of(device), **chosen)
+    return cut_of_rules(columns, bits, launch.gpu_of(device), **chosen)

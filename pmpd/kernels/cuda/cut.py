@@ -18,7 +18,7 @@ RESERVED_BYTES = 1024
 
 
 class Gpu(NamedTuple):
-    """What a plan asks of a GPU."""
+    """What a cut asks of a GPU."""
 
     multiprocessors: int
     block_bytes: int
@@ -32,7 +32,7 @@ H100 = Gpu(132, 232448, 233472)
 
 
 @dataclass(frozen=True)
-class Plan:
+class Cut:
     """One instance of the kernel, for one K and the precisions of its tokens."""
 
     bits: tuple[int, ...]
@@ -84,14 +84,14 @@ class Plan:
         return min(row_blocks, self.resident * gpu.multiprocessors)
 
 
-def plan(
+def cut(
     columns: int,
     bits: tuple[int, ...],
     gpu: Gpu = H100,
     warps: int | None = None,
     slots: int | None = None,
     blocks: int | None = None,
-) -> Plan | None:
+) -> Cut | None:
     """The instance for K = `columns` and tokens of `bits` (the highest first); None: K is too large for a
     block's shared memory. `warps`, `slots`, `blocks`: as measured, else by the rules below."""
     tiles = math.ceil(columns / TILE_COLUMNS)
@@ -100,7 +100,7 @@ def plan(
         small = 4 if several and len(bits) == 1 and tiles <= 16 else 8  # two blocks of eight would spill
         for most in (small,) if tiles <= 64 else (16, 8):
             fewest = math.ceil(tiles / math.ceil(tiles / most))  # for as many tiles each
-            if made := plan(columns, bits, gpu, fewest, slots, blocks):
+            if made := cut(columns, bits, gpu, fewest, slots, blocks):
                 return made
         return None
     per_warp = math.ceil(tiles / warps)
@@ -110,8 +110,8 @@ def plan(
         chunk = min(per_warp, size) if several else per_warp
         # the ring may take all that the activations leave; more registers for long chunks at 4 bits
         registers = blocks or (1 if warps > 8 or (several and per_warp > 4) else 2)
-        made = Plan(bits, tiles, warps, size, chunk, registers, 1)
+        made = Cut(bits, tiles, warps, size, chunk, registers, 1)
         if made.block_bytes() <= gpu.block_bytes:
             fit = gpu.multiprocessor_bytes // (made.block_bytes() + RESERVED_BYTES)
-            return Plan(bits, tiles, warps, size, chunk, registers, max(1, min(registers, fit, 2)))
+            return Cut(bits, tiles, warps, size, chunk, registers, max(1, min(registers, fit, 2)))
     return None
