@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from bench import _frontier_kv, _frontier_pack, _frontier_prompts, _frontier_texts, _record
-from bench._frontier_kv import KvFits
+from bench._frontier_kv import FoldLabels, KvFits
 from bench._frontier_model import OnlineExact, PromptExact, exact_losses, given_tokens
 from bench.frontier import AnswersStudy, Fit, Pack, Study, load
 from bench.frontier_labels import Config, main
@@ -182,11 +182,17 @@ def test_policies_of_the_prompt_are_judged_exactly_too(study):
     assert len(bits) == 4, "both ways judge the same plans"
 
 
+def alternating(labels: FoldLabels, config) -> np.ndarray:
+    held = np.asarray([key in labels.held_out for key in labels.ids])
+    return np.where(held, 2, np.cumsum(~held) % 2)
+
+
 def test_whole_answers_are_judged_from_labels_alone(study, tmp_path, monkeypatch):
     monkeypatch.setattr(_record, "RESULTS", tmp_path)
     monkeypatch.setattr(_record.write, "__defaults__", ("cpu", tmp_path))
     monkeypatch.setattr(_frontier_kv, "VALIDATION_SHARE", 0.4)  # of so few prompts
     labels = str(study / "main" / "agreement" / "continuations" / "labels")
+    monkeypatch.setattr(FoldLabels, "splits", alternating)  # 16 prompts may leave no one to validate on
     AnswersStudy(labels, targets=(2.5, 3.0), folds=2, resamples=50, epochs=1, seed=1, name="it").run()
     found = json.loads((tmp_path / "it.json").read_text())["results"]["answers"]
     assert [(plan["pair"], plan["class"]) for plan in found["plans"]] == [
