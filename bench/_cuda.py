@@ -255,38 +255,31 @@ def time_kernels(
         torch.cuda.empty_cache()
 
 
-def time_plans(
-    device: torch.device, bandwidth: float, shapes: dict[str, tuple[int, int]], workers: int
-) -> Iterator[dict]:
-    """A row for each cut of the CUDA kernel worth timing, at one and two tokens."""
-    jobs = [
-        (name, n, k, bits, tokens, cuts(k, bits, tokens, device))
-        for name, (n, k) in shapes.items() for bits in sorted(DIGITS_BITS, reverse=True)
-        for tokens in range(1, MOST_TOKENS + 1)
-    ]  # fmt: skip
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        wait(compile_cuts(pool, [cut for job in jobs for cut in job[-1]]))
-    for name, n, k, bits, tokens, of in jobs:
-        packed = random_weights(n, k, DIGITS_BITS, 1, device)
-        x = torch.randn(tokens, k, device=device).half()
-        expected = exact_product(packed, x, bits)
-        moved = moved_bytes(n, k, bits, tokens)
-        copies = clones(CudaMatrix(packed, torch.float16), n * k * bits / 8)
-        for cut in of:
-            calls = cut_calls(copies, x, cut)
-            yield timed_row(name, n, k, bits, tokens, said(cut), calls, expected, moved, bandwidth)
-
-
 def time_cuts(
     device: torch.device, bandwidth: float, shapes: dict[str, tuple[int, int]], workers: int
 ) -> Iterator[dict]:
-    """A row for each cut of `halves.cu` worth timing, where the GPU has clusters."""
-    if torch.cuda.get_device_capability() != (9, 0):
-        return
+    """A row for each cut of `bits.cu` worth timing and, where the GPU has clusters, of `halves.cu`."""
+    yield from _timed_cuts(
+        device, bandwidth, shapes, workers, range(1, MOST_TOKENS + 1),
+        lambda k, bits, tokens: cuts(k, bits, tokens, device), cut_calls, said,
+    )  # fmt: skip
+    if torch.cuda.get_device_capability() == (9, 0):
+        yield from _timed_cuts(
+            device, bandwidth, shapes, workers, _clusters.TOKENS,
+            lambda k, bits, tokens: _clusters.cuts(k, bits, tokens, gpu_of(device)),
+            _clusters.calls, _clusters.said,
+        )  # fmt: skip
+
+
+def _timed_cuts(
+    device: torch.device, bandwidth: float, shapes: dict[str, tuple[int, int]], workers: int,
+    tokens_tried: Iterable[int], cuts_of: Callable[[int, int, int], list[Any]],
+    calls_of: Callable[..., list[Callable[[], torch.Tensor]]], said_of: Callable[[Any], str],
+) -> Iterator[dict]:  # fmt: skip
     jobs = [
-        (name, n, k, bits, tokens, _clusters.cuts(k, bits, tokens, gpu_of(device)))
+        (name, n, k, bits, tokens, cuts_of(k, bits, tokens))
         for name, (n, k) in shapes.items() for bits in sorted(DIGITS_BITS, reverse=True)
-        for tokens in _clusters.TOKENS
+        for tokens in tokens_tried
     ]  # fmt: skip
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         wait(compile_cuts(pool, [cut for job in jobs for cut in job[-1]]))
@@ -296,8 +289,8 @@ def time_cuts(
         expected, moved = exact_product(packed, x, bits), moved_bytes(n, k, bits, tokens)
         copies = clones(CudaMatrix(packed, torch.float16), n * k * bits / 8)
         for cut in of:
-            calls = _clusters.calls(copies, x, cut)
-            yield timed_row(name, n, k, bits, tokens, _clusters.said(cut), calls, expected, moved, bandwidth)
+            calls = calls_of(copies, x, cut)
+            yield timed_row(name, n, k, bits, tokens, said_of(cut), calls, expected, moved, bandwidth)
 
 
 def exact_product(packed: PackedWeights, x: torch.Tensor, bits: int) -> torch.Tensor:
@@ -498,10 +491,7 @@ def main(arguments: list[str] | None = None) -> None:
         time_gptq(device, bandwidth),
         time_kernels(device, bandwidth, shapes, tokens),
     )
-    tuning = (
-        time_plans(device, bandwidth, shapes, options.workers),
-        time_cuts(device, bandwidth, shapes, options.workers),
-    )
+    tuning = (time_cuts(device, bandwidth, shapes, options.workers),)
     for part in tuning if options.tune else everything:
         try:
             for found in part:
