@@ -11,6 +11,7 @@ from tests import test_kernels_triton as kernels
 from tests import test_lean_cuda as lean
 from tests import test_step_attention as attention
 from tests import test_triton_bytes as heads
+from tests.gpu_replays import assert_replays_equal
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -79,15 +80,7 @@ def test_attention_launches_that_overlap_give_the_same_bits_a_thousand_times(row
             slot, position = int(slots[row]), int(positions[row])
             expected, *_ = attention.by_definition(x[row], *cache, slot, position, 32, None, 1.0)
             assert kernels.error(y[row].view(32, 128), expected) < 2e-3
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = run()
-    different = torch.zeros((), dtype=torch.int64, device="cuda")
-    for _ in range(1000):
-        y.fill_(float("nan"))
-        graph.replay()
-        different += (y != eager).any()
-    assert different.item() == 0, "a part was joined before it was there"
+    assert_replays_equal(run, eager)  # else a part was joined before it was there
     assert not attend._counters(rows).any(), "counters are not as they were"
 
 

@@ -13,6 +13,7 @@ from pmpd.kernels.cuda.launch import Norm
 from pmpd.kernels.cuda.matrix import CudaMatrix, unavailable
 from pmpd.kernels.reference import ReferenceMatrix
 from tests import test_lean_cuda as lean
+from tests.gpu_replays import assert_replays_equal
 from tests.test_kernels_cuda import error, norm_by_definition
 from tests.test_kernels_triton import TOLERANCE, activations, packed_weights
 
@@ -120,15 +121,7 @@ def test_dependent_launches_that_overlap_give_the_same_bits_a_thousand_times(bit
     x = activations(1, 4096)
     eager = chain(matrices, x, bits)
     assert eager.isfinite().all()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = chain(matrices, x, bits)
-    different = torch.zeros((), dtype=torch.int64, device=CUDA)
-    for _ in range(1000):
-        y.fill_(float("nan"))
-        graph.replay()
-        different += (y != eager).any()
-    assert different.item() == 0, "launches overlap wrongly"
+    assert_replays_equal(lambda: chain(matrices, x, bits), eager)
 
 
 def test_a_fused_step_gives_the_logits_of_transformers():
@@ -224,12 +217,4 @@ def test_clusters_give_the_same_bits_a_thousand_times(tokens):
 
     eager = chain_of()
     assert eager.isfinite().all()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        y = chain_of()
-    different = torch.zeros((), dtype=torch.int64, device=CUDA)
-    for _ in range(1000):
-        y.fill_(float("nan"))
-        graph.replay()
-        different += (y != eager).any()
-    assert different.item() == 0, "launches overlap wrongly"
+    assert_replays_equal(chain_of, eager)
