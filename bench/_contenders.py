@@ -125,23 +125,28 @@ def rule(columns: int, bits: int, tokens: int, device: torch.device) -> Cut:
 
 
 def cuts(columns: int, bits: int, tokens: int, device: torch.device) -> list[Cut]:
-    """Those worth timing: that of the rules, and rings of one or two row blocks. Four warps only where the
-    rules have them: an outlier costs all columns of its warp their precision."""
+    """Those worth timing: that of the rules, rings of one or two row blocks or of what half a multiprocessor
+    holds, one or two blocks of a multiprocessor where the compiler leaves registers for up to four: the next
+    launch fills its rings in the room beside them. Four warps only where the rules have them: an outlier
+    costs all columns of its warp their precision."""
+    gpu = gpu_of(device)
     found = [rule(columns, bits, tokens, device)]
     for warps in {found[0].warps, 8, 16}:
         per_warp = -(-columns // (TILE_COLUMNS * warps))
-        for slots in (None, per_warp, 2 * per_warp):
-            for blocks in (1, 2, 4):
-                made = cut_of_rules(columns, (bits,) * tokens, gpu_of(device), warps, slots, blocks)
-                # no fewer than 64 registers a thread
-                if made and made.warps <= made.tiles and per_warp <= 14 and blocks * warps <= 32:
-                    found.append(made)
+        half = gpu.multiprocessor_bytes // 2 // (warps * bits * 512) - tokens * per_warp
+        for slots in {per_warp, 2 * per_warp, max(1, min(half, 15))}:
+            for blocks in (1, 2, 3, 4):
+                for resident in (1, 2):
+                    made = cut_of_rules(columns, (bits,) * tokens, gpu, warps, slots, blocks, resident)
+                    # no fewer than 64 registers a thread
+                    if made and made.warps <= made.tiles and per_warp <= 14 and blocks * warps <= 32:
+                        found.append(made)
     return list(dict.fromkeys(found))
 
 
 def said(cut: Cut) -> str:
     """The name of a cut in the tables."""
-    return f"bits w{cut.warps} s{cut.slots} b{cut.blocks}"
+    return f"bits w{cut.warps} s{cut.slots} b{cut.blocks} r{cut.resident}"
 
 
 def cut_calls(matrices: list[CudaMatrix], x: torch.Tensor, cut: Cut) -> list[Callable[[], torch.Tensor]]:

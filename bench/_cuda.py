@@ -41,7 +41,7 @@ from pmpd.kernels.cuda import compiler
 from pmpd.kernels.cuda.cut import MOST_TOKENS, Cut
 from pmpd.kernels.cuda.halves import SOURCE, HalvesCut
 from pmpd.kernels.cuda.launch import gpu_of
-from pmpd.kernels.cuda.matrix import CudaMatrix, cut_of, unavailable
+from pmpd.kernels.cuda.matrix import MEASURED, CudaMatrix, cut_of, unavailable
 from pmpd.kernels.reference import CacheBudget, ReferenceMatrix
 from pmpd.kernels.step_attention import StepAttention
 from pmpd.kernels.triton import (
@@ -414,10 +414,10 @@ def best_settings(rows: list[dict]) -> dict[str, dict[str, dict]]:
     for r in rows:
         if "us" not in r:
             continue
-        if cut := re.fullmatch(r"bits w(\d+) s(\d+) b(\d+)", r["impl"]):
+        if cut := re.fullmatch(r"bits w(\d+) s(\d+) b(\d+) r(\d+)", r["impl"]):
             key = f"{r['n']}x{r['k']}x{'+'.join([str(r['bits'])] * r['tokens'])}"
             if r["us"] < table["bits"].get(key, {"us": math.inf})["us"]:
-                numbers = dict(zip(("warps", "slots", "blocks"), map(int, cut.groups()), strict=True))
+                numbers = dict(zip(MEASURED, map(int, cut.groups()), strict=True))
                 table["bits"][key] = numbers | {"us": round(r["us"], 2)}
             continue
         route, _, warps = r["impl"].partition(" w")

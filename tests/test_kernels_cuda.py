@@ -113,6 +113,13 @@ def test_every_plan_fits_the_gpu_and_covers_all_columns(gpu):
             assert (made.warps - 1) * made.per_warp < made.tiles or made.warps <= made.tiles
 
 
+def test_fewer_resident_blocks_leave_room_for_the_next_launch():
+    full, half = cut(4096, (3,), H100), cut(4096, (3,), H100, resident=1)
+    assert (full.resident, half.resident) == (2, 1)
+    assert half.template("FLOAT16") == full.template("FLOAT16"), "the same machine code"
+    assert half.grid(1000, H100) == H100.multiprocessors == full.grid(1000, H100) // 2
+
+
 def test_a_k_that_no_ring_has_room_for_has_no_plan():
     assert cut(1 << 20, (4,), H100) is None
 

@@ -48,7 +48,7 @@ class Cut:
     blocks: int
     """Blocks of a multiprocessor that the compiler leaves registers for."""
     resident: int
-    """Blocks of a multiprocessor in a launch."""
+    """Blocks of a multiprocessor in a launch; where more would fit, the next launch's find room beside them."""
 
     @property
     def per_warp(self) -> int:
@@ -91,16 +91,17 @@ def cut(
     warps: int | None = None,
     slots: int | None = None,
     blocks: int | None = None,
+    resident: int | None = None,
 ) -> Cut | None:
     """The instance for K = `columns` and tokens of `bits` (the highest first); None: K is too large for a
-    block's shared memory. `warps`, `slots`, `blocks`: as measured, else by the rules below."""
+    block's shared memory. `warps`, `slots`, `blocks`, `resident`: as measured, else by the rules below."""
     tiles = math.ceil(columns / TILE_COLUMNS)
     several = sum(1 << max(0, b - 3) for b in bits) > 1
     if warps is None:  # fewer have a smaller ring, but more columns under one scale
         small = 4 if several and len(bits) == 1 and tiles <= 16 else 8  # two blocks of eight would spill
         for most in (small,) if tiles <= 64 else (16, 8):
             fewest = math.ceil(tiles / math.ceil(tiles / most))  # for as many tiles each
-            if made := cut(columns, bits, gpu, fewest, slots, blocks):
+            if made := cut(columns, bits, gpu, fewest, slots, blocks, resident):
                 return made
         return None
     per_warp = math.ceil(tiles / warps)
@@ -113,5 +114,6 @@ def cut(
         made = Cut(bits, tiles, warps, size, chunk, registers, 1)
         if made.block_bytes() <= gpu.block_bytes:
             fit = gpu.multiprocessor_bytes // (made.block_bytes() + RESERVED_BYTES)
-            return Cut(bits, tiles, warps, size, chunk, registers, max(1, min(registers, fit, 2)))
+            most = min(registers, fit, resident or 2)
+            return Cut(bits, tiles, warps, size, chunk, registers, max(1, most))
     return None

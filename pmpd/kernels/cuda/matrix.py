@@ -25,6 +25,8 @@ from pmpd.kernels.cuda.cut import BITS, MOST_TOKENS, Cut
 from pmpd.kernels.cuda.cut import cut as cut_of_rules
 from pmpd.kernels.triton import DIGITS_BITS, TritonMatrix, table_halves
 
+MEASURED = ("warps", "slots", "blocks", "resident")
+"""What the autotune table says of a cut."""
 CAPABILITIES = ((8, 0), (9, 0))
 """The first and the last compute capability with 1-bit tensor cores; later ones emulate them, far slower."""
 
@@ -130,5 +132,5 @@ def cut_of(gpu_name: str, device: torch.device, rows: int, columns: int, bits: t
     key = f"{rows}x{columns}x{'+'.join(map(str, bits))}"
     path = triton.settings_file(gpu_name)
     measured = json.loads(path.read_text()).get("bits", {}).get(key, {}) if path.is_file() else {}
-    chosen = {name: measured[name] for name in ("warps", "slots", "blocks") if name in measured}
+    chosen = {name: measured[name] for name in MEASURED if name in measured}
     return cut_of_rules(columns, bits, launch.gpu_of(device), **chosen)
