@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from bench._frontier_pack import read_curves
-from bench.frontier_labels import KINDS
+from bench.frontier_labels import main_folders
 from pmpd import PMPDForCausalLM, storage
 from pmpd.decode.forced import GivenTokens, forward_given
 from pmpd.decode.precision import token_statistics
@@ -185,8 +185,7 @@ class OnlineExact:
             curves.take(np.sort(rng.permutation(np.nonzero(mask)[0])[:most]))
             for mask, most in ((fold != 0, self.fitted_to), (fold == 0, self.prompts))
         )
-        folders = [str(self.study / "main" / "kl" / kind) for kind in KINDS]
-        found = self.judge(train, test, given_tokens(folders))
+        found = self.judge(train, test, given_tokens(main_folders(self.study)))
         self.output.write_text(json.dumps(found, indent=1) + "\n")
         print(json.dumps(found))
 
@@ -266,13 +265,15 @@ class PromptExact:
     model_path: str
     reference_model_path: str
     output: Path
-    targets: tuple[float, ...] = (2.75, 3.5)
+    targets: tuple[float, ...] = (2.5, 2.75, 3.25, 3.5)
     prompts: int = 64
     """Of the first fold, at most."""
     folds: int = 5
     resamples: int = 10000
     seed: int = 0
     device: str = "cpu"
+    kernel: str | None = None
+    reference_dtype: Dtype = "float32"
 
     def run(self) -> None:
         curves = read_curves(self.pack)
@@ -287,6 +288,8 @@ class PromptExact:
         predictions = {
             "static per kind": class_prediction(train, test, train.kinds, test.kinds),
             "regression": regression_prediction(train),
+            "regression, one probe": regression_prediction(train, "lowest"),
+            "regression, no probe": regression_prediction(train, "none"),
         }
         chosen = {
             name: choices_by_prediction(train, test, self.targets, predicted)
@@ -296,9 +299,12 @@ class PromptExact:
         levels += [
             plans[end] for some in chosen.values() for first, second, _ in some for end in (first, second)
         ]
-        given = given_tokens([str(self.study / "main" / "kl" / kind) for kind in KINDS])
+        given = given_tokens(main_folders(self.study))
         device = torch.device(self.device)
-        specs = ModelSpec(self.model_path), ModelSpec(self.reference_model_path, dtype="float32")
+        specs = (
+            ModelSpec(self.model_path, kernel=self.kernel),
+            ModelSpec(self.reference_model_path, dtype=self.reference_dtype),
+        )
         models = [PMPDForCausalLM.from_spec(spec, device).eval() for spec in specs]
         started, widths = time.perf_counter(), test.widths.astype(int)
         rows = [given[key] for key in test.keys]

@@ -20,6 +20,7 @@ def markdown(results: dict[str, Any]) -> str:
         f"{results['settings']['folds']} folds, "
         f"{results['settings']['resamples']} paired resamples, {results['cpu_seconds']:.0f} CPU seconds for "
         f"this table. Loss: KL(unquantized, plan) along the unquantized model's own output, nats a forward.",
+        *made_on(results.get("made_on")),
         "",
         "| precision | loss | by kind | entropy |",
         "|---|---|---|---|",
@@ -40,22 +41,17 @@ def markdown(results: dict[str, Any]) -> str:
             f"| {name} | {row['error_percent']:+.2f} | {row['correlation']:.3f} |"
             for name, row in results["exact"].items()
         ]
-    if "online" in results:
-        online = results["online"]
-        told = f"`online` on {online['prompts']} prompts that it was not fitted to; its and the static plans"
-        lines += ["", f"{told} run exactly, and by the sums of uniform curves:"]
-        lines += table(
-            online["rows"],
-            {
-                "judged": _word("judged"),
-                "`online`": _word("online"),
-                "target bits": _number("target_bits"),
-                "bits": _number("bits", 3),
-                "gain, %": _number("gain_percent"),
-                "95 %": lambda row: f"[{row['low_percent']:+.2f}, {row['high_percent']:+.2f}]",
-                "p (Holm)": lambda row: f"{row['p_holm']:.2g}",
-            },
-        )
+    for part, name, column in (
+        ("prompts_exact", "What decides once per prompt", "policy"),
+        ("online", "`online`", "online"),
+    ):
+        if part in results:
+            found = results[part]
+            told = (
+                f"{name}, on {found['prompts']} prompts that it was not fitted to; its and the static plans"
+            )
+            lines += ["", f"{told} run exactly, and by the sums of uniform curves:"]
+            lines += exactly(found["rows"], column)
     if "noise" in results:
         lines += ["", "| rule | pair | labelled again | agreement | no accuracy exceeds | majority |"]
         lines += ["|---|---|---|---|---|---|"]
@@ -73,6 +69,26 @@ def markdown(results: dict[str, Any]) -> str:
             for row in results["decode_time"]
         ]
     return "\n".join(lines) + "\n"
+
+
+def made_on(told: dict[str, Any] | None) -> list[str]:
+    return [f"Labels made on: {told['hardware']}, commit {told['commit']}."] if told else []
+
+
+def exactly(rows: Sequence[dict[str, Any]], column: str) -> list[str]:
+    """Gains of policies that were run exactly."""
+    return table(
+        rows,
+        {
+            "judged": _word("judged"),
+            column: _word(column),
+            "target bits": _number("target_bits"),
+            "bits": _number("bits", 3),
+            "gain, %": _number("gain_percent"),
+            "95 %": lambda row: f"[{row['low_percent']:+.2f}, {row['high_percent']:+.2f}]",
+            "p (Holm)": lambda row: f"{row['p_holm']:.2g}",
+        },
+    )
 
 
 def _segment(row: dict[str, float]) -> str:

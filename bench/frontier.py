@@ -34,7 +34,7 @@ from bench import (
 )
 from bench._frontier_kv import KvFits, fit_folds, kv_features, kv_policy
 from bench._frontier_model import Exact, OnlineExact, PromptExact, Steps, given_tokens
-from bench.frontier_labels import KINDS
+from bench.frontier_labels import main_folders
 from pmpd import storage
 from pmpd.evaluation.curve_set import LABEL_COLUMNS, CurveSet, Outcome, cross_fitted, curve_set, folds
 from pmpd.evaluation.frontier import (
@@ -50,6 +50,7 @@ from pmpd.evaluation.frontier import (
 from pmpd.evaluation.online_policies import ONLINE_POLICIES
 from pmpd.evaluation.policies import ORACLES, POLICIES, static
 from pmpd.training.config import TrainConfig
+from pmpd.training.data import labels_from_table
 from pmpd.weights.gguf import GGUFCheckpoint
 
 FRONTIER_POINTS = 41
@@ -95,6 +96,9 @@ def load(folders: tuple[str, ...]) -> tuple[CurveSet, dict[str, Any]]:
             "label_seconds": sum(row["seconds"] for row in found),
             "models": manifest.get("models"),
             "config": manifest.get("config"),
+            "labels_fingerprint": labels_from_table(
+                storage.read_table(labels, ["prompt_id", "pairs", "error"])
+            ).fingerprint("loss"),
         }
         rows += found
     return curve_set(rows, groups, kinds), about
@@ -140,14 +144,17 @@ class Pack:
 
     study: Path
     output: Path
+    device: str = "cpu"
+    """What the labels were made on."""
 
     def run(self) -> None:
         self.output.mkdir(parents=True, exist_ok=True)
-        folders = [str(self.study / "main" / "kl" / kind) for kind in KINDS]
-        curves, about = load(tuple(folders))
+        curves, about = load(tuple(main_folders(self.study)))
         _frontier_pack.write_curves(curves, self.output)
         counts = _frontier_pack.write_labels(self.study, self.output / _frontier_pack.LABELS)
-        told = {"kinds": about, "sets": counts, "costs": _frontier_pack.cost_rows(self.study)}
+        made_on = {"hardware": _record.hardware(self.device), "commit": _record.commit()}
+        costs = _frontier_pack.cost_rows(self.study)
+        told = {"kinds": about, "sets": counts, "costs": costs, "made_on": made_on}
         (self.output / ABOUT).write_text(json.dumps(told, indent=1, default=str) + "\n")
         print(json.dumps({"prompts": len(curves), **counts}))
 
@@ -174,7 +181,7 @@ class Fit:
         if self.rule in ("rouge_l", "agreement"):
             judged = _frontier_pack.read_labels(self.pack / _frontier_pack.LABELS)["main"][self.rule]
             classes = dict(zip(judged.keys, judged.labels.tolist(), strict=True))
-        features = kv_features([str(self.study / "main" / "kl" / kind) for kind in KINDS])
+        features = kv_features(main_folders(self.study))
         config = TrainConfig(batch_size=self.batch_size, num_train_epochs=self.epochs, seed=self.seed)
         fits = fit_folds(
             curves,
@@ -317,6 +324,7 @@ def rules_of(pack: Path, chain: tuple[int, ...]) -> dict[str, Any]:
         "whole_answers": _frontier_pack.whole_answer_rows(sets["main"], pairs),
         "classes": _frontier_pack.class_rows(sets["main"], pairs),
         "costs": about["costs"],
+        "made_on": about.get("made_on"),
     }
 
 
@@ -416,12 +424,14 @@ class Study:
     """What `exact` wrote."""
     online: Path | None = None
     """What `online` wrote."""
+    prompts_exact: Path | None = None
+    """What `prompts-exact` wrote."""
     kv_classifiers: bool = False
     """Fit the KV-cache classifiers too, to the labels and to the losses: minutes."""
     name: str = "frontier_cpu"
     """Write bench/results/NAME.json and NAME.md."""
     device: str = "cpu"
-    """What the labels were made on."""
+    """What this runs on; of a pack, it says itself what its labels were made on."""
     pack: Path | None = None
     """What `pack` wrote, in place of labels; the classifiers that `fit` wrote there are policies, too."""
     kind: int | None = None
@@ -528,7 +538,7 @@ class Study:
     def _parts(self) -> list[tuple[str, Path]]:
         return [
             (key, path)
-            for key in ("steps", "noise", "exact", "online")
+            for key in ("steps", "noise", "exact", "online", "prompts_exact")
             if (path := getattr(self, key)) is not None
         ]
 
@@ -559,6 +569,10 @@ def by_segment(curves: CurveSet, segments: int = 4) -> list[dict[str, float]]:
     return rows
 
 
+PROBES = {"regression": 1.0, "static per cluster": 1.0, "regression, one probe": 0.5}
+"""What each policy takes of the probes at the two lower precisions."""
+
+
 def decode_times(
     outcomes: dict[str, list[Outcome]], targets: tuple[float, ...], steps: dict[str, Any]
 ) -> list[dict[str, Any]]:
@@ -571,7 +585,7 @@ def decode_times(
         for target, outcome in zip(targets, found, strict=True):
             forwards = float(outcome.forwards.mean())
             watching = steps["statistics_seconds"] if name in ONLINE_POLICIES else 0.0
-            probing = steps["probe_seconds"] if name in ("regression", "static per cluster") else 0.0
+            probing = steps["probe_seconds"] * PROBES.get(name, 0.0)
             probing += steps.get("classifier_seconds", 0.0) if name.startswith("KV classifier") else 0.0
             step = float(np.interp(outcome.mean_bits, bits, seconds))
             total = step + watching + probing / forwards

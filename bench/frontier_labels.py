@@ -108,6 +108,12 @@ class Config:
     rules: tuple[str, ...] = RULES_MADE
 
 
+def main_folders(study: Path) -> list[str]:
+    """What `pmpd label --rule kl` would have written of the set `main`: a folder for each kind there is."""
+    folders = [str(study / "main" / "kl" / kind) for kind in KINDS]
+    return [folder for folder in folders if storage.list_shards(storage.join(folder, "labels"))]
+
+
 @dataclass
 class Models:
     """The models by what they are for, loaded when first asked for."""
@@ -221,25 +227,20 @@ def referenced(name: str, config: Config, models: Models, costs: Costs) -> Itera
         yield Referenced(name, kind, prompts, {row["prompt_id"]: row for row in rows}, plain)
 
 
-def label_set(made: Referenced, config: Config, models: Models, costs: Costs) -> None:
-    """Both rules' labels of one set and kind."""
+def label_set(made: Referenced, rule: str, config: Config, models: Models, costs: Costs) -> None:
+    """Labels of one set and kind by one rule."""
     quantized = models.get("quantized")
     unquantized = models.get("other" if SETS[made.name].other_reference else "reference")
     schema = storage.labels_schema(quantized.head_dim)
     usable = [row for row in made.prompts if not row["error"]]
     shards = f"{made.name}-{config.part.split('/')[0]}"
-    for rule in config.rules:
-        folder = config.output / (SETS[made.name].folder or made.name) / rule / made.kind
-        write_rows(made.prompts, folder / "prompts", storage.PROMPTS, shards)
-        labelling = replace(made.plain, precisions=quantized.precisions, rule=RULES[rule])
-        rows = label_prompts(quantized, usable, made.references, labelling, unquantized)
-        costs.timed(
-            rule,
-            made.name,
-            made.kind,
-            len(usable),
-            lambda r=rows, f=folder: write_rows(r, f / "labels", schema, shards),
-        )
+    folder = config.output / (SETS[made.name].folder or made.name) / rule / made.kind
+    write_rows(made.prompts, folder / "prompts", storage.PROMPTS, shards)
+    labelling = replace(made.plain, precisions=quantized.precisions, rule=RULES[rule])
+    rows = label_prompts(quantized, usable, made.references, labelling, unquantized)
+    costs.timed(
+        rule, made.name, made.kind, len(usable), lambda: write_rows(rows, folder / "labels", schema, shards)
+    )
 
 
 def finish(config: Config) -> None:
@@ -293,18 +294,23 @@ def main(config: Config) -> None:
         return
     models, costs = Models(config), Costs(config)
     curves.LOGIT_BYTES["cuda"] = config.logit_bytes
-    behind = [name for name in config.sets if SETS[name].folder]
-    for names in ([name for name in config.sets if name not in behind], behind):
+    quantized, deadline = Path(config.model_path) / "config.json", time.monotonic() + config.wait_seconds
+    if quantized.is_file():  # set by set: who runs out of time has the first ones whole
+        turns = [[name] for name in config.sets]
+    else:
+        behind = [name for name in config.sets if SETS[name].folder]
+        turns = [[name for name in config.sets if name not in behind], behind]
+    for names in turns:
         every: list[Referenced] = []
         for name in names:
             with others_go_on():
                 every += referenced(name, config, models, costs)
-        deadline = time.monotonic() + config.wait_seconds
-        while not (Path(config.model_path) / "config.json").is_file() and time.monotonic() < deadline:
+        while not quantized.is_file() and time.monotonic() < deadline:
             time.sleep(1)
-        for made in every:
-            with others_go_on():
-                label_set(made, config, models, costs)
+        for rule in config.rules:
+            for made in every:
+                with others_go_on():
+                    label_set(made, rule, config, models, costs)
 
 
 @contextlib.contextmanager

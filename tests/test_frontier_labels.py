@@ -176,10 +176,11 @@ def test_policies_of_the_prompt_are_judged_exactly_too(study):
     models = str(study / "anyprec"), str(study / "dense")
     PromptExact(study / "pack", study, *models, study / "prompts.json", (2.5, 3.5), 8, 2, 20).run()
     found = json.loads((study / "prompts.json").read_text())
-    assert [row["judged"] for row in found["rows"]] == ["exactly"] * 4 + ["by sums of curves"] * 4
-    assert {row["policy"] for row in found["rows"]} == {"static per kind", "regression"}
+    assert [row["judged"] for row in found["rows"]] == ["exactly"] * 8 + ["by sums of curves"] * 8
+    names = {"static per kind", "regression", "regression, one probe", "regression, no probe"}
+    assert {row["policy"] for row in found["rows"]} == names
     bits = {(row["policy"], row["target_bits"], row["bits"]) for row in found["rows"]}
-    assert len(bits) == 4, "both ways judge the same plans"
+    assert len(bits) == 8, "both ways judge the same plans"
 
 
 def alternating(labels: FoldLabels, config) -> np.ndarray:

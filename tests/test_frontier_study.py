@@ -60,7 +60,7 @@ def test_the_study_runs_from_labels_to_page(labelled, tmp_path, monkeypatch):
     curves, _ = load(folders)
     assert results["prompts"] == len(curves) > 10
     assert sorted(set(curves.kinds.tolist())) == [0, 1]
-    assert len(results["policies"]) == 2 * 9, "a policy is missing, or its row"
+    assert len(results["policies"]) == 2 * 11, "a policy is missing, or its row"
     oracles = {(row["policy"], row["target_bits"]): row["gain_percent"] for row in results["oracles"]}
     for row in results["policies"]:
         assert row["p_holm"] >= row["p"]

@@ -10,6 +10,7 @@ Legend: N prompts, C precisions, M decode forwards, P plans, F features, S segme
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -247,16 +248,25 @@ def segment_means(curves: CurveSet) -> np.ndarray:
     return np.stack(parts, axis=2)
 
 
-def regression_prediction(train: CurveSet) -> Prediction:
+def features_of(curves: CurveSet, probes: str) -> np.ndarray:
+    """The features [N, F'] of prompts that were probed at "all" lower precisions, at the "lowest" one, or at
+    "none"."""
+    probed = [f"probe_{bits}" for bits in curves.chain[1:]]
+    without = {"all": [], "lowest": probed[:-1], "none": probed}[probes]
+    return curves.features[:, [name not in without for name in curves.feature_names]]
+
+
+def regression_prediction(train: CurveSet, probes: str = "all") -> Prediction:
     """The loss curve, by precision and segment, regressed on the prompt's features (in logarithms, and
     brought back to the right mean); the plan per prompt by the prediction."""
-    x, _ = standardised(train.features, train.features)
+    own = features_of(train, probes)
+    x, _ = standardised(own, own)
     y = segment_means(train)
     model = ridge(x, np.log(y + 1e-4).reshape(len(train), -1))
     scale = y.mean(0) / np.exp(model(x)).reshape(y.shape).mean(0)
 
     def predicted(part: CurveSet, plans: np.ndarray) -> np.ndarray:
-        _, points = standardised(train.features, part.features)
+        _, points = standardised(own, features_of(part, probes))
         curve = np.exp(model(points)).reshape(-1, *y.shape[1:]) * scale  # [N, C, S]
         along = curve[:, :, segment_of(plans.shape[1])]  # [N, C, M]
         chosen = plans[:, None, :] == np.arange(len(part.chain))[None, :, None]
@@ -265,9 +275,11 @@ def regression_prediction(train: CurveSet) -> Prediction:
     return predicted
 
 
-def regression(train: CurveSet, test: CurveSet, targets: Sequence[float], seed: int) -> list[Outcome]:
+def regression(
+    train: CurveSet, test: CurveSet, targets: Sequence[float], seed: int, probes: str = "all"
+) -> list[Outcome]:
     """The plan per prompt by `regression_prediction`."""
-    return by_prediction(train, test, targets, regression_prediction(train))
+    return by_prediction(train, test, targets, regression_prediction(train, probes))
 
 
 POLICIES: dict[str, Policy] = {
@@ -276,6 +288,8 @@ POLICIES: dict[str, Policy] = {
     "static per kind": per_kind,
     "static per cluster": per_cluster,
     "regression": regression,
+    "regression, one probe": functools.partial(regression, probes="lowest"),
+    "regression, no probe": functools.partial(regression, probes="none"),
 }
 """What is compared with `static`, by name. A program may add more."""
 
