@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
@@ -9,7 +10,7 @@ import torch
 
 from bench._peers import any_precision
 from pmpd.kernels.base import PackedWeights
-from pmpd.kernels.cuda.cut import MOST_TOKENS, Cut
+from pmpd.kernels.cuda.cut import MOST_TOKENS, SCALED_COLUMNS, TILE_ROWS, Cut, passes_of
 from pmpd.kernels.cuda.cut import cut as cut_of_rules
 from pmpd.kernels.cuda.launch import gpu_of
 from pmpd.kernels.cuda.matrix import CudaMatrix
@@ -117,36 +118,35 @@ def contenders(
         yield "any-precision", [lambda p=p: theirs(x[None], p, table, bits)[0] for p in planes]
 
 
-def rule(columns: int, bits: int, tokens: int, device: torch.device) -> Cut:
-    """The cut of `bits.cu` that its rules give."""
-    made = cut_of_rules(columns, (bits,) * tokens, gpu_of(device))
-    assert made is not None, f"{columns} columns"
-    return made
-
-
-def cuts(columns: int, bits: int, tokens: int, device: torch.device) -> list[Cut]:
-    """Those worth timing: that of the rules, rings of one or two row blocks or of what half a multiprocessor
-    holds, one or two blocks of a multiprocessor where the compiler leaves registers for up to four: the next
-    launch fills its rings in the room beside them. Four warps only where the rules have them: an outlier
-    costs all columns of its warp their precision."""
-    gpu = gpu_of(device)
-    found = [rule(columns, bits, tokens, device)]
-    for warps in {found[0].warps, 8, 16}:
-        per_warp = -(-columns // (TILE_COLUMNS * warps))
-        half = gpu.multiprocessor_bytes // 2 // (warps * bits * 512) - tokens * per_warp
-        for slots in {per_warp, 2 * per_warp, max(1, min(half, 15))}:
-            for blocks in (1, 2, 3, 4):
-                for resident in (1, 2):
-                    made = cut_of_rules(columns, (bits,) * tokens, gpu, warps, slots, blocks, resident)
-                    # no fewer than 64 registers a thread
-                    if made and made.warps <= made.tiles and per_warp <= 14 and blocks * warps <= 32:
-                        found.append(made)
-    return list(dict.fromkeys(found))
+def cuts(rows: int, columns: int, bits: int, tokens: int, device: torch.device) -> list[Cut]:
+    """Those of `bits.cu` worth timing: that of the rules, and teams of other sizes, shorter and longer rings,
+    all passes at once or one after the other, one or two blocks of a multiprocessor, of which the compiler
+    leaves registers for up to three: the next launch fills its rings in the room beside them."""
+    gpu, each = gpu_of(device), (bits,) * tokens
+    row_blocks = -(-rows // TILE_ROWS)
+    made = [cut_of_rules(rows, columns, each, gpu)]
+    for warps, splits, (blocks, resident), live in itertools.product(
+        (8, 16), (1, 2, 4, 8, 16), ((1, 1), (2, 1), (2, 2), (3, 2)), {1, passes_of(each)}
+    ):
+        spills = 4 if bits == 2 and tokens == 1 else 3 if live * tokens == 1 or bits == 2 else 2
+        if splits > warps or warps * blocks >= 8 * spills:
+            continue
+        if row_blocks < 0.25 * gpu.multiprocessors * warps / splits:  # most teams would idle
+            continue
+        per_warp = -(-columns // (TILE_COLUMNS * splits))
+        if per_warp * TILE_COLUMNS > SCALED_COLUMNS or splits * TILE_COLUMNS > columns:
+            continue
+        made += [
+            cut_of_rules(rows, columns, each, gpu, warps, splits, slots, live, blocks, resident)
+            for slots in {min(per_warp, tiles) for tiles in (2, 4, 8)}
+        ]
+    return [cut for cut in dict.fromkeys(made) if cut is not None]
 
 
 def said(cut: Cut) -> str:
     """The name of a cut in the tables."""
-    return f"bits w{cut.warps} s{cut.slots} b{cut.blocks} r{cut.resident}"
+    numbers = (cut.warps, cut.splits, cut.slots, cut.live, cut.blocks, cut.resident)
+    return "bits " + " ".join(f"{letter}{number}" for letter, number in zip("wpslbr", numbers, strict=True))
 
 
 def cut_calls(matrices: list[CudaMatrix], x: torch.Tensor, cut: Cut) -> list[Callable[[], torch.Tensor]]:

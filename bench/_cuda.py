@@ -261,23 +261,23 @@ def time_cuts(
     """A row for each cut of `bits.cu` worth timing and, where the GPU has clusters, of `halves.cu`."""
     yield from _timed_cuts(
         device, bandwidth, shapes, workers, range(1, MOST_TOKENS + 1),
-        lambda k, bits, tokens: cuts(k, bits, tokens, device), cut_calls, said,
+        lambda n, k, bits, tokens: cuts(n, k, bits, tokens, device), cut_calls, said,
     )  # fmt: skip
     if torch.cuda.get_device_capability() == (9, 0):
         yield from _timed_cuts(
             device, bandwidth, shapes, workers, _clusters.TOKENS,
-            lambda k, bits, tokens: _clusters.cuts(k, bits, tokens, gpu_of(device)),
+            lambda n, k, bits, tokens: _clusters.cuts(k, bits, tokens, gpu_of(device)),
             _clusters.calls, _clusters.said,
         )  # fmt: skip
 
 
 def _timed_cuts(
     device: torch.device, bandwidth: float, shapes: dict[str, tuple[int, int]], workers: int,
-    tokens_tried: Iterable[int], cuts_of: Callable[[int, int, int], list[Any]],
+    tokens_tried: Iterable[int], cuts_of: Callable[[int, int, int, int], list[Any]],
     calls_of: Callable[..., list[Callable[[], torch.Tensor]]], said_of: Callable[[Any], str],
 ) -> Iterator[dict]:  # fmt: skip
     jobs = [
-        (name, n, k, bits, tokens, cuts_of(k, bits, tokens))
+        (name, n, k, bits, tokens, cuts_of(n, k, bits, tokens))
         for name, (n, k) in shapes.items() for bits in sorted(DIGITS_BITS, reverse=True)
         for tokens in tokens_tried
     ]  # fmt: skip
@@ -414,7 +414,7 @@ def best_settings(rows: list[dict]) -> dict[str, dict[str, dict]]:
     for r in rows:
         if "us" not in r:
             continue
-        if cut := re.fullmatch(r"bits w(\d+) s(\d+) b(\d+) r(\d+)", r["impl"]):
+        if cut := re.fullmatch(r"bits w(\d+) p(\d+) s(\d+) l(\d+) b(\d+) r(\d+)", r["impl"]):
             key = f"{r['n']}x{r['k']}x{'+'.join([str(r['bits'])] * r['tokens'])}"
             if r["us"] < table["bits"].get(key, {"us": math.inf})["us"]:
                 numbers = dict(zip(MEASURED, map(int, cut.groups()), strict=True))

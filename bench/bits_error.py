@@ -35,7 +35,7 @@ class RoundedMatrix(ReferenceMatrix):
     def multiply(self, x: Tensor, bits: int) -> Tensor:
         weight = self.dequantize(bits).double()
         x_MK = x.reshape(-1, self.shape[1])
-        made = cut(self.shape[1], (bits,))
+        made = cut(*self.shape, (bits,))
         assert made is not None
         exact, y = x_MK.double() @ weight.T, represented(x_MK, made).double() @ weight.T
         ERRORS.setdefault(bits, []).extend(((y - exact).norm(dim=1) / exact.norm(dim=1)).tolist())

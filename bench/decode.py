@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 
 from bench import _record
+from pmpd.decode.sampling import highest
 from pmpd.weights.base import Segment
 
 SHAPES = {  # hidden, layers, heads, kv heads, intermediate, vocabulary
@@ -113,7 +114,7 @@ class RandomLlama:
         logits = self.forward(
             buffers["ids"], buffers["slots"], buffers["positions"], segments, self.keys, self.values, longest
         )
-        buffers["ids"].copy_(logits.argmax(-1))
+        buffers["ids"].copy_(highest(logits)[1])
         buffers["positions"].add_(1)
         buffers["positions"].clamp_(max=longest - 1)
 

@@ -85,10 +85,13 @@ def test_bars_take_the_fastest_plan_and_the_peers_of_the_same_run():
 
     at = {"shape": "14336x4096", "n": 14336, "k": 4096, "bits": 4, "tokens": 1}
     rows = [
-        at | {"impl": "bits w8 s4 b2 r2", "us": 12.0}, at | {"impl": "bits w4 s4 b2 r2", "us": 10.0},
-        at | {"impl": "humming", "us": 9.0}, at | {"impl": "any-precision", "us": 20.0},
-        at | {"impl": "torch", "bits": 16, "us": 40.0}, {"shape": "8b.o", "impl": "bits", "refused": "why"},
-    ]  # fmt: skip
+        at | {"impl": "bits w8 p2 s4 l1 b2 r1", "us": 12.0},
+        at | {"impl": "bits w8 p1 s4 l1 b2 r1", "us": 10.0},
+        at | {"impl": "humming", "us": 9.0},
+        at | {"impl": "any-precision", "us": 20.0},
+        at | {"impl": "torch", "bits": 16, "us": 40.0},
+        {"shape": "8b.o", "impl": "bits", "refused": "why"},
+    ]
     share, upstream, humming = _bars.check(rows, 3e12, h200=False)
     assert share["measured"] == pytest.approx(14336 * 4096 / 2 / 10e-6 / 3e12)
     assert (share["met"], upstream["met"], humming["met"]) == (True, True, False)

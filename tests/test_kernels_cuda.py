@@ -69,7 +69,7 @@ def test_the_arithmetic_rounds_no_more_than_the_type_of_the_result(bits, outlier
     if outlier:
         x[1234] = float(outlier)
     worth, expected = coefficients(table, bits), exact(codes, table, x)
-    made = cut(4096, (bits,))
+    made = cut(64, 4096, (bits,))
     assert error(emulation.product(codes, worth, x, made, bits), expected) < 6e-4
     steps = math.sqrt(made.per_warp * TILE_COLUMNS / 12)
     assert error(emulation.product(codes, worth, x.float(), made, bits), expected) < 1.3 * steps / 32767
@@ -80,7 +80,7 @@ def test_coefficients_of_16_bits_would_cost_more_than_the_rounding_of_the_result
     codes, table, x = random_codes(64, 4096, 4), random_table(64, 4), random_x(4096)
     worth, expected = coefficients(table, 4), exact(codes, table, x)
     wide, short = (
-        error(emulation.product(codes, some, x.float(), cut(4096, (4,)), 4), expected)
+        error(emulation.product(codes, some, x.float(), cut(64, 4096, (4,)), 4), expected)
         for some in (worth, worth.half().float())
     )
     assert short > 5 * wide
@@ -91,7 +91,7 @@ def test_coefficients_of_16_bits_would_cost_more_than_the_rounding_of_the_result
 def test_what_is_not_finite_stays_visible(value):
     codes, table, x = random_codes(16, 512, 3), random_table(16, 3), random_x(512)
     x[77] = value
-    y = emulation.product(codes, coefficients(table, 3), x, cut(512, (3,)), 3)
+    y = emulation.product(codes, coefficients(table, 3), x, cut(16, 512, (3,)), 3)
     assert not y.isfinite().any()
 
 
@@ -102,57 +102,74 @@ def test_what_is_not_finite_stays_visible(value):
 def test_every_plan_fits_the_gpu_and_covers_all_columns(gpu):
     for columns in (32, 256, 288, 576, 1536, 2048, 2912, 4096, 5632, 8192, 11008, 14336, 18944, 28672):
         for bits in [(b,) for b in BITS] + [(b, c) for b in (2, 3, 4) for c in range(2, b + 1)]:
-            made = cut(columns, bits, gpu)
+            made = cut(4096, columns, bits, gpu)
             if made is None and len(bits) == 2 and columns * 4 > gpu.block_bytes / 2:
                 continue  # two tokens' activations leave no room for a ring: each takes a launch
             assert made is not None, f"K = {columns}, {bits} bits: no cut"
             assert made.block_bytes() <= gpu.block_bytes
-            assert made.warps * made.per_warp * 256 >= columns
-            assert made.warps <= 16
-            assert made.passes == 1 or made.chunk <= made.slots
-            assert (made.warps - 1) * made.per_warp < made.tiles or made.warps <= made.tiles
+            assert made.splits * made.per_warp * 256 >= columns
+            assert (made.splits - 1) * made.per_warp < made.tiles or made.splits <= made.tiles
+            assert made.teams * made.splits == made.warps <= 16
+            assert made.slots <= made.per_warp
+            assert made.live in (1, made.passes)
+
+
+def test_there_are_as_many_teams_as_row_blocks_until_a_scale_would_serve_too_many_columns():
+    for rows, columns, splits in (
+        (4096, 4096, 4),
+        (14336, 4096, 1),
+        (28672, 4096, 1),
+        (4096, 14336, 4),
+        (512, 576, 2),
+    ):
+        made = cut(rows, columns, (3,), H100)
+        assert made.splits == splits, f"{rows} x {columns}"
+        assert made.per_warp * TILE_COLUMNS <= 4096
 
 
 def test_fewer_resident_blocks_leave_room_for_the_next_launch():
-    full, half = cut(4096, (3,), H100), cut(4096, (3,), H100, resident=1)
+    full, half = (cut(1 << 20, 4096, (3,), slots=4, resident=n) for n in (2, 1))
     assert (full.resident, half.resident) == (2, 1)
     assert half.template("FLOAT16") == full.template("FLOAT16"), "the same machine code"
-    assert half.grid(1000, H100) == H100.multiprocessors == full.grid(1000, H100) // 2
+    assert half.grid(1 << 16, H100) == H100.multiprocessors == full.grid(1 << 16, H100) // 2
 
 
 def test_a_k_that_no_ring_has_room_for_has_no_plan():
-    assert cut(1 << 20, (4,), H100) is None
+    assert cut(64, 1 << 20, (4,), H100) is None
 
 
 # -- the source itself, thread by thread
 
 
+def own(bits: tuple[int, ...], tiles: int, warps: int, splits: int, slots: int, live: int = 1) -> Cut:
+    return Cut(bits, tiles, warps, splits, slots, live, 1, 1)
+
+
 def cases() -> list[tuple[str, Instance, int, int, int]]:
-    """name, instance, rows, columns, blocks: rings that wrap and that do not, chunks, ragged last tiles, rows
-    and columns that fill no tile, more and fewer row blocks than blocks."""
+    """name, instance, rows, columns, blocks: rings as long as a row block and shorter, one team and several,
+    passes together and one after the other, ragged last tiles, rows and columns that fill no tile, more and
+    fewer row blocks than teams."""
     half, brain = torch.float16, torch.bfloat16
-
-    def own(bits: tuple[int, ...], tiles: int, warps: int, slots: int, chunk: int) -> Cut:
-        return Cut(bits, tiles, warps, slots, chunk, 1, 1)
-
     return [
-        ("two bits, ring of two row blocks", Instance(own((2,), 4, 2, 4, 2)), 100, 1024, 2),
-        ("two bits, ring that wraps", Instance(own((2,), 3, 1, 4, 3)), 90, 672, 2),
-        ("three bits, ragged, bfloat16", Instance(own((3,), 5, 2, 4, 3), brain), 70, 1280 - 32, 2),
-        ("three bits, ring shorter than a row block", Instance(own((3,), 6, 2, 2, 3)), 64, 1536, 1),
-        ("three bits, more slots than can be told apart", Instance(own((3,), 1, 1, 17, 1)), 300, 96, 1),
-        ("four bits, ring of two row blocks", Instance(own((4,), 4, 2, 4, 2)), 100, 1024, 3),
-        ("four bits, chunks", Instance(own((4,), 7, 2, 3, 2)), 50, 1792 - 224, 1),
-        ("four bits, more tiles than registers keep", Instance(own((4,), 9, 1, 9, 9)), 20, 2304, 1),
+        ("two bits, one team", Instance(own((2,), 4, 2, 2, 2)), 100, 1024, 2),
+        ("two bits, a team a warp", Instance(own((2,), 3, 2, 1, 3)), 90, 672, 2),
+        ("three bits, ragged, bfloat16", Instance(own((3,), 5, 2, 2, 3), brain), 70, 1280 - 32, 2),
+        ("three bits, short ring, two teams", Instance(own((3,), 7, 4, 2, 2)), 150, 1792 - 64, 1),
+        ("three bits, more teams than row blocks", Instance(own((3,), 2, 4, 1, 1)), 40, 512, 2),
+        ("four bits, both passes", Instance(own((4,), 6, 4, 2, 2, 2)), 200, 1536, 2),
+        ("four bits, both passes, ragged", Instance(own((4,), 7, 4, 4, 1, 2)), 100, 1792 - 224, 3),
+        ("four bits, a pass after the other", Instance(own((4,), 7, 2, 2, 3)), 50, 1792 - 224, 1),
+        ("four bits, a team a warp, chunks", Instance(own((4,), 9, 2, 1, 4)), 70, 2304, 1),
         ("five bits", Instance(own((5,), 3, 2, 2, 2)), 33, 544, 1),
-        ("six bits", Instance(own((6,), 2, 2, 1, 1)), 33, 320, 2),
-        ("two tokens of three bits", Instance(own((3, 3), 4, 2, 2, 2), brain), 40, 1024, 1),
-        ("two tokens of two bits", Instance(own((2, 2), 3, 2, 3, 2)), 40, 576, 2),
-        ("two tokens of four bits", Instance(own((4, 4), 4, 2, 2, 2)), 40, 1024, 2),
-        ("tokens of four and three bits", Instance(own((4, 3), 3, 2, 5, 2)), 70, 640, 1),
-        ("tokens of four and two bits", Instance(own((4, 2), 2, 1, 3, 1)), 33, 512, 1),
-        ("one warp, one tile", Instance(own((4,), 1, 1, 1, 1), half), 5, 32, 1),
-        ("as planned for SmolLM2", Instance(cut(576, (4,))), 64, 576, 2),
+        ("six bits, two teams", Instance(own((6,), 2, 4, 2, 1)), 33, 320, 2),
+        ("two tokens of three bits", Instance(own((3, 3), 4, 2, 1, 3), brain), 60, 1024, 1),
+        ("two tokens of two bits", Instance(own((2, 2), 3, 2, 2, 2)), 40, 576, 2),
+        ("two tokens of four bits", Instance(own((4, 4), 4, 4, 2, 2)), 40, 1024, 2),
+        ("tokens of four and three bits", Instance(own((4, 3), 5, 2, 2, 2)), 70, 1280 - 96, 1),
+        ("tokens of four and two bits", Instance(own((4, 2), 2, 1, 1, 1)), 33, 512, 1),
+        ("tokens of three and two bits", Instance(own((3, 2), 3, 4, 2, 1)), 100, 640, 2),
+        ("one warp, one tile", Instance(own((4,), 1, 1, 1, 1, 2), half), 5, 32, 1),
+        ("as cut for SmolLM2", Instance(cut(576, 576, (4,))), 64, 576, 2),
     ]  # fmt: skip
 
 
@@ -196,18 +213,15 @@ def norm_by_definition(
 
 def fused_cases() -> list[tuple[str, Instance, int, int, int, bool]]:
     """name, instance, rows, columns, blocks, whether something is added before the norm"""
-
-    def own(bits: tuple[int, ...], tiles: int, warps: int, slots: int, chunk: int) -> Cut:
-        return Cut(bits, tiles, warps, slots, chunk, 1, 1)
-
     half, brain = torch.float16, torch.bfloat16
     return [
-        ("norm", Instance(own((3,), 3, 2, 4, 2), half, "NORM"), 40, 576, 2, False),
+        ("norm", Instance(own((3,), 3, 2, 2, 2), half, "NORM"), 40, 576, 2, False),
+        ("norm, two teams", Instance(own((2,), 6, 4, 2, 2), half, "NORM"), 100, 1536, 1, False),
         ("sum and norm, two tokens", Instance(own((4, 3), 3, 2, 2, 2), brain, "NORM"), 40, 544, 1, True),
-        ("gated", Instance(own((2,), 3, 2, 4, 2), half, "PLAIN", "GATED"), 160, 576, 2, False),
-        ("gated, shortest ring", Instance(own((4,), 4, 2, 2, 2), half, "NORM", "GATED"), 96, 1024, 3, True),
-        ("gated, ring of three", Instance(own((3,), 1, 1, 3, 1), brain, "NORM", "GATED"), 128, 256, 1, True),
-        ("gated, two tokens", Instance(own((4, 2), 3, 2, 3, 2), half, "NORM", "GATED"), 96, 768, 2, True),
+        ("gated", Instance(own((2,), 3, 2, 2, 2), half, "PLAIN", "GATED"), 160, 576, 2, False),
+        ("gated, teams", Instance(own((4,), 4, 4, 2, 2, 2), half, "NORM", "GATED"), 96, 1024, 3, True),
+        ("gated, a team a warp", Instance(own((3,), 1, 2, 1, 1), brain, "NORM", "GATED"), 128, 256, 1, True),
+        ("gated, two tokens", Instance(own((4, 2), 3, 4, 2, 2), half, "NORM", "GATED"), 96, 768, 2, True),
     ]  # fmt: skip
 
 
@@ -345,7 +359,7 @@ needs_nvrtc = pytest.mark.skipif(compiler.problem() is not None, reason=str(comp
 @needs_nvrtc
 @pytest.mark.parametrize("architecture", ["sm_80", "sm_90"])
 def test_it_compiles_for_gpus_with_1_bit_tensor_cores(architecture):
-    made = cut(4096, (4,))
+    made = cut(4096, 4096, (4,))
     binary = compiler.compile_now(made.template("BFLOAT16", "NORM", "GATED"), architecture)
     assert binary.code[:4] == b"\x7fELF"
     assert binary.symbol.encode() in binary.code
@@ -354,7 +368,7 @@ def test_it_compiles_for_gpus_with_1_bit_tensor_cores(architecture):
 @needs_nvrtc
 def test_machine_code_is_kept_on_disk_by_all_that_it_depends_on(monkeypatch, tmp_path):
     monkeypatch.setenv(compiler.CACHE_VARIABLE, str(tmp_path / "cache"))
-    name = cut(256, (2,)).template("FLOAT16")
+    name = cut(64, 256, (2,)).template("FLOAT16")
     first = compiler.compiled(name, (9, 0))
     monkeypatch.setattr(compiler, "compile_now", lambda *_: pytest.fail("compiled again"))
     assert compiler.compiled(name, (9, 0)) == first

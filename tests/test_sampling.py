@@ -17,7 +17,7 @@ from transformers import (
 from pmpd.decode import oracle
 from pmpd.decode.engine import Engine
 from pmpd.decode.requests import Fork, Request, Sampling
-from pmpd.decode.sampling import choose, draw
+from pmpd.decode.sampling import choose, draw, highest
 from tests.test_engine import expanded, random_prompts, scheduler_named
 
 SETTINGS = [
@@ -143,3 +143,14 @@ def test_a_row_ends_where_its_own_stop_says_and_no_other(anyprec_model, sync_eve
     assert found["1"].tokens == oracle.decode(model.model, prompts[1], 20, 4, (), stop=stop).tokens
     for i in (0, 2, 3):
         assert (found[str(i)].tokens, found[str(i)].finish_reason) == (plain[i], "length")
+
+
+def test_the_highest_logit_by_parts_is_that_of_the_whole_row():
+    logits = torch.randn(6, 96, generator=torch.Generator().manual_seed(1)).round(decimals=1)
+    logits[0] = 3.0  # all alike: the first token
+    logits[1, [40, 90]] = 9.0
+    logits[2, 50] = float("nan")
+    for parts in (1, 2, 32):
+        top, tokens = highest(logits, parts)
+        assert torch.equal(tokens, logits.argmax(-1)), f"{parts} parts"
+        assert torch.equal(top.nan_to_num(-1), logits.amax(-1).nan_to_num(-1))

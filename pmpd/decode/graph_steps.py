@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from pmpd import gpu
 from pmpd.decode.graphs import Buffers, StepGraphs
 from pmpd.decode.precision import token_statistics
+from pmpd.decode.sampling import highest
 from pmpd.decode.slots import SlotCache
 from pmpd.schedulers.base import STATISTICS
 from pmpd.weights.base import PrecisionState, Segment
@@ -145,7 +146,7 @@ class GraphSteps:
         logits = self.forward(
             engine.tokens[slots, columns], slots, positions, segments, cache.keys, cache.values, longest
         )
-        top, tokens = logits.max(dim=-1)
+        top, tokens = highest(logits)
         engine.tokens[slots, columns + 1] = tokens
         engine.bad[slots] |= ~torch.isfinite(top)
         if statistics:

@@ -29,7 +29,7 @@ from pmpd.decode.graph_steps import GraphSteps, Rows
 from pmpd.decode.precision import RowDecision, RowPrecisions, token_statistics
 from pmpd.decode.pulse import Pulse
 from pmpd.decode.requests import Completion, Fork, Prefix, Request, TokenEvent
-from pmpd.decode.sampling import RowSampling
+from pmpd.decode.sampling import RowSampling, highest
 from pmpd.decode.slots import Stretch, TokenPlaces
 from pmpd.schedulers.base import PrefillState, Scheduler
 
@@ -299,7 +299,7 @@ class DecodeLoop:
 
     def _take_tokens(self, at: np.ndarray, logits: Tensor) -> Tensor | None:
         """Appends the next token of each row; the statistics [n, k] that the scheduler wants."""
-        top, tokens = logits.max(dim=-1)
+        top, tokens = highest(logits)
         if self.sampling.is_needed(at):
             tokens = self.sampling.choose(at, self.produced[at], logits)
         slots = self._tensor(at)

@@ -12,6 +12,7 @@ never reorder them.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -25,6 +26,22 @@ def draw(seed: int, key: str, position: int) -> float:
     """The number in [0, 1) that chooses new token `position` (from 0) of the row with this draw key."""
     digest = hashlib.sha256(f"{seed}/{key}/token {position}".encode()).digest()
     return (int.from_bytes(digest[:8], "big") >> 11) / 2**53
+
+
+def highest(logits: Tensor, parts: int | None = None) -> tuple[Tensor, Tensor]:
+    """The highest logit of each row and the first token that has it, [n] and int64 [n], from `logits` [n, V].
+
+    In two steps, by `parts` of the vocabulary (a divisor of V): PyTorch gives a row to one block of a GPU,
+    which takes 35 us for 128,256 logits. Default: up to 256 on a GPU, else 1.
+    """
+    rows, vocabulary = logits.shape
+    parts = parts or (math.gcd(vocabulary, 256) if logits.is_cuda else 1)
+    if parts == 1:
+        top, tokens = logits.max(dim=-1)
+        return top, tokens
+    top, tokens = logits.reshape(rows, parts, -1).max(dim=-1)
+    top, part = top.max(dim=-1)
+    return top, tokens.gather(1, part[:, None])[:, 0] + part * (vocabulary // parts)
 
 
 def choose(

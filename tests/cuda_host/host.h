@@ -48,6 +48,7 @@ struct Warp {
 struct Block {
     char* arena;  // its dynamic shared memory, 16-byte aligned
     int arrived, turn;
+    int team_arrived[16], team_turn[16];
 };
 
 inline std::vector<Range> ranges;
@@ -111,6 +112,17 @@ inline void sync_block() {
         block.arrived = 0, block.turn++;
     } else {
         while (block.turn == turn) host::yield();
+    }
+}
+template <int TEAMS, int MEMBERS> void sync_team(int team) {
+    if (team < 0 || team >= TEAMS || TEAMS * MEMBERS * 32 != host::threads) host::fail("no such team");
+    if (thread_index() / (MEMBERS * 32) != team) host::fail("in another team");
+    host::Block& block = host::cluster[host::rank()];
+    const int turn = block.team_turn[team];
+    if (++block.team_arrived[team] == MEMBERS * 32) {
+        block.team_arrived[team] = 0, block.team_turn[team]++;
+    } else {
+        while (block.team_turn[team] == turn) host::yield();
     }
 }
 inline void cluster_arrive() {
@@ -352,7 +364,10 @@ inline void run(void (*body)(), int of_block, int grid, size_t bytes, int order,
                 if (order == 3 && i % 32 == 31 && warps[i / 32].turn != swept) i -= 32;
             }
             int now = cluster_turn;
-            for (const Block& b : cluster) now += b.turn;
+            for (const Block& b : cluster) {
+                now += b.turn;
+                for (int turn : b.team_turn) now += turn;
+            }
             for (const Warp& w : warps) now += w.turn;
             idle = now == arrivals ? idle + 1 : 0, arrivals = now;
             if (idle > 3 && left) problem = "the block hangs: threads wait for others that never come";
@@ -362,6 +377,9 @@ inline void run(void (*body)(), int of_block, int grid, size_t bytes, int order,
             if (f.arrived) problem = "a thread ended between its arrival and its wait";
         for (const Block& b : cluster)
             if (b.arrived) problem = "some threads wait for a barrier that others never reach";
+        for (const Block& b : cluster)
+            for (int arrived : b.team_arrived)
+                if (arrived) problem = "some threads wait for a team that others never reach";
         for (Warp& w : warps)
             if (w.arrived) problem = "some lanes wait for others that have ended";
         for (const Block& b : cluster)

@@ -12,14 +12,19 @@
 // them out: lane 4 g + t, word 2 h + r of a tile holds row 8 r + g, columns 128 h + 32 s + 8 t + i (s 0..3,
 // i 0..7) at bit 4 i + 3 - s, in every plane alike.
 //
-// Blocks are persistent: block i takes row blocks i, i + gridDim, ...; warp w takes tiles w, w + WARPS, ...
-// of each: T of them. A warp has a ring of SLOTS tiles that cp.async fills across row blocks, the first
-// SLOTS before waiting for the kernel in front. Every lane reads back only what it copied itself, so the
-// ring needs no barrier; the one barrier is that which adds the warps' sums of a row block.
+// SPLITS warps, a team, share the columns of a row block: warp s of a team takes tiles s, s + SPLITS, ...,
+// T of them. A block has TEAMS = WARPS / SPLITS teams, which never wait for each other once the activations
+// are there. Teams are persistent: team q of all takes row blocks q, q + teams, ... With as many teams as
+// row blocks each warp streams through one, and what comes behind the products is paid once.
 //
-// Accumulators hold eight subsets: those of the first three planes. More planes take more passes over the
-// same tiles, one for each subset of the planes behind the third, and a second token takes passes of its
-// own. What passes share must lie in the ring together, so T is cut into chunks of CHUNK <= SLOTS tiles.
+// A warp has a ring of SLOTS <= T tiles that cp.async fills across row blocks, the first SLOTS before
+// waiting for the kernel in front. Every lane reads back only what it copied itself, so the ring needs no
+// barrier; the one barrier of a row block is that of its team, which adds the warps' sums.
+//
+// A pass is the subsets with one set of the planes behind the third: 2^(BITS - 3) passes, eight subsets of
+// the first three planes each, for every token. LIVE passes keep their sums at once: all of them, and a
+// tile is read once; or one, and the passes of CHUNK tiles, which lie in the ring together, follow each
+// other.
 #include "instructions.cuh"
 
 enum Front { PLAIN, NORM };    // what is done with x first: nothing; RMS norm of x + delta
@@ -66,26 +71,30 @@ template <Type TYPE> DEVICE u32 both(float low, float high) {
     return u32(narrow<TYPE>(low)) | u32(narrow<TYPE>(high)) << 16;
 }
 
-template <int TOKENS, int WARPS, int TABLE> struct Room {  // shared memory besides ring and activations
-    alignas(16) float coefficient[2][TABLE];  // of this row block and the next
+template <int TOKENS, int WARPS> struct Room {  // shared memory besides what is dynamic
     float sums[2][TOKENS][WARPS][16];
     float squares[TOKENS][WARPS];
-    float part[TOKENS][WARPS];                // sum of each warp's represented activations
+    float largest[TOKENS][WARPS];
+    float part[TOKENS][WARPS];  // sum of each warp's represented activations
 };
 
-// A warp's eight values a lane of T tiles -> fixed point, their bits as operands of `mma_bits`, in the
-// tile's own 512 bytes of `tiles` (that of warp w's tile i is i * WARPS + w). Returns the scale; `whole`:
-// the sum of the fixed-point numbers.
-template <Type TYPE, int T, int WARPS>
-DEVICE float split(uint4 (&v)[T], uint4* tiles, int lane, float& whole) {
+// Activations of T tiles of a warp, eight a lane, -> the tiles' 512 bytes each (that of warp w's tile i is
+// i * WARPS + w). Returns the largest absolute value of the warp.
+template <Type TYPE, int T, int WARPS> DEVICE float put(uint4 (&v)[T], uint4* tiles, int lane) {
     float largest = 0.0f;
     UNROLL for (int i = 0; i < T; i++) {
         UNROLL for (int c = 0; c < 8; c++) largest = fmaxf(largest, fabsf(value_of<TYPE>(v[i], c)));
         tiles[i * WARPS * 32 + lane] = v[i];
     }
-    const float scale = fmaxf(warp_max(largest), 1e-30f) / 32767.0f, inverse = 1.0f / scale;
+    return warp_max(largest);
+}
+
+// What `put` left -> fixed point, its bits as operands of `mma_bits`, in the same place. Returns the sum of
+// the fixed-point numbers.
+template <Type TYPE, int T, int WARPS> DEVICE float split(uint4* tiles, int lane, float scale) {
+    const float inverse = 1.0f / scale;
+    float whole = 0.0f;
     sync_warp();
-    whole = 0.0f;
     // A lane makes bits 8 m .. 8 m + 7 of word h of the lanes that have thread u in their group.
     const int h = lane / 16, u = lane / 4 % 4, m = lane % 4;
     UNROLL for (int i = 0; i < T; i++) {
@@ -113,89 +122,85 @@ DEVICE float split(uint4 (&v)[T], uint4* tiles, int lane, float& whole) {
         }
     }
     UNROLL for (int mask = 16; mask; mask /= 2) whole += shuffle_xor(whole, mask);
-    sync_warp();
-    return scale;
+    return whole;
 }
 
 // BITS of the first token, BITS1 <= BITS of the second (0: there is none).
-template <Type TYPE, Front FRONT, Back BACK, int BITS, int BITS1, int TILES, int WARPS, int SLOTS, int CHUNK,
-          int BLOCKS>
+template <Type TYPE, Front FRONT, Back BACK, int BITS, int BITS1, int TILES, int WARPS, int SPLITS, int SLOTS,
+          int LIVE, int BLOCKS>
 KERNEL(WARPS * 32, BLOCKS) bits_product(const Arguments a) {
-    constexpr int THREADS = WARPS * 32, TOKENS = BITS1 ? 2 : 1, T = (TILES + WARPS - 1) / WARPS;
-    constexpr int CHUNKS = (T + CHUNK - 1) / CHUNK;
-    constexpr bool RAGGED = TILES % WARPS != 0;  // some warps have no last tile
-    constexpr bool WRAPS = SLOTS % T != 0 && T % SLOTS != 0;
-    constexpr int PASSES0 = BITS > 3 ? 1 << (BITS - 3) : 1, PASSES1 = BITS1 > 3 ? 1 << (BITS1 - 3) : 1;
-    constexpr int PASSES = PASSES0 + (BITS1 ? PASSES1 : 0), LOW = BITS < 3 ? BITS : 3;
+    constexpr int TOKENS = BITS1 ? 2 : 1, TEAMS = WARPS / SPLITS;
+    constexpr int T = (TILES + SPLITS - 1) / SPLITS, OWN = (TILES + WARPS - 1) / WARPS;
+    constexpr bool RAGGED = TILES % SPLITS != 0;  // some warps have no last tile
+    constexpr int PASSES = BITS > 3 ? 1 << (BITS - 3) : 1, PASSES1 = BITS1 > 3 ? 1 << (BITS1 - 3) : 1;
+    constexpr int CHUNK = LIVE == PASSES ? T : SLOTS;
+    constexpr int LOW = BITS < 3 ? BITS : 3, LOW1 = BITS1 < 3 ? BITS1 : 3, SUBSETS = 1 << LOW;
     constexpr int CODES = 1 << BITS, CODES1 = BITS1 && BITS1 != BITS ? 1 << BITS1 : 0;
-    constexpr int TABLE = 16 * (CODES + CODES1), FETCH = (TABLE / 4 + THREADS - 1) / THREADS;
-    constexpr bool KEEPS = TOKENS * T <= 8;  // the activations' bits stay in registers
+    constexpr int TABLE = 16 * (CODES + CODES1), FETCH = (TABLE / 4 + SPLITS * 32 - 1) / (SPLITS * 32);
     static_assert(BITS >= 2 && BITS <= 8 && BITS1 <= BITS && BITS1 != 1);
-    static_assert(PASSES == 1 || CHUNK <= SLOTS);
-    constexpr int STATIC = sizeof(Room<TOKENS, WARPS, TABLE>);
-    SHARED Room<TOKENS, WARPS, TABLE> room;
-    static_assert(STATIC <= 32 * 1024);
-    // [WARPS][SLOTS][BITS][32], then the activations' bits [TOKENS][T][WARPS][32]
+    static_assert(WARPS % SPLITS == 0 && SLOTS <= T && (LIVE == PASSES || LIVE == 1));
+    SHARED Room<TOKENS, WARPS> room;
+    // [WARPS][SLOTS][BITS][32], the activations' bits [TOKENS][OWN][WARPS][32], then for each team the
+    // coefficients of its row block and of the next [2][TABLE]
     uint4* const ring = dynamic_shared();
     uint4* const activations = ring + WARPS * SLOTS * BITS * 32;
 
     const int thread = thread_index(), warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
-    const int first = block_index(), grid = block_count();
-    const int count = (a.row_blocks - first + grid - 1) / grid * (BACK == GATED ? 2 : 1);
+    const int team = warp / SPLITS, member = warp % SPLITS, of_team = thread % (SPLITS * 32);
+    const int teams = block_count() * TEAMS, first = block_index() + team * block_count();
+    const int count = (a.row_blocks - first + teams - 1) / teams * (BACK == GATED ? 2 : 1);
     auto row_block = [&](int j) {
-        return BACK == GATED ? first + j / 2 * grid + j % 2 * a.row_blocks : first + j * grid;
+        return BACK == GATED ? first + j / 2 * teams + j % 2 * a.row_blocks : first + j * teams;
     };
-    auto to_next = [&](int j) {  // from my row block j to j + 1
-        return BACK == GATED ? (j % 2 ? grid - a.row_blocks : a.row_blocks) : grid;
-    };
-    const bool has_last = !RAGGED || warp < TILES - (T - 1) * WARPS;  // whether my tile T - 1 exists
+    const bool has_last = !RAGGED || member < TILES - (T - 1) * SPLITS;  // whether my tile T - 1 exists
     let_next_start();
 
     uint4* const mine = ring + warp * (SLOTS * BITS * 32) + lane;
     const u32 to = shared_address(mine);
-    const uint4* const my_planes = a.planes + (warp * 32 + lane);
-    UNROLL for (int q = 0; q < SLOTS; q++) {
-        if (q / T < count && (q % T < T - 1 || has_last)) {
-            const uint4* from = my_planes + i64(row_block(q / T)) * (TILES * 32) + q % T * (WARPS * 32);
-            UNROLL for (int p = 0; p < BITS; p++)
-                copy16(to + (q * BITS + p) * 512, from + p * a.plane_stride);
+    const uint4* plane_of[BITS];
+    UNROLL for (int p = 0; p < BITS; p++) plane_of[p] = a.planes + p * a.plane_stride + (member * 32 + lane);
+    // The tile that is asked for next, SLOTS in front of the one that is multiplied: tile `ahead` of my row
+    // block j_ahead, at `offset` of each plane.
+    int ahead = 0, j_ahead = 0, offset = row_block(0) * (TILES * 32);
+    auto ask = [&](int slot) {
+        if (j_ahead < count && (!RAGGED || ahead < T - 1 || has_last)) {
+            UNROLL for (int p = 0; p < BITS; p++) copy16(to + (slot * BITS + p) * 512, plane_of[p] + offset);
         }
         close_group();
-    }
-    // The row block that tile i + SLOTS of the sequence belongs to is my j + AHEAD, or the next one.
-    constexpr int AHEAD = SLOTS / T, BASES = SLOTS % T ? 2 : 1;
-    const uint4* base[BASES][BITS];
-    UNROLL for (int k = 0; k < BASES; k++)
-        UNROLL for (int p = 0; p < BITS; p++)
-            base[k][p] = my_planes + i64(row_block(AHEAD + k)) * (TILES * 32) + p * a.plane_stride;
+        offset += SPLITS * 32;
+        if (++ahead == T) ahead = 0, offset = row_block(++j_ahead) * (TILES * 32);
+    };
 
+    float* const coefficients =
+        reinterpret_cast<float*>(activations + TOKENS * OWN * WARPS * 32) + team * (2 * TABLE);
     auto coefficients_of = [&](int r, int n) {  // four of those of row block r
         const bool other = CODES1 && n >= 4 * CODES;
         const float* from = other ? a.coefficients1 + i64(r) * (16 * CODES1) + (n * 4 - 16 * CODES)
                                   : a.coefficients + i64(r) * (16 * CODES) + n * 4;
-        return load_constant(reinterpret_cast<const float4*>(from));
+        return reinterpret_cast<const float4*>(from);
     };
-    float4 next[FETCH];
-    UNROLL for (int n = 0; n < FETCH; n++)
-        if (thread + n * THREADS < TABLE / 4)
-            reinterpret_cast<float4*>(room.coefficient[0])[thread + n * THREADS] =
-                coefficients_of(row_block(0), thread + n * THREADS);
+    UNROLL for (int n = 0; n < FETCH; n++) {
+        const int at = of_team + n * SPLITS * 32;
+        if (count > 0 && at < TABLE / 4)
+            copy16(shared_address(coefficients + 4 * at), coefficients_of(row_block(0), at));
+    }
+    UNROLL for (int q = 0; q < SLOTS; q++) ask(q);
 
-    // Activations: lane l of a warp takes columns 8 l .. 8 l + 7 of each of its tiles.
+    // Activations: lane l of a warp takes columns 8 l .. 8 l + 7 of tiles warp, warp + WARPS, ...
     auto column_of = [&](int i) { return (warp + i * WARPS) * 256 + lane * 8; };
-    uint4 factor[FRONT == NORM ? T : 1];
+    uint4 factor[FRONT == NORM ? OWN : 1];
     if (FRONT == NORM) {
-        UNROLL for (int i = 0; i < T; i++)
+        UNROLL for (int i = 0; i < OWN; i++)
             factor[i] = column_of(i) < a.columns
                             ? load_constant(reinterpret_cast<const uint4*>(a.weight + column_of(i)))
                             : uint4{0, 0, 0, 0};
     }
     wait_for_last();
-    float scale[TOKENS];
-    uint4 v[T];
+    float largest[TOKENS];
     UNROLL for (int m = 0; m < TOKENS; m++) {
+        uint4 v[OWN];
         float square = 0.0f;
-        UNROLL for (int i = 0; i < T; i++) {
+        UNROLL for (int i = 0; i < OWN; i++) {
             v[i] = uint4{0, 0, 0, 0};
             const int column = column_of(i);
             if (column >= a.columns) continue;
@@ -213,7 +218,7 @@ KERNEL(WARPS * 32, BLOCKS) bits_product(const Arguments a) {
                     const float wide = value_of<TYPE>(v[i], c);
                     square = multiply_add(wide, wide, square);
                 }
-                if (first == 0)
+                if (block_index() == 0)
                     store(reinterpret_cast<uint4*>(a.residual + m * a.residual_stride + column), v[i]);
             }
         }
@@ -224,7 +229,7 @@ KERNEL(WARPS * 32, BLOCKS) bits_product(const Arguments a) {
             square = 0.0f;
             UNROLL for (int w = 0; w < WARPS; w++) square += room.squares[m][w];
             const float normal = reciprocal_root(square / float(a.columns) + a.epsilon);
-            UNROLL for (int i = 0; i < T; i++)
+            UNROLL for (int i = 0; i < OWN; i++)
                 UNROLL for (int c = 0; c < 4; c++) {  // rounded as transformers does
                     float two[2];
                     UNROLL for (int odd = 0; odd < 2; odd++)
@@ -233,122 +238,123 @@ KERNEL(WARPS * 32, BLOCKS) bits_product(const Arguments a) {
                     word(v[i], c) = both<TYPE>(two[0], two[1]);
                 }
         }
-        float whole;
-        scale[m] =
-            split<TYPE, T, WARPS>(v, activations + (m * T * WARPS + warp) * 32, lane, whole);
+        largest[m] = put<TYPE, OWN, WARPS>(v, activations + (m * OWN * WARPS + warp) * 32, lane);
+        if (TEAMS > 1 && lane == 0) room.largest[m][warp] = largest[m];
+    }
+    // One scale for the columns that a warp's products add up: those of its places in all teams.
+    if (TEAMS > 1) sync_block();
+    float scale[TOKENS];
+    UNROLL for (int m = 0; m < TOKENS; m++) {
+        if (TEAMS > 1) {
+            UNROLL for (int other = 0; other < TEAMS; other++)
+                largest[m] = fmaxf(largest[m], room.largest[m][other * SPLITS + member]);
+        }
+        scale[m] = fmaxf(largest[m], 1e-30f) / 32767.0f;
+        const float whole =
+            split<TYPE, OWN, WARPS>(activations + (m * OWN * WARPS + warp) * 32, lane, scale[m]);
         if (lane == 0) room.part[m][warp] = whole * scale[m];
     }
-    auto bits_of_x = [&](int m, int i) { return activations[((m * T + i) * WARPS + warp) * 32 + lane]; };
-    uint4 x[TOKENS][KEEPS ? T : 1];
-    if (KEEPS) {
-        UNROLL for (int m = 0; m < TOKENS; m++) {
-            UNROLL for (int i = 0; i < T; i++) x[m][i] = bits_of_x(m, i);
-        }
-    }
+    wait_pending(SLOTS - 1);  // the first coefficients are there
     sync_block();
     float x_sum[TOKENS];
     UNROLL for (int m = 0; m < TOKENS; m++) {
         x_sum[m] = 0.0f;
         UNROLL for (int w = 0; w < WARPS; w++) x_sum[m] += room.part[m][w];
     }
+    const uint4* const my_bits = activations + member * 32 + lane;
     // Lane t holds bits 2 t and 2 t + 1 of an octet; the highest of two's complement counts negatively.
     const float place = float(1 << (2 * t));
     const int sign = t == 3 ? -2 : 2;
     float gate[TOKENS];
 
-    int slot0 = 0;
+    int slot = 0;
     for (int j = 0; j < count; j++) {
-        const float* const coefficient = room.coefficient[j & 1];
+        const float* const coefficient = coefficients + (j & 1) * TABLE;
+        float4 next[FETCH];
         UNROLL for (int n = 0; n < FETCH; n++)
-            if (j + 1 < count && thread + n * THREADS < TABLE / 4)
-                next[n] = coefficients_of(row_block(j + 1), thread + n * THREADS);
+            if (j + 1 < count && of_team + n * SPLITS * 32 < TABLE / 4)
+                next[n] = load_constant(coefficients_of(row_block(j + 1), of_team + n * SPLITS * 32));
         float top[TOKENS] = {}, bottom[TOKENS] = {};
-        UNROLL for (int chunk = 0; chunk < CHUNKS; chunk++) {
-            const int begin = chunk * CHUNK, end = begin + CHUNK < T ? begin + CHUNK : T;
-            UNROLL for (int pass = 0; pass < PASSES; pass++) {
-                const int m = pass >= PASSES0, high = pass - m * PASSES0, bits = m ? BITS1 : BITS;
-                const int low = bits < 3 ? bits : 3, subsets = 1 << low;
-                const bool last_pass = pass == PASSES - 1;
-                int acc[1 << LOW][2][4];
-                UNROLL for (int i = begin; i < end; i++) {
-                    int slot = slot0 + i % SLOTS;
-                    if (WRAPS && slot >= SLOTS) slot -= SLOTS;
-                    if (PASSES == 1) wait_pending(SLOTS - 1);
-                    else if (pass == 0) wait_pending(SLOTS - 1 - (i - begin));
+        NO_UNROLL for (int begin = 0; begin < T; begin += CHUNK) {
+            const int end = begin + CHUNK < T ? begin + CHUNK : T, slot_of_begin = slot;
+            if (LIVE < PASSES) wait_pending(SLOTS - CHUNK);
+            UNROLL for (int pass = 0; pass < PASSES; pass += LIVE) {
+                int acc[LIVE][TOKENS][SUBSETS][2][4] = {};
+                slot = slot_of_begin;
+                NO_UNROLL for (int i = begin; i < end; i++) {
+                    if (LIVE == PASSES) wait_pending(SLOTS - 1);
                     const uint4* from = mine + slot * (BITS * 32);
-                    u32 joint[1 << LOW][4];  // of the subsets of the first planes, with those of `high`
-                    UNROLL for (int p = 3; p < bits; p++) {
-                        if (!(high >> (p - 3) & 1)) continue;
-                        uint4 plane = from[p * 32];
-                        const bool begins = (high & ((1 << (p - 3)) - 1)) == 0;
-                        UNROLL for (int k = 0; k < 4; k++)
-                            joint[0][k] = begins ? word(plane, k) : joint[0][k] & word(plane, k);
-                    }
-                    UNROLL for (int p = 0; p < low; p++) {
-                        uint4 plane = from[p * 32];
-                        UNROLL for (int k = 0; k < 4; k++)
-                            joint[1 << p][k] = high ? word(plane, k) & joint[0][k] : word(plane, k);
-                    }
-                    const uint4 b = KEEPS ? x[m][KEEPS ? i : 0] : bits_of_x(m, i);
-                    UNROLL for (int s = 0; s < subsets; s++) {
-                        if (s == 0 && high == 0) continue;
-                        if (s & (s - 1)) {  // more than one plane
-                            const int most = s & 4 ? 4 : 2;
+                    uint4 plane[BITS], b[TOKENS];
+                    UNROLL for (int p = 0; p < BITS; p++)
+                        if (p < 3 || LIVE == PASSES || pass >> (p - 3) & 1) plane[p] = from[p * 32];
+                    UNROLL for (int m = 0; m < TOKENS; m++)
+                        b[m] = my_bits[(m * OWN * WARPS + i * SPLITS) * 32];
+                    UNROLL for (int live = 0; live < LIVE; live++) {
+                        const int high = pass + live;
+                        u32 joint[SUBSETS][4];  // of the subsets of the first planes, with those of `high`
+                        UNROLL for (int p = 3; p < BITS; p++) {
+                            if (!(high >> (p - 3) & 1)) continue;
+                            const bool begins = (high & ((1 << (p - 3)) - 1)) == 0;
                             UNROLL for (int k = 0; k < 4; k++)
-                                joint[s][k] = joint[most][k] & joint[s - most][k];
+                                joint[0][k] = begins ? word(plane[p], k) : joint[0][k] & word(plane[p], k);
                         }
-                        if (i == begin) {
-                            mma_bits_start(acc[s][0], joint[s], b.x, b.y);
-                            mma_bits_start(acc[s][1], joint[s], b.z, b.w);
-                        } else {
-                            mma_bits(acc[s][0], joint[s], b.x, b.y);
-                            mma_bits(acc[s][1], joint[s], b.z, b.w);
+                        UNROLL for (int p = 0; p < LOW; p++)
+                            UNROLL for (int k = 0; k < 4; k++)
+                                joint[1 << p][k] =
+                                    high ? word(plane[p], k) & joint[0][k] : word(plane[p], k);
+                        UNROLL for (int s = 0; s < SUBSETS; s++) {
+                            if (s == 0 && high == 0) continue;
+                            if (s & (s - 1)) {  // more than one plane
+                                const int most = s & 4 ? 4 : 2;
+                                UNROLL for (int k = 0; k < 4; k++)
+                                    joint[s][k] = joint[most][k] & joint[s - most][k];
+                            }
+                            UNROLL for (int m = 0; m < TOKENS; m++) {
+                                if (m && (s >= 1 << LOW1 || high >= PASSES1)) continue;
+                                mma_bits(acc[live][m][s][0], joint[s], b[m].x, b[m].y);
+                                mma_bits(acc[live][m][s][1], joint[s], b[m].z, b[m].w);
+                            }
                         }
                     }
-                    if (last_pass) {  // the slot is free: the tile SLOTS further on
-                        const int ahead = (i + SLOTS) / T, tile = (i + SLOTS) % T;
-                        if (j + ahead < count && (tile < T - 1 || has_last)) {
-                            UNROLL for (int p = 0; p < BITS; p++)
-                                copy16(to + (slot * BITS + p) * 512,
-                                       base[ahead - AHEAD < BASES ? ahead - AHEAD : 0][p] +
-                                           tile * (WARPS * 32));
-                        }
-                        close_group();
-                    }
+                    if (LIVE == PASSES) ask(slot);
+                    if (++slot == SLOTS) slot = 0;
                 }
                 // what the subsets are worth
-                const float* const up = coefficient + (m && CODES1 ? 16 * CODES : 0) + (g << bits);
-                const float* const down = up + (8 << bits);
-                float4 up_worth, down_worth;
-                UNROLL for (int s = 0; s < subsets; s++) {
-                    if (s % 4 == 0) {
-                        up_worth = reinterpret_cast<const float4*>(up)[(high * subsets + s) / 4];
-                        down_worth = reinterpret_cast<const float4*>(down)[(high * subsets + s) / 4];
+                UNROLL for (int live = 0; live < LIVE; live++)
+                    UNROLL for (int m = 0; m < TOKENS; m++) {
+                        const int high = pass + live, bits = m ? BITS1 : BITS;
+                        if (m && high >= PASSES1) continue;
+                        const float* const up = coefficient + (m && CODES1 ? 16 * CODES : 0) + (g << bits);
+                        const float* const down = up + (8 << bits);
+                        float4 up_worth, down_worth;
+                        UNROLL for (int s = 0; s < (m ? 1 << LOW1 : SUBSETS); s++) {
+                            if (s % 4 == 0) {
+                                const int at = (high << (m ? LOW1 : LOW)) + s;
+                                up_worth = reinterpret_cast<const float4*>(up)[at / 4];
+                                down_worth = reinterpret_cast<const float4*>(down)[at / 4];
+                            }
+                            if (s == 0 && high == 0) continue;
+                            const int(&of)[2][4] = acc[live][m][s];
+                            const int v0 = (of[1][0] + sign * of[1][1]) * 256 + of[0][0] + 2 * of[0][1];
+                            const int v1 = (of[1][2] + sign * of[1][3]) * 256 + of[0][2] + 2 * of[0][3];
+                            const float t0 = s % 4 == 0   ? up_worth.x
+                                             : s % 4 == 1 ? up_worth.y
+                                             : s % 4 == 2 ? up_worth.z
+                                                          : up_worth.w;
+                            const float t1 = s % 4 == 0   ? down_worth.x
+                                             : s % 4 == 1 ? down_worth.y
+                                             : s % 4 == 2 ? down_worth.z
+                                                          : down_worth.w;
+                            top[m] = multiply_add(t0, float(v0), top[m]);
+                            bottom[m] = multiply_add(t1, float(v1), bottom[m]);
+                        }
                     }
-                    if (s == 0 && high == 0) continue;
-                    const int(&of)[2][4] = acc[s];
-                    const int v0 = (of[1][0] + sign * of[1][1]) * 256 + of[0][0] + 2 * of[0][1];
-                    const int v1 = (of[1][2] + sign * of[1][3]) * 256 + of[0][2] + 2 * of[0][3];
-                    const float t0 = s % 4 == 0   ? up_worth.x
-                                     : s % 4 == 1 ? up_worth.y
-                                     : s % 4 == 2 ? up_worth.z
-                                                  : up_worth.w;
-                    const float t1 = s % 4 == 0   ? down_worth.x
-                                     : s % 4 == 1 ? down_worth.y
-                                     : s % 4 == 2 ? down_worth.z
-                                                  : down_worth.w;
-                    top[m] = multiply_add(t0, float(v0), top[m]);
-                    bottom[m] = multiply_add(t1, float(v1), bottom[m]);
-                }
             }
-        }
-        if (T % SLOTS) {
-            slot0 += T % SLOTS;
-            if (slot0 >= SLOTS) slot0 -= SLOTS;
-        }
-        UNROLL for (int k = 0; k < BASES; k++) {
-            const i64 step = i64(to_next(j + AHEAD + k)) * (TILES * 32);
-            UNROLL for (int p = 0; p < BITS; p++) base[k][p] += step;
+            if (LIVE < PASSES)
+                NO_UNROLL for (int i = begin, free = slot_of_begin; i < end; i++) {
+                    ask(free);
+                    if (++free == SLOTS) free = 0;
+                }
         }
         float constant[TOKENS];  // read before another warp puts those of the row block after next there
         UNROLL for (int m = 0; m < TOKENS; m++) {
@@ -365,14 +371,15 @@ KERNEL(WARPS * 32, BLOCKS) bits_product(const Arguments a) {
                                       : coefficient[(lane % 16) * CODES];
         }
         UNROLL for (int n = 0; n < FETCH; n++)
-            if (j + 1 < count && thread + n * THREADS < TABLE / 4)
-                reinterpret_cast<float4*>(room.coefficient[(j + 1) & 1])[thread + n * THREADS] = next[n];
-        sync_block();
-        if (warp == (BACK == GATED ? j / 2 : j) % WARPS && lane < 16) {
+            if (j + 1 < count && of_team + n * SPLITS * 32 < TABLE / 4)
+                reinterpret_cast<float4*>(coefficients + ((j + 1) & 1) * TABLE)[of_team + n * SPLITS * 32] =
+                    next[n];
+        sync_team<TEAMS, SPLITS>(team);
+        if (member == (BACK == GATED ? j / 2 : j) % SPLITS && lane < 16) {
             const int row = row_block(j) * 16 + lane;
             UNROLL for (int m = 0; m < TOKENS; m++) {
                 float y = constant[m] * x_sum[m];
-                UNROLL for (int w = 0; w < WARPS; w++) y += room.sums[j & 1][m][w][lane];
+                UNROLL for (int w = 0; w < SPLITS; w++) y += room.sums[j & 1][m][team * SPLITS + w][lane];
                 if (a.bias && row < a.rows) y += widen<TYPE>(load_constant(a.bias + row));
                 if (BACK == STORE) {
                     if (row < a.rows) store(a.y + m * a.y_stride + row, narrow<TYPE>(y));

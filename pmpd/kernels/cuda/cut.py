@@ -6,13 +6,19 @@ Legend: N out_features, K in_features, b bits of a token, T tiles of a warp, as 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 TILE_ROWS, TILE_COLUMNS = 16, 256
 BITS = (2, 3, 4, 5, 6)
 """Precisions the kernel multiplies at. A plane more doubles its work: 7 and 8 bits take other kernels."""
 MOST_TOKENS = 2
+RING_BYTES = 65536
+"""Of a block's rings, where row blocks are that long: what must be on its way for memory to be busy; the next
+launch's rings have room beside them."""
+SCALED_COLUMNS = 4096
+"""At most so many columns under one scale: beside an outlier of thousands of standard deviations, each of
+them is rounded to as many 32767ths of it."""
 RESERVED_BYTES = 1024
 """Shared memory of each block that the driver keeps for itself."""
 
@@ -40,36 +46,49 @@ class Cut:
     tiles: int
     """K / 256, rounded up."""
     warps: int
-    """Of a block; they share the columns."""
+    """Of a block."""
+    splits: int
+    """Warps of a team, which share a row block's columns; divides `warps`."""
     slots: int
-    """Tiles in a warp's ring."""
-    chunk: int
-    """Tiles that the passes of a row block go over together: at most `slots` where there are several."""
+    """Tiles in a warp's ring: at most `per_warp`."""
+    live: int
+    """Passes whose sums are kept at once: all of them, or one."""
     blocks: int
     """Blocks of a multiprocessor that the compiler leaves registers for."""
     resident: int
-    """Blocks of a multiprocessor in a launch; where more would fit, the next launch's find room beside them."""
+    """Blocks of a multiprocessor in a launch; in the room of more, the next launch fills its rings."""
+
+    @property
+    def teams(self) -> int:
+        """Of a block."""
+        return self.warps // self.splits
 
     @property
     def per_warp(self) -> int:
         """Tiles of a warp, T."""
-        return math.ceil(self.tiles / self.warps)
+        return math.ceil(self.tiles / self.splits)
+
+    @property
+    def chunk(self) -> int:
+        """Tiles of a warp whose counts are added up before the coefficients weigh them."""
+        return self.per_warp if self.live == self.passes else self.slots
 
     @property
     def passes(self) -> int:
-        return sum(1 << max(0, bits - 3) for bits in self.bits)
+        return passes_of(self.bits)
 
     @property
     def shared_bytes(self) -> int:
-        """Dynamic shared memory: the ring, and the bits of the activations."""
-        ring = self.warps * self.slots * self.bits[0] * 512
-        return ring + len(self.bits) * self.per_warp * self.warps * 512
+        """Dynamic shared memory: the rings, the bits of the activations, coefficients of two row blocks."""
+        rings = self.warps * self.slots * self.bits[0] * 512
+        activations = len(self.bits) * math.ceil(self.tiles / self.warps) * self.warps * 512
+        table = 16 * sum(1 << bits for bits in set(self.bits))
+        return rings + activations + self.teams * 8 * table
 
     @property
     def static_bytes(self) -> int:
         """`Room` in bits.cu."""
-        table = 16 * sum(1 << bits for bits in set(self.bits))
-        return 8 * table + len(self.bits) * self.warps * (2 * 16 + 2) * 4
+        return len(self.bits) * self.warps * (2 * 16 + 3) * 4
 
     def block_bytes(self) -> int:
         return self.shared_bytes + self.static_bytes
@@ -77,43 +96,57 @@ class Cut:
     def template(self, dtype: str, front: str = "PLAIN", back: str = "STORE") -> str:
         """The instance's name in C++."""
         second = self.bits[1] if len(self.bits) > 1 else 0
-        numbers = (self.bits[0], second, self.tiles, self.warps, self.slots, self.chunk, self.blocks)
+        shape = (self.tiles, self.warps, self.splits, self.slots, self.live, self.blocks)
+        numbers = (self.bits[0], second, *shape)
         return f"bits_product<{dtype}, {front}, {back}, {', '.join(map(str, numbers))}>"
 
     def grid(self, row_blocks: int, gpu: Gpu) -> int:
-        return min(row_blocks, self.resident * gpu.multiprocessors)
+        return min(math.ceil(row_blocks / self.teams), self.resident * gpu.multiprocessors)
+
+
+def passes_of(bits: tuple[int, ...]) -> int:
+    """Sets of planes behind the third; the first token's precision is the highest."""
+    return 1 << max(0, bits[0] - 3)
 
 
 def cut(
+    rows: int,
     columns: int,
     bits: tuple[int, ...],
     gpu: Gpu = H100,
     warps: int | None = None,
+    splits: int | None = None,
     slots: int | None = None,
+    live: int | None = None,
     blocks: int | None = None,
     resident: int | None = None,
 ) -> Cut | None:
-    """The instance for K = `columns` and tokens of `bits` (the highest first); None: K is too large for a
-    block's shared memory. `warps`, `slots`, `blocks`, `resident`: as measured, else by the rules below."""
-    tiles = math.ceil(columns / TILE_COLUMNS)
-    several = sum(1 << max(0, b - 3) for b in bits) > 1
-    if warps is None:  # fewer have a smaller ring, but more columns under one scale
-        small = 4 if several and len(bits) == 1 and tiles <= 16 else 8  # two blocks of eight would spill
-        for most in (small,) if tiles <= 64 else (16, 8):
-            fewest = math.ceil(tiles / math.ceil(tiles / most))  # for as many tiles each
-            if made := cut(columns, bits, gpu, fewest, slots, blocks, resident):
-                return made
-        return None
-    per_warp = math.ceil(tiles / warps)
-    if slots is None:  # one row block: a tile's slot is a constant; the next kernel's ring has room
-        slots = per_warp
-    for size in range(slots, 0, -1):
-        chunk = min(per_warp, size) if several else per_warp
-        # the ring may take all that the activations leave; more registers for long chunks at 4 bits
-        registers = blocks or (1 if warps > 8 or (several and per_warp > 4) else 2)
-        made = Cut(bits, tiles, warps, size, chunk, registers, 1)
-        if made.block_bytes() <= gpu.block_bytes:
-            fit = gpu.multiprocessor_bytes // (made.block_bytes() + RESERVED_BYTES)
-            most = min(registers, fit, resident or 2)
-            return Cut(bits, tiles, warps, size, chunk, registers, max(1, most))
+    """The instance for a matrix [N = `rows`, K = `columns`] and tokens of `bits` (the highest first); None: K
+    is too large for a block's shared memory. The others: as measured, else by the rules below."""
+    tiles, passes = math.ceil(columns / TILE_COLUMNS), passes_of(bits)
+    # more sums than these would not fit a thread's registers
+    live = live or (passes if passes == 1 or (passes == 2 and len(bits) == 1) else 1)
+    for of_block in (warps,) if warps else (16, 8, 4) if tiles > 64 else (8, 4):
+        team = splits or _team(rows, tiles, of_block, gpu)
+        longest = slots or max(1, RING_BYTES // (of_block * bits[0] * 512))
+        # all registers for the sums of two passes or two tokens, so that nothing spills
+        registers = blocks or (1 if of_block > 8 or live * len(bits) > 1 else 2)
+        for size in range(min(longest, math.ceil(tiles / team)), 0, -1):
+            made = Cut(bits, tiles, of_block, team, size, live, registers, 1)
+            if made.block_bytes() <= gpu.block_bytes:
+                fit = gpu.multiprocessor_bytes // (made.block_bytes() + RESERVED_BYTES)
+                return replace(made, resident=max(1, min(registers, fit, resident or 1)))
     return None
+
+
+def _team(rows: int, tiles: int, warps: int, gpu: Gpu) -> int:
+    """Warps of a team: as few as give every row block a team, with no more columns under one scale than
+    SCALED_COLUMNS, and no more than there are tiles."""
+    splits = warps
+    while splits > 1:
+        fewer = splits // 2
+        enough = warps // splits * gpu.multiprocessors * TILE_ROWS >= rows
+        if splits <= tiles and (enough or math.ceil(tiles / fewer) * TILE_COLUMNS > SCALED_COLUMNS):
+            break
+        splits = fewer
+    return splits

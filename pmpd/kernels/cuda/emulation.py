@@ -1,7 +1,8 @@
 """What `bits.cu` computes, in plain PyTorch on any device: its oracle. The same fixed point, the same exact
 counts, the same order of float32 additions; slow, and no copy of its indices.
 
-Legend: M tokens (1 or 2), N out_features, K in_features, W warps, T tiles of a warp, S subsets of planes.
+Legend: M tokens (1 or 2), N out_features, K in_features, W warps of a block, S warps of a team, T tiles of a
+warp.
 """
 
 from __future__ import annotations
@@ -18,36 +19,40 @@ MAGIC = 12582912.0  # 1.5 * 2^23
 
 
 class Split(NamedTuple):
-    """Activations of one token in 16-bit fixed point, a scale for each warp's columns."""
+    """Activations of one token in 16-bit fixed point, a scale for each member of a team."""
 
     fixed: Tensor
-    """int64 [W, T, 256] in -32767..32767; warp w's tile i is tile w + i W of the columns."""
+    """int64 [S, T, 256] in -32767..32767; member s's tile i is tile s + i S of the columns."""
     scale: Tensor
-    """float32 [W]."""
+    """float32 [S]."""
     sums: Tensor
-    """float32 [W]: of the represented values."""
+    """float32 [W]: of the represented values of tiles w, w + W, ..."""
+
+
+def by_member(x: Tensor, cut: Cut) -> Tensor:
+    """`x` [..., K] -> [..., S, T, 256], zeros behind K."""
+    padded = cut.per_warp * cut.splits * TILE_COLUMNS
+    wide = torch.nn.functional.pad(x, (0, padded - x.shape[-1]))
+    return wide.view(*x.shape[:-1], cut.per_warp, cut.splits, TILE_COLUMNS).transpose(-3, -2)
 
 
 def split(x: Tensor, cut: Cut) -> Split:
     """`x` [K], 16-bit floats."""
-    wide = torch.nn.functional.pad(x.float(), (0, cut.per_warp * cut.warps * TILE_COLUMNS - len(x)))
-    wide = wide.view(cut.per_warp, cut.warps, TILE_COLUMNS).transpose(0, 1)
-    largest = wide.abs().amax((1, 2)).clamp(min=1e-30)
-    scale = largest / 32767.0
+    wide = by_member(x.float(), cut)
+    scale = wide.abs().amax((1, 2)).clamp(min=1e-30) / 32767.0
     inverse = 1.0 / scale
     rounded = (wide.double() * inverse.double()[:, None, None] + MAGIC).float() - MAGIC
-    return Split(rounded.long(), scale, rounded.double().sum((1, 2)).float() * scale)
+    tiles = rounded.double().sum(2).T.flatten()  # [T S], whole numbers: exact
+    sums = torch.stack([tiles[w :: cut.warps].sum().float() for w in range(cut.warps)])
+    return Split(rounded.long(), scale, sums * scale.repeat(cut.teams))
 
 
 def represented(x: Tensor, cut: Cut) -> Tensor:
     """`x` [M, K] -> float32 [M, K]: the values that the fixed point stands for; all that the kernel's
     products lose of any weight."""
-    columns = x.shape[1]
-    wide = torch.nn.functional.pad(x.float(), (0, cut.per_warp * cut.warps * TILE_COLUMNS - columns)).view(
-        len(x), cut.per_warp, cut.warps, TILE_COLUMNS
-    )
-    scale = wide.abs().amax((1, 3), keepdim=True).clamp(min=1e-30) / 32767.0
-    return (torch.round(wide / scale) * scale).view(len(x), -1)[:, :columns]
+    wide = by_member(x.float(), cut)
+    scale = wide.abs().amax((2, 3), keepdim=True).clamp(min=1e-30) / 32767.0
+    return (torch.round(wide / scale) * scale).transpose(1, 2).reshape(len(x), -1)[:, : x.shape[1]]
 
 
 def product(
@@ -55,10 +60,8 @@ def product(
 ) -> Tensor:
     """`codes` uint8 [N, K] at precision `bits`, `coefficients` float32 [N padded, 2**bits], `x` [K] -> [N]
     in x's dtype, for any N."""
-    rows, columns = codes.shape
-    padded = cut.per_warp * cut.warps * TILE_COLUMNS
-    codes = torch.nn.functional.pad(codes, (0, padded - columns))
-    codes = codes.view(rows, cut.per_warp, cut.warps, TILE_COLUMNS).permute(0, 2, 1, 3)  # [N, W, T, 256]
+    rows = len(codes)
+    codes = by_member(codes, cut)  # [N, S, T, 256]
     parts = split(x, cut)
     worth = coefficients[:rows]
     # What lane t of four holds: bits 2 t and 2 t + 1 of the low and of the high byte, two's complement.
@@ -69,26 +72,26 @@ def product(
         if t == 3:
             high = (high & 1) - (high & 2)
         lanes.append(low + 256 * high)
-    lane_values = torch.stack(lanes).double()  # [4, W, T, 256]
-    sums = torch.zeros(rows, cut.warps, 4)
+    lane_values = torch.stack(lanes).double()  # [4, S, T, 256]
+    sums = torch.zeros(rows, cut.splits, 4)
     for begin in range(0, cut.per_warp, cut.chunk):
         part = slice(begin, begin + cut.chunk)
         for s, code in enumerate(subset_codes(bits)):
             if s == 0:
                 continue
-            has = ((codes[:, :, part] & code) == code).double()  # [N, W, chunk, 256]
+            has = ((codes[:, :, part] & code) == code).double()  # [N, S, chunk, 256]
             counts = torch.einsum("nwtk,lwtk->nwl", has, lane_values[:, :, part])  # whole numbers: exact
             term = worth[:, s, None, None].double() * counts.float().double()
             sums = (sums.double() + term).float()  # one multiply-add, rounded once
-    place = torch.tensor([1.0, 4.0, 16.0, 64.0]) * parts.scale[:, None]  # [W, 4]
+    place = torch.tensor([1.0, 4.0, 16.0, 64.0]) * parts.scale[:, None]  # [S, 4]
     sums = sums * place
-    of_warp = (sums[..., 0] + sums[..., 1]) + (sums[..., 2] + sums[..., 3])
+    of_member = (sums[..., 0] + sums[..., 1]) + (sums[..., 2] + sums[..., 3])
     x_sum = torch.zeros(())
     for w in range(cut.warps):
         x_sum = x_sum + parts.sums[w]
     y = worth[:, 0] * x_sum
-    for w in range(cut.warps):
-        y = y + of_warp[:, w]
+    for s in range(cut.splits):
+        y = y + of_member[:, s]
     if bias is not None:
         y = y + bias.float()
     return y.to(x.dtype)

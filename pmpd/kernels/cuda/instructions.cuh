@@ -21,6 +21,12 @@ DEVICE int block_index() { return blockIdx.x; }
 DEVICE int block_count() { return gridDim.x; }
 DEVICE void sync_warp() { __syncwarp(); }
 DEVICE void sync_block() { __syncthreads(); }
+// Team `team` of a block of TEAMS, MEMBERS warps each, in the order of the warps.
+template <int TEAMS, int MEMBERS> DEVICE void sync_team(int team) {
+    if (MEMBERS == 1) sync_warp();
+    else if (TEAMS == 1) sync_block();
+    else asm volatile("bar.sync %0, %1;" ::"r"(team + 1), "n"(MEMBERS * 32) : "memory");
+}
 DEVICE uint4* dynamic_shared() {
     extern __shared__ uint4 dynamic_room[];
     return dynamic_room;

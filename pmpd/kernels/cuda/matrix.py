@@ -25,7 +25,7 @@ from pmpd.kernels.cuda.cut import BITS, MOST_TOKENS, Cut
 from pmpd.kernels.cuda.cut import cut as cut_of_rules
 from pmpd.kernels.triton import DIGITS_BITS, TritonMatrix, table_halves
 
-MEASURED = ("warps", "slots", "blocks", "resident")
+MEASURED = ("warps", "splits", "slots", "live", "blocks", "resident")
 """What the autotune table says of a cut."""
 CAPABILITIES = ((8, 0), (9, 0))
 """The first and the last compute capability with 1-bit tensor cores; later ones emulate them, far slower."""
@@ -133,4 +133,4 @@ def cut_of(gpu_name: str, device: torch.device, rows: int, columns: int, bits: t
     path = triton.settings_file(gpu_name)
     measured = json.loads(path.read_text()).get("bits", {}).get(key, {}) if path.is_file() else {}
     chosen = {name: measured[name] for name in MEASURED if name in measured}
-    return cut_of_rules(columns, bits, launch.gpu_of(device), **chosen)
+    return cut_of_rules(rows, columns, bits, launch.gpu_of(device), **chosen)
