@@ -8,6 +8,7 @@ import signal
 import sys
 from types import FrameType
 
+import ray
 from ray.cluster_utils import Cluster
 
 
@@ -25,7 +26,8 @@ def main() -> None:
     parser.add_argument("--temp-dir", required=True)
     options = parser.parse_args()
     signal.signal(signal.SIGTERM, stop)
-    common = {"node_ip_address": "127.0.0.1", "temp_dir": options.temp_dir}
+    # what a job of the head connects to: Ray turns a loopback address into this one
+    common = {"node_ip_address": ray.util.get_node_ip_address(), "temp_dir": options.temp_dir}
     cluster = Cluster(
         initialize_head=True,
         head_node_args={

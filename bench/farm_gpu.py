@@ -1,9 +1,12 @@
 """Measures the farm on the GPUs (or, with --cpu, the CPUs) of one host: see `bench/farm_gpu.sh`.
 
 Labels with 1, 2, ... workers must be equal row by row, each row once, also where a worker or the driver was
-killed on the way. Efficiency of n workers: their rows a second over n times those of one. Busy percentages,
-the driver's share of a core and the rate `after_first` count from the first shard to the last. References are
-made once: every other run of labels starts with a copy of them. The JSON is written anew after every step.
+killed on the way. `after_first` is the workers' rates in rows a second, each from its first shard to its
+last, added up: without their start and their first unit, which compiles and captures. Efficiency of n
+workers: their rows a second over n times those of one, of whole runs (`efficiency`: starts and the wait for
+the last unit with it) and of `after_first` (`efficiency_after_first`). Busy percentages and the driver's
+share of a core count from the first shard to the last. References are made once: every other run of labels
+starts with a copy of them. The JSON is written anew after every step.
 """
 
 from __future__ import annotations
@@ -29,6 +32,9 @@ from bench._farm_host import Head, Job, Watch, driver_of, kill, worker_processes
 from bench.same_rows import compare_datasets
 from pmpd import demo, storage
 from pmpd.storage.summary import read_summary
+
+LEAST_SECONDS = 20.0
+"""A step is not begun with less time than that."""
 
 SHAPES = {"1.1b": _random_llama.LLAMA_1B, "8b": _random_llama.LLAMA_8B}
 
@@ -82,6 +88,8 @@ class FarmBench:
     """So many of the prompts at most are given to it."""
     step_seconds: float = 300.0
     """No step may take longer; quantizing twice as long."""
+    seconds: float = float("inf")
+    """All may take; a step that is under way then is given up, those after it are left out."""
     ray_number: int = 0
     """0 to 3: another one for each of several of these scripts that run at the same time."""
     name: str | None = None
@@ -102,11 +110,24 @@ class Steps:
 
     config: FarmBench
     found: list[dict[str, Any]] = field(default_factory=list)
+    begin: float = field(default_factory=time.monotonic)
+
+    @property
+    def left_of_all(self) -> float:
+        return max(0.0, self.begin + self.config.seconds - time.monotonic())
+
+    @property
+    def left(self) -> float:
+        """Seconds that a step may take."""
+        return min(self.config.step_seconds, self.left_of_all)
 
     def run(self, name: str, step: Callable[[], dict[str, Any]], always: bool = False) -> dict[str, Any]:
         only = self.config.only
         if only and not always and not any(word in name for word in only):
             return {"failed": "left out"}
+        if self.left < LEAST_SECONDS:
+            self.found.append({"step": name, "failed": "left out: no time"})
+            return self.found[-1]
         begin = time.monotonic()
         try:
             result = step()
@@ -155,14 +176,6 @@ class Farm:
             )
             self.alone = self.alone or entry
             self.compare(entry, count)
-        for size in config.sweep:
-            entry = run(
-                f"label {self.name} in batches of {size}",
-                lambda size=size: self.label(f"batch-{size}", config.workers[0], batch_size=str(size)),
-            )
-            self.compare(entry, config.workers[0])
-        for rule in config.rules:
-            run(f"label {self.name} by {rule}", lambda rule=rule: self.label(rule, self.most, rule=rule))
         self.compare(run(f"label {self.name}, a worker killed", self.worker_killed), self.most)
         self.compare(run(f"label {self.name}, the driver killed", self.driver_killed), self.most)
         self.compare(run(f"label {self.name}, a CUDA error", self.cuda_error), self.most)
@@ -174,6 +187,14 @@ class Farm:
         run(f"train {self.name}", self.train)
         run(f"generate {self.name}", self.generate)
         run(f"transformers {self.name}", self.transformers)
+        for size in config.sweep:
+            entry = run(
+                f"label {self.name} in batches of {size}",
+                lambda size=size: self.label(f"batch-{size}", config.workers[0], batch_size=str(size)),
+            )
+            self.compare(entry, config.workers[0])
+        for rule in config.rules:
+            run(f"label {self.name} by {rule}", lambda rule=rule: self.label(rule, self.most, rule=rule))
 
     def flags(self, workers: int, share: float | None = None) -> list[str]:
         gpus = [] if self.config.cpu else ["--gpus-per-worker", str(share or 1)]
@@ -208,15 +229,20 @@ class Farm:
         self.share_references(output)
         arguments = [*self.label_arguments(output, batch_size), *self.flags(workers, share)]
         arguments += ["--rule", rule] if rule else []
-        watch = Watch(output)
+        watch, begin = Watch(output), time.time()
         with watch.beside(lambda: at_first_shard(output)):
-            job = self.head.job(*arguments, timeout=self.config.step_seconds, module=module)
+            job = self.head.job(*arguments, timeout=self.steps.left, module=module)
         if job.code and may_fail:
             return {"exit": job.code, "output": job.output[-300:]}
         ended(job)
         result = measured(output)
         busy = watch.busy_percent(result["last_shard"])
-        return {**result, "driver_share_of_a_core": watch.driver_share, "busy_percent": busy}
+        return {
+            **result,
+            "seconds_to_first_shard": round(result["first_shard"] - begin, 1),
+            "driver_share_of_a_core": watch.driver_share,
+            "busy_percent": busy,
+        }
 
     def share_references(self, output: Path) -> None:
         """Prompts and references are those of the first run of labels: a copy of them."""
@@ -230,8 +256,13 @@ class Farm:
         alone = self.alone
         if entry is alone or "failed" in entry or "failed" in alone:
             return
-        rate = alone["rows_per_second"] / self.config.workers[0]
-        entry["efficiency"] = round(entry["rows_per_second"] / (workers * rate), 3)
+        for rate, efficiency in (
+            ("rows_per_second", "efficiency"),
+            ("after_first", "efficiency_after_first"),
+        ):
+            if entry[rate] and alone[rate]:
+                of_one = alone[rate] / self.config.workers[0]
+                entry[efficiency] = round(entry[rate] / (workers * of_one), 3)
         count, problems = compare_datasets(Path(alone["dataset"]) / "data", Path(entry["dataset"]) / "data")
         entry["rows_that_differ"] = f"{len(problems)} of {count}"
         if not entry["once"]:
@@ -298,7 +329,7 @@ class Farm:
             *("quantize", "--model-path", self.unquantized, "--output-dir", str(output)),
             *("--dataset", self.config.fit, "--tuning-steps", str(self.config.tuning_steps)),
             *("--gpus-per-worker", "0" if self.config.cpu else "1"),
-            timeout=2 * self.config.step_seconds,
+            timeout=min(2 * self.config.step_seconds, self.steps.left_of_all),
         )
         ended(job)
         self.quantized = str(output)
@@ -311,20 +342,23 @@ class Farm:
             *("train", "--data-path", self.alone["dataset"], "--num-train-epochs", "3"),
             *("--gpus-per-worker", "0" if self.config.cpu else "1"),
             *("--output-dir", str(self.folder("train"))),
-            timeout=self.config.step_seconds,
+            timeout=self.steps.left,
         )
         ended(job)
         return {"seconds": round(job.seconds, 1), "told": job.output[-600:]}
 
     def generate(self) -> dict[str, Any]:
         config, output = self.config, self.folder("generate")
+        scheduler, schedulers, learned = self.folder("train") / "scheduler", ["fp", "uniform", "static"], []
+        if scheduler.exists():
+            schedulers, learned = [*schedulers, "kv_cache"], ["--classifier-path", str(scheduler)]
         file = ["--question-file", config.question_file] if config.question_file else []
         job = self.head.job(
             *("generate", "--model-path", self.quantized, "--reference-model-path", self.unquantized),
             *("--model-id", self.name, "--bench-name", config.bench_name, *file),
-            *("--schedulers", "fp,uniform,static", "--max-new-tokens", str(config.max_new_tokens)),
+            *("--schedulers", ",".join(schedulers), *learned, "--max-new-tokens", str(config.max_new_tokens)),
             *("--output-dir", str(output), *self.flags(self.most)),
-            timeout=config.step_seconds,
+            timeout=self.steps.left,
         )
         ended(job)
         datasets = [str(path.parent) for path in sorted(output.glob("*/*/answers/summary.json"))]
@@ -333,6 +367,7 @@ class Farm:
         return {
             "seconds": round(job.seconds, 1),
             "output": str(output),
+            "schedulers": schedulers,
             "answers": len(workers),
             "errors": sum(run["errors"] for run in runs),
             "tokens": sum(run["tokens"] for run in runs),
@@ -354,7 +389,7 @@ class Farm:
                 *("--max-new-tokens", str(self.config.max_new_tokens)),
                 *("--device", self.config.device),
             ],
-            capture_output=True, text=True, timeout=self.config.step_seconds, check=False,
+            capture_output=True, text=True, timeout=self.steps.left, check=False,
         )  # fmt: skip
         if done.returncode:
             raise RuntimeError(done.stderr[-1000:])
@@ -377,7 +412,7 @@ def measured(output: Path) -> dict[str, Any]:
     seconds = run.get("wall_seconds") or float("nan")
     done = run.get("rows", len(rows))
     references = (read_summary(str(output / "references")) or {"runs": [{}]})["runs"][-1]
-    after_first, last = after_first_shard(output / "labels" / "data")
+    after_first, first, last = after_first_shards(output / "labels" / "data")
     return {
         "dataset": labels,
         "rows": len(rows),
@@ -385,6 +420,7 @@ def measured(output: Path) -> dict[str, Any]:
         "errors": sum(bool(row["error"]) for row in rows),
         "rows_per_second": round(done / seconds, 3),
         "after_first": after_first,
+        "first_shard": first,
         "last_shard": last,
         "references_per_second": round(references.get("rows", 0) / references.get("wall_seconds", 1), 2),
         "tokens_per_second": round(run.get("tokens", 0) / seconds, 1),
@@ -394,13 +430,20 @@ def measured(output: Path) -> dict[str, Any]:
     }
 
 
-def after_first_shard(folder: Path) -> tuple[float | None, float]:
-    """(rows a second from the first shard to the last, time of day of the last), by the files' times: without
-    the start of the workers, with the last unit's tail. None where there is one shard only."""
-    shards = sorted((path.stat().st_mtime, path) for path in folder.glob("*.parquet"))
-    (first, _), (last, _) = shards[0], shards[-1]
-    rows = sum(parquet.read_metadata(path).num_rows for _, path in shards[1:])
-    return round(rows / (last - first), 3) if last > first else None, last
+def after_first_shards(folder: Path) -> tuple[float | None, float, float]:
+    """(rows a second of all workers, each from its first shard to its last; times of day of the first shard
+    and of the last), by the files' times. None where a worker has one shard only."""
+    by_worker: dict[str, list[tuple[float, int]]] = {}
+    for path in folder.glob("*.parquet"):
+        rows = parquet.read_table(path, columns=["worker"])["worker"].to_pylist()
+        by_worker.setdefault(rows[0], []).append((path.stat().st_mtime, len(rows)))
+    rates = []
+    for shards in map(sorted, by_worker.values()):
+        seconds = shards[-1][0] - shards[0][0]
+        rates.append(sum(rows for _, rows in shards[1:]) / seconds if seconds > 0 else None)
+    times = [moment for shards in by_worker.values() for moment, _ in shards]
+    total = None if None in rates else round(sum(filter(None, rates)), 3)
+    return total, min(times), max(times)
 
 
 @contextlib.contextmanager
@@ -454,7 +497,8 @@ def main(config: FarmBench) -> int:
 
 def table(found: list[dict[str, Any]]) -> str:
     columns = (
-        *("rows", "rows_per_second", "after_first", "tokens_per_second", "efficiency", "rows_that_differ"),
+        *("rows", "rows_per_second", "after_first", "tokens_per_second", "efficiency"),
+        *("efficiency_after_first", "rows_that_differ", "seconds_to_first_shard"),
         *(
             "errors",
             "worker_seconds_per_1000",

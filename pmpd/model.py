@@ -29,6 +29,9 @@ from pmpd.weights.model_spec import ModelSpec
 
 _log = logging.getLogger(__name__)
 
+ENGINE_LENGTHS = 256
+"""On a GPU an engine's rows have room for a multiple of so many tokens."""
+
 
 class PMPDForCausalLM(nn.Module):
     """A causal language model whose linear layers hold several weight precisions.
@@ -143,7 +146,10 @@ class PMPDForCausalLM(nn.Module):
         `slots` None: on a GPU what its free memory holds, on a CPU 32. Never more than the memory has been
         seen to hold (`complete`).
         """
-        max_length = min(max_length or self.max_positions, self.max_positions)
+        max_length = max_length or self.max_positions
+        if self.device.type == "cuda":  # one engine, with its captured steps, for prompts of many lengths
+            max_length = -(-max_length // ENGINE_LENGTHS) * ENGINE_LENGTHS
+        max_length = min(max_length, self.max_positions)
         engine = self._engine
         if engine is not None and (engine.max_length < max_length or engine.device != self.device):
             engine = self._engine = None  # its cache goes before the new one is planned

@@ -108,7 +108,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from pmpd.kernels._triton_attention import rotary_attention as kernel
 constants = dict(KV_HEADS=8, GROUP=4, GROUP_PADDED=16, GROUP_JOINED=4, D=128, D_PADDED=128, TOKENS=64,
-                 PART=64, PARTS=16, CHUNK=16, HAS_WINDOW=False, PDL=True)
+                 MORE=False, ONE=False, CHUNK=16, HAS_WINDOW=False, PDL=True)
 types = dict.fromkeys(("qkv", "keys", "values", "y"), "*fp16") | dict(slots="*i64", positions="*i64",
     arrivals="*i32", scale_log2="fp32", rope_scale="fp32", inverse_frequencies="*fp32")
 types |= dict.fromkeys(("parts", "tops", "sums"), "*fp32")

@@ -21,6 +21,8 @@ from pmpd.labeling.rule import LabelRule, NothingToScoreError, get_rule
 from pmpd.schedulers.chain import NUM_CLASSES, class_steps, parse_chain
 from pmpd.weights.model_spec import ModelSpec, check_held, shared_tokenizer
 
+AUTO = "auto"
+
 
 def main(job: LabelJob, console: Console | None = None) -> farm.FarmResult | None:
     """Runs the stages and prints the table; the result of the last one. ValueError for anything the user can
@@ -42,7 +44,7 @@ def main(job: LabelJob, console: Console | None = None) -> farm.FarmResult | Non
         job.model_path,
         job.use_multi_model,
         chain,
-        job.kernel,
+        None if job.kernel == AUTO else job.kernel,
         job.dtype,
         job.trust_remote_code,
         head_bits=job.head_bits,
@@ -118,7 +120,9 @@ def main(job: LabelJob, console: Console | None = None) -> farm.FarmResult | Non
             task: FarmTask = ReferenceTask(reference_model, job.max_new_tokens, slots)
             result = farm.run(task, {"prompts": prompts}, references, identity, options, lease)
         if job.stage in ("all", "labels"):
-            task = LabelTask(model, chain, job.max_new_tokens, slots, rule, reference_model)
+            task = LabelTask(
+                model, chain, job.max_new_tokens, slots, rule, reference_model, job.kernel == AUTO
+            )
             result = farm.run(
                 task, {"prompts": prompts, "references": references}, labels, label_identity, options, lease
             )

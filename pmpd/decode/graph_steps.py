@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pmpd import gpu
-from pmpd.decode.graphs import Buffers, StepGraphs
+from pmpd.decode.graphs import BUCKETS, Buffers, StepGraphs
 from pmpd.decode.precision import token_statistics
 from pmpd.decode.sampling import highest
 from pmpd.decode.slots import SlotCache
@@ -68,6 +68,43 @@ def padded(segments: Sequence[Segment], rows: int) -> tuple[np.ndarray, tuple[Se
     return places, (*wider[:-1], wider[-1]._replace(stop=None))
 
 
+SMALL_TILE, FEW_ROWS = 16, 64
+"""Up to so many rows lie in tiles of so many, more in tiles of `CudaForward.tile_rows`."""
+
+
+def tile_buckets(size: int) -> tuple[int, ...]:
+    """Rows of a captured step of tiles: little more than are wanted, since one step serves all mixes of
+    precisions."""
+    coarser = (range(512, 1024, 2 * size), range(1024, 4097, 4 * size))
+    return *range(16, 65, 16), *range(64 + size, 512, size), *coarser[0], *coarser[1]
+
+
+def tiles_of(
+    segments: Sequence[Segment], rows: int, precisions: Sequence[int], size: int
+) -> tuple[np.ndarray, np.ndarray, int]:
+    """Room for `rows` in tiles of one precision each: (where each row goes, int [rows], ascending; each
+    tile's index into `precisions`, int32 [tiles]; rows of a tile). A tile has `size` rows, few rows have
+    smaller ones."""
+    counts = [(rows if s.stop is None else s.stop) - s.start for s in segments]
+    if sum(-(-count // SMALL_TILE) for count in counts) * SMALL_TILE <= FEW_ROWS:
+        size = SMALL_TILE
+    tiles = [-(-count // size) for count in counts]
+    starts = np.cumsum([0, *tiles[:-1]]) * size
+    places = np.concatenate([start + np.arange(count) for start, count in zip(starts, counts, strict=True)])
+    which = np.repeat([precisions.index(s.bits) for s in segments], tiles).astype(np.int32)
+    return places, which, size
+
+
+def copy_in(buffer: Tensor, values: np.ndarray) -> None:
+    """`values` into `buffer`, on a GPU without waiting for what it has still to do: from pinned memory, which
+    PyTorch gives to nobody else before it is read."""
+    source = torch.from_numpy(values)
+    if buffer.device.type == "cuda":
+        buffer.copy_(source.pin_memory(), non_blocking=True)
+    else:
+        buffer.copy_(source)
+
+
 class GraphSteps:
     """Decode steps of one model. `GraphSteps.of` gives None for a model that has no capturable forward."""
 
@@ -75,6 +112,7 @@ class GraphSteps:
         self.forward = forward
         self._engine: Rows | None = None
         self._uses: Counter[Hashable] = Counter()
+        self._buckets = tile_buckets(forward.tile_rows) if forward.tiled else BUCKETS
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> GraphSteps | None:
@@ -103,21 +141,31 @@ class GraphSteps:
         """
         if self._engine is not engine:
             self._engine = engine
-            self._graphs = StepGraphs(self._step, self._make_buffers, capture=gpu.capture)
-            self._eager = StepGraphs(self._step, self._make_buffers, capture=None)
-        places, segments = padded(engine.state.segments, len(at))
-        n = int(places[-1]) + 1
+            self._graphs = StepGraphs(self._step, self._make_buffers, self._buckets, gpu.capture)
+            self._eager = StepGraphs(self._step, self._make_buffers, self._buckets, None)
+        segments: tuple[Segment, ...] | int  # or the rows of a tile
+        which = np.zeros(0, dtype=np.int32)
+        if self.forward.tiled:
+            places, which, segments = tiles_of(
+                engine.state.segments, len(at), self.forward.tiled, self.forward.tile_rows
+            )
+            n = len(which) * segments
+        else:
+            places, segments = padded(engine.state.segments, len(at))
+            n = int(places[-1]) + 1
         longest = 1 << int(position.max()).bit_length()
         layout = (segments, min(longest, engine.max_length), statistics, sampled)
-        self._uses[self._graphs.bucket(n), layout] += 1
-        graphs = (
-            self._graphs if self._uses[self._graphs.bucket(n), layout] > USES_BEFORE_CAPTURE else self._eager
-        )
+        use = self._graphs.bucket(n), layout
+        self._uses[use] += 1
+        before = 0 if self.forward.tiled else USES_BEFORE_CAPTURE
+        graphs = self._graphs if self._uses[use] > before else self._eager
         buffers = graphs.buffers(n)
+        if len(which):
+            copy_in(buffers["which"][: len(which)], which)
         where = np.zeros((3, graphs.bucket(n)), dtype=np.int64)
         where[0] = engine.slots  # unused rows work in the spare slot
         where[:, places] = at, step - 1, position
-        buffers["where"].copy_(torch.from_numpy(where))
+        copy_in(buffers["where"], where)
         if sampled and "logits" not in buffers:
             weights = self.forward.weights
             buffers["logits"] = weights.embedding.new_zeros(graphs.bucket(n), weights.head.shape[0])
@@ -134,7 +182,9 @@ class GraphSteps:
         assert self._engine is not None
         device = self._engine.device
         where = torch.tensor([[self._engine.slots], [0], [0]], device=device).repeat(1, rows)
-        return {"where": where, "statistics": torch.zeros(rows, len(STATISTICS), device=device)}
+        which = torch.zeros(rows // SMALL_TILE, dtype=torch.int32, device=device)
+        statistics = torch.zeros(rows, len(STATISTICS), device=device)
+        return {"where": where, "which": which, "statistics": statistics}
 
     def _step(self, buffers: Buffers, layout: Hashable) -> None:
         engine = self._engine
@@ -142,10 +192,11 @@ class GraphSteps:
         assert isinstance(layout, tuple)
         segments, longest, statistics, sampled = layout
         slots, columns, positions = buffers["where"]
-        cache = engine.cache
-        logits = self.forward(
-            engine.tokens[slots, columns], slots, positions, segments, cache.keys, cache.values, longest
-        )
+        cache, which = engine.cache, None
+        if isinstance(segments, int):
+            which, segments = buffers["which"][: len(slots) // segments], ()
+        tokens = engine.tokens[slots, columns]
+        logits = self.forward(tokens, slots, positions, segments, cache.keys, cache.values, longest, which)
         top, tokens = highest(logits)
         engine.tokens[slots, columns + 1] = tokens
         engine.bad[slots] |= ~torch.isfinite(top)

@@ -9,7 +9,8 @@ A layer: add + norm | q, k, v | rotary + cache write + attention | o | add + nor
 For one or two rows the stages also split their results into digits for the int8 tensor cores
 (`pmpd.kernels.triton`), which is a launch more, before o. With the matrices of `pmpd.kernels.cuda` one or two
 rows take five launches: norm + q, k, v | rotary + cache write + attention | o | norm + gate, up + silu |
-down; rows of two precisions share them.
+down; rows of two precisions share them. With dequantized matrices (`pmpd.kernels.dense`) the precisions of a
+batch can be data: rows lie in tiles of one precision each (`CudaForward.tiled`).
 
 Legend: n tokens of the flat forward (one a row), C hidden size, Hq query heads, H KV heads, D head dim, F
 intermediate size, V vocabulary.
@@ -19,7 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import NamedTuple, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -65,6 +66,9 @@ class Several(NamedTuple):
 
 
 Weight = TritonMatrix | DenseMatrix | Dense | Several
+
+NARROW = 1024
+"""Hidden size up to which small tiles do: what is read twice is small then, and fewer rows are padding."""
 
 
 @dataclass
@@ -167,6 +171,13 @@ def together(linears: Sequence[nn.Module]) -> Weight:
     return Several(cast("list[PrecisionLinear | nn.Linear]", linears))
 
 
+def can_tile(weight: Weight) -> TypeGuard[DenseMatrix]:
+    """Whether `DenseMatrix.multiply_tiles` is for it: in float32 a GPU's tensor cores are of no use."""
+    if not isinstance(weight, DenseMatrix):
+        return False
+    return weight.stacked.dtype != torch.float32 or weight.stacked.device.type == "cpu"
+
+
 def _dense(linears: Sequence[nn.Linear]) -> Dense:
     if len(linears) == 1:
         return Dense(linears[0].weight, linears[0].bias)
@@ -195,14 +206,22 @@ class CudaForward:
     def __init__(self, weights: LlamaWeights) -> None:
         self.weights = w = weights
         self._attention = StepAttention(w.inverse_frequencies, w.heads, w.kv_heads, w.head_dim, w.rope_scale)
+        every = [part for layer in w.layers for part in (layer.qkv, layer.out, layer.gate_up, layer.down)]
+        held = {part.precisions if can_tile(part) else () for part in every}
+        self.tiled: tuple[int, ...] = held.pop() if len(held) == 1 else ()
+        """Where it is not empty, rows can lie in tiles: their precisions, as `DenseMatrix.precisions`."""
+        self.tile_rows = 64 if w.embedding.shape[1] > NARROW else 32
 
     def __call__(
         self, input_ids: Tensor, slots: Tensor, positions: Tensor, segments: Sequence[Segment],
-        keys: Sequence[Tensor], values: Sequence[Tensor], longest: int,
+        keys: Sequence[Tensor], values: Sequence[Tensor], longest: int, which: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """[n, V] for `input_ids`, `slots`, `positions` int64 [n]; the rows of a precision are a segment;
-        `longest` tokens at most a row."""
+        `longest` tokens at most a row. With `which` int32 [tiles] rows lie in tiles instead, and tile i is at
+        precision tiled[which[i]]."""
         w, n = self.weights, len(input_ids)
+        if which is not None:
+            return self._layers(input_ids, slots, positions, which, keys, values, longest, split=False)
         segments = [Segment(s.start, n if s.stop is None else s.stop, s.bits) for s in segments]
         weights = [
             weight for layer in w.layers for weight in (layer.qkv, layer.out, layer.gate_up, layer.down)
@@ -214,6 +233,13 @@ class CudaForward:
             isinstance(weight, TritonMatrix) and weight.HAS_DIGITS for weight in weights
         )
         split = split and all(segment.bits in DIGITS_BITS for segment in segments)
+        return self._layers(input_ids, slots, positions, segments, keys, values, longest, split)
+
+    def _layers(
+        self, input_ids: Tensor, slots: Tensor, positions: Tensor, segments: Sequence[Segment] | Tensor,
+        keys: Sequence[Tensor], values: Sequence[Tensor], longest: int, split: bool,
+    ) -> Tensor:  # fmt: skip
+        w = self.weights
         x = nn.functional.embedding(input_ids, w.embedding)
         delta: Tensor | None = None
         for index, layer in enumerate(w.layers):
@@ -254,7 +280,13 @@ class CudaForward:
         assert isinstance(last, Tensor)
         return nn.functional.linear(last, head) if isinstance(head, Tensor) else head.multiply(last)
 
-    def _product(self, weight: Weight, x: Tensor | SplitActivations, segments: Sequence[Segment]) -> Tensor:
+    def _product(
+        self, weight: Weight, x: Tensor | SplitActivations, segments: Sequence[Segment] | Tensor
+    ) -> Tensor:
+        if isinstance(segments, Tensor):
+            assert isinstance(weight, DenseMatrix)
+            assert isinstance(x, Tensor)
+            return weight.multiply_tiles(x, segments)
         if isinstance(weight, Dense):
             assert isinstance(x, Tensor)
             return nn.functional.linear(x, weight.weight, weight.bias)

@@ -121,6 +121,7 @@ class DecodeLoop:
         self.sampling = RowSampling(slots, self.device)
         self.decode_seconds = np.zeros(slots)
         self.tokens, self.bad = engine.tokens, engine.bad
+        self.known = np.zeros(tuple(self.tokens.shape), dtype=np.int64)  # the tokens that the host has seen
         self.done: deque[TokenEvent | Completion] = deque()
 
     def events(self) -> Iterator[TokenEvent | Completion]:
@@ -328,6 +329,7 @@ class DecodeLoop:
         slots = self._tensor(at)
         fetched = torch.cat([self.tokens[slots[:, None], self._tensor(columns)], self.bad[slots, None]], 1)
         tokens = fetched.cpu().numpy()
+        self.known[at[:, None], columns] = tokens[:, :-1]
         return _NewTokens(at, produced - seen, tokens[:, :-1], tokens[:, -1] != 0)
 
     def _end_rows(self, new: _NewTokens) -> None:
@@ -359,7 +361,7 @@ class DecodeLoop:
         new token up to its end token."""
         stop = self._row(slot).request.stop
         assert stop is not None
-        tokens = self.tokens[slot, :count].tolist()
+        tokens = self.known[slot, :count].tolist()
         for end in range(seen + 1, count + 1 - (reason is not None)):
             if stop(tokens[:end]):
                 return end, "stop"
@@ -402,7 +404,7 @@ class DecodeLoop:
     def _completion(self, row: _Row, key: str, decision: RowDecision, count: int, reason: str) -> Completion:
         slot, request = row.slot, row.request
         consumed = int(self.prompt_length[slot]) + count - 1
-        tokens = self.tokens[slot, :count].tolist()
+        tokens = self.known[slot, :count].tolist()
         prefix = None
         if request.want_prefix:
             prefix = Prefix((*request.input_ids, *tokens[:-1]), self.cache.read_slot(slot, consumed))
@@ -462,6 +464,7 @@ class DecodeLoop:
         for array in (self.prompt_length, self.limit, self.stops):
             array[target] = array[source]
         self.produced[target] = self.seen[target] = fork.step + 1
+        self.known[target, : fork.step + 1] = self.known[source, : fork.step + 1]
         self.precision.fork(source, target, fork.step, fork.switch_steps)
         self.sampling.fork(source, target, self.tokens[source, : fork.step + 1])
         self.decode_seconds[target] = 0.0

@@ -54,6 +54,8 @@ class LabelTask(FarmTask):
     rule: LabelRule = RULES["rouge_l"]
     reference_model: ModelSpec | None = None
     """The unquantized model, which a teacher-forced rule needs beside the quantized one."""
+    prefer_dense: bool = False
+    """On a GPU, weights are dequantized once where many rows decode together and memory allows."""
     table = "labels"
 
     @property
@@ -68,9 +70,11 @@ class LabelTask(FarmTask):
     def build(self, place: Place) -> BuiltTask:
         from pmpd.labeling.config import LabelConfig
         from pmpd.labeling.label import label_prompts
+        from pmpd.weights.batch_kernel import prefer_dense
 
         model, device = load_model(self.model, place)
         forced = self.rule.branches == "teacher_forced"
+        note = prefer_dense(model, model.device, self.slots) if self.prefer_dense and not forced else ""
         assert not forced or self.reference_model is not None
         unquantized = load_model(self.reference_model, place)[0] if forced and self.reference_model else None
         config = LabelConfig(self.precisions, self.max_new_tokens, self.slots, self.rule)
@@ -87,6 +91,7 @@ class LabelTask(FarmTask):
             schema=storage.labels_schema(model.head_dim),
             models={"model": model.fingerprint, "num_key_value_heads": model.kv_heads},
             device=device,
+            note=note,
             tokens=tokens,
             pulse=model.pulse,
         )

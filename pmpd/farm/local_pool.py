@@ -53,6 +53,7 @@ class LocalPool:
             check_models(self.dataset, self.models, info.models, info.place.worker)
             self.models, self._built = dict(info.models), True
             self.devices.add(info.device)
+            self.progress.tell_how(info.note)
             self.progress.worker_seconds += info.seconds
         self.progress.ready()
         self.progress.up = self.progress.wanted = 1

@@ -197,6 +197,7 @@ class ClusterPool:
         check_models(self.dataset, self.models, info.models, info.place.worker)
         self.models = dict(info.models)
         self.devices.add(info.device)
+        self.progress.tell_how(info.note)
         self.progress.worker_seconds += info.seconds
         self.progress.ready()
 

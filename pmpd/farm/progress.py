@@ -43,6 +43,7 @@ class Progress:
         self.beats: dict[str, Beat] = {}
         """Worker -> what it has done of the unit it is at."""
         self.note = ""
+        self._told = False
         self._most_forwards = most_forwards
         self._publish = publish
         self._console = Console(file=sys.stderr if stream is None else stream, highlight=False, markup=False)
@@ -66,6 +67,12 @@ class Progress:
         """The first worker is ready: from here on the rate is counted."""
         if self._first_ready is None:
             self._first_ready = time.monotonic()
+
+    def tell_how(self, note: str) -> None:
+        """How workers were built: of the first one that has something to say."""
+        if note and not self._told:
+            self._told = True
+            self.say(note)
 
     def add(self, result: UnitResult) -> None:
         self.done += result.items

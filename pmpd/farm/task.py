@@ -43,6 +43,8 @@ class BuiltTask:
     """Fingerprints: part of what defines the rows, so they must be equal on all workers and in a continued
     run."""
     device: str = ""
+    note: str = ""
+    """Of how it was built: told once a run."""
     tokens: Callable[[dict[str, Any]], int] = lambda row: 0
     """New tokens of a row."""
     pulse: Pulse = field(default_factory=Pulse)
@@ -123,6 +125,7 @@ class WorkerInfo:
     place: Place
     models: Mapping[str, Any]
     device: str
+    note: str = ""
     seconds: float = 0.0
     """Time it took to start."""
 

@@ -76,7 +76,7 @@ class Workbench:
         begin = time.monotonic()
         self.built = self.task.build(self.place)
         seconds = time.monotonic() - begin
-        return WorkerInfo(self.place, dict(self.built.models), self.built.device, seconds)
+        return WorkerInfo(self.place, dict(self.built.models), self.built.device, self.built.note, seconds)
 
     def run(self, unit: Unit) -> UnitResult:
         """Does a unit and writes its shard; returns when that is durable. Shards are written in the order in

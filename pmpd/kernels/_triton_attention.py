@@ -57,16 +57,18 @@ def _join(
     tl.store(y + member[:, None] * D + d[None, :], result, mask=(member < GROUP)[:, None] & (d < D)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["part_tokens", "part_count", "window"])
 def rotary_attention(
     qkv, inverse_frequencies, slots, positions, keys, values, y, parts, tops, sums, arrivals,
-    scale_log2, rope_scale, window,
+    scale_log2, rope_scale, window, part_tokens, part_count,
     qkv_row, k_slot, k_head, k_token, v_slot, v_head, v_token, y_row,
     KV_HEADS: tl.constexpr, GROUP: tl.constexpr, GROUP_PADDED: tl.constexpr, GROUP_JOINED: tl.constexpr,
-    D: tl.constexpr, D_PADDED: tl.constexpr, TOKENS: tl.constexpr, PART: tl.constexpr, PARTS: tl.constexpr,
+    D: tl.constexpr, D_PADDED: tl.constexpr, TOKENS: tl.constexpr, MORE: tl.constexpr, ONE: tl.constexpr,
     CHUNK: tl.constexpr, HAS_WINDOW: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One (row, KV head, part of PART cached tokens); `step_attention` says what it computes.
+    """One (row, KV head, part of `part_tokens` cached tokens); `step_attention` says what it computes. MORE:
+    a part has several tiles; ONE: there is one part. How long and how many parts are is no constant, since
+    both follow from the number of rows: every batch would be compiled for.
 
     Only the part that holds the row's own position rotates the new key, and it alone uses that key and value:
     from registers, so no program reads what another one writes to the cache. `parts` float32 [n, H, P, G, D]
@@ -86,13 +88,13 @@ def rotary_attention(
     first_seen = 0
     if HAS_WINDOW:
         first_seen = tl.maximum(position + 1 - window, 0)
-    first_part = first_seen // PART
-    last_part = position // PART
+    first_part = first_seen // part_tokens
+    last_part = position // part_tokens
     if (part >= first_part) & (part <= last_part):
         d = tl.arange(0, D_PADDED)
         inside = d < D
-        begin = tl.maximum(part * PART, first_seen)
-        stop = tl.minimum(part * PART + PART, position)  # of what is cached
+        begin = tl.maximum(part * part_tokens, first_seen)
+        stop = tl.minimum(part * part_tokens + part_tokens, position)  # of what is cached
         token = tl.arange(0, TOKENS)
         row_keys = keys + slot * k_slot + kv_head.to(tl.int64) * k_head
         row_values = values + slot * v_slot + kv_head.to(tl.int64) * v_head
@@ -135,7 +137,7 @@ def rotary_attention(
             acc += new_value.to(tl.float32)[None, :]
         for at in range(begin, stop, TOKENS):
             # the next tile is on its way while this one is worked on
-            if PART > TOKENS:
+            if MORE:
                 next_key = _cached(row_keys, at + TOKENS + token, stop, k_token, d, D)
                 next_value = _cached(row_values, at + TOKENS + token, stop, v_token, d, D)
             else:
@@ -154,13 +156,13 @@ def rotary_attention(
 
         first_head = y + row.to(tl.int64) * y_row + kv_head * GROUP * D
         y_at = first_head + member[:, None] * D + d[None, :]
-        if PARTS == 1:  # noqa: SIM114 - known at compile time, the next one is not
+        if ONE:  # noqa: SIM114 - known at compile time, the next one is not
             tl.store(y_at, (acc / total[:, None]).to(y.dtype.element_ty), mask=real)
         elif first_part == last_part:
             tl.store(y_at, (acc / total[:, None]).to(y.dtype.element_ty), mask=real)
         else:
             group = row * KV_HEADS + kv_head
-            base = group.to(tl.int64) * (PARTS * GROUP)
+            base = group.to(tl.int64) * (part_count * GROUP)
             at_part = base + part * GROUP + member
             tl.store(parts + at_part[:, None] * D + d[None, :], acc, mask=real)
             tl.store(tops + at_part, best, mask=member < GROUP)

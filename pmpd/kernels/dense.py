@@ -1,15 +1,20 @@
-"""Weights dequantized once, at load, and multiplied by torch (cuBLAS on a GPU): for batches so large that a
-product is bound by arithmetic, not by the bytes of its weights.
+"""Weights dequantized once, at load, and multiplied in their own type: for batches so large that a product is
+bound by arithmetic or by launches, not by the bytes of its weights.
 
 Nothing is left of what low precisions save: a matrix takes N K bytes times the type's size for *each*
 precision. In 16 bits a model of 135M parameters takes 0.6 GB at three precisions, one of 1.1B 6 GB, one of 8B
 42 GB, and a step reads 16 bits a weight at every precision.
 
-Legend: M tokens, N out_features, K in_features.
+torch multiplies tokens of one precision (cuBLAS on a GPU). Tokens of several are one launch of
+`multiply_tiles`: they lie in tiles, each of one precision, and the kernel reads on the device which one that
+is. So one captured step serves every mix of precisions.
+
+Legend: M tokens, N out_features, K in_features, P precisions.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -19,18 +24,45 @@ from pmpd.kernels.base import BitplaneMatrix, PackedWeights
 from pmpd.kernels.reference import CacheBudget, ReferenceMatrix
 from pmpd.kernels.reference import unavailable as unavailable
 
+WIDE = 2048
+"""Matrices with so many rows give a program 128 of them, others 64."""
+COLUMNS = 64
+"""Of a step of a product's sum."""
+
 
 class DenseMatrix(BitplaneMatrix):
-    """`weights`: precision -> [N, K]; `bias` [N] or None."""
+    """`stacked` [P, N, K], highest precision first; `weights`: precision -> its [N, K], a view; `bias` [N] or
+    None."""
 
     def __init__(self, weights: Mapping[int, Tensor], bias: Tensor | None) -> None:
         rows, columns = next(iter(weights.values())).shape
         super().__init__((rows, columns), tuple(sorted(weights, reverse=True)))
-        self.weights = dict(weights)
+        self._hold(torch.stack([weights[bits] for bits in self.precisions]), bias)
+
+    def _hold(self, stacked: Tensor, bias: Tensor | None) -> None:
+        self.stacked = stacked
+        self.weights = dict(zip(self.precisions, stacked, strict=True))
         self.bias = bias
 
     def multiply(self, x: Tensor, bits: int) -> Tensor:
         return torch.nn.functional.linear(x, self.weights[bits], self.bias)
+
+    def multiply_tiles(self, x: Tensor, which: Tensor) -> Tensor:
+        """`x` [M, K] -> [M, N], where tile i of the tokens (M over len(which) of them) is multiplied at
+        precision `precisions[which[i]]`; `which` int32. On a GPU, or in Triton's interpreter."""
+        from pmpd.kernels import _triton_tiles as kernels
+        from pmpd.kernels.triton import overlap
+
+        rows, columns = self.shape
+        tokens, some = len(x) // len(which), 128 if rows >= WIDE else 64
+        y = x.new_empty(len(x), rows)
+        kernels.tiles_matmul[(math.ceil(rows / some), len(which))](
+            x, self.stacked, y if self.bias is None else self.bias, which, y,
+            rows, x.stride(0), self.stacked.stride(0), y.stride(0),
+            K=columns, ROWS=some, COLUMNS=COLUMNS, TOKENS=tokens, HAS_BIAS=self.bias is not None,
+            num_warps=4, num_stages=4, **overlap(x.device),
+        )  # fmt: skip
+        return y
 
     def dequantize(self, bits: int) -> Tensor:
         return self.weights[bits]
@@ -51,13 +83,16 @@ def merge(parts: Sequence[DenseMatrix]) -> DenseMatrix:
     All have the same K and precisions."""
     rows = [part.shape[0] for part in parts]
     first = parts[0]
-    weights = {bits: torch.cat([part.weights[bits] for part in parts]) for bits in first.precisions}
+    stacked = torch.cat([part.stacked for part in parts], dim=1)
     bias = None
     if any(part.bias is not None for part in parts):
-        none = [first.weights[first.precisions[0]].new_zeros(count) for count in rows]
+        none = [stacked.new_zeros(count) for count in rows]
         bias = torch.cat([zeros if p.bias is None else p.bias for p, zeros in zip(parts, none, strict=True)])
     start = 0
     for part, count in zip(parts, rows, strict=True):
-        part.weights = {bits: weight[start : start + count] for bits, weight in weights.items()}
+        part._hold(stacked[:, start : start + count], part.bias)
         start += count
-    return DenseMatrix(weights, bias)
+    whole = object.__new__(DenseMatrix)
+    BitplaneMatrix.__init__(whole, (sum(rows), first.shape[1]), first.precisions)
+    whole._hold(stacked, bias)
+    return whole

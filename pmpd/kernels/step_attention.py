@@ -80,12 +80,13 @@ class StepAttention:
         kernels.rotary_attention[(rows, self.kv_heads, parts)](
             qkv, self.inverse_frequencies, slots, positions, keys, values, y, found, tops, sums,
             self._counters(rows),
-            dim**-0.5 * math.log2(math.e), self.rope_scale, window or 0,
+            dim**-0.5 * math.log2(math.e), self.rope_scale, window or 0, part, parts,
             qkv.stride(0), *keys.stride()[:3], *values.stride()[:3], y.stride(0),
             KV_HEADS=self.kv_heads, GROUP=group, GROUP_PADDED=max(16, group_joined),
-            GROUP_JOINED=group_joined, D=dim, D_PADDED=dim_padded, TOKENS=tile, PART=part, PARTS=parts,
-            CHUNK=max(1, JOINED // (group_joined * dim_padded)), HAS_WINDOW=window is not None,
-            num_warps=4, num_stages=1, **overlap(qkv.device),
+            GROUP_JOINED=group_joined, D=dim, D_PADDED=dim_padded, TOKENS=tile, MORE=part > tile,
+            ONE=parts == 1, HAS_WINDOW=window is not None,
+            CHUNK=max(1, JOINED // (group_joined * dim_padded)), num_warps=4, num_stages=1,
+            **overlap(qkv.device),
         )  # fmt: skip
         return y
 

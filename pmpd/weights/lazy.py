@@ -45,6 +45,10 @@ class LazyLinear(PrecisionLinear, Generic[Packed]):
             self._matrix = self._pack(self._read(), self._probe.device, self._probe.dtype)
         return self._matrix
 
+    def use_kernel(self, kernel: str) -> None:
+        """Another kernel than the one that the layer was made with: packed anew when first needed."""
+        self._kernel, self._matrix = kernel, None
+
     def packed_bytes(self) -> int:
         return self.matrix.packed_bytes()
 

@@ -76,9 +76,10 @@ class LabelJob:
     """--model-path is a JSON of one checkpoint per precision (GPTQ), not an Any-Precision checkpoint."""
     retry_errors: bool = False
     """Do rows again that have an error."""
-    kernel: str | None = None
-    """Force an implementation of the multiplication: reference, cpu, triton, dense (dequantized once: more
-    memory, for large batches of small models)."""
+    kernel: str | None = "auto"
+    """How weights are multiplied: reference, cpu, triton, cuda, dense (dequantized once: more memory, for
+    large batches). auto: the device's own; on a GPU, where 64 rows or more decode together, dense if its
+    copies take a quarter of the free memory at most (which one is told). The labels' rule is the same."""
     dtype: Dtype = "auto"
     """What activations and unquantized weights are; auto: float32 on a CPU, float16 on a GPU. Where float16
     overflows, bfloat16 does not."""
