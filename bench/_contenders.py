@@ -118,13 +118,20 @@ def contenders(
         yield "any-precision", [lambda p=p: theirs(x[None], p, table, bits)[0] for p in planes]
 
 
+def rule(rows: int, columns: int, bits: int, tokens: int, device: torch.device) -> Cut:
+    """The cut of `bits.cu` that its rules give."""
+    made = cut_of_rules(rows, columns, (bits,) * tokens, gpu_of(device))
+    assert made is not None, f"{columns} columns"
+    return made
+
+
 def cuts(rows: int, columns: int, bits: int, tokens: int, device: torch.device) -> list[Cut]:
     """Those of `bits.cu` worth timing: that of the rules, and teams of other sizes, shorter and longer rings,
     all passes at once or one after the other, one or two blocks of a multiprocessor, of which the compiler
     leaves registers for up to three: the next launch fills its rings in the room beside them."""
     gpu, each = gpu_of(device), (bits,) * tokens
     row_blocks = -(-rows // TILE_ROWS)
-    made = [cut_of_rules(rows, columns, each, gpu)]
+    made: list[Cut | None] = [rule(rows, columns, bits, tokens, device)]
     for warps, splits, (blocks, resident), live in itertools.product(
         (8, 16), (1, 2, 4, 8, 16), ((1, 1), (2, 1), (2, 2), (3, 2)), {1, passes_of(each)}
     ):

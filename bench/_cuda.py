@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import re
 import statistics
 import sys
 import time
@@ -23,15 +22,12 @@ from typing import Any
 
 import torch
 
-from bench import _bars, _clusters, _record, _timing
+from bench import _bars, _clusters, _record, _step_cuts, _timing
 from bench._contenders import (
     ROTATE_BYTES,
     clones,
     contenders,
-    cut_calls,
-    cuts,
     random_weights,
-    said,
     variants,
 )
 from bench._peers import humming, humming_version, peers
@@ -41,7 +37,7 @@ from pmpd.kernels.cuda import compiler
 from pmpd.kernels.cuda.cut import MOST_TOKENS, Cut
 from pmpd.kernels.cuda.halves import SOURCE, HalvesCut
 from pmpd.kernels.cuda.launch import gpu_of
-from pmpd.kernels.cuda.matrix import MEASURED, CudaMatrix, cut_of, unavailable
+from pmpd.kernels.cuda.matrix import CudaMatrix, cut_of, unavailable
 from pmpd.kernels.reference import CacheBudget, ReferenceMatrix
 from pmpd.kernels.step_attention import StepAttention
 from pmpd.kernels.triton import (
@@ -255,31 +251,16 @@ def time_kernels(
         torch.cuda.empty_cache()
 
 
-def time_cuts(
+def time_clusters(
     device: torch.device, bandwidth: float, shapes: dict[str, tuple[int, int]], workers: int
 ) -> Iterator[dict]:
-    """A row for each cut of `bits.cu` worth timing and, where the GPU has clusters, of `halves.cu`."""
-    yield from _timed_cuts(
-        device, bandwidth, shapes, workers, range(1, MOST_TOKENS + 1),
-        lambda n, k, bits, tokens: cuts(n, k, bits, tokens, device), cut_calls, said,
-    )  # fmt: skip
-    if torch.cuda.get_device_capability() == (9, 0):
-        yield from _timed_cuts(
-            device, bandwidth, shapes, workers, _clusters.TOKENS,
-            lambda n, k, bits, tokens: _clusters.cuts(k, bits, tokens, gpu_of(device)),
-            _clusters.calls, _clusters.said,
-        )  # fmt: skip
-
-
-def _timed_cuts(
-    device: torch.device, bandwidth: float, shapes: dict[str, tuple[int, int]], workers: int,
-    tokens_tried: Iterable[int], cuts_of: Callable[[int, int, int, int], list[Any]],
-    calls_of: Callable[..., list[Callable[[], torch.Tensor]]], said_of: Callable[[Any], str],
-) -> Iterator[dict]:  # fmt: skip
+    """A row for each cut of `halves.cu` worth timing, where the GPU has clusters."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        return
     jobs = [
-        (name, n, k, bits, tokens, cuts_of(n, k, bits, tokens))
+        (name, n, k, bits, tokens, _clusters.cuts(k, bits, tokens, gpu_of(device)))
         for name, (n, k) in shapes.items() for bits in sorted(DIGITS_BITS, reverse=True)
-        for tokens in tokens_tried
+        for tokens in _clusters.TOKENS
     ]  # fmt: skip
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         wait(compile_cuts(pool, [cut for job in jobs for cut in job[-1]]))
@@ -289,8 +270,8 @@ def _timed_cuts(
         expected, moved = exact_product(packed, x, bits), moved_bytes(n, k, bits, tokens)
         copies = clones(CudaMatrix(packed, torch.float16), n * k * bits / 8)
         for cut in of:
-            calls = calls_of(copies, x, cut)
-            yield timed_row(name, n, k, bits, tokens, said_of(cut), calls, expected, moved, bandwidth)
+            calls = _clusters.calls(copies, x, cut)
+            yield timed_row(name, n, k, bits, tokens, _clusters.said(cut), calls, expected, moved, bandwidth)
 
 
 def exact_product(packed: PackedWeights, x: torch.Tensor, bits: int) -> torch.Tensor:
@@ -409,20 +390,15 @@ def time_gptq(device: torch.device, bandwidth: float) -> Iterator[dict]:
 
 
 def best_settings(rows: list[dict]) -> dict[str, dict[str, dict]]:
-    """The autotune table: for each route, shape, b and number of tokens the warps that were fastest."""
-    table: dict[str, dict[str, dict]] = {"digits": {}, "halves": {}, "bits": {}}
+    """The autotune table: for each route, shape, b and number of tokens the warps that were fastest, and the
+    best cuts of `bits.cu`."""
+    table: dict[str, dict[str, dict]] = {"digits": {}, "halves": {}, "bits": _step_cuts.best(rows)}
     for r in rows:
         if "us" not in r:
             continue
-        if cut := re.fullmatch(r"bits w(\d+) p(\d+) s(\d+) l(\d+) b(\d+) r(\d+)", r["impl"]):
-            key = f"{r['n']}x{r['k']}x{'+'.join([str(r['bits'])] * r['tokens'])}"
-            if r["us"] < table["bits"].get(key, {"us": math.inf})["us"]:
-                numbers = dict(zip(MEASURED, map(int, cut.groups()), strict=True))
-                table["bits"][key] = numbers | {"us": round(r["us"], 2)}
-            continue
         route, _, warps = r["impl"].partition(" w")
         key = f"{r['n']}x{r['k']}x{r['bits']}x{r['tokens']}"
-        if route in table and warps and r["us"] < table[route].get(key, {"us": math.inf})["us"]:
+        if route in table and warps.isdigit() and r["us"] < table[route].get(key, {"us": math.inf})["us"]:
             table[route][key] = {"warps": int(warps), "us": round(r["us"], 2)}
     return table
 
@@ -462,7 +438,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=_record.RESULTS, help="folder of the JSON")
     parser.add_argument("--quick", action="store_true", help="two shapes, M = 1, 8, 32")
     parser.add_argument("--workers", type=int, default=14, help="processes that compile")
-    parser.add_argument("--tune", action="store_true", help="many cuts of the CUDA kernels, and nothing else")
+    parser.add_argument("--tune", action="store_true", help="cuts of the CUDA kernels, and nothing else")
+    parser.add_argument("--models", nargs="+", default=["8B", "1.1B"], help="with --tune: whose steps")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 2], help="with --tune: rows of a step")
+    parser.add_argument("--clusters", action="store_true", help="with --tune: cuts of halves.cu too")
     parser.add_argument("--write-settings", action="store_true", help="write the autotune table of this GPU")
     options = parser.parse_args(arguments)
     device = torch.device("cuda")
@@ -491,7 +470,10 @@ def main(arguments: list[str] | None = None) -> None:
         time_gptq(device, bandwidth),
         time_kernels(device, bandwidth, shapes, tokens),
     )
-    tuning = (time_cuts(device, bandwidth, shapes, options.workers),)
+    tuning = (
+        _step_cuts.tune(options.models, tuple(options.tokens), device, options.workers),
+        time_clusters(device, bandwidth, shapes if options.clusters else {}, options.workers),
+    )
     for part in tuning if options.tune else everything:
         try:
             for found in part:

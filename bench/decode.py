@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -42,15 +42,16 @@ def median(run: Callable[[], object], repeats: int) -> float:
 
 
 class RandomLlama:
-    """A model of random weights on the device: quantized (4, 3, 2 bits) for `kernel`, or `dense` float16."""
+    """A model of random weights on the device, of a `shape` as SHAPES has them: quantized (4, 3, 2 bits) for
+    `kernel`, or `dense` float16."""
 
-    def __init__(self, name: str, kernel: str, rows: int, length: int) -> None:
+    def __init__(self, shape: Sequence[int], kernel: str, rows: int, length: int) -> None:
         from bench._contenders import random_weights, twin
         from pmpd.decode.llama_cuda import CudaForward, Dense, Layer, LlamaWeights, Weight
         from pmpd.kernels.cuda.matrix import CudaMatrix
         from pmpd.kernels.triton import TritonMatrix
 
-        hidden, layers, heads, kv_heads, intermediate, vocabulary = SHAPES[name]
+        hidden, layers, heads, kv_heads, intermediate, vocabulary = shape
         self.dim, self.layers, self.kv_heads, self.head_weights = (
             hidden // heads,
             layers,
@@ -90,9 +91,9 @@ class RandomLlama:
         self.forward = CudaForward(
             LlamaWeights(table, stack, ones, table, frequencies, heads, kv_heads, self.dim, 1e-5)
         )
-        shape = (rows, kv_heads, length, self.dim)
+        cache = (rows, kv_heads, length, self.dim)
         self.keys, self.values = (
-            [torch.randn(shape, device=device, dtype=torch.float16) for _ in range(layers)] for _ in range(2)
+            [torch.randn(cache, device=device, dtype=torch.float16) for _ in range(layers)] for _ in range(2)
         )
 
     def give_byte_head(self) -> None:
@@ -134,7 +135,7 @@ def measure_large(name: str, bandwidth: float, batches: list[int]) -> Iterator[d
 
     unasked = choose(torch.device("cuda"), torch.float16).name
     for kernel in ("dense", unasked):
-        model = RandomLlama(name, kernel, max(batches), 1024)
+        model = RandomLlama(SHAPES[name], kernel, max(batches), 1024)
         for batch in batches:
             for bits in (16,) if kernel == "dense" else (4, 3, 2):
                 yield measure_step(model, name, bits, batch, bandwidth) | {"kernel": kernel}
@@ -149,7 +150,7 @@ def measure_model(name: str, bandwidth: float, head_bits: int) -> Iterator[dict]
     if why:
         print(f"kernel cuda is left out: {why}", flush=True)
     for kernel in ("dense", "triton", *(() if why else ("cuda",))):
-        model = RandomLlama(name, kernel, 32, 1024)
+        model = RandomLlama(SHAPES[name], kernel, 32, 1024)
         for batch in (1, 2, 8, 32):
             for bits in (16,) if kernel == "dense" else (4, 3, 2):
                 yield measure_step(model, name, bits, batch, bandwidth) | {"kernel": kernel}

@@ -17,8 +17,8 @@
 // are there. Teams are persistent: team q of all takes row blocks q, q + teams, ... With as many teams as
 // row blocks each warp streams through one, and what comes behind the products is paid once.
 //
-// A warp has a ring of SLOTS <= T tiles that cp.async fills across row blocks, the first SLOTS before
-// waiting for the kernel in front. Every lane reads back only what it copied itself, so the ring needs no
+// A warp has a ring of SLOTS <= T tiles that cp.async fills across row blocks, half of it before waiting for
+// the kernel in front. Every lane reads back only what it copied itself, so the ring needs no
 // barrier; the one barrier of a row block is that of its team, which adds the warps' sums.
 //
 // A pass is the subsets with one set of the planes behind the third: 2^(BITS - 3) passes, eight subsets of
@@ -133,7 +133,7 @@ KERNEL(WARPS * 32, BLOCKS) bits_product(const Arguments a) {
     constexpr int T = (TILES + SPLITS - 1) / SPLITS, OWN = (TILES + WARPS - 1) / WARPS;
     constexpr bool RAGGED = TILES % SPLITS != 0;  // some warps have no last tile
     constexpr int PASSES = BITS > 3 ? 1 << (BITS - 3) : 1, PASSES1 = BITS1 > 3 ? 1 << (BITS1 - 3) : 1;
-    constexpr int CHUNK = LIVE == PASSES ? T : SLOTS;
+    constexpr int CHUNK = LIVE == PASSES ? T : SLOTS, EARLY = (SLOTS + 1) / 2;
     constexpr int LOW = BITS < 3 ? BITS : 3, LOW1 = BITS1 < 3 ? BITS1 : 3, SUBSETS = 1 << LOW;
     constexpr int CODES = 1 << BITS, CODES1 = BITS1 && BITS1 != BITS ? 1 << BITS1 : 0;
     constexpr int TABLE = 16 * (CODES + CODES1), FETCH = (TABLE / 4 + SPLITS * 32 - 1) / (SPLITS * 32);
@@ -184,7 +184,7 @@ KERNEL(WARPS * 32, BLOCKS) bits_product(const Arguments a) {
         if (count > 0 && at < TABLE / 4)
             copy16(shared_address(coefficients + 4 * at), coefficients_of(row_block(0), at));
     }
-    UNROLL for (int q = 0; q < SLOTS; q++) ask(q);
+    UNROLL for (int q = 0; q < EARLY; q++) ask(q);
 
     // Activations: lane l of a warp takes columns 8 l .. 8 l + 7 of tiles warp, warp + WARPS, ...
     auto column_of = [&](int i) { return (warp + i * WARPS) * 256 + lane * 8; };
@@ -198,21 +198,28 @@ KERNEL(WARPS * 32, BLOCKS) bits_product(const Arguments a) {
     wait_for_last();
     float largest[TOKENS];
     UNROLL for (int m = 0; m < TOKENS; m++) {
-        uint4 v[OWN];
+        uint4 v[OWN], delta[FRONT == NORM ? OWN : 1];
         float square = 0.0f;
         UNROLL for (int i = 0; i < OWN; i++) {
-            v[i] = uint4{0, 0, 0, 0};
+            const int column = column_of(i);
+            const bool inside = column < a.columns;
+            v[i] = inside ? load_written(reinterpret_cast<const uint4*>(a.x + m * a.x_stride + column))
+                          : uint4{0, 0, 0, 0};
+            if (FRONT == NORM && inside && a.delta)
+                delta[i] =
+                    load_written(reinterpret_cast<const uint4*>(a.delta + m * a.delta_stride + column));
+        }
+        // the rest of the ring: the activations would have to queue behind it
+        if (m == 0) UNROLL for (int q = EARLY; q < SLOTS; q++) ask(q);
+        UNROLL for (int i = 0; i < OWN; i++) {
             const int column = column_of(i);
             if (column >= a.columns) continue;
-            v[i] = load_written(reinterpret_cast<const uint4*>(a.x + m * a.x_stride + column));
             if (FRONT == NORM) {
                 if (a.delta) {
-                    uint4 d =
-                        load_written(reinterpret_cast<const uint4*>(a.delta + m * a.delta_stride + column));
                     UNROLL for (int c = 0; c < 4; c++)
-                        word(v[i], c) =
-                            both<TYPE>(value_of<TYPE>(v[i], 2 * c) + value_of<TYPE>(d, 2 * c),
-                                       value_of<TYPE>(v[i], 2 * c + 1) + value_of<TYPE>(d, 2 * c + 1));
+                        word(v[i], c) = both<TYPE>(
+                            value_of<TYPE>(v[i], 2 * c) + value_of<TYPE>(delta[i], 2 * c),
+                            value_of<TYPE>(v[i], 2 * c + 1) + value_of<TYPE>(delta[i], 2 * c + 1));
                 }
                 UNROLL for (int c = 0; c < 8; c++) {
                     const float wide = value_of<TYPE>(v[i], c);
