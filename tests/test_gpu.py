@@ -233,3 +233,25 @@ def test_rows_of_a_mixed_batch_on_the_device_decode_as_they_do_alone(dtype, demo
     assert any(c.finish_reason == "eos" for c in together.values())
     # rows alone and rows together take kernels that round differently, so float16 may part at near ties
     assert same >= (9 if dtype == torch.float32 else 6), f"{same} of 10 rows decode as they do alone"
+
+
+def test_rows_in_tiles_of_dequantized_weights_have_the_tokens_of_those_weights_alone():
+    """Twenty rows, three precisions, one graph a number of tiles; the same weights, a row at a time,
+    multiplied by cuBLAS."""
+    from pmpd import PMPDForCausalLM, Scheduler, demo
+    from pmpd.decode.engine import Engine
+    from pmpd.decode.requests import Request
+
+    model = PMPDForCausalLM(demo.ANYPREC, dtype=torch.float16, kernel="dense").eval().cuda()
+    ids = model.tokenizer("The river ran on past the old stone mill and the farm was quiet").input_ids
+    requests = [Request(str(i), ids[i % 3 : 6 + i % 7], 40) for i in range(20)]
+    scheduler = Scheduler.get_scheduler("random", precisions=[4, 3, 2], seed=1)
+    tiled = Engine(model.model, slots=20, max_length=128, sync_every=8)
+    assert tiled.steps is not None
+    assert tiled.steps.forward.tiled == (4, 3, 2)
+    together = {c.key: c.tokens for c in tiled.run(requests, scheduler, 4, ())}
+    assert tiled.steps._graphs.why_eager is None
+    plain = Engine(model.model, slots=1, max_length=128, lean=False)
+    alone = {c.key: c.tokens for c in plain.run(requests, scheduler, 4, ())}
+    same = sum(together[key] == tokens for key, tokens in alone.items())
+    assert same >= 14, f"{same} of 20 rows decode as they do alone: more than near ties in float16"
