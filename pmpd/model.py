@@ -18,7 +18,7 @@ from pmpd.decode.ending import end_token_ids, give_pad_token
 from pmpd.decode.engine import Engine
 from pmpd.decode.padded import GenerateOutput, output_of, raise_error, requests_of
 from pmpd.decode.pulse import Pulse
-from pmpd.decode.requests import Completion, Prefix, Request, Sampling, TokenEvent
+from pmpd.decode.requests import Completion, Further, More, Prefix, Request, Sampling, TokenEvent
 from pmpd.errors import UserError
 from pmpd.schedulers.base import Scheduler
 from pmpd.weights import formats, mixed
@@ -188,24 +188,27 @@ class PMPDForCausalLM(nn.Module):
         prefill_bit: int,
         slots: int | None = None,
         eos_token_ids: Collection[int] | None = None,
+        more: More | None = None,
     ) -> Iterator[Completion]:
         """`Engine.run` that survives an out-of-memory: the slots are halved, for good, and what is unfinished
         is done again.
 
         `slots`: requests that decode together (None: as many as memory holds). `eos_token_ids`: default the
-        model's.
+        model's. `more`: what slots are given to when no request waits for one.
         """
+        given = list(requests)
         longest = max((len(request.input_ids) + request.max_new_tokens for request in requests), default=1)
         ends = self.eos_token_ids if eos_token_ids is None else eos_token_ids
         done: set[str] = set()
         engine: Engine | None
         while True:
-            left = [request for request in requests if not done.issuperset(request.all_keys())]
+            left = [request for request in given if not done.issuperset(request.all_keys())]
             engine, used = None, slots
             try:
                 with self._borrowed(slots, longest) as engine:
                     used = engine.slots
-                    for completion in engine.run(left, scheduler, prefill_bit, ends):
+                    source = Further(given, left, more, engine.max_length)
+                    for completion in engine.run(source, scheduler, prefill_bit, ends):
                         if completion.key not in done:
                             done.add(completion.key)
                             yield completion

@@ -484,6 +484,57 @@ def test_a_worker_that_was_replaced_publishes_nothing_any_more(bench, tmp_path):
 
 
 @dataclasses.dataclass(frozen=True)
+class OfferedTask(FakeTask):
+    """A `FakeTask` that asks for the next unit's items and can't bear the row `bad` of them; each unit waits
+    until another one does."""
+
+    bad: str = ""
+    others: threading.Event = dataclasses.field(default_factory=threading.Event)
+    offered: list = dataclasses.field(default_factory=list)
+
+    def build(self, place):
+        built, ask = super().build(place), []
+
+        def run(items):
+            assert self.others.wait(60)
+            time.sleep(0.2)  # until the other unit has been read, too
+            early = [item["prompts"]["prompt_id"] for of in ask for item in of()]
+            self.offered.append(early)
+            if self.bad in early:
+                raise RuntimeError("a row of the next unit")
+            yield from built.run(items)
+
+        return dataclasses.replace(built, run=run, offers=ask.append)
+
+
+@pytest.mark.parametrize("bad", [False, True])
+def test_items_of_the_unit_that_waits_are_on_offer_once_and_never_cost_a_row_of_another(bench, bad):
+    make, unit, _ = bench
+    first, second = (
+        Unit(unit.ids[part], {"prompts": unit.rows["prompts"][part]}) for part in (slice(0, 2), slice(2, 3))
+    )
+    task = OfferedTask(bad=second.ids[0] if bad else "")
+    worker = make(task)
+    results: dict[str, UnitResult] = {}
+    threads = [
+        threading.Thread(target=lambda some=some: results.update({some.name: worker.run(some)}))
+        for some in (first, second)
+    ]
+    threads[0].start()
+    while worker._unit is None:
+        time.sleep(0.01)
+    threads[1].start()
+    while not worker._next:
+        time.sleep(0.01)
+    task.others.set()
+    for thread in threads:
+        thread.join(60)
+    assert task.offered[0] == list(second.ids)
+    assert not any(task.offered[1:]), "offered twice, or where rows are tried one by one"
+    assert [results[some.name].error_items for some in (first, second)] == [0, 0]
+
+
+@dataclasses.dataclass(frozen=True)
 class HeldTask(FakeTask):
     """A `FakeTask` whose unit ends only once its last beat was read."""
 
@@ -539,10 +590,10 @@ def test_the_next_unit_is_worked_on_while_a_shard_is_written(bench, tmp_path, mo
 
     done = worker._done
 
-    def watched(one: Unit):
+    def watched(one: Unit, items):
         if one is units[1]:
             started.set()
-        return done(one)
+        return done(one, items)
 
     monkeypatch.setattr(storage, "write_shard", slow_write)
     monkeypatch.setattr(worker, "_done", watched)

@@ -14,8 +14,9 @@ from rouge_score.rouge_scorer import RougeScorer
 from pmpd import PMPDForCausalLM, Scheduler
 from pmpd.cli import generate, label
 from pmpd.decode import oracle
+from pmpd.decode.pulse import Pulse
 from pmpd.labeling.config import LabelConfig
-from pmpd.labeling.label import beside, label_prompts, reference_prompts
+from pmpd.labeling.label import Labeler, beside, label_prompts, reference_prompts
 from pmpd.labeling.rule import label_of
 from pmpd.metrics.rouge import rouge_l
 from tests.helpers import write_anyprec, write_dense
@@ -232,3 +233,73 @@ def test_rows_are_scored_beside_the_decoding():
     assert sys.getswitchinterval() == before
     rows = list(itertools.islice(beside(calls()), 2))
     assert rows == [{"row": 0}, {"row": 1}]
+
+
+def same_labels(found: list[dict], expected: list[dict]) -> bool:
+    kept = ("prompt_id", "pairs", "feature_tokens", "error")
+    return [
+        {name: row[name] for name in kept} for row in sorted(found, key=lambda row: row["prompt_id"])
+    ] == [{name: row[name] for name in kept} for row in sorted(expected, key=lambda row: row["prompt_id"])]
+
+
+def test_the_next_unit_decodes_in_slots_that_the_last_rows_of_a_unit_leave_free(models):
+    """Three units, each on offer once while the one before it is labeled: the same labels, in fewer steps."""
+    quantized, reference = models
+    rows = prompt_rows(12)
+    units = [rows[:4], rows[4:8], rows[8:]]
+    config = LabelConfig(CHAIN, NEW_TOKENS, slots=8)
+    references = {row["prompt_id"]: row for row in reference_prompts(reference, rows, config)}
+    alone, steps = [], []
+    waiting: list[dict] = []
+
+    def offer() -> dict[str, dict]:
+        rows = {row["prompt_id"]: row for row in waiting}
+        waiting.clear()
+        return rows
+
+    for offers in (False, True):
+        quantized.pulse, labeler = CountedSteps(), Labeler(quantized, config, offer=offer)
+        found = []
+        for index, unit in enumerate(units):
+            waiting[:] = units[index + 1] if offers and index + 1 < len(units) else []
+            of_unit = list(labeler(unit, references))
+            assert {row["prompt_id"] for row in of_unit} == {row["prompt_id"] for row in unit}
+            found += of_unit
+        steps.append(quantized.pulse.steps)
+        assert quantized._engine is not None, "the cache is kept from others"
+        if not offers:
+            alone = found
+    assert not any(row["error"] for row in alone)
+    assert same_labels(found, alone)
+    assert steps[1] < 0.9 * steps[0], "the next unit waited for the last rows"
+
+
+class CountedSteps(Pulse):
+    def __init__(self) -> None:
+        super().__init__()
+        self.steps = 0
+
+    def step(self, bits):
+        self.steps += 1
+        super().step(bits)
+
+
+def test_an_offer_that_has_no_room_waits_for_its_unit_and_a_unit_that_fails_leaves_nothing_behind(models):
+    quantized, reference = models
+    long = [{**row, "input_ids": row["input_ids"] * 3} for row in prompt_rows(8)[4:]]
+    short, config = prompt_rows(4), LabelConfig(CHAIN, NEW_TOKENS, slots=8)
+    references = {row["prompt_id"]: row for row in reference_prompts(reference, [*short, *long], config)}
+    expected = list(label_prompts(quantized, [*short, *long], references, config))
+    waiting = [{row["prompt_id"]: row for row in long}]
+    labeler = Labeler(quantized, config, offer=lambda: waiting.pop() if waiting else {})
+    quantized._engine = None  # one of exactly the first unit's length
+    assert same_labels([*labeler(short, references), *labeler(long, references)], expected)
+    assert not waiting
+
+    waiting.append({row["prompt_id"]: row for row in long})
+    labels = labeler(short, references)
+    next(labels)
+    labels.close()
+    waiting.clear()
+    assert quantized._engine is not None
+    assert same_labels([*labeler(short, references), *labeler(long, references)], expected)

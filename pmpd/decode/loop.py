@@ -148,7 +148,9 @@ class DecodeLoop:
 
     def _admit(self) -> None:
         """Prefills waiting requests into free slots, several at once; waits until an eighth of the slots is
-        free."""
+        free. An iterator that had no more may have some again."""
+        if self.next_request is None:
+            self.next_request = next(self.waiting, None)
         if self.next_request is None or (
             self.alive.any() and len(self.free) < max(1, self.engine.slots // 8)
         ):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -123,6 +124,10 @@ class Request:
         return keys
 
 
+More = Callable[[int], Sequence[Request]]
+"""Called with how many tokens a row can have: further requests, of which none is longer."""
+
+
 @dataclass(frozen=True)
 class Fork:
     """A continuation that shares its parent's decode forwards 1..`step` and then follows its own
@@ -171,3 +176,20 @@ class TokenEvent:
     key: str
     token: int
     bits: int
+
+
+class Further(Iterator[Request]):
+    """Requests, and when they are all taken those that `more` has by then, into `given` too: it may be asked
+    again after it had none."""
+
+    def __init__(self, given: list[Request], left: Sequence[Request], more: More | None, room: int) -> None:
+        self._given, self._left, self._more, self._room = given, deque(left), more, room
+
+    def __next__(self) -> Request:
+        if not self._left and self._more is not None:
+            further = self._more(self._room)
+            self._given += further
+            self._left.extend(further)
+        if not self._left:
+            raise StopIteration
+        return self._left.popleft()

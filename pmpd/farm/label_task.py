@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,7 +69,7 @@ class LabelTask(FarmTask):
 
     def build(self, place: Place) -> BuiltTask:
         from pmpd.labeling.config import LabelConfig
-        from pmpd.labeling.label import label_prompts
+        from pmpd.labeling.label import Labeler
         from pmpd.weights.batch_kernel import prefer_dense
 
         model, device = load_model(self.model, place)
@@ -79,9 +79,16 @@ class LabelTask(FarmTask):
         unquantized = load_model(self.reference_model, place)[0] if forced and self.reference_model else None
         config = LabelConfig(self.precisions, self.max_new_tokens, self.slots, self.rule)
 
+        ask: list[Callable[[], list[Item]]] = []
+
+        def offered() -> dict[str, Any]:
+            return {item["prompts"]["prompt_id"]: item["prompts"] for of in ask for item in of()}
+
+        labeler = Labeler(model, config, unquantized, offered)
+
         def label(items: list[Item]) -> Iterable[dict[str, Any]]:
             references = {item["references"]["prompt_id"]: item["references"] for item in items}
-            return label_prompts(model, [item["prompts"] for item in items], references, config, unquantized)
+            return labeler([item["prompts"] for item in items], references)
 
         def tokens(row: dict[str, Any]) -> int:  # none is decoded by a teacher-forced rule
             return sum(count or 0 for pair in row["pairs"] for count in pair["branch_tokens"])
@@ -89,6 +96,7 @@ class LabelTask(FarmTask):
         return BuiltTask(
             run=label,
             schema=storage.labels_schema(model.head_dim),
+            offers=ask.append,
             models={"model": model.fingerprint, "num_key_value_heads": model.kv_heads},
             device=device,
             note=note,

@@ -43,13 +43,17 @@ class BuiltTask:
     """Fingerprints: part of what defines the rows, so they must be equal on all workers and in a continued
     run."""
     device: str = ""
-    note: str = ""
-    """Of how it was built: told once a run."""
     tokens: Callable[[dict[str, Any]], int] = lambda row: 0
     """New tokens of a row."""
     pulse: Pulse = field(default_factory=Pulse)
     """Counts the model's forwards while `run` is at work. A task whose rows take minutes must have one that
     beats: it is how a worker that hangs is told from one that works."""
+    note: str = ""
+    """Of how it was built: told once a run."""
+    offers: Callable[[Callable[[], list[Item]]], None] | None = None
+    """Is given, once, what to ask for items of the unit after this one while the last rows of this one leave
+    room: `run` may begin with them, and has their rows ready when it is called for that unit. They come
+    once."""
 
 
 class FarmTask(ABC):
@@ -125,9 +129,9 @@ class WorkerInfo:
     place: Place
     models: Mapping[str, Any]
     device: str
-    note: str = ""
     seconds: float = 0.0
     """Time it took to start."""
+    note: str = ""
 
 
 @dataclass(frozen=True)

@@ -61,8 +61,12 @@ class Workbench:
         self._unit: Unit | None = None
         self._rows: dict[str, list[dict[str, Any]]] = {}
         self._forwards_before = 0
+        self._next: list[Item] = []
+        """Of the unit that waits for its turn, if they are on offer."""
+        self._may_offer = False
+        """Not where items are tried one by one: an exception is that one's."""
         self._turn = threading.Lock()
-        """Of the unit that is read and worked on."""
+        """Of the unit that is worked on."""
         self._writing = threading.Lock()
         """Of the unit whose shard is written, the one before it."""
 
@@ -75,15 +79,21 @@ class Workbench:
         self._check_publication()
         begin = time.monotonic()
         self.built = self.task.build(self.place)
+        if self.built.offers is not None:
+            self.built.offers(self._take_next)
         seconds = time.monotonic() - begin
-        return WorkerInfo(self.place, dict(self.built.models), self.built.device, self.built.note, seconds)
+        built = self.built
+        return WorkerInfo(self.place, dict(built.models), built.device, seconds, built.note)
 
     def run(self, unit: Unit) -> UnitResult:
         """Does a unit and writes its shard; returns when that is durable. Shards are written in the order in
-        which units are worked on."""
+        which units are worked on. A unit is read while the one before it is worked on."""
+        items = self._read(unit)
+        self._next = [item for item in items.values() if self._problem(unit, item) is None]
         with self._turn:
             begin = time.monotonic()
-            items, rows, forwards = self._done(unit)
+            self._next = []
+            rows, forwards = self._done(unit, items)
             self._writing.acquire()  # before the next unit has its turn: no two shards at once
         try:
             table = self._table(items, rows)
@@ -98,25 +108,39 @@ class Workbench:
         seconds = time.monotonic() - begin
         return UnitResult(len(unit.ids), error_items, tokens, seconds, forwards, entry)
 
-    def _done(self, unit: Unit) -> tuple[dict[str, Item], dict[str, list[dict[str, Any]]], dict[int, int]]:
-        """(the unit's items, their rows, precision -> forwards of rows)."""
+    def _take_next(self) -> list[Item]:
+        """Items of the unit that waits, once; none while there is no such unit."""
+        if not self._may_offer:
+            return []
+        items, self._next = self._next, []
+        return items
+
+    @staticmethod
+    def _problem(unit: Unit, item: Item) -> str | None:
+        """Why there is no work on the item."""
+        errors = (f"{name}: {row['error']}" for name, row in item.items() if row.get("error"))
+        return unit.failed or next(errors, None)
+
+    def _done(
+        self, unit: Unit, items: dict[str, Item]
+    ) -> tuple[dict[str, list[dict[str, Any]]], dict[int, int]]:
+        """(the rows of the unit's items, precision -> forwards of rows)."""
         pulse = self.built.pulse
         before = pulse.by_bits()
         rows: dict[str, list[dict[str, Any]]] = {}
         self._forwards_before, self._rows, self._unit = pulse.forwards, rows, unit
         try:
-            items = self._read(unit)
             for key, item in items.items():
-                problem = unit.failed or next(
-                    (f"{name}: {row['error']}" for name, row in item.items() if row.get("error")), None
-                )
+                problem = self._problem(unit, item)
                 if problem is not None:
                     rows[key] = [self._error_row(item, problem)]
+            self._may_offer = True
             self._work({key: item for key, item in items.items() if key not in rows}, rows)
         finally:
+            self._may_offer = False
             pulse.rest()
             self._unit, self._rows = None, {}
-        return items, rows, dict(pulse.by_bits() - before)
+        return rows, dict(pulse.by_bits() - before)
 
     def beat(self) -> Beat | None:
         """How far the unit is, None between units; another thread asks."""
@@ -151,6 +175,7 @@ class Workbench:
             if items:
                 self._collect(list(items.values()), rows)
         except Exception as error:
+            self._may_offer = False
             if poisons_process(error):
                 assert self._unit is not None
                 with self._writing:  # the unit before this one has no part in it

@@ -19,7 +19,7 @@ import functools
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import pairwise
@@ -40,6 +40,8 @@ SWITCH_SECONDS = 2e-4
 every call of torch, and Python's 5 ms would starve a GPU."""
 
 Row = dict[str, Any]
+Rows = Mapping[str, Mapping[str, Any]]
+"""prompt_id -> row."""
 
 
 def reference_prompts(
@@ -75,31 +77,46 @@ def label_prompts(
     A prompt whose reference is missing, an error or nothing that can be scored, or whose logits are not
     finite, becomes a row with `error` set.
     """
-    rows = {row["prompt_id"]: row for row in prompts}
-    usable = {}
-    for key, row in rows.items():
-        reference = references.get(key)
-        if reference is None or reference["error"]:
-            yield error_row(
-                row,
-                config,
-                f"ValueError: no reference output "
-                f"({reference['error'] if reference else 'not in the references'})",
-            )
-        else:
-            usable[key] = row
-    if not usable:
-        return
-    if config.rule.branches == "teacher_forced":
-        assert unquantized is not None, "a teacher-forced rule needs the unquantized model"
-        yield from forced_labels(model, unquantized, usable, references, config)
-        return
-    decode = _published_branches if config.rule.branches == "published" else _own_branches
-    made = (
-        functools.partial(_label_row, model, rows[key], references[key], pairs, config)
-        for key, pairs in decode(model, usable, config)
-    )
-    yield from beside(made)
+    return Labeler(model, config, unquantized)(prompts, references)
+
+
+class Labeler:
+    """Labels prompts, a unit a call. What `offer` gives meanwhile, of the unit that comes next, decodes in
+    slots that the last rows of a unit leave free; the call for that unit goes on with it."""
+
+    def __init__(
+        self,
+        model: PMPDForCausalLM,
+        config: LabelConfig,
+        unquantized: PMPDForCausalLM | None = None,
+        offer: Callable[[], Rows] = dict,
+    ) -> None:
+        self._model, self._config, self._unquantized = model, config, unquantized
+        self._branches = _CarriedBranches(offer)
+
+    def __call__(self, prompts: Iterable[Mapping[str, Any]], references: Rows) -> Iterator[Row]:
+        """As `label_prompts`. All of it is to be taken before the next call."""
+        model, config = self._model, self._config
+        usable = {}
+        for row in prompts:
+            reference = references.get(row["prompt_id"])
+            if reference is None or reference["error"]:
+                why = reference["error"] if reference else "not in the references"
+                yield error_row(row, config, f"ValueError: no reference output ({why})")
+            else:
+                usable[row["prompt_id"]] = row
+        if not usable:
+            return
+        if config.rule.branches == "teacher_forced":
+            assert self._unquantized is not None, "a teacher-forced rule needs the unquantized model"
+            yield from forced_labels(model, self._unquantized, usable, references, config)
+            return
+        decode = _published_branches if config.rule.branches == "published" else self._branches
+        made = (
+            functools.partial(_label_row, model, usable[key], references[key], pairs, config)
+            for key, pairs in decode(model, usable, config)
+        )
+        yield from beside(made)
 
 
 def beside(calls: Iterable[Callable[[], Row]]) -> Iterator[Row]:
@@ -130,20 +147,87 @@ class _PairBranches:
 
 
 def _own_branches(
-    model: PMPDForCausalLM, rows: Mapping[str, Mapping[str, Any]], config: LabelConfig
+    model: PMPDForCausalLM, rows: Rows, config: LabelConfig, more: Callable[[int], Rows]
 ) -> Iterator[tuple[str, list[_PairBranches]]]:
-    """(prompt_id, the branches of every pair), each to its own end, as soon as all have ended."""
+    """(prompt_id, the branches of every pair), each to its own end, as soon as all have ended. `more` gives
+    further rows, of prompts of so many tokens at most."""
     plan = _LabelPlan(config)
-    requests = [plan.request(key, row["input_ids"]) for key, row in rows.items()]
+
+    def requests(rows: Rows) -> list[Request]:
+        return [plan.request(key, row["input_ids"]) for key, row in rows.items()]
+
     model.decide(plan.scheduler, config.precisions[0])
     open_rows: dict[str, dict[str, Completion]] = {}
-    for completion in model.complete(requests, plan.scheduler, config.precisions[0], config.slots):
+    for completion in model.complete(
+        requests(rows), plan.scheduler, config.precisions[0], config.slots,
+        more=lambda length: requests(more(length - config.max_new_tokens)),
+    ):  # fmt: skip
         key, _, name = completion.key.partition("/")
         trajectories = open_rows.setdefault(key, {})
         trajectories[name] = completion
         if len(trajectories) == plan.trajectories:
             del open_rows[key]
             yield key, plan.pairs_of(trajectories)
+
+
+class _CarriedBranches:
+    """`_own_branches` of the rows of each call, in one decode for as long as rows are under way."""
+
+    def __init__(self, offer: Callable[[], Rows]) -> None:
+        self._offer = offer
+        self._decode: Iterator[tuple[str, list[_PairBranches]]] | None = None
+        self._under_way: set[str] = set()
+        self._left: dict[str, Mapping[str, Any]] = {}
+        """Of the call: not under way yet."""
+        self._early: dict[str, list[_PairBranches]] = {}
+        """Not asked for yet."""
+
+    def __call__(
+        self, model: PMPDForCausalLM, rows: Rows, config: LabelConfig
+    ) -> Iterator[tuple[str, list[_PairBranches]]]:
+        wanted = set(rows)
+        self._left = {
+            key: row for key, row in rows.items() if key not in self._early and key not in self._under_way
+        }
+        try:
+            for key in self._early.keys() & wanted:
+                wanted.remove(key)
+                yield key, self._early.pop(key)
+            while wanted:
+                if self._decode is None:
+                    first, self._left = self._left, {}
+                    self._under_way = set(first)
+                    self._decode = _own_branches(model, first, config, self._more)
+                found = next(self._decode, None)
+                if found is None:  # what is left is longer than this decode has room for
+                    assert self._left, f"rows that were never decoded: {sorted(wanted)[:3]}"
+                    self._decode = None
+                    continue
+                key, branches = found
+                self._under_way.remove(key)
+                if key in wanted:
+                    wanted.remove(key)
+                    yield key, branches
+                else:
+                    self._early[key] = branches
+            if not self._under_way:
+                self._end()  # the model's cache is free again
+        except BaseException:
+            self._end()
+            raise
+
+    def _more(self, length: int) -> Rows:
+        taken = {key: row for key, row in self._left.items() if len(row["input_ids"]) <= length}
+        self._left = {key: row for key, row in self._left.items() if key not in taken}
+        if not taken:
+            taken = {key: row for key, row in self._offer().items() if len(row["input_ids"]) <= length}
+        self._under_way |= set(taken)
+        return taken
+
+    def _end(self) -> None:
+        if self._decode is not None:
+            cast("Generator[Any]", self._decode).close()
+        self._decode, self._under_way = None, set()
 
 
 def _published_branches(
