@@ -21,10 +21,11 @@ from bench._frontier_pack import Judged
 from pmpd import storage
 from pmpd.evaluation.curve_set import CurveSet
 from pmpd.evaluation.frontier import Gain, Resampling, lower_hull, mix_for
-from pmpd.evaluation.policies import CLUSTERS, MULTIPLIERS, kmeans, nearest, ridge, standardised
+from pmpd.evaluation.policies import CLUSTERS, MULTIPLIERS, kmeans, nearest, standardised
 from pmpd.metrics.bootstrap import interval
 from pmpd.schedulers.budget import risks
 from pmpd.schedulers.chain import class_steps
+from pmpd.schedulers.loss_model import ridge
 from pmpd.training.data import Features, features_from_table, usable
 
 POINTS = 41
@@ -176,8 +177,8 @@ def by_plan(of_class_NJ4: np.ndarray, plans: Sequence[tuple[int, int]]) -> np.nd
 def regressed(train: Answers, test: Answers, wanted: np.ndarray) -> list[np.ndarray]:
     """Ridge regression of `wanted` [N of train, P] on the cheap features."""
     x, y = standardised(train.curves.features, test.curves.features)
-    model = ridge(x, wanted)
-    return [model(x), model(y)]
+    weights, intercept = ridge(x, wanted)
+    return [points @ weights + intercept for points in (x, y)]
 
 
 def predictions(

@@ -18,6 +18,7 @@ from bench.frontier_labels import main_folders
 from pmpd import PMPDForCausalLM, storage
 from pmpd.decode.forced import GivenTokens, forward_given
 from pmpd.decode.precision import token_statistics
+from pmpd.decode.prompt_state import look_back
 from pmpd.evaluation.answer import measure_forwards
 from pmpd.evaluation.curve_set import CurveSet, Outcome, folds
 from pmpd.evaluation.frontier import (
@@ -27,13 +28,14 @@ from pmpd.evaluation.frontier import (
     holm,
     lower_hull,
     mix_for,
-    static_plans,
     table,
 )
 from pmpd.evaluation.online_policies import Thresholds, follow, settings_of
 from pmpd.evaluation.policies import choices_by_prediction, class_prediction, regression_prediction
 from pmpd.labeling.curves import PROBE_TOKENS, batches, exact_divergence
 from pmpd.schedulers.base import STATISTICS
+from pmpd.schedulers.chain import static_plans
+from pmpd.schedulers.loss_model import FEATURES, probed
 from pmpd.training.fit import make_head
 from pmpd.weights.model_spec import Dtype, ModelSpec
 
@@ -288,8 +290,8 @@ class PromptExact:
         predictions = {
             "static per kind": class_prediction(train, test, train.kinds, test.kinds),
             "regression": regression_prediction(train),
-            "regression, one probe": regression_prediction(train, "lowest"),
-            "regression, no probe": regression_prediction(train, "none"),
+            "regression, one probe": regression_prediction(train, "one_probe"),
+            "regression, no probe": regression_prediction(train, "no_probe"),
         }
         chosen = {
             name: choices_by_prediction(train, test, self.targets, predicted)
@@ -441,6 +443,8 @@ class Steps:
                 for head in heads:
                     head(prompt, prompt, length).argmax(-1).cpu()
 
+        chain = model.precisions
+        looked_at = {features: (chain[0], *probed(chain, features)) for features in FEATURES}
         found = {
             "threads": self.threads,
             "seconds": {str(row["bits"]): row["seconds"] for row in measured},
@@ -448,6 +452,10 @@ class Steps:
             "classifier_seconds": seconds(classify),
             "probe_seconds": len(low)
             * seconds(lambda: forward_given(engine, [GivenTokens(0, 0, ids, PROBE_TOKENS)], low[0])[0].cpu()),
+            "regression_seconds": {
+                features: seconds(lambda bits=bits: look_back(engine, [(0, ids)], bits))
+                for features, bits in looked_at.items()
+            },
         }
         self.output.write_text(json.dumps({"results": found}, indent=1) + "\n")
         print(json.dumps(found, indent=1))

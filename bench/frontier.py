@@ -569,8 +569,12 @@ def by_segment(curves: CurveSet, segments: int = 4) -> list[dict[str, float]]:
     return rows
 
 
-PROBES = {"regression": 1.0, "static per cluster": 1.0, "regression, one probe": 0.5}
-"""What each policy takes of the probes at the two lower precisions."""
+REGRESSIONS = {
+    "regression": "probes",
+    "regression, one probe": "one_probe",
+    "regression, no probe": "no_probe",
+}
+"""Policy -> its features."""
 
 
 def decode_times(
@@ -585,7 +589,8 @@ def decode_times(
         for target, outcome in zip(targets, found, strict=True):
             forwards = float(outcome.forwards.mean())
             watching = steps["statistics_seconds"] if name in ONLINE_POLICIES else 0.0
-            probing = steps["probe_seconds"] * PROBES.get(name, 0.0)
+            probing = steps["probe_seconds"] if name == "static per cluster" else 0.0
+            probing += steps.get("regression_seconds", {}).get(REGRESSIONS.get(name, ""), 0.0)
             probing += steps.get("classifier_seconds", 0.0) if name.startswith("KV classifier") else 0.0
             step = float(np.interp(outcome.mean_bits, bits, seconds))
             total = step + watching + probing / forwards

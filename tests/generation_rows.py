@@ -116,7 +116,7 @@ def _row(
         "finish_reason": "eos" if len(words) < length else "length",
         "precision_trace": _runs(bits), "switch_steps": list(steps), "classes": None, "decision_scores": None,
         "prefill_seconds": 0.01,
-        "decode_seconds": sum(SECONDS[width] for width in bits[1:]),
+        "decode_seconds": sum(SECONDS[width] for width in bits[1:]), "decision_seconds": 0.0,
         "forward_seconds": [_measured(width) for width in ([16] if kind == "fp" else [4, 3, 2])],
         "device": "test machine", "worker": f"w{number % 2}", "error": None,
     }  # fmt: skip

@@ -27,7 +27,8 @@ from pmpd.evaluation.static_search import best_path, choose, read_best, write_be
 from pmpd.evaluation.sweep import SweepConfig, check_fit, grid_plans, sweep_runs
 from pmpd.farm.connection import output_folder
 from pmpd.farm.generate_task import Sweep, generate
-from pmpd.metrics.precision import average_bits, decode_forwards
+from pmpd.metrics.precision import average_bits, decision_share, decode_forwards
+from pmpd.schedulers.artefact import architecture
 from pmpd.schedulers.base import find
 from pmpd.schedulers.chain import parse_chain
 from pmpd.weights.checkpoint import Checkpoint
@@ -190,11 +191,12 @@ def scheduler_options(job: GenerateJob, preset: Preset = NO_PRESET) -> dict[str,
         "confidence": {"threshold": job.confidence_threshold, "patience": job.confidence_patience},
         "kv_cache": {},
         "budget": {},
+        "regression": {},
     }
     if job.random_prior:
         options["random"]["prior"] = list(job.random_prior)
     if job.classifier_path is not None:
-        for name in ("kv_cache", "budget"):
+        for name in LEARNED:
             options[name]["save_dir"] = storage.absolute(job.classifier_path)
     for name, given in preset.scheduler_options.items():
         options[name] = {**options.get(name, {}), **given}
@@ -211,6 +213,10 @@ def scheduler_options(job: GenerateJob, preset: Preset = NO_PRESET) -> dict[str,
     return options
 
 
+LEARNED = ("kv_cache", "budget", "regression")
+"""Schedulers that --classifier-path is for."""
+
+
 def scheduler_names(job: GenerateJob, reference: str) -> list[str]:
     if job.static_search:
         return ["fp"] * (reference == "reference_output") + ["uniform", "static"]
@@ -221,6 +227,9 @@ def scheduler_names(job: GenerateJob, reference: str) -> list[str]:
         if job.use_fp
         else [name.strip() for name in job.schedulers.split(",")]
     )
+    untouched = job.scheduler is None and job.schedulers == GenerateJob.schedulers
+    if untouched and job.classifier_path is not None and architecture(job.classifier_path) == "regression":
+        names = ["regression" if name == "kv_cache" else name for name in names]
     return (["fp"] if job.use_fp and "fp" not in names else []) + names
 
 
@@ -291,9 +300,9 @@ def static_steps(
 
 
 def result_table(rows: list[dict]) -> Table:
-    """Per run: turns, failures, tokens and average bits."""
+    """Per run: turns, failures, tokens, average bits, and what decisions took of the decode time."""
     table = Table(title="generated")
-    for column in ("run", "turns", "failed", "new tokens", "average bits"):
+    for column in ("run", "turns", "failed", "new tokens", "average bits", "decisions"):
         table.add_column(column, justify="left" if column == "run" else "right")
     for run in dict.fromkeys(
         row["run"] for row in sorted(rows, key=lambda row: (row["kind"] != "fp", row["conversation_id"]))
@@ -308,5 +317,6 @@ def result_table(rows: list[dict]) -> Table:
             str(len(mine) - len(good)),
             str(tokens),
             "-" if bits is None else f"{bits:.3f}",
+            f"{decision_share(good) or 0:.1%}",
         )
     return table

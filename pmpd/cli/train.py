@@ -1,8 +1,9 @@
-"""Fit the KV-cache scheduler to labels: `pmpd train` after `pmpd label`."""
+"""Fit a learned scheduler to labels: `pmpd train` after `pmpd label`."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -17,7 +18,10 @@ from pmpd.farm.train import Fleet, LabelSource, fit, read_labels, search
 from pmpd.labeling.noise import Agreement, ceilings
 from pmpd.labeling.prompts import TORCH_SUFFIX
 from pmpd.schedulers.chain import pairs_of, parse_chain
+from pmpd.schedulers.regression import WEIGHTS
+from pmpd.training.data import Labels
 from pmpd.training.fit import loss_scale
+from pmpd.training.regression import COLUMNS, Fitted, fit_regression, read_curves
 from pmpd.training.result import artefact, check_target
 
 
@@ -49,6 +53,37 @@ def budget_line(budget: dict[str, Any]) -> str:
     )
 
 
+def gains_table(fitted: Fitted) -> Table:
+    """What the regression gains over the best static plans at equal bits, on the test prompts."""
+    prompts = fitted.counts["test"]
+    table = Table(title=f"divergence on {prompts} held-out prompts, nats a forward, against static plans")
+    for column in ("target", "bits", "loss", "static at these bits", "gain, %", "95 %"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in fitted.judged:
+        values = [row[name] for name in ("loss", "static_loss")]
+        table.add_row(
+            f"{row['target_bits']:g}",
+            f"{row['bits']:.3f}",
+            *(f"{value:.4f}" for value in values),
+            f"{row['gain_percent']:+.1f}",
+            f"[{row['low_percent']:+.1f}, {row['high_percent']:+.1f}]",
+        )
+    return table
+
+
+def reached_line(fitted: Fitted) -> str:
+    """Whether the target was reached, and how to take another, in words."""
+    found, config = fitted.calibration, fitted.config
+    grade = "reached" if found.reached else "not reached"
+    targets = [each.target_bits for each in config.calibrations]
+    between = next((t for t in reversed(targets[1:-1]) if t != found.target_bits), targets[0])
+    other = f'{{"regression": {{"target_bits": {between:g}}}}}'
+    return (
+        f"{found.target_bits:g} bits on average: {grade}, {found.bits:.2f} on {config.prompts} validation "
+        f"prompts; --scheduler-options '{other}' takes another of its {len(targets)} targets"
+    )
+
+
 def ceiling_line(pair: str, found: Agreement) -> str:
     """What accuracy a classifier can have, in words."""
     return (
@@ -56,6 +91,80 @@ def ceiling_line(pair: str, found: Agreement) -> str:
         f"{found.high:.0%}] of {found.prompts} prompts, so no accuracy exceeds {found.ceiling:.0%}; always "
         f"saying the most frequent label has {found.majority:.0%}"
     )
+
+
+ARTEFACT_NAMES = (
+    "tune.json",
+    "ceiling.json",
+    "metrics.json",
+    "metrics.jsonl",
+    "learning_curves.png",
+    WEIGHTS,
+)
+"""Files of an artefact beside its config.json and its classifiers."""
+
+
+def wants_regression(job: TrainJob, labels: Labels) -> bool:
+    """What --scheduler stands for with these labels."""
+    if job.scheduler == "auto":
+        return labels.losses is not None and not classifier_flags(job)
+    if job.scheduler == "regression" and (flags := classifier_flags(job)):
+        raise UserError(f"--scheduler regression: {' and '.join(flags)} is of the classifiers; leave it out")
+    return job.scheduler == "regression"
+
+
+def classifier_flags(job: TrainJob) -> list[str]:
+    """The flags given that only the training of classifiers has a use for."""
+    given = {
+        "--objective loss": job.training.objective == "loss",
+        "--tune": job.tune > 0,
+        "--again-path": job.again_path is not None,
+    }
+    return [flag for flag, is_given in given.items() if is_given]
+
+
+def write_folder(output: str, files: Mapping[str, bytes]) -> str:
+    """Writes `output`/scheduler, `config.json` last, without the files of an earlier training: a folder that
+    lacks it is unfinished."""
+    folder = storage.join(output, "scheduler")
+    earlier = {storage.base_name(path) for path in storage.list_files(folder)}
+    ours = {name for name in earlier if name in ARTEFACT_NAMES or name.startswith("classifier_")}
+    for name in ("config.json", *sorted(ours - set(files))):
+        storage.remove(storage.join(folder, name))
+    for name, content in files.items():
+        storage.write_bytes(storage.join(folder, name), content)
+    return folder
+
+
+def train_regression(
+    job: TrainJob, source: LabelSource, labels: Labels, output: str, console: Console
+) -> dict[str, Any]:
+    """Fits, writes and judges the scheduler `regression`; returns its metrics."""
+    table = storage.read_table(source.path, list(COLUMNS))
+    curves = read_curves(table, parse_chain(job.precisions) if job.precisions else None)
+    fitted = fit_regression(
+        curves,
+        job.training,
+        features=job.features,
+        target_bits=job.target_bits,
+        model_fingerprint=source.model_fingerprint,
+        labels_fingerprint=labels.fingerprint("loss"),
+    )
+    files = fitted.files()
+    folder = write_folder(output, files)
+    console.print(
+        f"{len(curves)} labelled prompts, chain {list(curves.chain)}: a regression on {job.features}"
+    )
+    if fitted.judged:
+        console.print(gains_table(fitted))
+    console.print(reached_line(fitted), soft_wrap=True)
+    console.print(f"scheduler: {folder}", soft_wrap=True)
+    console.print(
+        f"next: pmpd generate --model-path MODEL-OF-THE-LABELS --schedulers fp,uniform,static,regression "
+        f"--classifier-path {folder}",
+        soft_wrap=True,
+    )
+    return json.loads(files["metrics.json"])
 
 
 def main(job: TrainJob) -> dict[str, Any]:
@@ -70,6 +179,8 @@ def main(job: TrainJob) -> dict[str, Any]:
     else:
         source = LabelSource.open(farm.output_folder(job.data_path), job.num_heads)
     labels = read_labels(source.path, pairs_of(parse_chain(job.precisions)) if job.precisions else None)
+    if wants_regression(job, labels):
+        return train_regression(job, source, labels, output, console)
     for pair in range(len(labels.pairs)):
         labels.rows(
             pair, job.training
@@ -106,12 +217,7 @@ def main(job: TrainJob) -> dict[str, Any]:
     if limits:
         told = {pair: {**asdict(limit), "ceiling": limit.ceiling} for pair, limit in limits.items()}
         found["ceiling.json"] = json.dumps(told, indent=1).encode()
-    folder = storage.join(output, "scheduler")
-    # of an earlier training: its folder is unfinished until ours is written
-    for name in ("config.json", "tune.json", "ceiling.json"):
-        storage.remove(storage.join(folder, name))
-    for name, content in {**found, **files}.items():
-        storage.write_bytes(storage.join(folder, name), content)
+    folder = write_folder(output, {**found, **files})
     console.print(results_table(metrics))
     for of_pair, limit in limits.items():
         console.print(ceiling_line(of_pair, limit), soft_wrap=True)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pmpd.decode.engine import Engine
+from pmpd.decode.decoder import Decoder
 from pmpd.decode.slots import Stretch, TokenPlaces
 
 FEW_STRETCHES = 8
@@ -32,7 +32,7 @@ class GivenTokens:
     keep: int = 0
 
 
-def forward_given(engine: Engine, rows: Sequence[GivenTokens], bits: int | Sequence[int]) -> list[Tensor]:
+def forward_given(engine: Decoder, rows: Sequence[GivenTokens], bits: int | Sequence[int]) -> list[Tensor]:
     """One forward over all `rows`: of each the logits [keep, V] after its last `keep` tokens, on the engine's
     device. `bits`: one precision for all, or one for each token, rows end to end.
 

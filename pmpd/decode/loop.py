@@ -19,15 +19,15 @@ import time
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pmpd.decode.graph_steps import GraphSteps, Rows
+from pmpd.decode.decoder import Decoder
 from pmpd.decode.precision import RowDecision, RowPrecisions, token_statistics
-from pmpd.decode.pulse import Pulse
+from pmpd.decode.prompt_state import look_back
 from pmpd.decode.requests import Completion, Fork, Prefix, Request, TokenEvent
 from pmpd.decode.sampling import RowSampling, highest
 from pmpd.decode.slots import Stretch, TokenPlaces
@@ -74,18 +74,6 @@ class _NewTokens(NamedTuple):
     """bool [n]: logits were not finite."""
 
 
-class Decoder(Rows, Protocol):
-    """What the loop works with: the engine."""
-
-    vocabulary: int
-    dtype: torch.dtype
-    pulse: Pulse
-    sync_every: int
-    steps: GraphSteps | None
-
-    def forward(self, input_ids: Tensor, places: TokenPlaces, keep: Tensor | None) -> Tensor: ...
-
-
 class DecodeLoop:
     """One `Engine.run`: its rows, by slot."""
 
@@ -120,6 +108,7 @@ class DecodeLoop:
         self.stops = np.zeros(slots, dtype=bool)  # rows that a rule of their own may end
         self.sampling = RowSampling(slots, self.device)
         self.decode_seconds = np.zeros(slots)
+        self.decision_seconds = np.zeros(slots)
         self.tokens, self.bad = engine.tokens, engine.bad
         self.known = np.zeros(tuple(self.tokens.shape), dtype=np.int64)  # the tokens that the host has seen
         self.done: deque[TokenEvent | Completion] = deque()
@@ -216,7 +205,7 @@ class DecodeLoop:
         self.prompt_length[at] = [len(row.request.input_ids) for row in batch]
         self.limit[at] = [row.request.max_new_tokens for row in batch]
         self.stops[at] = [row.request.stop is not None for row in batch]
-        for array in (self.produced, self.seen, self.decode_seconds):
+        for array in (self.produced, self.seen, self.decode_seconds, self.decision_seconds):
             array[at] = 0
         statistics = self._take_tokens(at, logits)
         fetched = self._fetch()
@@ -246,8 +235,17 @@ class DecodeLoop:
             prompt_lengths=[len(row.request.input_ids) for row in rows],
             features=lambda: self._features(due, consumed),
             statistics=self._by_name(chosen),
+            prompts=lambda precisions: look_back(
+                self.engine,
+                [(slot, row.request.input_ids) for slot, row in zip(due.tolist(), rows, strict=True)],
+                precisions,
+            ),
         )
+        started = time.perf_counter()
         self.precision.decide(due, state)
+        seconds = (time.perf_counter() - started) / len(due)
+        self.decision_seconds[due] = seconds
+        self.decode_seconds[due] += seconds
 
     def _by_name(self, statistics: Tensor | None) -> dict[str, np.ndarray]:
         if statistics is None:
@@ -295,9 +293,9 @@ class DecodeLoop:
         if self.precision.scheduler is not None and self.precision.scheduler.observes:
             keys = [self._row(slot).request.draws_from for slot in at]
             self.precision.observe(at, step, keys, self._by_name(statistics))
+        self.decode_seconds[at] += (time.perf_counter() - started) / len(at)
         self._decide(at, step, statistics)
         self.engine.pulse.step(bits)
-        self.decode_seconds[at] += (time.perf_counter() - started) / len(at)
         return True
 
     def _take_tokens(self, at: np.ndarray, logits: Tensor) -> Tensor | None:
@@ -422,6 +420,7 @@ class DecodeLoop:
             prefix=prefix,
             prefill_seconds=row.prefill_seconds,
             decode_seconds=float(self.decode_seconds[slot]),
+            decision_seconds=float(self.decision_seconds[slot]),
         )
 
     def _release(self, slot: int) -> None:
@@ -469,7 +468,7 @@ class DecodeLoop:
         self.known[target, : fork.step + 1] = self.known[source, : fork.step + 1]
         self.precision.fork(source, target, fork.step, fork.switch_steps)
         self.sampling.fork(source, target, self.tokens[source, : fork.step + 1])
-        self.decode_seconds[target] = 0.0
+        self.decode_seconds[target] = self.decision_seconds[target] = 0.0
         self.alive[target] = True
         if row.pending:
             self.holders.add(target)

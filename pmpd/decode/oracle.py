@@ -18,9 +18,10 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
+from pmpd.decode.prompt_state import probe_offset, prompt_state
 from pmpd.decode.requests import GREEDY, Sampling
 from pmpd.decode.sampling import draw
-from pmpd.schedulers.base import ObservedRows, PrefillState, Scheduler
+from pmpd.schedulers.base import ObservedRows, PrefillState, PromptState, Scheduler
 from pmpd.schedulers.chain import NEVER, chain_bits
 from pmpd.weights.base import cache_argument, shared_state
 
@@ -78,8 +79,10 @@ def decode(
             continue
         seen = {name: np.asarray([value]) for name, value in statistics(logits, scheduler.statistics).items()}
         if t == scheduler.decision_step:
-            at_once = partial(_features, cache)
-            decision = scheduler.begin(PrefillState([key], [max_new_tokens], [len(input_ids)], at_once, seen))
+            at_once, prompts = partial(_features, cache), partial(_prompt_states, model, input_ids)
+            decision = scheduler.begin(
+                PrefillState([key], [max_new_tokens], [len(input_ids)], at_once, seen, prompts)
+            )
             steps = np.asarray(decision.switch_steps, dtype=np.int32)
             states = [None] if decision.states is None else list(decision.states)
         elif t > scheduler.decision_step:
@@ -126,6 +129,21 @@ def statistics(logits: torch.Tensor, names: Sequence[str]) -> dict[str, float]:
         "entropy": float(torch.special.entr(p).sum()),
     }
     return {name: known[name] for name in names}
+
+
+def _prompt_states(
+    model: PreTrainedModel, input_ids: Sequence[int], precisions: Sequence[int]
+) -> list[PromptState]:
+    """The state of the prompt: what comes before the probe at the first precision, the probe at each."""
+    state, offset, logits = shared_state(model), probe_offset(len(input_ids)), {}
+    for bits in precisions:
+        kept = {cache_argument(model): DynamicCache(config=model.config)}
+        for ids, precision in ((input_ids[:offset], precisions[0]), (input_ids[offset:], bits)):
+            if len(ids):
+                state.set_uniform(precision)
+                output = model(torch.tensor([list(ids)], device=model.device), use_cache=True, **kept)
+        logits[bits] = output.logits[0]
+    return [prompt_state(input_ids[offset:], logits.pop(precisions[0]), logits)]
 
 
 def _features(cache: DynamicCache) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -166,7 +166,9 @@ class Completion:
     """Seconds of the prefill forward that the row was part of, divided by its rows."""
     decode_seconds: float = 0.0
     """The row's share of the decode forwards it was part of: each forward's seconds divided by its rows (a
-    fork's: its own only)."""
+    fork's: its own only), and of its decision."""
+    decision_seconds: float = 0.0
+    """Of these, the row's share of the scheduler's decision."""
 
 
 @dataclass(frozen=True)

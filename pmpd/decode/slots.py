@@ -167,6 +167,18 @@ class SlotCache(Cache):
             self.keys[index][slot, :, : keys.shape[1]] = keys
             self.values[index][slot, :, : values.shape[1]] = values
 
+    def read_tokens(self, slots: Tensor, positions: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """A copy of the tokens at `positions` int64 [n] of `slots` int64 [n]: keys and values [n, L, H, D] of
+        each block of layers."""
+        return [(k[:, slots, :, positions], v[:, slots, :, positions]) for k, v in self._blocks]
+
+    @torch.inference_mode()
+    def write_tokens(self, slots: Tensor, positions: Tensor, kept: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """What `read_tokens` gave, back in its place."""
+        for (keys, values), (own_keys, own_values) in zip(self._blocks, kept, strict=True):
+            keys[:, slots, :, positions] = own_keys
+            values[:, slots, :, positions] = own_values
+
     def mean_features(self, slot: int, length: int) -> tuple[Tensor, Tensor]:
         """KV features of one prompt: the last layer's keys and values averaged over KV heads, float32
         [length, D] each."""

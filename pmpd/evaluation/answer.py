@@ -246,6 +246,7 @@ class Generator:
             "decision_scores": None if scores is None else scores.tolist(),
             "prefill_seconds": completion.prefill_seconds,
             "decode_seconds": completion.decode_seconds,
+            "decision_seconds": completion.decision_seconds,
         }
 
 

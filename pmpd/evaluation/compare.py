@@ -215,7 +215,7 @@ UNIFORM_KINDS = ("uniform", "uniform_prefill")
 BASE_KINDS = ("fp", *UNIFORM_KINDS)
 """Kinds of run that mix no precisions in decoding."""
 
-KINDS = (*BASE_KINDS, "static", "kv_cache", "confidence", "random", "oracle")
+KINDS = (*BASE_KINDS, "static", "kv_cache", "regression", "confidence", "random", "oracle")
 """The order of tables and legends."""
 
 

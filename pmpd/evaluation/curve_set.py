@@ -13,8 +13,9 @@ from typing import Any
 import numpy as np
 
 from pmpd.errors import UserError
-from pmpd.schedulers.base import STATISTICS
+from pmpd.schedulers.base import STATISTICS, PromptState
 from pmpd.schedulers.chain import check_chain
+from pmpd.schedulers.loss_model import feature_names, prompt_features
 
 LABEL_COLUMNS = ("prompt_id", "prompt_tokens", "prompt_state", "curves", "error")
 """Of LABELS, what a `CurveSet` is made from."""
@@ -139,7 +140,8 @@ def curve_set(
     chain = check_chain(chains.pop())
     longest = max(len(row["curves"][0]["divergence"]) for row in rows)
     shape = (len(rows), len(chain), longest)
-    loss, statistics = np.zeros(shape), {name: np.zeros(shape) for name in STATISTICS}
+    held = [name for name in STATISTICS if name in rows[0]["curves"][0]]
+    loss, statistics = np.zeros(shape), {name: np.zeros(shape) for name in held}
     valid = np.zeros((len(rows), longest), dtype=bool)
     for n, row in enumerate(rows):
         for c, curve in enumerate(row["curves"]):
@@ -149,11 +151,7 @@ def curve_set(
                 table[n, c, :m] = curve[name]
     names_of_groups = sorted({str(groups[row["prompt_id"]]) for row in rows})
     number = {name: index for index, name in enumerate(names_of_groups)}
-    states = [row["prompt_state"] for row in rows]
-    names = tuple(sorted(states[0]))
-    features = [[state[name] for name in names] for state in states]
-    probes = [[curve["probe_divergence"] for curve in row["curves"][1:]] for row in rows]
-    lengths = np.log([row["prompt_tokens"] for row in rows])
+    states = [state_of(row) for row in rows]
     return CurveSet(
         keys=tuple(row["prompt_id"] for row in rows),
         groups=np.asarray([number[str(groups[row["prompt_id"]])] for row in rows]),
@@ -162,10 +160,16 @@ def curve_set(
         loss=loss,
         valid=valid,
         statistics=statistics,
-        start={name: np.asarray([state[f"last_{name}"] for state in states]) for name in STARTS},
-        features=np.column_stack([np.asarray(features), np.log(np.asarray(probes) + 1e-4), lengths]),
-        feature_names=(*names, *(f"probe_{bits}" for bits in chain[1:]), "log_length"),
+        start={name: np.asarray([state.values[f"last_{name}"] for state in states]) for name in STARTS},
+        features=prompt_features(states, [row["prompt_tokens"] for row in rows], chain),
+        feature_names=feature_names(chain),
     )
+
+
+def state_of(row: Mapping[str, Any]) -> PromptState:
+    """Of a row of LABELS by a teacher-forced rule."""
+    probes = {curve["bits"]: curve["probe_divergence"] for curve in row["curves"][1:]}
+    return PromptState(row["prompt_state"], probes)
 
 
 def folds(curves: CurveSet, count: int, seed: int) -> np.ndarray:

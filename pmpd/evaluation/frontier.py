@@ -5,7 +5,6 @@ Legend: N prompts, C precisions, M decode forwards, P plans, G points of the fro
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,21 +15,6 @@ import numpy as np
 from pmpd.errors import UserError
 from pmpd.evaluation.curve_set import Outcome
 from pmpd.metrics.bootstrap import bootstrap_weights, interval
-from pmpd.schedulers.chain import chain_bits
-
-GRID = 12
-"""Steps that a static plan's switch points are multiples of: M / GRID."""
-
-
-def static_plans(chain: Sequence[int], forwards: int, grid: int = GRID) -> np.ndarray:
-    """All progressive plans whose pairs switch at multiples of M / grid: int [P, M], places in the chain,
-    without doubles."""
-    points = np.unique(np.round(np.linspace(0, forwards, grid + 1)).astype(int))
-    steps = np.asarray(list(itertools.combinations_with_replacement(points, len(chain) - 1)))
-    forward = np.arange(1, forwards + 1)
-    bits = np.stack([chain_bits(chain, steps, np.full(len(steps), t)) for t in forward], axis=1)
-    place = {width: index for index, width in enumerate(chain)}
-    return np.unique(np.vectorize(place.__getitem__)(bits), axis=0)
 
 
 def lower_hull(bits: np.ndarray, loss: np.ndarray) -> np.ndarray:

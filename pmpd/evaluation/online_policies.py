@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from pmpd.evaluation.curve_set import CurveSet, Outcome
-from pmpd.evaluation.policies import MULTIPLIERS, Policy, hull_mix, ridge
+from pmpd.evaluation.policies import MULTIPLIERS, Policy, hull_mix
+from pmpd.schedulers.loss_model import ridge
 
 QUANTILES = (0.2, 0.4, 0.6, 0.8, 0.95)
 """Of the doubt on the training prompts: where thresholds are tried."""
@@ -106,7 +107,8 @@ class NextLoss:
     """Regression of the next forward's loss at each precision on what a decode has seen so far. `place` = the
     precision that the newest token came from, whose statistics these are."""
 
-    models: tuple[object, ...]
+    models: tuple[tuple[np.ndarray, np.ndarray], ...]
+    """Weights and intercept of each."""
     means: np.ndarray
     deviations: np.ndarray
     scales: np.ndarray
@@ -123,9 +125,9 @@ class NextLoss:
         models, scales = [], []
         for x, y in examples:
             points = (x - means) / deviations
-            model = ridge(points, np.log(y + 1e-4))
-            models.append(model)
-            scales.append(y.mean(0) / np.exp(model(points)).mean(0))
+            weights, intercept = ridge(points, np.log(y + 1e-4))
+            models.append((weights, intercept))
+            scales.append(y.mean(0) / np.exp(points @ weights + intercept).mean(0))
         return NextLoss(tuple(models), means, deviations, np.stack(scales))
 
     def predict(self, signals: np.ndarray, place: np.ndarray) -> np.ndarray:
@@ -133,8 +135,8 @@ class NextLoss:
         points = (signals - self.means) / self.deviations
         every = np.stack(
             [
-                np.exp(model(points)) * scale  # type: ignore[operator]
-                for model, scale in zip(self.models, self.scales, strict=True)
+                np.exp(points @ weights + intercept) * scale
+                for (weights, intercept), scale in zip(self.models, self.scales, strict=True)
             ]
         )
         return every[place, np.arange(len(signals))]

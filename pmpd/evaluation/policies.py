@@ -16,17 +16,16 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from pmpd.evaluation.curve_set import CurveSet, Outcome
-from pmpd.evaluation.frontier import lower_hull, mix_for, static_plans
+from pmpd.evaluation.frontier import lower_hull, mix_for
+from pmpd.schedulers.chain import static_plans
+from pmpd.schedulers.loss_model import LossModel, cheapest, feature_names, plan_losses, segment_means
 
 Policy = Callable[[CurveSet, CurveSet, Sequence[float], int], list[Outcome]]
 
 MULTIPLIERS = np.geomspace(1e-5, 1e2, 120)
 """Nats a bit, tried in turn."""
 
-SEGMENTS = 4
 CLUSTERS = 6
-RIDGE = 10.0
-"""Penalty of the regression, on standardised features."""
 
 
 def hull_mix(
@@ -118,7 +117,7 @@ def choices_by_prediction(
     def chosen(part: CurveSet) -> np.ndarray:  # [N, K]
         costs = predicted(part, plans)
         weights = part.plan_tables(plans)[1] if hindsight else nominal
-        return np.stack([(costs + each * weights).argmin(1) for each in MULTIPLIERS], axis=1)
+        return np.stack([cheapest(costs, weights, each) for each in MULTIPLIERS], axis=1)
 
     # by bits alone, not by the loss on the prompts that the prediction was fitted to
     _, bits = train.plan_tables(plans)
@@ -223,63 +222,25 @@ def nearest(points: np.ndarray, centres: np.ndarray) -> np.ndarray:
 # ---- Regression of the loss curve
 
 
-def ridge(x: np.ndarray, y: np.ndarray, penalty: float = RIDGE) -> Callable[[np.ndarray], np.ndarray]:
-    """Linear regression of y [N, K] on standardised x [N, F], with an intercept that is not penalised."""
-    mean = y.mean(0)
-    weights = np.linalg.solve(x.T @ x + penalty * np.eye(x.shape[1]), x.T @ (y - mean))
-    return lambda points: points @ weights + mean
-
-
-def segment_of(forwards: int) -> np.ndarray:
-    """The segment of each decode forward: int [M]."""
-    return np.minimum(np.arange(forwards) * SEGMENTS // forwards, SEGMENTS - 1)
-
-
-def segment_means(curves: CurveSet) -> np.ndarray:
-    """Mean loss at each precision over each segment of the decode: [N, C, S]; of a segment that the reference
-    does not reach, the whole decode's."""
-    at = segment_of(curves.loss.shape[2])
-    whole = curves.loss.sum(2) / curves.forwards[:, None]
-    parts = []
-    for s in range(SEGMENTS):
-        count = curves.valid[:, at == s].sum(1)[:, None]
-        mean = curves.loss[:, :, at == s].sum(2) / np.maximum(count, 1)
-        parts.append(np.where(count > 0, mean, whole))
-    return np.stack(parts, axis=2)
-
-
-def features_of(curves: CurveSet, probes: str) -> np.ndarray:
-    """The features [N, F'] of prompts that were probed at "all" lower precisions, at the "lowest" one, or at
-    "none"."""
-    probed = [f"probe_{bits}" for bits in curves.chain[1:]]
-    without = {"all": [], "lowest": probed[:-1], "none": probed}[probes]
+def features_of(curves: CurveSet, features: str) -> np.ndarray:
+    """All features but the probes that `features`, one of `schedulers.loss_model.FEATURES`, does not take:
+    [N, F]."""
+    without = {f"probe_{bits}" for bits in curves.chain} - set(feature_names(curves.chain, features))
     return curves.features[:, [name not in without for name in curves.feature_names]]
 
 
-def regression_prediction(train: CurveSet, probes: str = "all") -> Prediction:
-    """The loss curve, by precision and segment, regressed on the prompt's features (in logarithms, and
-    brought back to the right mean); the plan per prompt by the prediction."""
-    own = features_of(train, probes)
-    x, _ = standardised(own, own)
-    y = segment_means(train)
-    model = ridge(x, np.log(y + 1e-4).reshape(len(train), -1))
-    scale = y.mean(0) / np.exp(model(x)).reshape(y.shape).mean(0)
-
-    def predicted(part: CurveSet, plans: np.ndarray) -> np.ndarray:
-        _, points = standardised(own, features_of(part, probes))
-        curve = np.exp(model(points)).reshape(-1, *y.shape[1:]) * scale  # [N, C, S]
-        along = curve[:, :, segment_of(plans.shape[1])]  # [N, C, M]
-        chosen = plans[:, None, :] == np.arange(len(part.chain))[None, :, None]
-        return along.reshape(len(part), -1) @ chosen.reshape(len(plans), -1).T
-
-    return predicted
+def regression_prediction(train: CurveSet, features: str = "probes") -> Prediction:
+    """The loss curve, by precision and segment, regressed on the prompt's features; the plan per prompt by
+    the prediction. As the scheduler `regression` does it."""
+    model = LossModel.fit(features_of(train, features), segment_means(train.loss, train.valid))
+    return lambda part, plans: plan_losses(model.predict(features_of(part, features)), plans)
 
 
 def regression(
-    train: CurveSet, test: CurveSet, targets: Sequence[float], seed: int, probes: str = "all"
+    train: CurveSet, test: CurveSet, targets: Sequence[float], seed: int, features: str = "probes"
 ) -> list[Outcome]:
     """The plan per prompt by `regression_prediction`."""
-    return by_prediction(train, test, targets, regression_prediction(train, probes))
+    return by_prediction(train, test, targets, regression_prediction(train, features))
 
 
 POLICIES: dict[str, Policy] = {
@@ -288,8 +249,8 @@ POLICIES: dict[str, Policy] = {
     "static per kind": per_kind,
     "static per cluster": per_cluster,
     "regression": regression,
-    "regression, one probe": functools.partial(regression, probes="lowest"),
-    "regression, no probe": functools.partial(regression, probes="none"),
+    "regression, one probe": functools.partial(regression, features="one_probe"),
+    "regression, no probe": functools.partial(regression, features="no_probe"),
 }
 """What is compared with `static`, by name. A program may add more."""
 

@@ -32,7 +32,7 @@ from pmpd.metrics.base import (
     mean_statistic,
 )
 from pmpd.metrics.bootstrap import bootstrap_weights, interval
-from pmpd.metrics.precision import average_bits, decode_forwards
+from pmpd.metrics.precision import average_bits, decision_share, decode_forwards
 
 
 @dataclass(frozen=True)
@@ -197,6 +197,7 @@ def _costs(
         "average_bits_high": high,
         **_times("decode_time_ratio", comparison, total, comparison.high_bits or 0),
         **_times("decode_time_ratio_16", comparison, total, 16),
+        "decision_share": decision_share(run.rows[key] for key in pairs),
         "error_rows": sum(turn in (None, key[2]) for key in run.errors),
         "unpaired_rows": answered - len(keys),
     }

@@ -23,21 +23,12 @@ from torch import Tensor
 from pmpd.decode.engine import Engine
 from pmpd.decode.forced import GivenTokens, forward_given
 from pmpd.decode.precision import token_statistics
+from pmpd.decode.prompt_state import LOGIT_BYTES, PROBE_TOKENS, divergence, probe_offset, prompt_states
 from pmpd.model import PMPDForCausalLM
 from pmpd.schedulers.base import STATISTICS
 
-PROBE_TOKENS = 32
-"""Last tokens of the prompt that the prompt's state is taken from; a shorter prompt is a shorter probe."""
-
-LOGIT_BYTES = {"cpu": 2**28, "cuda": 2**32}
-"""Memory that the distributions of a batch may take, by device."""
-
 BATCH_TOKENS = {"cpu": 4096, "cuda": 2**15}
 """Tokens of one forward, about, by device."""
-
-STATE = ("loss", "entropy", "margin", "last_entropy", "last_margin")
-"""What is known of a prompt after its prefill at the highest precision: mean negative log likelihood of the
-probe's tokens, mean entropy and top-1 margin behind them, and both behind the last token alone."""
 
 
 @dataclass(frozen=True)
@@ -62,15 +53,9 @@ class ForcedRow:
     key: str
     curves: tuple[Curve, ...]
     state: Mapping[str, float]
-    """`STATE` -> value."""
+    """`PROMPT_VALUES` -> value."""
     features: tuple[np.ndarray, np.ndarray]
     """KV features after the prefill: keys and values float16 [T, D]."""
-
-
-def divergence(target_logits: Tensor, logits: Tensor) -> Tensor:
-    """KL(target, other) of distributions given as logits [n, V]: float32 [n], nats."""
-    target, other = target_logits.float().log_softmax(-1), logits.float().log_softmax(-1)
-    return (target.exp() * (target - other)).sum(-1).clamp_min(0)
 
 
 def plan_loss(curves: Mapping[int, np.ndarray], bits: np.ndarray) -> float:
@@ -139,25 +124,14 @@ def _forced_batch(
     targets: Sequence[Tensor],
     precisions: Sequence[int],
 ) -> Iterator[ForcedRow]:
-    high, *lower = precisions
-    probes, before = [], []
-    for slot, key in enumerate(keys):
-        ids = list(prompts[key])
-        offset = max(0, len(ids) - PROBE_TOKENS)
-        probes.append(GivenTokens(slot, offset, ids[offset:], len(ids) - offset))
-        if offset:
-            before.append(GivenTokens(slot, 0, ids[:offset]))
+    before = [
+        GivenTokens(slot, 0, list(prompts[key])[: probe_offset(len(prompts[key]))])
+        for slot, key in enumerate(keys)
+        if probe_offset(len(prompts[key]))
+    ]
     if before:
-        forward_given(engine, before, high)
-    low_logits = {bits: forward_given(engine, probes, bits) for bits in lower}
-    # the highest last: it leaves the prompt in the cache as a prefill does
-    high_logits = forward_given(engine, probes, high)
-    states = [_state(logits, probe.ids) for logits, probe in zip(high_logits, probes, strict=True)]
-    probed = {
-        bits: [float(divergence(a, b).mean()) for a, b in zip(high_logits, logits, strict=True)]
-        for bits, logits in low_logits.items()
-    }
-    del low_logits, high_logits
+        forward_given(engine, before, precisions[0])
+    states = prompt_states(engine, [(slot, prompts[key]) for slot, key in enumerate(keys)], precisions)
     features = [engine.cache.mean_features(slot, len(prompts[key])) for slot, key in enumerate(keys)]
     given = [
         GivenTokens(slot, len(prompts[key]), references[key][:-1], len(references[key]) - 1)
@@ -166,11 +140,11 @@ def _forced_batch(
     curves: list[list[Curve]] = [[] for _ in keys]
     for bits in precisions:
         for row, logits in enumerate(forward_given(engine, given, bits)):
-            probe = probed[bits][row] if bits != high else None
+            probe = states[row].probes.get(bits)
             curves[row].append(_curve(bits, targets[row], logits, references[keys[row]][1:], probe))
     for row, key in enumerate(keys):
         halves = tuple(part.half().cpu().numpy() for part in features[row])
-        yield ForcedRow(key, tuple(curves[row]), states[row], (halves[0], halves[1]))
+        yield ForcedRow(key, tuple(curves[row]), states[row].values, (halves[0], halves[1]))
 
 
 def _curve(
@@ -184,19 +158,6 @@ def _curve(
         logits.argmax(-1).cpu().numpy() == np.asarray(next_tokens),
         probe,
     )
-
-
-def _state(logits: Tensor, ids: Sequence[int]) -> dict[str, float]:
-    """`STATE` of a probe: its tokens `ids` and the logits [P, V] after them."""
-    table = token_statistics(("entropy", "margin"), logits)
-    loss = 0.0
-    if len(ids) > 1:
-        seen = torch.tensor(list(ids[1:]), device=logits.device)
-        loss = float(torch.nn.functional.cross_entropy(logits[:-1].float(), seen))
-    entropy, margin = table.mean(0).tolist()
-    last_entropy, last_margin = table[-1].tolist()
-    values = (loss, entropy, margin, last_entropy, last_margin)
-    return dict(zip(STATE, values, strict=True))
 
 
 @torch.inference_mode()

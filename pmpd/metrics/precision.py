@@ -110,3 +110,10 @@ def speed_model(rows: Iterable[Row]) -> SpeedModel:
 
 def mean_bits(rows: Iterable[Row]) -> float:
     return average_bits(sum((decode_forwards(row["precision_trace"]) for row in rows), Counter())) or 0.0
+
+
+def decision_share(rows: Iterable[Row]) -> float | None:
+    """Share of the measured decode seconds that the scheduler's decisions took; None where no row says."""
+    known = [row for row in rows if row.get("decision_seconds") is not None and row.get("decode_seconds")]
+    total = sum(row["decode_seconds"] for row in known)
+    return sum(row["decision_seconds"] for row in known) / total if total else None

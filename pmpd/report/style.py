@@ -40,6 +40,7 @@ KINDS: dict[str, Kind] = {
     "uniform_prefill": Kind("uniform, high prefill", "#7570b3", "v"),
     "static": Kind("static", "#56b4e9", "o"),
     "kv_cache": Kind("learned (kv_cache)", "#d55e00", "D"),
+    "regression": Kind("learned (regression)", "#882255", "d"),
     "confidence": Kind("confidence", "#009e73", "^"),
     "random": Kind("random", "#cc79a7", "X"),
     "oracle": Kind("oracle (hindsight)", "#e69f00", "*"),

@@ -185,7 +185,7 @@ def subject(rows: Sequence[ScoreRow], metric: Metric) -> ScoreRow | None:
     best static plan."""
     by_kind = {row["kind"]: row for row in reversed(rows) if row["average_bits"] is not None}
     others = [kind for kind in by_kind if kind not in (*BASE_KINDS, "static", "oracle", "random")]
-    for kind in ("kv_cache", "confidence", *others):
+    for kind in ("kv_cache", "regression", "confidence", *others):
         if kind in by_kind:
             return by_kind[kind]
     return best_static(rows, metric) or by_kind.get("random")
@@ -307,7 +307,7 @@ def runs_table(
             cell(f"{row['value']:.4f}", (f"{row['low']:.3f} to {row['high']:.3f}", "ci")),
             cell(*_difference_lines(row, metric)),
             cell(*_difference_lines(row, metric, "nearest_"), *([(nearest, "ci")] if nearest else [])),
-            _time_cell(row, "decode_time_ratio"),
+            _time_cell(row, "decode_time_ratio", *_decisions(row)),
             _time_cell(row, "decode_time_ratio_16"),
             cell(number(None if run.name not in exact else 100 * exact[run.name], 0, " %")),
             cell(f"{100 * _ended(comparison, run):.0f} %"),
@@ -330,11 +330,21 @@ def runs_table(
     return Table(titles, lines, note)
 
 
-def _time_cell(row: ScoreRow, name: str) -> Cell:
+def _time_cell(row: ScoreRow, name: str, *more: tuple[str, str]) -> Cell:
     value, low, high = (row.get(name + end) for end in ("", "_low", "_high"))
     if value is None or low is None or high is None:
-        return cell(number(value, 2, "×"))
-    return cell(number(value, 2, "×"), (f"{low:.2f} to {high:.2f}", "ci"))
+        return cell(number(value, 2, "×"), *more)
+    return cell(number(value, 2, "×"), (f"{low:.2f} to {high:.2f}", "ci"), *more)
+
+
+TOLD_SHARE = 0.005
+"""Of the decode seconds: decisions that took less are not worth a line."""
+
+
+def _decisions(row: ScoreRow) -> list[tuple[str, str]]:
+    """What the scheduler's decisions took, which the speed model knows nothing of."""
+    share = row.get("decision_share") or 0.0
+    return [(f"and {share:.0%} for decisions", "ci")] if share >= TOLD_SHARE else []
 
 
 def speed_caveat(comparison: Comparison) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pmpd.schedulers import budget, confidence, kv_cache, online, random, static
+from pmpd.schedulers import budget, confidence, kv_cache, online, random, regression, static
 from pmpd.schedulers.base import SCHEDULERS, Scheduler, SchedulerEntry
 
 __all__ = ["SCHEDULERS", "Scheduler", "SchedulerEntry"]
@@ -14,4 +14,5 @@ SCHEDULERS.update(
     kv_cache=kv_cache.ENTRY,
     online=online.ENTRY,
     budget=budget.ENTRY,
+    regression=regression.ENTRY,
 )

@@ -91,6 +91,32 @@ def read_local(path: str) -> bytes | None:
     return Path(path).read_bytes() if Path(path).is_file() else None
 
 
+def reader(folder: str) -> Callable[[str], bytes | None]:
+    """What reads the files of `folder`. Local ones need no pyarrow, which is only there where tables are."""
+    if "://" not in folder:
+        return read_local
+    from pmpd.storage.files import read_bytes
+
+    return read_bytes
+
+
+def locate(folder: str | Path, read: Callable[[str], bytes | None]) -> tuple[str, bytes | None]:
+    """An artefact's own folder (`folder`, or the `scheduler/` in it) and its config.json, None where there is
+    none."""
+    folder = str(folder).rstrip("/")
+    content = read(f"{folder}/scheduler/config.json")
+    return (folder, read(f"{folder}/config.json")) if content is None else (f"{folder}/scheduler", content)
+
+
+def architecture(folder: str | Path) -> str | None:
+    """What kind of artefact a folder says it holds; None where it does not say."""
+    _, content = locate(folder, reader(str(folder)))
+    try:
+        return None if content is None else json.loads(content).get("architecture")
+    except (ValueError, AttributeError):
+        return None
+
+
 def load_artefact(
     folder: str | Path,
     pairs: Sequence[tuple[int, int]],
@@ -108,12 +134,7 @@ def load_artefact(
     URIs. Raises ValueError, with the reason, where the folder, a file, a pair, a tensor or the model does not
     fit.
     """
-    folder = str(folder).rstrip("/")
-    content = read(f"{folder}/scheduler/config.json")
-    if content is not None:
-        folder += "/scheduler"
-    else:
-        content = read(f"{folder}/config.json")
+    folder, content = locate(folder, read)
     if content is not None:
         config = _config(content, f"{folder}/config.json")
         missing = [pair for pair in pairs if pair not in config.pairs]
@@ -159,13 +180,14 @@ def check_fit(
                 f"{what} {given}: the classifiers in {source} have {what} {own}; they were trained for "
                 f"another model"
             )
-    if (
-        None not in (model_fingerprint, config.model_fingerprint)
-        and model_fingerprint != config.model_fingerprint
-    ):
+    check_fingerprint(config.model_fingerprint, source, model_fingerprint)
+
+
+def check_fingerprint(own: str | None, source: str, model_fingerprint: str | None) -> None:
+    """ValueError where the artefact was trained on labels of another model (None: not known)."""
+    if None not in (model_fingerprint, own) and model_fingerprint != own:
         raise UserError(
-            f"{source}: trained on labels of the model {config.model_fingerprint}, this model is "
-            f"{model_fingerprint}; "
+            f"{source}: trained on labels of the model {own}, this model is {model_fingerprint}; "
             "label and train with this model"
         )
 
@@ -174,6 +196,8 @@ def _config(content: bytes, source: str) -> ArtefactConfig:
     try:
         raw = json.loads(content)
         described = {key: raw.get(key) for key in ("architecture", "version")}
+        if described["architecture"] == "regression":
+            raise UserError("it describes a regression; use --schedulers regression")
         if described != {"architecture": "kv_cache", "version": ARTEFACT_VERSION}:
             raise UserError(
                 f"it describes {described}, this version reads 'kv_cache' version {ARTEFACT_VERSION}"

@@ -30,9 +30,27 @@ STATISTICS = ("top_probability", "margin", "entropy")
 probability; the largest minus the second largest; the entropy in nats. Of the model's own logits, whatever
 sampling does with them."""
 
+PROMPT_VALUES = ("loss", "entropy", "margin", "last_entropy", "last_margin")
+"""What is known of a prompt after its prefill: mean negative log likelihood of its last tokens, mean entropy
+and top-1 margin behind them, and both behind the last token alone."""
+
 UNUSED_OPTIONS = ("max_new_tokens", "dropout_prob")
 """Published options that nothing here needs: each row has its own number of new tokens, and dropout acts in
 training only."""
+
+
+@dataclass(frozen=True)
+class PromptState:
+    """What the model says of a prompt (`pmpd.decode.prompt_state`)."""
+
+    values: Mapping[str, float]
+    """`PROMPT_VALUES` -> value."""
+    probes: Mapping[int, float]
+    """Lower precision -> mean divergence of the same tokens from the highest precision, nats."""
+
+
+def _no_prompts(precisions: Sequence[int]) -> Sequence[PromptState]:
+    raise NotImplementedError("no model tells the states of these prompts")
 
 
 @dataclass
@@ -48,6 +66,9 @@ class PrefillState:
     right, and the valid lengths int64 [B], all on the model's device."""
     statistics: Mapping[str, np.ndarray] = field(default_factory=dict)
     """Of the newest token: the `statistics` that the scheduler asks for, each float32 [B]."""
+    prompts: Callable[[Sequence[int]], Sequence[PromptState]] = _no_prompts
+    """The state of each row's prompt, computed when called: by one forward over its last tokens at each of
+    the precisions given, of which the first is the one that is described, the others are probed."""
 
 
 @dataclass

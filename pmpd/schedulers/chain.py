@@ -21,6 +21,9 @@ FRACTIONS = (0.0, 1 / 3, 2 / 3, 1.0)
 """Share of the decode forwards that run at the high precision, per class."""
 
 
+GRID = 12
+"""Steps that a plan's switch points are multiples of: a twelfth of the decode forwards."""
+
 NEVER = 2**30
 """A number of steps that no decode reaches."""
 
@@ -83,3 +86,19 @@ def chain_bits(chain: Sequence[int], switch_steps: np.ndarray, step: np.ndarray)
     """
     passed = np.logical_and.accumulate(switch_steps < step[:, None], axis=1)
     return np.asarray(chain)[passed.sum(axis=1)]
+
+
+def static_plans(chain: Sequence[int], forwards: int, grid: int = GRID) -> np.ndarray:
+    """All progressive plans whose pairs switch at multiples of M / grid: int [P, M], places in the chain,
+    without doubles; the first one never switches."""
+    points = np.unique(np.round(np.linspace(0, forwards, grid + 1)).astype(int))
+    steps = np.asarray(list(itertools.combinations_with_replacement(points, len(chain) - 1)))
+    forward = np.arange(1, forwards + 1)
+    bits = np.stack([chain_bits(chain, steps, np.full(len(steps), t)) for t in forward], axis=1)
+    place = {width: index for index, width in enumerate(chain)}
+    return np.unique(np.vectorize(place.__getitem__)(bits), axis=0)
+
+
+def plan_steps(plans: np.ndarray, pairs: int) -> np.ndarray:
+    """`switch_steps` int32 [P, J] of progressive plans int [P, M], places in the chain."""
+    return (plans[:, :, None] <= np.arange(pairs)).sum(1).astype(np.int32)

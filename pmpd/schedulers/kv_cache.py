@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from pmpd.errors import UserError
-from pmpd.schedulers.artefact import check_fit, load_artefact, read_local
+from pmpd.schedulers.artefact import check_fit, load_artefact, reader
 from pmpd.schedulers.base import PrefillState, SchedulerEntry
 from pmpd.schedulers.chain import FRACTIONS, NUM_CLASSES, class_steps
 from pmpd.schedulers.random import ClassScheduler
@@ -60,7 +60,7 @@ class KVCacheScheduler(ClassScheduler):
             dim=dim,
             num_heads=num_heads,
             model_fingerprint=model_fingerprint,
-            read=_reader(self.save_dir),
+            read=reader(self.save_dir),
         )
         if self.artefact.config.outputs not in self.outputs:
             raise UserError(
@@ -138,15 +138,6 @@ class KVCacheScheduler(ClassScheduler):
             "labels_fingerprint": config.labels_fingerprint,
             "model_fingerprint": config.model_fingerprint,
         }
-
-
-def _reader(folder: str) -> Callable[[str], bytes | None]:
-    """Local files need no pyarrow, which is only there where tables are."""
-    if "://" not in folder:
-        return read_local
-    from pmpd.storage.files import read_bytes
-
-    return read_bytes
 
 
 ENTRY = SchedulerEntry(

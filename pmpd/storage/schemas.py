@@ -218,7 +218,8 @@ GENERATIONS = table_schema(
         ("classes", pa.list_(pa.int8())),  # switch class per pair, null for schedulers that decide no class
         ("decision_scores", pa.list_(pa.list_(pa.float32()))),  # logits per pair and class
         ("prefill_seconds", pa.float32()),
-        ("decode_seconds", pa.float32()),
+        ("decode_seconds", pa.float32()),  # the decision included
+        ("decision_seconds", pa.float32()),  # of these, what the scheduler's decision took
         (
             "forward_seconds",
             pa.list_(
@@ -316,5 +317,6 @@ SCORES = table_schema(
         ("decode_time_ratio_16", pa.float64()),  # to the unquantized model
         ("decode_time_ratio_16_low", pa.float64()),
         ("decode_time_ratio_16_high", pa.float64()),
+        ("decision_share", pa.float64()),  # of the measured decode seconds: decisions; null: not measured
     ],
 )

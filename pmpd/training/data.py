@@ -26,6 +26,15 @@ NO_LABEL = -1
 # ------------------------------------------------------------------------------------------------------------
 
 
+def splits_of(ids: Sequence[str], config: TrainConfig) -> np.ndarray:
+    """Index into SPLITS of each prompt, int64 [N]: from (seed, prompt_id) and the shares alone."""
+    draws = [
+        int.from_bytes(hashlib.sha256(f"split/{config.seed}/{key}".encode()).digest()[:8], "big") / 2**64
+        for key in ids
+    ]
+    return np.searchsorted(np.cumsum(config.split_shares)[:-1], np.asarray(draws), side="right")
+
+
 @dataclass(frozen=True)
 class Labels:
     """Ids and labels of all usable rows, ordered by id: what the plan of the training is made from."""
@@ -49,12 +58,8 @@ class Labels:
         return hashlib.sha256("\n".join([str(self.pairs), *lines]).encode()).hexdigest()[:16]
 
     def splits(self, config: TrainConfig) -> np.ndarray:
-        """Index into SPLITS per row, int64 [N]: by prompt, from (seed, prompt_id) and the shares alone."""
-        draws = [
-            int.from_bytes(hashlib.sha256(f"split/{config.seed}/{key}".encode()).digest()[:8], "big") / 2**64
-            for key in self.ids
-        ]
-        return np.searchsorted(np.cumsum(config.split_shares)[:-1], np.asarray(draws), side="right")
+        """Index into SPLITS per row, int64 [N]."""
+        return splits_of(self.ids, config)
 
     def rows(self, pair: int, config: TrainConfig) -> dict[str, np.ndarray]:
         """Split → rows that have a label for the pair at this position. ValueError where there is nothing to

@@ -65,7 +65,8 @@ class GenerateJob:
     prefill_bit: int | None = None
     """Precision of the prefill; default the highest of the chain."""
     classifier_path: str | None = None
-    """kv_cache, budget: folder written by pmpd train; default the embedded demo's."""
+    """kv_cache, budget, regression: folder written by pmpd train; default the embedded demo's. Of a
+    regression, the default sweep has `regression` in the place of `kv_cache`."""
     confidence_threshold: float = 0.7
     """confidence: top probability that counts as sure."""
     confidence_patience: int = 2

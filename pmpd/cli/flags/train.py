@@ -1,8 +1,9 @@
-"""Fit the KV-cache scheduler to labels: `pmpd train` after `pmpd label`."""
+"""Fit a learned scheduler to labels: `pmpd train` after `pmpd label`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import tyro
 
@@ -11,7 +12,8 @@ from pmpd.training.config import TrainConfig
 
 @dataclass(frozen=True)
 class TrainJob:
-    """Fit one classifier per pair of the precision chain to a labels dataset."""
+    """Fit a learned scheduler to a labels dataset: a regression of what each precision loses, or a classifier
+    of the KV cache for each pair of the precision chain."""
 
     data_path: str = "results/label"
     """Labels dataset, the --output-dir of pmpd label, or a .pt file of labelled prompts, as the published
@@ -19,6 +21,13 @@ class TrainJob:
     output_dir: str = "results/train"
     """Gets `scheduler/` (the artefact) and `runs/` (checkpoints). The same command goes on where it
     stopped."""
+    scheduler: Literal["auto", "regression", "kv_cache"] = "auto"
+    """What is trained. auto: the regression where the labels are by divergence (pmpd label --rule kl), unless
+    --objective loss or --tune ask for classifiers; else the classifiers."""
+    features: Literal["probes", "one_probe", "no_probe"] = "one_probe"
+    """regression: what it knows of a prompt beside loss, entropy and margin of its last 32 tokens and its
+    length: how far every lower precision is from the highest on these tokens, the lowest one only, or none.
+    Each costs one forward over them per prompt."""
     precisions: str | None = None
     """Precision chain, e.g. 4,3,2; default: every pair in the labels."""
     num_workers: int = 1
@@ -29,8 +38,8 @@ class TrainJob:
     """Search learning rate, epochs, accumulation, weight decay and dropout with so many trials first; 0 = as
     given."""
     target_bits: float | None = None
-    """Calibrate on the validation prompts for so many bits on average: what the scheduler `budget` then
-    keeps to."""
+    """Calibrate on the validation prompts for so many bits on average, which the scheduler `regression` then
+    keeps to (default: midway between the two highest precisions), or `budget`."""
     again_path: str | None = None
     """The --output-dir of another `pmpd label` of the same records (another --seed or --dtype, a space
     before the text): how far the two agree says what accuracy a classifier can have at most."""

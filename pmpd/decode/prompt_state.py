@@ -1,0 +1,101 @@
+"""What the model says of a prompt after its prefill: how likely the last tokens were, how sure it is behind
+them, and how far a lower precision is from the highest there. Labels and schedulers know prompts by these
+numbers.
+
+Legend: n tokens, P probe tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from pmpd.decode.decoder import Decoder
+from pmpd.decode.forced import GivenTokens, forward_given
+from pmpd.decode.precision import token_statistics
+from pmpd.schedulers.base import PROMPT_VALUES, PromptState
+
+PROBE_TOKENS = 32
+"""Last tokens of the prompt that its state is taken from; a shorter prompt is a shorter probe."""
+
+LOGIT_BYTES = {"cpu": 2**28, "cuda": 2**32}
+"""Memory that the distributions of a batch may take, by device."""
+
+
+def divergence(target_logits: Tensor, logits: Tensor) -> Tensor:
+    """KL(target, other) of distributions given as logits [n, V]: float32 [n], nats."""
+    target, other = target_logits.float().log_softmax(-1), logits.float().log_softmax(-1)
+    return (target.exp() * (target - other)).sum(-1).clamp_min(0)
+
+
+def probe_offset(prompt_tokens: int) -> int:
+    """Position of the first probe token."""
+    return max(0, prompt_tokens - PROBE_TOKENS)
+
+
+def prompt_state(ids: Sequence[int], logits: Tensor, lower: Mapping[int, Tensor]) -> PromptState:
+    """The state of a prompt from its probe's tokens `ids` and the logits [P, V] after them, at the highest
+    precision and at lower ones."""
+    table = token_statistics(("entropy", "margin"), logits)
+    loss = 0.0
+    if len(ids) > 1:
+        seen = torch.tensor(list(ids[1:]), device=logits.device)
+        loss = float(torch.nn.functional.cross_entropy(logits[:-1].float(), seen))
+    entropy, margin = table.mean(0).tolist()
+    last_entropy, last_margin = table[-1].tolist()
+    values = dict(zip(PROMPT_VALUES, (loss, entropy, margin, last_entropy, last_margin), strict=True))
+    return PromptState(values, {bits: float(divergence(logits, low).mean()) for bits, low in lower.items()})
+
+
+def prompt_states(
+    engine: Decoder, prompts: Sequence[tuple[int, Sequence[int]]], precisions: Sequence[int]
+) -> list[PromptState]:
+    """The states of prompts (slot, tokens), whose tokens before the probe are in their slots already.
+    `precisions`: the one whose state it is, which the slots hold their prompts at afterwards; then those to
+    probe.
+
+    Each precision takes one forward over the probes.
+    """
+    high, *lower = precisions
+    found: list[PromptState] = []
+    for part in _batches(prompts, engine, len(precisions)):
+        probes = []
+        for slot, ids in part:
+            offset = probe_offset(len(ids))
+            probes.append(GivenTokens(slot, offset, list(ids[offset:]), len(ids) - offset))
+        low_logits = {bits: forward_given(engine, probes, bits) for bits in lower}
+        # the highest last: it leaves the prompt in the cache as a prefill does
+        high_logits = forward_given(engine, probes, high)
+        for row, (probe, logits) in enumerate(zip(probes, high_logits, strict=True)):
+            found.append(
+                prompt_state(probe.ids, logits, {bits: low[row] for bits, low in low_logits.items()})
+            )
+    return found
+
+
+def _batches(
+    prompts: Sequence[tuple[int, Sequence[int]]], engine: Decoder, forwards: int
+) -> Iterator[Sequence[tuple[int, Sequence[int]]]]:
+    most = LOGIT_BYTES.get(engine.device.type, LOGIT_BYTES["cpu"])
+    rows = max(1, most // (4 * engine.vocabulary * PROBE_TOKENS * forwards))
+    for start in range(0, len(prompts), rows):
+        yield prompts[start : start + rows]
+
+
+@torch.inference_mode()
+def look_back(
+    engine: Decoder, prompts: Sequence[tuple[int, Sequence[int]]], precisions: Sequence[int]
+) -> list[PromptState]:
+    """As `prompt_states`, of prompts that are in their slots as a whole and stay there as they are."""
+    slots = [slot for slot, ids in prompts for _ in ids[probe_offset(len(ids)) :]]
+    positions = [at for _, ids in prompts for at in range(probe_offset(len(ids)), len(ids))]
+    at_slots, at_positions = (
+        torch.tensor(part, dtype=torch.int64, device=engine.device) for part in (slots, positions)
+    )
+    kept = engine.cache.read_tokens(at_slots, at_positions)
+    try:
+        return prompt_states(engine, prompts, precisions)
+    finally:
+        engine.cache.write_tokens(at_slots, at_positions, kept)

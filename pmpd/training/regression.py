@@ -1,0 +1,171 @@
+"""Fit the scheduler `regression` to labels by divergence, calibrate it for bits on average, and say on
+held-out prompts what it gains over static plans at equal bits. Linear algebra of milliseconds; no Ray, no
+model.
+
+Legend: N prompts, M decode forwards of the longest reference, P plans.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pmpd.errors import UserError
+from pmpd.evaluation.curve_set import LABEL_COLUMNS, CurveSet, curve_set
+from pmpd.evaluation.frontier import Resampling, StaticFrontier, gain_of, table
+from pmpd.evaluation.policies import features_of, static
+from pmpd.schedulers.chain import static_plans
+from pmpd.schedulers.loss_model import LossModel, plan_losses, segment_means
+from pmpd.schedulers.regression import Calibration, RegressionConfig, artefact_files, calibrate, choose
+from pmpd.training.config import SPLITS, TrainConfig
+from pmpd.training.data import splits_of, usable
+
+COLUMNS = (*LABEL_COLUMNS, "pairs")
+"""Of LABELS, what is read."""
+
+STEP = 1 / 8
+"""Bits between two targets that an artefact is calibrated for."""
+
+SHOWN = 1 / 4
+"""Bits between two targets that are judged on the test prompts."""
+
+RESAMPLES = 2000
+FRONTIER_POINTS = 41
+
+
+def read_curves(labels: pa.Table, chain: Sequence[int] | None = None) -> CurveSet:
+    """The labelled prompts, each a group of its own; `chain`: of these precisions only.
+
+    UserError where the labels hold no curves, or none of the chain; its highest precision must be theirs,
+    which the prompts were prefilled at.
+    """
+    found = usable(labels)
+    if not len(found) or found["curves"].null_count:
+        raise UserError(
+            "these labels hold no curves; label with `pmpd label --rule kl`, or --scheduler kv_cache"
+        )
+    rows = found.select([name for name in LABEL_COLUMNS if name != "curves"]).to_pylist()
+    for row, curves in zip(rows, _divergences(found["curves"]), strict=True):
+        row["curves"] = curves
+    held = tuple(curve["bits"] for curve in rows[0]["curves"])
+    wanted = held if chain is None else tuple(chain)
+    if wanted[0] != held[0] or not set(wanted) <= set(held):
+        raise UserError(
+            f"--precisions {','.join(map(str, wanted))}: the labels are of {list(held)}; a regression takes "
+            f"their highest precision and any of the others"
+        )
+    for row in rows:
+        row["curves"] = [curve for curve in row["curves"] if curve["bits"] in wanted]
+    ids = {row["prompt_id"]: row["prompt_id"] for row in rows}
+    return curve_set(rows, ids, dict.fromkeys(ids, 0))
+
+
+def _divergences(curves: pa.ChunkedArray) -> list[list[dict[str, Any]]]:
+    """Of each row's curves the bits, the divergence and the probe: the statistics are most of the numbers,
+    and nobody needs them here."""
+    found = []
+    for chunk in curves.chunks:
+        struct = chunk.flatten()
+        names = ("bits", "divergence", "probe_divergence")
+        slim = pa.StructArray.from_arrays([struct.field(name) for name in names], names)
+        lengths = chunk.value_lengths().to_numpy(zero_copy_only=False)
+        rows, at = slim.to_pylist(), 0
+        for length in lengths.tolist():
+            found.append(rows[at : at + length])
+            at += length
+    return found
+
+
+def ladder(chain: Sequence[int], target_bits: float) -> list[float]:
+    """The targets that an artefact is calibrated for: every `STEP` of the chain, and the given one."""
+    steps = np.arange(chain[-1], chain[0] + STEP / 2, STEP).tolist()
+    return sorted({*steps, target_bits})
+
+
+def default_target(chain: Sequence[int]) -> float:
+    """Midway between the two highest precisions: near the quality of the highest."""
+    return (chain[0] + chain[1]) / 2
+
+
+@dataclass(frozen=True)
+class Fitted:
+    config: RegressionConfig
+    model: LossModel
+    judged: list[dict[str, Any]]
+    """Rows of `evaluation.frontier.table` on the test prompts; [] where there are too few."""
+    counts: dict[str, int]
+    """Prompts by split."""
+
+    @property
+    def calibration(self) -> Calibration:
+        return self.config.calibration(self.config.target_bits, "")
+
+    def files(self) -> dict[str, bytes]:
+        """File name -> content of the `scheduler/` folder, `config.json` last."""
+        files = artefact_files(self.config, self.model)
+        finishing = files.pop("config.json")
+        metrics = {"prompts": self.counts, "test": self.judged}
+        return {
+            **files,
+            "metrics.json": (json.dumps(metrics, indent=1) + "\n").encode(),
+            "config.json": finishing,
+        }
+
+
+def fit_regression(
+    curves: CurveSet,
+    config: TrainConfig,
+    *,
+    features: str = "one_probe",
+    target_bits: float | None = None,
+    model_fingerprint: str | None = None,
+    labels_fingerprint: str | None = None,
+) -> Fitted:
+    """Fit on the training prompts, calibrate on the validation prompts, judge on the test prompts (the split
+    is that of the classifiers). UserError for a target outside of the chain, or where a split is empty."""
+    chain = curves.chain
+    target = default_target(chain) if target_bits is None else float(target_bits)
+    if not chain[-1] <= target <= chain[0]:
+        raise UserError(f"--target-bits {target:g}: the chain {list(chain)} has {chain[-1]} to {chain[0]}")
+    places = splits_of(curves.keys, config)
+    train, validation, test = (curves.take(np.nonzero(places == split)[0]) for split in range(len(SPLITS)))
+    for name, part in (("train", train), ("validation", validation)):
+        if not len(part):
+            raise UserError(
+                f"{len(curves)} labelled prompts leave the {name} split empty; label more prompts (some "
+                f"hundreds at least)"
+            )
+    model = LossModel.fit(features_of(train, features), segment_means(train.loss, train.valid))
+    plans = static_plans(chain, curves.loss.shape[2])
+    bits = curves.widths[plans].sum(1)
+
+    def predicted(part: CurveSet) -> np.ndarray:
+        return plan_losses(model.predict(features_of(part, features)), plans)
+
+    losses, (_, taken) = predicted(validation), validation.plan_tables(plans)
+    calibrations = tuple(
+        calibrate(losses, bits, taken, validation.forwards, validation.keys, each)
+        for each in ladder(chain, target)
+    )
+    split = {"seed": config.seed, "split_shares": config.split_shares}
+    about = RegressionConfig(
+        chain, features, target, calibrations, len(validation), model_fingerprint, labels_fingerprint, split
+    )
+    judged = []
+    if len(test) > 1:
+        resampling = Resampling.of(test.groups, RESAMPLES, config.seed)
+        budgets = np.linspace(chain[-1], chain[0], FRONTIER_POINTS).tolist()
+        frontier = StaticFrontier(static(train, test, budgets, config.seed), resampling)
+        costs, gains = predicted(test), []
+        for each in calibrations:
+            if each.target_bits == target or (each.target_bits - chain[-1]) % SHOWN == 0:
+                chosen = choose(costs, bits, test.keys, each)
+                gains.append(gain_of("regression", test.outcome(plans[chosen]), frontier, each.target_bits))
+        judged = table(gains, [gain.p for gain in gains], {})
+    counts = dict(zip(SPLITS, (len(train), len(validation), len(test)), strict=True))
+    return Fitted(about, model, judged, counts)

@@ -1,0 +1,487 @@
+"""The scheduler `regression`: what it knows of a prompt is what its labels knew, and its plan is the
+study's."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+
+from pmpd import PMPDForCausalLM, Scheduler, storage
+from pmpd.cli.flags.generate import GenerateJob
+from pmpd.cli.flags.label import LabelJob
+from pmpd.cli.flags.train import TrainJob
+from pmpd.cli.generate import main as generate
+from pmpd.cli.generate import scheduler_names
+from pmpd.cli.label import main as label
+from pmpd.cli.train import main as train
+from pmpd.cli.train import wants_regression
+from pmpd.decode import oracle
+from pmpd.decode.engine import Engine
+from pmpd.decode.forced import GivenTokens, forward_given
+from pmpd.decode.prompt_state import PROBE_TOKENS, look_back
+from pmpd.decode.requests import Request
+from pmpd.evaluation.curve_set import CurveSet, state_of
+from pmpd.evaluation.policies import MULTIPLIERS, choices_by_prediction, regression_prediction
+from pmpd.evaluation.results import read_generations
+from pmpd.labeling.curves import curves_columns, forced_rows
+from pmpd.schedulers.base import Decision, PrefillState, PromptState
+from pmpd.schedulers.budget import TOLERANCE
+from pmpd.schedulers.chain import static_plans
+from pmpd.schedulers.kv_cache import KVCacheScheduler
+from pmpd.schedulers.loss_model import (
+    FEATURES,
+    LossModel,
+    feature_names,
+    plan_losses,
+    prompt_features,
+    segment_means,
+)
+from pmpd.schedulers.regression import (
+    Calibration,
+    RegressionConfig,
+    RegressionScheduler,
+    artefact_files,
+    calibrate,
+    choose,
+    plans_of,
+)
+from pmpd.schedulers.static import StaticScheduler
+from pmpd.training.config import TrainConfig
+from pmpd.training.data import Labels, splits_of
+from pmpd.training.regression import fit_regression
+from tests.test_engine import random_prompts
+from tests.test_frontier import CHAIN, FORWARDS, made_up
+
+MODEL = "0123456789abcdef"
+
+
+@pytest.fixture(scope="module")
+def texts():
+    """Prompts shorter than the probe (one of a single token) and longer, and references."""
+    prompts, references = random_prompts(7, 60, seed=4), random_prompts(7, 12, seed=5)
+    keys = [f"{index:016x}" for index in range(7)]
+    assert max(map(len, prompts)) > PROBE_TOKENS
+    return dict(zip(keys, prompts, strict=True)), {
+        key: [3, *ids, 4] for key, ids in zip(keys, references, strict=True)
+    }
+
+
+def known_prompts(prompts: int = 300, seed: int = 0) -> CurveSet:
+    """Made-up curves whose loss a prompt's entropy tells, with features under their real names."""
+    curves = made_up(prompts, seed, kind_effect=0.5)
+    rng = np.random.default_rng(seed)
+    states = [
+        PromptState(
+            {name: float(rng.normal()) for name in ("loss", "margin", "last_entropy", "last_margin")}
+            | {"entropy": float(kind + 0.3 * rng.normal())},
+            {bits: float(rng.gamma(2.0)) for bits in CHAIN[1:]},
+        )
+        for kind in curves.kinds
+    ]
+    lengths = rng.integers(5, 200, prompts)
+    features = prompt_features(states, lengths.tolist(), CHAIN)
+    return replace(curves, features=features, feature_names=feature_names(CHAIN))
+
+
+def states_of(curves: CurveSet) -> list[PromptState]:
+    """The states that these features are of."""
+    table = {name: curves.features[:, i].tolist() for i, name in enumerate(curves.feature_names)}
+    return [
+        PromptState(
+            {name: values[row] for name, values in table.items() if not name.startswith(("probe", "log"))},
+            {bits: float(np.exp(table[f"probe_{bits}"][row]) - 1e-4) for bits in CHAIN[1:]},
+        )
+        for row in range(len(curves))
+    ]
+
+
+def written(folder: Path, model: LossModel, calibrations: tuple[Calibration, ...], features: str) -> Path:
+    config = RegressionConfig(CHAIN, features, calibrations[0].target_bits, calibrations, 9, MODEL, "labels")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, content in artefact_files(config, model).items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+def decided(scheduler: RegressionScheduler, curves: CurveSet) -> np.ndarray:
+    """Switch steps of every prompt for answers as long as the longest reference."""
+    states = states_of(curves)
+    lengths = np.exp(curves.features[:, -1]).round().astype(int).tolist()
+    tokens = [curves.loss.shape[2] + 1] * len(curves)
+    state = PrefillState(
+        curves.keys, tokens, lengths, lambda: pytest.fail("no cache"), prompts=lambda _: states
+    )
+    return scheduler.begin(state).switch_steps
+
+
+# ---- What is known of a prompt
+
+
+class Spy(StaticScheduler):
+    """A static plan that looks at the prompts first."""
+
+    def __init__(self, precisions, high_bit_steps, looks: bool = True) -> None:
+        super().__init__(precisions, high_bit_steps)
+        self.seen: dict[str, PromptState] = {}
+        self.looks = looks
+
+    def begin(self, state: PrefillState) -> Decision:
+        if self.looks:
+            self.seen |= zip(state.keys, state.prompts(self.precisions), strict=True)
+        return super().begin(state)
+
+
+def as_numbers(state: PromptState) -> list[float]:
+    return [*(state.values[name] for name in sorted(state.values)), *(state.probes[bits] for bits in (3, 2))]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "mistral", "opt"])
+@pytest.mark.parametrize("slots", [1, 3, 16])
+def test_the_numbers_of_a_prompt_are_the_same_in_labels_and_decode(
+    anyprec_model, dense_folder, texts, architecture, slots
+):
+    prompts, references = texts
+    model = anyprec_model(architecture)
+    unquantized = PMPDForCausalLM(dense_folder(architecture), kernel="reference").eval()
+    labelled = {
+        row.key: state_of(curves_columns(row))
+        for row in forced_rows(model, unquantized, prompts, references, CHAIN)
+    }
+    spy = Spy(CHAIN, 2)
+    engine = Engine(model.model, slots=slots, max_length=80)
+    requests = [Request(key, ids, 6) for key, ids in prompts.items()]
+    assert all(c.error is None for c in engine.run(requests, spy, 4, ()))
+    for key, ids in prompts.items():
+        np.testing.assert_allclose(as_numbers(spy.seen[key]), as_numbers(labelled[key]), rtol=2e-4, atol=2e-6)
+        plain = Spy(CHAIN, 2)
+        oracle.decode(model.model, ids, 2, 4, (), plain, key=key)
+        np.testing.assert_allclose(
+            as_numbers(plain.seen[key]), as_numbers(labelled[key]), rtol=2e-4, atol=2e-6
+        )
+    values = np.asarray([as_numbers(state) for state in labelled.values()])
+    assert (values.std(0) > 0).all(), "prompts differ in every number"
+
+
+def test_looking_back_changes_nothing(anyprec_model, texts):
+    """Probes overwrite the end of a prompt in its slot: what was there comes back, bit by bit. The prefill is
+    at another precision than what is looked at last, which would leave its own there."""
+    prompts, _ = texts
+    model = anyprec_model()
+    found = {}
+    for looks in (False, True):
+        engine = Engine(model.model, slots=3, max_length=80)
+        requests = [Request(key, ids, 12, want_prefix=True) for key, ids in prompts.items()]
+        found[looks] = {c.key: c for c in engine.run(requests, Spy(CHAIN, 4, looks), 3, ())}
+    for key, completion in found[True].items():
+        other = found[False][key]
+        assert completion.tokens == other.tokens
+        for layers in zip(completion.prefix.layers, other.prefix.layers, strict=True):
+            assert all(torch.equal(a, b) for a, b in zip(*layers, strict=True))
+
+
+def test_prompts_are_looked_at_in_parts_that_fit_the_memory(anyprec_model, texts, monkeypatch):
+    prompts, _ = texts
+    model = anyprec_model()
+    engine = Engine(model.model, slots=7, max_length=80)
+    rows = list(enumerate(prompts.values()))
+    forward_given(engine, [GivenTokens(slot, 0, ids) for slot, ids in rows], 4)
+    whole = [as_numbers(state) for state in look_back(engine, rows, CHAIN)]
+    monkeypatch.setattr("pmpd.decode.prompt_state.LOGIT_BYTES", {"cpu": 1})
+    np.testing.assert_allclose(
+        [as_numbers(s) for s in look_back(engine, rows, CHAIN)], whole, rtol=2e-4, atol=2e-6
+    )
+
+
+def test_a_decision_is_counted_in_the_decode_time(anyprec_model, texts):
+    prompts, _ = texts
+    engine = Engine(anyprec_model().model, slots=3, max_length=80)
+    requests = [Request(key, ids, 6) for key, ids in prompts.items()]
+    for completion in engine.run(requests, Spy(CHAIN, 2), 4, ()):
+        assert 0 < completion.decision_seconds < completion.decode_seconds
+    (planned,) = engine.run([replace(requests[0], switch_steps=(0, 0))], Spy(CHAIN, 2), 4, ())
+    assert planned.decision_seconds == 0, "a row with a plan has no decision"
+
+
+# ---- The plan
+
+
+@pytest.mark.parametrize("features", FEATURES)
+def test_the_plan_is_that_of_the_study(tmp_path, features):
+    """Fitted to the same prompts, scheduler and policy choose the same plan for every held-out prompt."""
+    curves = known_prompts()
+    fitted, held_out = curves.take(np.arange(200)), curves.take(np.arange(200, 300))
+    ((first, second, _),) = choices_by_prediction(
+        fitted, held_out, [2.6], regression_prediction(fitted, features)
+    )
+    names = feature_names(CHAIN, features)
+    own = fitted.features[:, [fitted.feature_names.index(name) for name in names]]
+    model = LossModel.fit(own, segment_means(fitted.loss, fitted.valid))
+    _, steps, _ = plans_of(CHAIN, FORWARDS)
+    found = []
+    for index, multiplier in enumerate(MULTIPLIERS):
+        folder = written(
+            tmp_path / str(index), model, (Calibration(2.6, multiplier, 0, 0, 2.6, True),), features
+        )
+        found.append(decided(RegressionScheduler(CHAIN, folder), held_out))
+    for plans in (first, second):
+        assert any(np.array_equal(steps[plans], each) for each in found), (
+            "no multiplier gives the policy's plans"
+        )
+    assert len(np.unique(steps[first], axis=0)) > 1, "prompts have plans of their own"
+
+
+def test_a_plan_never_rises_and_any_number_of_tokens_has_one(tmp_path):
+    curves = known_prompts()
+    fitted = fit_regression(curves, TrainConfig(), target_bits=2.75)
+    folder = tmp_path / "it"
+    folder.mkdir()
+    for name, content in fitted.files().items():
+        (folder / name).write_bytes(content)
+    scheduler = RegressionScheduler(CHAIN, folder)
+    states = states_of(curves)[:6]
+    tokens = [1, 2, 3, 7, 64, 300]
+    state = PrefillState(curves.keys[:6], tokens, [9] * 6, lambda: None, prompts=lambda _: states)
+    steps = scheduler.begin(state).switch_steps
+    assert (np.diff(steps, axis=1) >= 0).all()
+    assert (steps <= np.maximum(1, np.asarray(tokens) - 1)[:, None]).all()
+
+
+def test_a_prompt_without_finite_numbers_never_switches(tmp_path):
+    curves = known_prompts()
+    folder = written(
+        tmp_path,
+        fit_regression(curves, TrainConfig()).model,
+        (Calibration(2, 1e6, 1e6, 0, 2, True),),
+        "one_probe",
+    )
+    states = states_of(curves)[:2]
+    states[1] = replace(states[1], probes={3: float("nan"), 2: float("nan")})
+    state = PrefillState(curves.keys[:2], [9, 9], [5, 5], lambda: None, prompts=lambda _: states)
+    steps = RegressionScheduler(CHAIN, folder).begin(state).switch_steps
+    assert steps[0].tolist() == [0, 0]
+    assert steps[1].tolist() == [8, 8]
+
+
+# ---- Bits on average
+
+
+def test_the_target_is_reached_on_the_validation_prompts():
+    curves = known_prompts(600)
+    for target in (2.3, 2.75, 3.2, 3.9):
+        fitted = fit_regression(curves, TrainConfig(), target_bits=target)
+        assert fitted.calibration.reached
+        assert abs(fitted.calibration.bits - target) <= TOLERANCE
+        rows = np.nonzero(splits_of(curves.keys, TrainConfig()) == 1)[0]
+        assert fitted.config.prompts == len(rows)
+        assert sum(fitted.counts.values()) == len(curves)
+    assert {each.target_bits for each in fitted.config.calibrations} >= {2.0, 2.125, 3.0, 3.9, 4.0}
+    with pytest.raises(ValueError, match="has 2 to 4"):
+        fit_regression(curves, TrainConfig(), target_bits=4.5)
+    with pytest.raises(ValueError, match="split empty"):
+        fit_regression(curves.take(np.arange(1)), TrainConfig())
+
+
+def test_prompts_that_are_all_alike_share_two_plans_by_their_keys():
+    """Everybody changes the plan at the same multiplier: no single one meets a target between."""
+    plans = static_plans(CHAIN, FORWARDS)
+    bits = np.asarray(CHAIN, float)[plans].sum(1)
+    losses = np.tile(
+        plan_losses(np.broadcast_to(np.asarray([0.1, 0.2, 2.0])[:, None], (1, 3, 4)), plans), (400, 1)
+    )
+    taken, forwards = np.tile(bits, (400, 1)), np.full(400, float(FORWARDS))
+    keys = [f"{i:016x}" for i in range(400)]
+    found = calibrate(losses, bits, taken, forwards, keys, 2.4)
+    assert 0 < found.share < 1
+    assert found.reached
+    chosen = choose(losses, bits, keys, found)
+    assert sorted(set((bits[chosen] / FORWARDS).tolist())) == [2.0, 3.0]
+    again = choose(losses[:7], bits, keys[:7], found)
+    assert np.array_equal(chosen[:7], again), "a row's plan depends on its key alone"
+
+
+# ---- The artefact
+
+
+@pytest.fixture(scope="module")
+def labels(dense_folder, anyprec_folder, tmp_path_factory):
+    """Output folder of `pmpd label --rule kl`, and the models."""
+    folder = tmp_path_factory.mktemp("labels")
+    texts = folder / "texts.jsonl"
+    lines = [
+        f"Lobster number {i} is blue{'!' * (i % 7)}. It lives in {i * i} metres of water." for i in range(60)
+    ]
+    texts.write_text("".join(json.dumps({"text": line * 3}) + "\n" for line in lines))
+    models = str(anyprec_folder()), str(dense_folder())
+    job = LabelJob(
+        model_path=models[0],
+        reference_model_path=models[1],
+        dataset=str(texts),
+        size=60,
+        max_new_tokens=14,
+        max_prompt_tokens=60,
+        rule="kl",
+        output_dir=str(folder / "label"),
+        kernel="reference",
+        num_workers=0,
+    )
+    label(job, Console(quiet=True))
+    return folder / "label", models
+
+
+CONFIG = TrainConfig(split_shares=(0.6, 0.2, 0.2))
+
+
+@pytest.fixture(scope="module")
+def artefact(labels, tmp_path_factory):
+    """What `pmpd train` makes of these labels by itself."""
+    folder = tmp_path_factory.mktemp("train")
+    metrics = train(TrainJob(str(labels[0]), str(folder), target_bits=2.75, training=CONFIG))
+    assert sum(metrics["prompts"].values()) > 40
+    assert [row["target_bits"] for row in metrics["test"]] == [2, 2.25, 2.5, 2.75, 3, 3.25, 3.5, 3.75, 4]
+    return folder / "scheduler"
+
+
+def test_labels_by_divergence_train_the_regression_unless_told_otherwise(labels):
+    losses = Labels(("a",), ((4, 3),), np.zeros((1, 1), int), np.zeros((1, 1, 4), np.float32))
+    classes = replace(losses, losses=None)
+    assert wants_regression(TrainJob(), losses)
+    assert not wants_regression(TrainJob(), classes)
+    assert not wants_regression(TrainJob(scheduler="kv_cache"), losses)
+    assert not wants_regression(TrainJob(training=TrainConfig(objective="loss")), losses)
+    assert not wants_regression(TrainJob(tune=3), losses)
+    assert not wants_regression(TrainJob(again_path="other"), losses)
+    with pytest.raises(ValueError, match="--tune is of the classifiers"):
+        wants_regression(TrainJob(scheduler="regression", tune=3), losses)
+
+
+def test_a_loaded_artefact_decides_as_before(artefact, labels):
+    table = storage.read_table(
+        str(labels[0] / "labels"), ["prompt_id", "prompt_tokens", "prompt_state", "curves"]
+    )
+    rows = table.slice(0, 20).to_pylist()
+    states = [state_of(row) for row in rows]
+    keys, lengths = [row["prompt_id"] for row in rows], [row["prompt_tokens"] for row in rows]
+    state = PrefillState(keys, [15] * 20, lengths, lambda: None, prompts=lambda _: states)
+    scheduler = RegressionScheduler(CHAIN, artefact.parent)  # finds the scheduler/ in it
+    assert scheduler.looks_at == (4, 2)
+    model = scheduler.artefact.model
+    features = prompt_features(states, lengths, CHAIN, "one_probe")
+    plans, steps, bits = plans_of(CHAIN, 14)
+    wanted = steps[choose(plan_losses(model.predict(features), plans), bits, keys, scheduler.calibration)]
+    assert np.array_equal(scheduler.begin(state).switch_steps, wanted)
+    other = Scheduler.get_scheduler(
+        "regression", precisions=[4, 3, 2], save_dir=str(artefact), target_bits=2.5
+    )
+    assert other.describe()["target_bits"] == 2.5
+    assert other.describe()["regression_fingerprint"] == scheduler.describe()["regression_fingerprint"]
+
+
+def test_rows_of_a_batch_decide_as_they_do_alone(artefact, labels, texts):
+    model = PMPDForCausalLM(labels[1][0], kernel="reference").eval()
+    scheduler = RegressionScheduler(CHAIN, artefact)
+    prompts, _ = texts
+    requests = [Request(key, ids, 20) for key, ids in prompts.items()]
+
+    def plans(slots: int) -> dict[str, tuple[int, ...]]:
+        engine = Engine(model.model, slots=slots, max_length=90)
+        return {c.key: c.switch_steps for c in engine.run(requests, scheduler, 4, ())}
+
+    alone = plans(1)
+    assert plans(7) == alone
+    assert len(set(alone.values())) > 1
+    for key, ids in prompts.items():
+        assert (
+            tuple(oracle.decode(model.model, ids, 20, 4, (), scheduler, key=key).switch_steps) == alone[key]
+        )
+
+
+@pytest.mark.parametrize("kernel", [None, "dense"])
+def test_every_kernel_decides_alike(artefact, labels, texts, kernel):
+    """The written-out forward of CPUs among them."""
+    scheduler = RegressionScheduler(CHAIN, artefact)
+    prompts, _ = texts
+    requests = [Request(key, ids, 20) for key, ids in prompts.items()]
+    found = []
+    for name in ("reference", kernel):
+        model = PMPDForCausalLM(labels[1][0], kernel=name, dtype=torch.float32).eval()
+        engine = Engine(model.model, slots=4, max_length=90)
+        found.append({c.key: c.switch_steps for c in engine.run(requests, scheduler, 4, ())})
+    assert found[0] == found[1]
+
+
+def test_what_does_not_fit_is_refused(artefact, tmp_path):
+    scheduler = RegressionScheduler(CHAIN, artefact)
+    own = scheduler.artefact.config.model_fingerprint
+    scheduler.check_model(own, 1, 1)
+    with pytest.raises(ValueError, match="trained on labels of the model"):
+        scheduler.check_model(MODEL, 1, 1)
+    with pytest.raises(ValueError, match=r"chain \[4, 3, 2\], not for \[4, 3\]"):
+        RegressionScheduler([4, 3], artefact)
+    with pytest.raises(ValueError, match=r"calibrated for 2, 2\.125"):
+        RegressionScheduler(CHAIN, artefact, target_bits=2.6)
+    with pytest.raises(ValueError, match="use --schedulers regression"):
+        KVCacheScheduler(CHAIN, save_dir=artefact)
+    with pytest.raises(ValueError, match="use --schedulers kv_cache"):
+        RegressionScheduler(CHAIN, Path(KVCacheScheduler(CHAIN).save_dir))
+    with pytest.raises(ValueError, match=r"no config\.json"):
+        RegressionScheduler(CHAIN, tmp_path)
+    copy = tmp_path / "copy"
+    shutil.copytree(artefact, copy)
+    (copy / "regression.safetensors").write_bytes((copy / "regression.safetensors").read_bytes()[:-9])
+    with pytest.raises(ValueError, match="damaged"):
+        RegressionScheduler(CHAIN, copy)
+    (copy / "regression.safetensors").unlink()
+    with pytest.raises(ValueError, match="missing"):
+        RegressionScheduler(CHAIN, copy)
+
+
+def test_training_again_leaves_nothing_of_the_training_before(labels, tmp_path):
+    job = TrainJob(str(labels[0]), str(tmp_path), training=CONFIG)
+    (tmp_path / "scheduler").mkdir()
+    for name in ("classifier_4_3.safetensors", "tune.json", "learning_curves.png", "mine.txt"):
+        (tmp_path / "scheduler" / name).write_text("old")
+    train(job)
+    names = {path.name for path in (tmp_path / "scheduler").iterdir()}
+    assert names == {"config.json", "metrics.json", "regression.safetensors", "mine.txt"}
+    first = (tmp_path / "scheduler" / "config.json").read_bytes()
+    train(job)
+    assert (tmp_path / "scheduler" / "config.json").read_bytes() == first
+    with pytest.raises(ValueError, match="takes their highest precision"):
+        train(replace(job, precisions="3,2"))
+
+
+def test_the_demo_answers_under_its_regression(tmp_path):
+    questions = tmp_path / "q.jsonl"
+    questions.write_text('{"id": "1", "category": "c", "turns": ["The old lighthouse stood", "And then?"]}\n')
+    job = GenerateJob(
+        question_file=str(questions),
+        schedulers="uniform,regression",
+        scheduler_options='{"regression": {"target_bits": 2.75}}',
+        max_new_tokens=8,
+        output_dir=str(tmp_path / "out"),
+        num_workers=0,
+    )
+    folder = generate(job, Console(quiet=True))
+    rows = [row for _, _, found in read_generations(folder) for row in found if row["kind"] == "regression"]
+    assert [row["error"] for row in rows] == [None, None]
+    assert {row["run"] for row in rows} == {"regression-2.75"}
+    assert json.loads(rows[0]["scheduler"])["features"] == "one_probe"
+    assert all(0 < row["decision_seconds"] < row["decode_seconds"] for row in rows)
+
+
+def test_the_default_sweep_takes_what_the_folder_holds(artefact):
+    names = scheduler_names(GenerateJob(classifier_path=str(artefact)), "reference_output")
+    assert "regression" in names
+    assert "kv_cache" not in names
+    assert "kv_cache" in scheduler_names(GenerateJob(), "reference_output")
+    asked = GenerateJob(classifier_path=str(artefact), schedulers="fp,kv_cache")
+    assert scheduler_names(asked, "reference_output") == ["fp", "kv_cache"], (
+        "what was asked for is not replaced"
+    )
