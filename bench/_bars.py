@@ -23,7 +23,7 @@ PROMISED_SHARE = {
 }  # fmt: skip
 """On an H100; on an H200 14336x4096 is promised 0.80."""
 
-OURS = ("bits", "digits", "halves", "clusters")
+OURS = ("bits", "digits", "halves", "clusters", "teams")
 """How our contenders' names begin."""
 
 

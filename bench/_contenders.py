@@ -109,8 +109,8 @@ def contenders(
         chosen = plain._cut((bits,) * tokens)  # as measured, else by the rules
         if chosen is not None:
             yield said(chosen), cut_calls(clones(plain, weight_bytes), x, chosen)
-    elif plain is not None and plain.route(tokens, bits) == "clusters":
-        yield "clusters", [lambda m=m: m.multiply(x, bits, "clusters") for m in clones(plain, weight_bytes)]
+    elif plain is not None and (route := plain.route(tokens, bits)) in ("teams", "clusters"):
+        yield route, [lambda m=m, r=route: m.multiply(x, bits, r) for m in clones(plain, weight_bytes)]
     theirs = any_precision()
     if theirs is not None and tokens <= 8:
         planes = [packed.planes.clone() for _ in range(max(2, int(ROTATE_BYTES / packed.planes.nbytes)))]

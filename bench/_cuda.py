@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from bench import _bars, _clusters, _record, _step_cuts, _timing
+from bench import _bars, _clusters, _record, _step_cuts, _team_cuts, _timing
 from bench._contenders import (
     ROTATE_BYTES,
     clones,
@@ -410,6 +410,7 @@ def write_settings(gpu: str, best: dict[str, dict[str, dict]], rows: list[dict])
     known = json.loads(path.read_text()) if path.is_file() else {}
     table = known | {"gpu": gpu} | {route: {**known.get(route, {}), **best[route]} for route in best}
     table["clusters"] = table.get("clusters", {}) | _clusters.best(rows, table["halves"])
+    table["teams"] = table.get("teams", {}) | _team_cuts.best(rows)
     path.write_text(json.dumps(table, indent=1) + "\n")
 
 
@@ -441,6 +442,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tune", action="store_true", help="cuts of the CUDA kernels, and nothing else")
     parser.add_argument("--models", nargs="+", default=["8B", "1.1B"], help="with --tune: whose steps")
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 2], help="with --tune: rows of a step")
+    parser.add_argument(
+        "--teams", action="store_true", help="with --tune: of teams_product, for 3 to 32 rows"
+    )
     parser.add_argument("--clusters", action="store_true", help="with --tune: cuts of halves.cu too")
     parser.add_argument("--write-settings", action="store_true", help="write the autotune table of this GPU")
     options = parser.parse_args(arguments)
@@ -470,8 +474,9 @@ def main(arguments: list[str] | None = None) -> None:
         time_gptq(device, bandwidth),
         time_kernels(device, bandwidth, shapes, tokens),
     )
+    of_steps = _team_cuts if options.teams else _step_cuts
     tuning = (
-        _step_cuts.tune(options.models, tuple(options.tokens), device, options.workers),
+        of_steps.tune(options.models, tuple(options.tokens), device, options.workers),
         time_clusters(device, bandwidth, shapes if options.clusters else {}, options.workers),
     )
     for part in tuning if options.tune else everything:

@@ -6,8 +6,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from bench._contenders import random_weights
 from pmpd import gpu
-from pmpd.kernels.cuda import emulation, halves
+from pmpd.kernels import triton
+from pmpd.kernels.cuda import emulation, halves, teams
 from pmpd.kernels.cuda.cut import BITS
 from pmpd.kernels.cuda.launch import Norm
 from pmpd.kernels.cuda.matrix import CudaMatrix, unavailable
@@ -218,3 +220,66 @@ def test_clusters_give_the_same_bits_a_thousand_times(tokens):
     eager = chain_of()
     assert eager.isfinite().all()
     assert_replays_equal(chain_of, eager)
+
+
+TEAMS = {  # octets: cuts for K = 1024: activations kept and changing, teams of several warps and of one
+    1: [(8, 2, 2, 1, 2, 2, 2), (8, 1, 3, 1, 2, 1, 1)],
+    2: [(16, 4, 2, 1, 1, 1, 1)],
+    4: [(8, 1, 2, 1, 2, 1, 1)],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_small_teams_write_only_their_rows(bits, dtype):
+    """For the sanitizer too: N fills no tile, an outlier of 3000 standard deviations."""
+    packed = packed_weights(1100, 1024, (2, 3, 4), bias=True)
+    matrix = CudaMatrix(packed, dtype)
+    for octets, cuts in TEAMS.items():
+        x = activations(8 * octets - 3, 1024, dtype=dtype, seed=bits)
+        x[:, 341] += 3000.0
+        for cut in cuts:
+            y = matrix.multiply_teams(x, bits, teams.TeamsCut(bits, octets, 4, *cut))
+            off = error(y, exact(packed, x, bits))
+            assert off < TOLERANCE[dtype] / 2, f"{octets} octets, {cut}: {off:.1e}"
+
+
+@pytest.mark.parametrize("held", [2, 4])
+@pytest.mark.parametrize("tokens", [8, 16])
+def test_teams_give_the_same_bits_a_thousand_times(tokens, held):
+    """12 products in a row, each reading what the one in front wrote, in a graph."""
+    packed = packed_weights(4096, 4096, (3,))
+    for table in packed.tables.values():
+        table.div_(table.float().std() * 64)  # sums of 4096 terms keep their size
+    matrices = [CudaMatrix(packed, torch.float16) for _ in range(12)]
+    cut = teams.TeamsCut(3, tokens // 8, 16, 16, 4, 2, 1, held, 1, 1)
+    x = activations(tokens, 4096)
+
+    def chain_of() -> torch.Tensor:
+        y = x
+        for matrix in matrices:
+            y = matrix.multiply_teams(y, 3, cut)
+        return y
+
+    eager = chain_of()
+    assert eager.isfinite().all()
+    assert_replays_equal(chain_of, eager)
+
+
+def test_every_cut_of_teams_in_the_table_gives_the_product():
+    table = triton.settings(gpu.device_name(CUDA)).get("teams", {})
+    if not table:
+        pytest.skip(f"the autotune table of {gpu.device_name(CUDA)} names no cut of teams")
+    shapes: dict[tuple[int, int], list[tuple[int, int]]] = {}
+    for key in table:
+        rows, columns, bits, tokens = map(int, key.split("x"))
+        shapes.setdefault((rows, columns), []).append((bits, tokens))
+    for (rows, columns), cases in shapes.items():
+        packed = random_weights(rows, columns, (4, 3, 2), 1, CUDA)
+        matrix = CudaMatrix(packed, torch.float16)
+        for bits, tokens in cases:
+            for m in (tokens, tokens // 2 + 1):
+                x = activations(m, columns, seed=m)
+                assert matrix.route(m, bits) == "teams"
+                off = error(matrix.multiply(x, bits), exact(packed, x, bits))
+                assert off < TOLERANCE[torch.float16] / 2, f"{rows}x{columns}, {bits} bits, {m}: {off:.1e}"

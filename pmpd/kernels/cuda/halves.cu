@@ -42,10 +42,11 @@ template <int BITS> DEVICE void selectors(const u32 (&p)[BITS], u32 (&octet)[4],
     }
     const u32 high = p[BITS - 3], middle = rotate_left(p[BITS - 2], 31), low = rotate_left(p[BITS - 1], 30);
     const u32 even = pick(high, middle, 0xAAAAAAAA), odd = pick(middle, high, 0xAAAAAAAA);
-    octet[0] = ((even & 0xCCCCCCCC) | (low & 0x22222222)) >> 1;
-    octet[1] = (odd & 0x66666666) | (low & 0x11111111);
-    octet[2] = rotate_left((even & 0x33333333) | (low & 0x88888888), 1);
-    octet[3] = rotate_left((odd & 0x99999999) | (low & 0x44444444), 2);
+    const u32 low_even = low & 0xAAAAAAAA, low_odd = low & 0x55555555;  // no bit where a nibble's fourth is
+    octet[0] = pick(even, low_even, 0xCCCCCCCC) >> 1;
+    octet[1] = pick(odd, low_odd, 0x66666666);
+    octet[2] = rotate_left(pick(even, low_even, 0x33333333), 1);
+    octet[3] = rotate_left(pick(odd, low_odd, 0x99999999), 2);
     if (BITS == 4) {
         which[0] = ((p[0] >> 1) & 0x44444444) | 0x32103210;
         which[1] = (p[0] & 0x44444444) | 0x32103210;
@@ -235,5 +236,143 @@ KERNEL(WARPS * ROWS * 32, BLOCKS) halves_product(const Arguments a) {
     if (count) {
         cluster_wait();
         finish(count - 1);
+    }
+}
+
+// The same for 3 to 32 tokens without clusters: SPLITS warps, a team, share the columns of a row block, warp s
+// of a team taking tiles s, s + SPLITS, ..., T of them. A block has TEAMS = WARPS / SPLITS teams; team q of
+// all takes row blocks q, q + teams, ... Activations lie in shared memory once for the block, the tiles of
+// PHASE steps of a team at a time: of all phases (HELD = PHASES), and teams never wait for each other behind
+// their first row block; or of two, the next one's on its way, and the block meets at each phase.
+//
+// A warp has a ring of SLOTS tiles that cp.async fills across row blocks: half of it before waiting for the
+// kernel in front, then turn by turn with the first phases' activations, which would have to queue behind
+// all of it.
+template <Type TYPE, int BITS, int OCTETS, int TILES, int WARPS, int SPLITS, int SLOTS, int PHASE, int HELD,
+          int BLOCKS>
+KERNEL(WARPS * 32, BLOCKS) teams_product(const Arguments a) {
+    constexpr int TEAMS = WARPS / SPLITS, T = (TILES + SPLITS - 1) / SPLITS;
+    constexpr int PHASES = (T + PHASE - 1) / PHASE, LAST = T - (PHASES - 1) * PHASE;
+    constexpr bool RAGGED = TILES % SPLITS != 0;  // some warps have no last tile
+    constexpr bool KEEPS = HELD == PHASES;
+    constexpr int EARLY = SLOTS / 2, WORDS = 1 << (BITS - 1);
+    constexpr int UNITS = PHASE * SPLITS * 8 * OCTETS;  // of 512 bytes: the activations of a phase
+    static_assert(BITS >= 2 && BITS <= 4 && WARPS % SPLITS == 0 && SLOTS >= 2);
+    static_assert(PHASE <= T && (KEEPS || HELD == 2));
+    // [WARPS][SLOTS][BITS][32], [HELD][UNITS][32], [WARPS][OCTETS][32]
+    uint4* const ring = dynamic_shared();
+    uint4* const activations = ring + WARPS * SLOTS * BITS * 32;
+    float4* const sums = reinterpret_cast<float4*>(activations + HELD * UNITS * 32);
+
+    const int thread = thread_index(), warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
+    const int team = warp / SPLITS, member = warp % SPLITS, of_team = thread % (SPLITS * 32);
+    const int teams = block_count() * TEAMS, first = block_index() + team * block_count();
+    const int count = (a.row_blocks - first + teams - 1) / teams;
+    // how often the block meets: as often as its first team has a row block, or once
+    const int rounds = KEEPS ? (count ? count : 1) : (a.row_blocks - block_index() + teams - 1) / teams;
+    const bool has_last = !RAGGED || member < TILES - (T - 1) * SPLITS;  // whether my tile T - 1 exists
+    let_next_start();
+
+    auto load_table = [&](u32(&to)[2][WORDS], int j) {  // of my rows of my row block j
+        UNROLL for (int r = 0; r < 2; r++) {
+            const u32* from = a.tables + (i64(first + j * teams) * 16 + 8 * r + g) * WORDS;
+            if (WORDS == 2) {
+                const uint2 two = load_constant(reinterpret_cast<const uint2*>(from));
+                to[r][0] = two.x, to[r][1] = two.y;
+            } else {
+                UNROLL for (int k = 0; k < WORDS / 4; k++) {
+                    const uint4 four = load_constant(reinterpret_cast<const uint4*>(from) + k);
+                    to[r][4 * k % WORDS] = four.x, to[r][(4 * k + 1) % WORDS] = four.y;
+                    to[r][(4 * k + 2) % WORDS] = four.z, to[r][(4 * k + 3) % WORDS] = four.w;
+                }
+            }
+        }
+    };
+    u32 table[2][WORDS] = {};
+    if (count > 0) load_table(table, 0);
+
+    uint4* const mine = ring + warp * (SLOTS * BITS * 32) + lane;
+    const u32 to = shared_address(mine);
+    const uint4* plane_of[BITS];
+    UNROLL for (int p = 0; p < BITS; p++) plane_of[p] = a.planes + p * a.plane_stride + (member * 32 + lane);
+    // The tile that is asked for next: tile `ahead` of my row block j_ahead, at `offset` of each plane.
+    int ahead = 0, j_ahead = 0, offset = first * (TILES * 32);
+    auto ask = [&](int slot) {
+        if (j_ahead < count && (!RAGGED || ahead < T - 1 || has_last)) {
+            UNROLL for (int p = 0; p < BITS; p++) copy16(to + (slot * BITS + p) * 512, plane_of[p] + offset);
+        }
+        close_group();
+        offset += SPLITS * 32;
+        if (++ahead == T) ahead = 0, offset = (first + ++j_ahead * teams) * (TILES * 32);
+    };
+    // Unit 8 OCTETS i + OCTETS (4 h + s) + n of a phase: octet n of columns 128 h + 32 s .. of its tile i.
+    auto copy_phase = [&](int phase, int place) {
+        UNROLL for (int k = 0; k < (UNITS + WARPS - 1) / WARPS; k++) {
+            const int unit = warp + k * WARPS, token = unit % OCTETS * 8 + g;
+            if (UNITS % WARPS && unit >= UNITS) break;
+            const int column = phase * (PHASE * SPLITS * 256) + unit / OCTETS * 32 + t * 8;
+            const bool inside = token < a.tokens && column < a.columns;
+            copy16_or_zero(shared_address(activations + (place * UNITS + unit) * 32 + lane),
+                           a.x + (inside ? token * a.x_stride + column : 0), inside);
+        }
+    };
+    UNROLL for (int q = 0; q < EARLY; q++) ask(q);
+    wait_for_last();
+    UNROLL for (int q = EARLY; q < SLOTS; q++) {  // phase q - EARLY; the rest of them in the last group
+        UNROLL for (int f = q - EARLY; f < HELD; f++)
+            if (f == q - EARLY || q == SLOTS - 1) copy_phase(f, f);
+        ask(q);
+    }
+
+    // Lane 4 g + t's sums lie where neither the lanes of a warp nor the threads that add them collide.
+    const int place = t * 8 + (g ^ (2 * t));
+    int slot = 0;
+    for (int j = 0; j < rounds; j++) {
+        const bool works = j < count;
+        u32 next[2][WORDS];
+        if (j + 1 < count) load_table(next, j + 1);
+        float acc[1][OCTETS][4] = {};
+        NO_UNROLL for (int f = 0; f < PHASES; f++) {
+            const int n = j * PHASES + f;
+            if (!KEEPS || j == 0) {  // groups behind that of the phase's activations may be pending
+                constexpr int BEHIND = KEEPS ? SLOTS + PHASE - EARLY - 2 : PHASE - 1;
+                if (n == 0) wait_pending(SLOTS - EARLY - 1);
+                else if (f == 0) wait_pending(LAST < SLOTS ? LAST - 1 : SLOTS - 1);
+                else wait_pending(BEHIND < SLOTS ? BEHIND : SLOTS - 1);
+                sync_block();
+                if (!KEEPS && n && n + 1 < rounds * PHASES) copy_phase(f + 1 < PHASES ? f + 1 : 0, (n + 1) & 1);
+            }
+            const uint4* x = activations + ((KEEPS ? f : n & 1) * UNITS + member * (8 * OCTETS)) * 32 + lane;
+            const int end = f < PHASES - 1 ? PHASE : LAST;
+            NO_UNROLL for (int i = 0; i < end; i++, x += SPLITS * 8 * OCTETS * 32) {
+                wait_pending(SLOTS - 1);
+                uint4 plane[1][BITS];
+                UNROLL for (int p = 0; p < BITS; p++) plane[0][p] = mine[(slot * BITS + p) * 32];
+                ask(slot);
+                if (++slot == SLOTS) slot = 0;
+                if (!works || (RAGGED && f == PHASES - 1 && i == LAST - 1 && !has_last)) continue;
+                add_tile<TYPE, BITS, OCTETS, 1>(acc, reinterpret_cast<u32(&)[1][2][WORDS]>(table), plane, x);
+            }
+        }
+        if (j) sync_team<TEAMS, SPLITS>(team);  // the sums in front have been read
+        UNROLL for (int n = 0; n < OCTETS; n++) {
+            const float(&v)[4] = acc[0][n];
+            sums[(warp * OCTETS + n) * 32 + place] = float4{v[0], v[1], v[2], v[3]};
+        }
+        sync_team<TEAMS, SPLITS>(team);
+        for (int e = of_team; e < OCTETS * 128; e += SPLITS * 32) {
+            const int pair = e / 32 % 4, row_in = e % 16, odd = e / 16 % 2, n = e / 128;
+            const int row = (first + j * teams) * 16 + row_in, token = n * 8 + 2 * pair + odd;
+            if (!works || row >= a.rows || token >= a.tokens) continue;
+            const float* from = reinterpret_cast<const float*>(sums + (team * SPLITS * OCTETS + n) * 32) +
+                                (pair * 8 + (row_in % 8 ^ (2 * pair))) * 4 + row_in / 8 * 2 + odd;
+            float y = 0.0f;
+            UNROLL for (int w = 0; w < SPLITS; w++) y += from[w * OCTETS * 128];
+            if (a.bias) y += widen<TYPE>(load_constant(a.bias + row));
+            store(a.y + token * a.y_stride + row, narrow<TYPE>(y));
+        }
+        if (j + 1 < count)
+            UNROLL for (int r = 0; r < 2; r++)
+                UNROLL for (int k = 0; k < WORDS; k++) table[r][k] = next[r][k];
     }
 }

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pmpd import gpu
 from pmpd.kernels import triton
-from pmpd.kernels.cuda import compiler, halves, launch
+from pmpd.kernels.cuda import compiler, halves, launch, teams
 from pmpd.kernels.cuda.coefficients import coefficients
 from pmpd.kernels.cuda.cut import BITS, MOST_TOKENS, Cut
 from pmpd.kernels.cuda.cut import cut as cut_of_rules
@@ -67,13 +67,15 @@ class CudaMatrix(TritonMatrix):
         return len(bits) <= MOST_TOKENS and self._cut(tuple(sorted(bits, reverse=True))) is not None
 
     def route(self, tokens: int, bits: int) -> str:
-        """`bits`, `clusters` (of `halves.cu`), or one of Triton's routes."""
+        """`bits`, `teams` or `clusters` (of `halves.cu`), or one of Triton's routes."""
         if 0 < tokens <= MOST_TOKENS and self._cut((bits,) * tokens) is not None:
             return "bits"
         if tokens > triton.FUSED_TOKENS:
             return "dense"
         if bits not in DIGITS_BITS:
             return "fused"
+        if self._teams_cut(tokens, bits):
+            return "teams"
         return "clusters" if self._halves_cut(tokens, bits) else "halves"
 
     def multiply(self, x: Tensor, bits: int, route: str | None = None, warps: int | None = None) -> Tensor:
@@ -82,6 +84,8 @@ class CudaMatrix(TritonMatrix):
         route = route or self.route(len(x_MK), bits)
         if route == "bits":
             y_MN = self.multiply_each(x_MK, (bits,) * len(x_MK))
+        elif route == "teams":
+            y_MN = self.multiply_teams(x_MK, bits)
         elif route == "clusters":
             cut, tables = self._halves_cut(len(x_MK), bits), self._tables[bits]["halves"]
             assert cut is not None, f"{len(x_MK)} tokens, {bits} bits: no cut in the autotune table"
@@ -107,6 +111,14 @@ class CudaMatrix(TritonMatrix):
         launch.product(made, self._tiles.planes, worth, x, y, rows, self._tiles.bias, norm, gated, reverse)
         return y
 
+    def multiply_teams(self, x: Tensor, bits: int, cut: teams.TeamsCut | None = None) -> Tensor:
+        """`x` [M, K] -> [M, N] by `teams_product`; `cut` another than the one of the autotune table."""
+        made, tables = cut or self._teams_cut(len(x), bits), self._tables[bits]["halves"]
+        assert made is not None, f"{len(x)} tokens, {bits} bits: no cut in the autotune table"
+        return teams.product(
+            made, self._tiles.planes, tables, launch.aligned(x), self.shape[0], self._tiles.bias
+        )
+
     def _cut(self, bits: tuple[int, ...]) -> Cut | None:
         """None: these precisions take another route."""
         if any(b not in BITS or b not in self._tables for b in bits):
@@ -115,6 +127,9 @@ class CudaMatrix(TritonMatrix):
 
     def _halves_cut(self, tokens: int, bits: int) -> halves.HalvesCut | None:
         return halves.cut_of(self._gpu_name, self._tiles.planes.device, *self.shape, bits, tokens)
+
+    def _teams_cut(self, tokens: int, bits: int) -> teams.TeamsCut | None:
+        return teams.cut_of(self._gpu_name, self._tiles.planes.device, *self.shape, bits, tokens)
 
     def _tables_of(self, table: Tensor, bits: int) -> dict[str, Tensor]:
         padded = -len(table) % triton.TILE_ROWS

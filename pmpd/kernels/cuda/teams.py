@@ -1,0 +1,123 @@
+"""How `teams_product` of `halves.cu` is cut for a shape, and its launch: y = x W' + bias for 3 to 32 tokens.
+
+Taken only where the autotune table of the GPU names a cut, that is where it was measured to be faster than
+what else there is. Legend: N out_features, K in_features, M tokens; an octet is eight tokens; the rest as in
+`halves.cu`.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pmpd import gpu
+from pmpd.kernels import triton
+from pmpd.kernels.cuda import launch
+from pmpd.kernels.cuda.cut import RESERVED_BYTES, TILE_COLUMNS, Gpu
+from pmpd.kernels.cuda.halves import MOST_TOKENS, SOURCE, Arguments, arguments_of, octets_of
+
+
+@dataclass(frozen=True)
+class TeamsCut:
+    """One instance of the kernel, for one K, precision and number of octets."""
+
+    bits: int
+    octets: int
+    tiles: int
+    """K / 256, rounded up."""
+    warps: int
+    """Of a block."""
+    splits: int
+    """Warps of a team, which share a row block's columns; divides `warps`."""
+    slots: int
+    """Tiles in a warp's ring, at least two."""
+    phase: int
+    """Tiles of a warp between two points at which activations are waited for: at most `per_warp`."""
+    held: int
+    """Phases whose activations lie in shared memory at once: all of them, or two."""
+    blocks: int
+    """Blocks of a multiprocessor that the compiler leaves registers for."""
+    resident: int
+    """Blocks of a multiprocessor in a launch; in the room of more, the next launch fills its rings."""
+
+    @property
+    def teams(self) -> int:
+        """Of a block."""
+        return self.warps // self.splits
+
+    @property
+    def per_warp(self) -> int:
+        """Tiles of a warp, T."""
+        return math.ceil(self.tiles / self.splits)
+
+    @property
+    def phases(self) -> int:
+        return math.ceil(self.per_warp / self.phase)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory: rings, activations, sums."""
+        ring = self.warps * self.slots * self.bits * 512
+        activations = self.held * self.phase * self.splits * self.octets * 4096
+        return ring + activations + self.warps * self.octets * 512
+
+    def fits(self, gpu: Gpu) -> bool:
+        room = self.shared_bytes + RESERVED_BYTES
+        return self.shared_bytes <= gpu.block_bytes and self.resident * room <= gpu.multiprocessor_bytes
+
+    def template(self, dtype: str) -> str:
+        """The instance's name in C++."""
+        numbers = (
+            self.bits, self.octets, self.tiles, self.warps, self.splits, self.slots, self.phase, self.held,
+            self.blocks,
+        )  # fmt: skip
+        return f"teams_product<{dtype}, {', '.join(map(str, numbers))}>"
+
+    def grid(self, row_blocks: int, gpu: Gpu) -> int:
+        """Rather teams without a row block than a multiprocessor without one."""
+        return min(row_blocks, self.resident * gpu.multiprocessors)
+
+
+MEASURED = ("warps", "splits", "slots", "phase", "held", "blocks", "resident")
+"""What the autotune table says of a cut."""
+
+
+@functools.lru_cache(maxsize=1024)
+def cut_of(
+    gpu_name: str, device: torch.device, rows: int, columns: int, bits: int, tokens: int
+) -> TeamsCut | None:
+    """The cut measured for this GPU and shape; None: these tokens take another kernel."""
+    if device.type != "cuda" or gpu.capability(device) < (8, 0) or not 2 < tokens <= MOST_TOKENS:
+        return None
+    octets = octets_of(tokens)
+    measured = triton.settings(gpu_name).get("teams", {}).get(f"{rows}x{columns}x{bits}x{8 * octets}")
+    if measured is None:
+        return None
+    chosen = {name: measured[name] for name in MEASURED}
+    return TeamsCut(bits, octets, math.ceil(columns / TILE_COLUMNS), **chosen)
+
+
+def product(
+    cut: TeamsCut, planes: Tensor, tables: Tensor, x: Tensor, rows: int, bias: Tensor | None
+) -> Tensor:
+    """As `halves.product`."""
+    y = x.new_empty(len(x), rows)
+    run(cut, launch.TYPES[x.dtype], arguments_of(planes, tables, x, y, rows, bias), planes.shape[1], x.device)
+    return y
+
+
+def run(cut: TeamsCut, dtype: str, arguments: Arguments, row_blocks: int, device: torch.device) -> None:
+    """One launch on PyTorch's current stream of the device."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    kernel = launch.function(cut.template(dtype), cut.shared_bytes, index, SOURCE)
+    grid = cut.grid(row_blocks, launch.gpu_of(device))
+    stream = torch.cuda.current_stream(device).cuda_stream
+    with torch.cuda.device(device):
+        launch.make_current(index)
+        launch.launch(
+            kernel, arguments, grid, 32 * cut.warps, cut.shared_bytes, stream, launch.overlaps(device)
+        )
