@@ -445,6 +445,7 @@ class Steps:
 
         chain = model.precisions
         looked_at = {features: (chain[0], *probed(chain, features)) for features in FEATURES}
+        known = forward_given(engine, [GivenTokens(0, 0, ids, PROBE_TOKENS)], chain[0])  # the prefill's
         found = {
             "threads": self.threads,
             "seconds": {str(row["bits"]): row["seconds"] for row in measured},
@@ -453,7 +454,7 @@ class Steps:
             "probe_seconds": len(low)
             * seconds(lambda: forward_given(engine, [GivenTokens(0, 0, ids, PROBE_TOKENS)], low[0])[0].cpu()),
             "regression_seconds": {
-                features: seconds(lambda bits=bits: look_back(engine, [(0, ids)], bits))
+                features: seconds(lambda bits=bits: look_back(engine, [(0, ids)], bits, known))
                 for features, bits in looked_at.items()
             },
         }

@@ -60,14 +60,17 @@ def markdown(results: dict[str, Any]) -> str:
             f"[{row['low']:.2f}, {row['high']:.2f}] | {row['ceiling']:.2f} | {row['majority']:.2f} |"
             for row in results["noise"]["results"]
         ]
-    if "decode_time" in results:
-        lines += ["", "| policy | target bits | decode time of the highest precision | decisions |"]
-        lines += ["|---|---|---|---|"]
-        lines += [
-            f"| {row['policy']} | {row['target_bits']:g} | {row['of_highest']:.3f} "
-            f"| {row['decision_share']:.1%} |"
-            for row in results["decode_time"]
-        ]
+    lines += table(
+        results.get("decode_time", []),
+        {
+            "policy": _word("policy"),
+            "target bits": _number("target_bits"),
+            "decode time of the highest precision": _number("of_highest", 3),
+            "decisions": lambda row: f"{row['decision_share']:.1%}",
+            "bits saved at equal loss": _number("bits_saved", 3),
+            "time saved at equal loss, %": _number("time_saved_percent", 1),
+        },
+    )
     return "\n".join(lines) + "\n"
 
 

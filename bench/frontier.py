@@ -495,7 +495,9 @@ class Study:
             "cpu_seconds": time.process_time() - started,
         }
         if self.steps is not None:
-            results["decode_time"] = decode_times(outcomes, self.targets, results["steps"]["results"])
+            results["decode_time"] = decode_times(
+                outcomes, self.targets, results["steps"]["results"], frontier
+            )
         _record.write(self.name, results, self.device)
         text = _frontier_page.markdown(results)
         (_record.RESULTS / f"{self.name}.md").write_text(text)
@@ -578,10 +580,14 @@ REGRESSIONS = {
 
 
 def decode_times(
-    outcomes: dict[str, list[Outcome]], targets: tuple[float, ...], steps: dict[str, Any]
+    outcomes: dict[str, list[Outcome]],
+    targets: tuple[float, ...],
+    steps: dict[str, Any],
+    frontier: StaticFrontier,
 ) -> list[dict[str, Any]]:
     """Decode seconds of a row alone per forward, as a share of the highest precision's: the steps of the
-    policy's mean bits (between two measured precisions the line) and what its decisions cost."""
+    policy's mean bits (between two measured precisions the line) and what its decisions cost. And how much
+    less than the static plans of the same loss take: what a gain at equal bits is worth in time."""
     bits = sorted(int(b) for b in steps["seconds"])
     seconds = [steps["seconds"][str(b)] for b in bits]
     rows = []
@@ -594,12 +600,16 @@ def decode_times(
             probing += steps.get("classifier_seconds", 0.0) if name.startswith("KV classifier") else 0.0
             step = float(np.interp(outcome.mean_bits, bits, seconds))
             total = step + watching + probing / forwards
+            alike = float(np.interp(outcome.mean_loss, frontier.loss[::-1], frontier.bits[::-1]))
+            static_step = float(np.interp(alike, bits, seconds))
             rows.append(
                 {
                     "policy": name,
                     "target_bits": target,
                     "of_highest": total / seconds[-1],
                     "decision_share": (watching + probing / forwards) / total,
+                    "bits_saved": alike - outcome.mean_bits,
+                    "time_saved_percent": 100 * (1 - total / static_step),
                 }
             )
     return rows

@@ -127,8 +127,9 @@ def decided(scheduler: RegressionScheduler, curves: CurveSet) -> np.ndarray:
 class Spy(StaticScheduler):
     """A static plan that looks at the prompts first."""
 
-    def __init__(self, precisions, high_bit_steps, looks: bool = True) -> None:
+    def __init__(self, precisions, high_bit_steps, looks: bool = True, says_so: bool = False) -> None:
         super().__init__(precisions, high_bit_steps)
+        self.prompt_bits = self.precisions if says_so else ()
         self.seen: dict[str, PromptState] = {}
         self.looks = looks
 
@@ -154,11 +155,15 @@ def test_the_numbers_of_a_prompt_are_the_same_in_labels_and_decode(
         row.key: state_of(curves_columns(row))
         for row in forced_rows(model, unquantized, prompts, references, CHAIN)
     }
-    spy = Spy(CHAIN, 2)
+    spy, other = Spy(CHAIN, 2), Spy(CHAIN, 2, says_so=True)
     engine = Engine(model.model, slots=slots, max_length=80)
     requests = [Request(key, ids, 6) for key, ids in prompts.items()]
-    assert all(c.error is None for c in engine.run(requests, spy, 4, ()))
+    for each in (spy, other):
+        assert all(c.error is None for c in engine.run(requests, each, 4, ()))
     for key, ids in prompts.items():
+        np.testing.assert_allclose(
+            as_numbers(other.seen[key]), as_numbers(spy.seen[key]), rtol=2e-4, atol=2e-6
+        )
         np.testing.assert_allclose(as_numbers(spy.seen[key]), as_numbers(labelled[key]), rtol=2e-4, atol=2e-6)
         plain = Spy(CHAIN, 2)
         oracle.decode(model.model, ids, 2, 4, (), plain, key=key)
@@ -184,6 +189,24 @@ def test_looking_back_changes_nothing(anyprec_model, texts):
         assert completion.tokens == other.tokens
         for layers in zip(completion.prefix.layers, other.prefix.layers, strict=True):
             assert all(torch.equal(a, b) for a, b in zip(*layers, strict=True))
+
+
+def test_what_the_prefill_tells_takes_no_forward(anyprec_model, texts, monkeypatch):
+    prompts, _ = texts
+    engine = Engine(anyprec_model().model, slots=7, max_length=80)
+    requests = [Request(key, ids, 2) for key, ids in prompts.items()]
+    forward, counts = engine.forward, []
+    monkeypatch.setattr(engine, "forward", lambda *given: (counts.append(len(given[0])), forward(*given))[1])
+
+    def forwards(spy: Spy, prefill_bits: int = 4) -> int:
+        counts.clear()
+        assert len(list(engine.run(requests, spy, prefill_bits, ()))) == len(prompts)
+        return len(counts)
+
+    alone = forwards(Spy(CHAIN, 1, looks=False))
+    assert forwards(Spy(CHAIN, 1, says_so=True)) == alone + 2, "one for each lower precision"
+    assert forwards(Spy(CHAIN, 1)) == alone + 3
+    assert forwards(Spy(CHAIN, 1, says_so=True), prefill_bits=3) == alone + 3, "4 bits were not the prefill's"
 
 
 def test_prompts_are_looked_at_in_parts_that_fit_the_memory(anyprec_model, texts, monkeypatch):
@@ -257,7 +280,7 @@ def test_a_prompt_without_finite_numbers_never_switches(tmp_path):
     curves = known_prompts()
     folder = written(
         tmp_path,
-        fit_regression(curves, TrainConfig()).model,
+        fit_regression(curves, TrainConfig(), features="one_probe").model,
         (Calibration(2, 1e6, 1e6, 0, 2, True),),
         "one_probe",
     )
@@ -338,11 +361,11 @@ def labels(dense_folder, anyprec_folder, tmp_path_factory):
 CONFIG = TrainConfig(split_shares=(0.6, 0.2, 0.2))
 
 
-@pytest.fixture(scope="module")
-def artefact(labels, tmp_path_factory):
-    """What `pmpd train` makes of these labels by itself."""
+@pytest.fixture(scope="module", params=[{}, {"features": "one_probe"}], ids=["no_probe", "one_probe"])
+def artefact(labels, tmp_path_factory, request):
+    """What `pmpd train` makes of these labels, by itself and with a probe."""
     folder = tmp_path_factory.mktemp("train")
-    metrics = train(TrainJob(str(labels[0]), str(folder), target_bits=2.75, training=CONFIG))
+    metrics = train(TrainJob(str(labels[0]), str(folder), target_bits=2.75, training=CONFIG, **request.param))
     assert sum(metrics["prompts"].values()) > 40
     assert [row["target_bits"] for row in metrics["test"]] == [2, 2.25, 2.5, 2.75, 3, 3.25, 3.5, 3.75, 4]
     return folder / "scheduler"
@@ -370,9 +393,9 @@ def test_a_loaded_artefact_decides_as_before(artefact, labels):
     keys, lengths = [row["prompt_id"] for row in rows], [row["prompt_tokens"] for row in rows]
     state = PrefillState(keys, [15] * 20, lengths, lambda: None, prompts=lambda _: states)
     scheduler = RegressionScheduler(CHAIN, artefact.parent)  # finds the scheduler/ in it
-    assert scheduler.looks_at == (4, 2)
-    model = scheduler.artefact.model
-    features = prompt_features(states, lengths, CHAIN, "one_probe")
+    config, model = scheduler.artefact.config, scheduler.artefact.model
+    assert scheduler.prompt_bits == {"no_probe": (4,), "one_probe": (4, 2)}[config.features]
+    features = prompt_features(states, lengths, CHAIN, config.features)
     plans, steps, bits = plans_of(CHAIN, 14)
     wanted = steps[choose(plan_losses(model.predict(features), plans), bits, keys, scheduler.calibration)]
     assert np.array_equal(scheduler.begin(state).switch_steps, wanted)
@@ -472,7 +495,7 @@ def test_the_demo_answers_under_its_regression(tmp_path):
     rows = [row for _, _, found in read_generations(folder) for row in found if row["kind"] == "regression"]
     assert [row["error"] for row in rows] == [None, None]
     assert {row["run"] for row in rows} == {"regression-2.75"}
-    assert json.loads(rows[0]["scheduler"])["features"] == "one_probe"
+    assert json.loads(rows[0]["scheduler"])["features"] == "no_probe"
     assert all(0 < row["decision_seconds"] < row["decode_seconds"] for row in rows)
 
 

@@ -15,9 +15,10 @@ parent ends, its last fork takes the slot over.
 from __future__ import annotations
 
 import heapq
+import itertools
 import time
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -27,11 +28,11 @@ from torch import Tensor
 
 from pmpd.decode.decoder import Decoder
 from pmpd.decode.precision import RowDecision, RowPrecisions, token_statistics
-from pmpd.decode.prompt_state import look_back
+from pmpd.decode.prompt_state import look_back, most_logits, probe_offset
 from pmpd.decode.requests import Completion, Fork, Prefix, Request, TokenEvent
 from pmpd.decode.sampling import RowSampling, highest
 from pmpd.decode.slots import Stretch, TokenPlaces
-from pmpd.schedulers.base import PrefillState, Scheduler
+from pmpd.schedulers.base import PrefillState, PromptState, Scheduler
 
 PREFILL_TOKENS = 4096
 """Prompt tokens of one prefill forward, at most (a longer prompt runs alone)."""
@@ -194,7 +195,11 @@ class DecodeLoop:
             self._tensor(slots), self._tensor(positions), max(positions) + 1, self.engine.slots, stretches
         )
         self.engine.state.set_uniform(self.precision.prefill_bits)
-        logits = self.engine.forward(self._tensor(flat), places, self._tensor(ends))
+        probes = self._probes(batch, ends)
+        keep = [*ends, *itertools.chain.from_iterable(probes)]
+        logits = self.engine.forward(self._tensor(flat), places, self._tensor(keep))
+        known = list(logits[len(ends) :].split([len(probe) for probe in probes]))
+        logits = logits[: len(ends)]
 
         at = np.asarray([row.slot for row in batch])
         for row in batch:
@@ -218,11 +223,31 @@ class DecodeLoop:
                 row.features = (keys.half().cpu().numpy(), values.half().cpu().numpy())
             if row.pending:
                 self.holders.add(row.slot)
-        self._decide(at, 0, statistics)
+        self._decide(at, 0, statistics, dict(zip(at.tolist(), known, strict=False)))
         self._end_rows(fetched)
 
-    def _decide(self, at: np.ndarray, step: int | np.ndarray, statistics: Tensor | None) -> None:
-        """Those of the rows `at` that have come to their decision point, having run decode forward `step`."""
+    def _probes(self, batch: Sequence[_Row], ends: Sequence[int]) -> list[list[int]]:
+        """Of each row of a prefill, whose last tokens are at `ends`, the tokens whose logits the scheduler
+        will ask for. [] where it asks for none, or they are too many or not of this forward: then looking at
+        the prompts takes one forward more."""
+        asks = self.precision.prompt_bits[:1] == (self.precision.prefill_bits,)
+        if not asks or any(row.request.prefix or row.request.switch_steps for row in batch):
+            return []
+        probes = [
+            list(range(end + 1 - len(ids) + probe_offset(len(ids)), end + 1))
+            for end, ids in zip(ends, (row.request.input_ids for row in batch), strict=True)
+        ]
+        return probes if sum(map(len, probes)) <= most_logits(self.engine) else []
+
+    def _decide(
+        self,
+        at: np.ndarray,
+        step: int | np.ndarray,
+        statistics: Tensor | None,
+        known: Mapping[int, Tensor] | None = None,
+    ) -> None:
+        """Those of the rows `at` that have come to their decision point, having run decode forward `step`.
+        `known`: slot -> logits after its probe's tokens in the prefill."""
         due = self.precision.due(at, step)
         if len(due) == 0:
             return
@@ -235,17 +260,24 @@ class DecodeLoop:
             prompt_lengths=[len(row.request.input_ids) for row in rows],
             features=lambda: self._features(due, consumed),
             statistics=self._by_name(chosen),
-            prompts=lambda precisions: look_back(
-                self.engine,
-                [(slot, row.request.input_ids) for slot, row in zip(due.tolist(), rows, strict=True)],
-                precisions,
-            ),
+            prompts=lambda precisions: self._prompts(due, precisions, known or {}),
         )
         started = time.perf_counter()
         self.precision.decide(due, state)
         seconds = (time.perf_counter() - started) / len(due)
         self.decision_seconds[due] = seconds
         self.decode_seconds[due] += seconds
+
+    def _prompts(
+        self, at: np.ndarray, precisions: Sequence[int], known: Mapping[int, Tensor]
+    ) -> list[PromptState]:
+        prompts = [(slot, self._row(slot).request.input_ids) for slot in at.tolist()]
+        of_prefill = precisions[0] == self.precision.prefill_bits and all(
+            slot in known for slot, _ in prompts
+        )
+        return look_back(
+            self.engine, prompts, precisions, [known[slot] for slot, _ in prompts] if of_prefill else None
+        )
 
     def _by_name(self, statistics: Tensor | None) -> dict[str, np.ndarray]:
         if statistics is None:

@@ -17,6 +17,9 @@ from torch import Tensor
 from pmpd.schedulers.base import Decision, ObservedRows, PrefillState, Scheduler
 from pmpd.schedulers.chain import NEVER, chain_bits
 
+LEAST = -1e4
+"""Of a logarithm whose probability is 0 in float32."""
+
 
 def token_statistics(names: Sequence[str], logits: Tensor) -> Tensor:
     """The `schedulers.base.STATISTICS` called `names` of the distributions that `logits` [n, V] stand for:
@@ -32,8 +35,8 @@ def token_statistics(names: Sequence[str], logits: Tensor) -> Tensor:
             columns.append(two[:, 0] - two[:, 1])
         else:
             assert name == "entropy", name
-            log_p = logits - log_sum[:, None]
-            columns.append(-torch.xlogy(log_p.exp(), log_p.exp()).sum(dim=-1))
+            log_p = logits.log_softmax(-1).clamp_min_(LEAST)  # 0 x -inf is no number
+            columns.append(-logits.softmax(-1).mul_(log_p).sum(-1))
     return torch.stack(columns, dim=1)
 
 
@@ -68,6 +71,7 @@ class RowPrecisions:
         self.prefill_bits = prefill_bits
         self.chain = scheduler.precisions if scheduler else (prefill_bits,)
         self.wanted = scheduler.statistics if scheduler else ()
+        self.prompt_bits = scheduler.prompt_bits if scheduler and scheduler.decision_step == 0 else ()
         self.log = np.zeros((slots, max_length + 1), dtype=np.int8)
         """[s, i]: precision of the forward that gave new token i."""
         self.switch_steps = np.zeros((slots, len(self.chain) - 1), dtype=np.int32)

@@ -7,7 +7,7 @@ Legend: n tokens, P probe tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -50,45 +50,50 @@ def prompt_state(ids: Sequence[int], logits: Tensor, lower: Mapping[int, Tensor]
 
 
 def prompt_states(
-    engine: Decoder, prompts: Sequence[tuple[int, Sequence[int]]], precisions: Sequence[int]
+    engine: Decoder,
+    prompts: Sequence[tuple[int, Sequence[int]]],
+    precisions: Sequence[int],
+    known: Sequence[Tensor] | None = None,
 ) -> list[PromptState]:
     """The states of prompts (slot, tokens), whose tokens before the probe are in their slots already.
     `precisions`: the one whose state it is, which the slots hold their prompts at afterwards; then those to
-    probe.
+    probe. `known`: the first one's logits after each probe's tokens, where a prefill has told them (and the
+    slots then hold the last probe's precision).
 
     Each precision takes one forward over the probes.
     """
     high, *lower = precisions
     found: list[PromptState] = []
-    for part in _batches(prompts, engine, len(precisions)):
+    rows = max(1, most_logits(engine) // (PROBE_TOKENS * len(precisions)))
+    for start in range(0, len(prompts), rows):
         probes = []
-        for slot, ids in part:
+        for slot, ids in prompts[start : start + rows]:
             offset = probe_offset(len(ids))
             probes.append(GivenTokens(slot, offset, list(ids[offset:]), len(ids) - offset))
         low_logits = {bits: forward_given(engine, probes, bits) for bits in lower}
         # the highest last: it leaves the prompt in the cache as a prefill does
-        high_logits = forward_given(engine, probes, high)
+        high_logits = known[start : start + rows] if known else forward_given(engine, probes, high)
         for row, (probe, logits) in enumerate(zip(probes, high_logits, strict=True)):
-            found.append(
-                prompt_state(probe.ids, logits, {bits: low[row] for bits, low in low_logits.items()})
-            )
+            lows = {bits: low[row] for bits, low in low_logits.items()}
+            found.append(prompt_state(probe.ids, logits, lows))
     return found
 
 
-def _batches(
-    prompts: Sequence[tuple[int, Sequence[int]]], engine: Decoder, forwards: int
-) -> Iterator[Sequence[tuple[int, Sequence[int]]]]:
-    most = LOGIT_BYTES.get(engine.device.type, LOGIT_BYTES["cpu"])
-    rows = max(1, most // (4 * engine.vocabulary * PROBE_TOKENS * forwards))
-    for start in range(0, len(prompts), rows):
-        yield prompts[start : start + rows]
+def most_logits(engine: Decoder) -> int:
+    """Tokens whose distributions fit into `LOGIT_BYTES`."""
+    return LOGIT_BYTES.get(engine.device.type, LOGIT_BYTES["cpu"]) // (4 * engine.vocabulary)
 
 
 @torch.inference_mode()
 def look_back(
-    engine: Decoder, prompts: Sequence[tuple[int, Sequence[int]]], precisions: Sequence[int]
+    engine: Decoder,
+    prompts: Sequence[tuple[int, Sequence[int]]],
+    precisions: Sequence[int],
+    known: Sequence[Tensor] | None = None,
 ) -> list[PromptState]:
     """As `prompt_states`, of prompts that are in their slots as a whole and stay there as they are."""
+    if known and len(precisions) == 1:  # no forward, so nothing is overwritten
+        return prompt_states(engine, prompts, precisions, known)
     slots = [slot for slot, ids in prompts for _ in ids[probe_offset(len(ids)) :]]
     positions = [at for _, ids in prompts for at in range(probe_offset(len(ids)), len(ids))]
     at_slots, at_positions = (
@@ -96,6 +101,6 @@ def look_back(
     )
     kept = engine.cache.read_tokens(at_slots, at_positions)
     try:
-        return prompt_states(engine, prompts, precisions)
+        return prompt_states(engine, prompts, precisions, known)
     finally:
         engine.cache.write_tokens(at_slots, at_positions, kept)

@@ -68,7 +68,8 @@ class PrefillState:
     """Of the newest token: the `statistics` that the scheduler asks for, each float32 [B]."""
     prompts: Callable[[Sequence[int]], Sequence[PromptState]] = _no_prompts
     """The state of each row's prompt, computed when called: by one forward over its last tokens at each of
-    the precisions given, of which the first is the one that is described, the others are probed."""
+    the precisions given, of which the first is the one that is described, the others are probed. See
+    `Scheduler.prompt_bits`."""
 
 
 @dataclass
@@ -111,6 +112,9 @@ class Scheduler(ABC):
     statistics: tuple[str, ...] = ()
     """Those of `STATISTICS` that `begin` and `observe` want. Each costs a pass over the logits, and all of
     them a transfer to the host after every step."""
+    prompt_bits: tuple[int, ...] = ()
+    """The precisions that `begin` will ask `PrefillState.prompts` for, where it does: what the prefill tells
+    already then takes no forward of its own."""
     decision_step: int = 0
     """The decision point: after this decode forward; 0 = after prefill. Forwards before it run at the highest
     precision of the chain."""

@@ -22,9 +22,9 @@ RIDGE = 10.0
 SMALLEST = 1e-4
 """Nats added before a logarithm."""
 
-FEATURES = ("probes", "one_probe", "no_probe")
-"""What may be known of a prompt: its state at the highest precision and its length, with the divergence at
-every lower precision, at the lowest, or at none."""
+FEATURES = ("no_probe", "one_probe", "probes")
+"""What may be known of a prompt: its state at the highest precision and its length, with the divergence at no
+lower precision, at the lowest, or at every one."""
 
 
 def probed(chain: Sequence[int], features: str) -> tuple[int, ...]:

@@ -261,8 +261,7 @@ class RegressionScheduler(Scheduler):
             )
         wanted = config.target_bits if target_bits is None else float(target_bits)
         self.calibration = config.calibration(wanted, self.save_dir)
-        self.looks_at = (self.precisions[0], *probed(self.precisions, config.features))
-        """The precisions of the forwards that a decision takes."""
+        self.prompt_bits = (self.precisions[0], *probed(self.precisions, config.features))
 
     def check_model(self, fingerprint: str | None, dim: int, num_heads: int) -> None:
         """ValueError, with the reason, where the artefact was made for another model."""
@@ -270,7 +269,7 @@ class RegressionScheduler(Scheduler):
 
     def begin(self, state: PrefillState) -> Decision:
         config, model = self.artefact.config, self.artefact.model
-        prompts = state.prompts(self.looks_at)
+        prompts = state.prompts(self.prompt_bits)
         features = prompt_features(prompts, state.prompt_lengths, self.precisions, config.features)
         known = np.isfinite(features).all(1)  # a row without finite logits is the engine's to report
         curves = model.predict(np.where(known[:, None], features, model.mean))

@@ -121,7 +121,7 @@ def fit_regression(
     curves: CurveSet,
     config: TrainConfig,
     *,
-    features: str = "one_probe",
+    features: str = "no_probe",
     target_bits: float | None = None,
     model_fingerprint: str | None = None,
     labels_fingerprint: str | None = None,

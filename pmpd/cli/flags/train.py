@@ -24,10 +24,10 @@ class TrainJob:
     scheduler: Literal["auto", "regression", "kv_cache"] = "auto"
     """What is trained. auto: the regression where the labels are by divergence (pmpd label --rule kl), unless
     --objective loss or --tune ask for classifiers; else the classifiers."""
-    features: Literal["probes", "one_probe", "no_probe"] = "one_probe"
-    """regression: what it knows of a prompt beside loss, entropy and margin of its last 32 tokens and its
-    length: how far every lower precision is from the highest on these tokens, the lowest one only, or none.
-    Each costs one forward over them per prompt."""
+    features: Literal["no_probe", "one_probe", "probes"] = "no_probe"
+    """regression: what it knows of a prompt beside its length and the loss, entropy and margin of its last 32
+    tokens, which the prefill tells: nothing, how far the lowest precision is from the highest on these
+    tokens, or how far every lower one is. Each costs one forward over them per prompt."""
     precisions: str | None = None
     """Precision chain, e.g. 4,3,2; default: every pair in the labels."""
     num_workers: int = 1
