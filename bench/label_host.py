@@ -42,6 +42,8 @@ class Config:
     mean_tokens: float = 200.0
     """Rows end at random; without a limit they would have so many new tokens."""
     slots: tuple[int, ...] = (64, 256, 512)
+    tiles: bool = False
+    """Steps as dequantized weights have them: rows in tiles, one graph for all mixes of precisions."""
     out: Path = _record.RESULTS
 
 
@@ -62,7 +64,8 @@ class NoCache(SlotCache):
 class Nothing:
     """A forward that returns at once: an end token by chance."""
 
-    def __init__(self, mean_tokens: float) -> None:
+    def __init__(self, mean_tokens: float, tiles: bool) -> None:
+        self.tiled, self.tile_rows = ((4, 3, 2) if tiles else ()), 32
         self.draw = np.random.default_rng(0)
         self.chance = 1 / mean_tokens
 
@@ -80,6 +83,7 @@ class FreeDevice:
     slots: int
     max_length: int
     mean_tokens: float
+    tiles: bool
     sync_every: int = 8
     vocabulary: int = VOCABULARY
     dtype: torch.dtype = torch.float32
@@ -89,7 +93,7 @@ class FreeDevice:
         self.state, self.pulse, self.cache = PrecisionState(), Pulse(), NoCache(self.slots)
         self.tokens = torch.zeros(self.slots + 1, self.max_length + 1, dtype=torch.int64)
         self.bad = torch.zeros(self.slots + 1, dtype=torch.bool)
-        self.steps = CountedSteps(Nothing(self.mean_tokens))  # type: ignore[arg-type]
+        self.steps = CountedSteps(Nothing(self.mean_tokens, self.tiles))  # type: ignore[arg-type]
 
     def forward(self, input_ids: Tensor, places: Any, keep: Tensor | None) -> Tensor:
         return self.steps.forward(input_ids if keep is None else keep)
@@ -127,7 +131,8 @@ class CountedSteps(GraphSteps):
 def measure(config: Config, slots: int) -> dict[str, Any]:
     labeling = LabelConfig(max_new_tokens=config.max_new_tokens, slots=slots)
     plan = _LabelPlan(labeling)
-    device = FreeDevice(slots, config.prompt_tokens + config.max_new_tokens, config.mean_tokens)
+    length = config.prompt_tokens + config.max_new_tokens
+    device = FreeDevice(slots, length, config.mean_tokens, config.tiles)
     graph_steps.gpu.capture = device.steps.capture  # type: ignore[assignment]
     requests = [plan.request(str(i), [WORD] * config.prompt_tokens) for i in range(config.prompts)]
     loop = DecodeLoop(device, requests, plan.scheduler, labeling.precisions[0], {END}, stream=False)
@@ -157,7 +162,7 @@ def main(config: Config) -> None:
         print(
             "  ".join(f"{k} {v:.2f}" if isinstance(v, float) else f"{k} {v}" for k, v in results[-1].items())
         )
-    settings = {"prompts": config.prompts, "mean_tokens": config.mean_tokens}
+    settings = {"prompts": config.prompts, "mean_tokens": config.mean_tokens, "tiles": config.tiles}
     print(_record.write("label_host_cpu", {**settings, "rows": results}, "cpu", config.out))
 
 

@@ -92,6 +92,27 @@ def test_every_item_once_and_a_second_run_does_nothing(work, prompts, tmp_path):
     ], "no lease, nothing temporary"
 
 
+def test_workers_that_are_kept_do_the_next_task_and_end_with_the_block(cluster, prompts, tmp_path):
+    def run(name: str, **options) -> set[str]:
+        farm.run(
+            FakeTask(fingerprint=name), {"prompts": str(prompts)}, tmp_path / name, {"a": 1},
+            farm.FarmOptions(num_workers=1, unit_rows=10, **options), stream=io.StringIO(),
+        )  # fmt: skip
+        rows = rows_of(tmp_path / name)
+        assert answers(rows) == expected(prompts)
+        return {row["worker"] for row in rows.values()}
+
+    with farm.keep_workers(farm.FarmOptions(num_workers=1)):
+        first, second = run("first"), run("second")
+    assert first == second, "a task of its own process each"
+    (pid,) = (int(name.split("/")[1]) for name in second)
+    deadline = time.monotonic() + 30
+    while Path(f"/proc/{pid}").exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not Path(f"/proc/{pid}").exists(), "a worker was left"
+    assert run("third") != second
+
+
 @pytest.mark.slow
 def test_a_worker_killed_in_mid_unit_costs_its_unit_only(work, prompts, ids, tmp_path):
     (tmp_path / "marks").mkdir()

@@ -99,7 +99,7 @@ def main(job: LabelJob, console: Console | None = None) -> farm.FarmResult | Non
 
     result = None
     farm.connect(options)
-    with storage.Lease(output) as lease:
+    with storage.Lease(output) as lease, farm.keep_workers(options):
         if job.stage != "prompts" and storage.discard_unused(prompts, identity, [references, labels]):
             console.print("the prompts of another configuration, of which nothing was made yet, are replaced")
         making = PromptTask(reference_model, source, positions - job.max_new_tokens)

@@ -9,7 +9,7 @@ The only room that imports Ray, and only where a cluster is worked with: `pool`,
 from __future__ import annotations
 
 from pmpd.farm.connection import connect, output_folder
-from pmpd.farm.driver import FarmResult, run
+from pmpd.farm.driver import FarmResult, keep_workers, run
 from pmpd.farm.ledger import ReconcileError
 from pmpd.farm.options import FarmOptions, batch_of
 
@@ -19,6 +19,7 @@ __all__ = [
     "ReconcileError",
     "batch_of",
     "connect",
+    "keep_workers",
     "output_folder",
     "run",
 ]

@@ -89,6 +89,15 @@ def run(
         return _run(task, ledger, options, held, stream)
 
 
+def keep_workers(options: FarmOptions) -> contextlib.AbstractContextManager[None]:
+    """Inside, runs with the same `options` share their workers, one after the other."""
+    if options.in_process:
+        return contextlib.nullcontext()
+    from pmpd.farm import pool
+
+    return pool.keep_workers()
+
+
 def _run(
     task: FarmTask, ledger: Ledger, options: FarmOptions, lease: Lease, stream: TextIO | None
 ) -> FarmResult:

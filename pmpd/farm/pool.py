@@ -19,7 +19,7 @@ from pmpd import plugins, storage
 from pmpd.errors import UserError
 from pmpd.farm import ray_private
 from pmpd.farm.blame import after_kill, after_node_loss, after_stall
-from pmpd.farm.capacity import autoscaler_present, check_capacity, live_nodes, staff
+from pmpd.farm.capacity import Demand, autoscaler_present, check_capacity, live_nodes, staff
 from pmpd.farm.local_pool import FAILURES_BEFORE_STOP, check_models
 from pmpd.farm.options import FarmOptions
 from pmpd.farm.progress import Progress
@@ -34,6 +34,25 @@ the run nothing."""
 NOT_NICE = {"env_vars": {"RAY_worker_niceness": "0"}}
 """Ray gives its workers a niceness of 15: on a machine that others use, they had what is left, and a GPU
 waited for a worker's Python."""
+
+_kept: list[tuple[Any, Demand]] | None = None
+"""Workers of the last run, with what each holds, where `keep_workers` is on."""
+
+
+@contextlib.contextmanager
+def keep_workers() -> Iterator[None]:
+    """Inside, the workers of a run stay for the next one, which starts its task in them: Python and its
+    modules are there already."""
+    global _kept
+    _kept = []
+    try:
+        yield
+    finally:
+        for actor, _ in _kept:
+            with contextlib.suppress(RayError):
+                ray.kill(actor)
+        _kept = None
+
 
 BEAT_SECONDS = 2.0
 STALL_SECONDS = 300.0
@@ -126,7 +145,11 @@ class ClusterPool:
 
     def close(self) -> None:
         for seat in self.seats:
-            ray.kill(seat.actor)
+            idle = seat.info is not None and not seat.queue and seat.node not in self.draining
+            if _kept is not None and idle:
+                _kept.append((seat.actor, self.staffing.demand))
+            else:
+                ray.kill(seat.actor)
         self.seats.clear()
 
     def _report(self) -> None:
@@ -175,7 +198,7 @@ class ClusterPool:
         units = self._waiting + sum(len(seat.queue) for seat in self.seats)
         demand = self.staffing.demand
         while sum(seat.node not in self.draining for seat in self.seats) < min(self.wanted, units):
-            actor: Any = self._actor.options(
+            actor = self._kept_worker() or self._actor.options(
                 num_cpus=demand.cpus, num_gpus=demand.gpus, scheduling_strategy="SPREAD", runtime_env=NOT_NICE
             ).remote(storage.connections(), plugins.loaded())
             worker_id = uuid.uuid4().hex[:12]
@@ -184,6 +207,16 @@ class ClusterPool:
                 self.staffing.per_node,
             )  # fmt: skip
             self.seats.append(_Seat(actor, worker_id, start))
+
+    def _kept_worker(self) -> Any:
+        """One of the run before, None: there is none. Those that hold something else than a worker of this
+        run give it back."""
+        while _kept:
+            actor, held = _kept.pop()
+            if held == self.staffing.demand:
+                return actor
+            ray.kill(actor)
+        return None
 
     def _started(self, seat: _Seat) -> None:
         try:

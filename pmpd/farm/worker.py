@@ -23,7 +23,8 @@ POISONED = 17
 
 
 class Worker:
-    """`run` is called after `start`, in up to `UNITS` threads; `beat` from one of its own, at any time."""
+    """`run` is called after `start`, in up to `UNITS` threads; `beat` from one of its own, at any time.
+    Another `start`, once all units are done, begins another task."""
 
     def __init__(
         self, connections: Mapping[str, tuple[str, str]] | None = None, plugins: Sequence[str] = ()
@@ -42,6 +43,12 @@ class Worker:
         gpus: float,
         workers_per_node: int,
     ) -> WorkerInfo:
+        if self._bench is not None:
+            self._bench = None
+            if "torch" in sys.modules:
+                from pmpd import gpu
+
+                gpu.release_memory()  # of the model before this one
         context = ray.get_runtime_context()
         node_id = context.get_node_id()
         gpu_ids = tuple(str(gpu) for gpu in context.get_accelerator_ids().get("GPU", []))
