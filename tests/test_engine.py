@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 import pytest
@@ -11,7 +12,7 @@ from pmpd import PMPDForCausalLM, Scheduler
 from pmpd.decode import oracle
 from pmpd.decode.engine import Engine
 from pmpd.decode.requests import Completion, Fork, Request, TokenEvent
-from pmpd.decode.slots import SlotCache
+from pmpd.decode.slots import SlotCache, Stretch, TokenPlaces, attend_slots
 from pmpd.schedulers.chain import class_steps
 from tests.helpers import ARCHITECTURES, write_dense
 
@@ -315,3 +316,39 @@ def test_copied_slots_hold_the_beginning_of_their_sources_in_every_layer():
             assert torch.equal(tensor[target, :, :5], old[source, :, :5])
             assert torch.equal(tensor[target, :, 5:], old[target, :, 5:])
         assert torch.equal(tensor[[0, 3]], old[[0, 3]])
+
+
+@pytest.mark.parametrize("window", [None, 64, 4])
+def test_whole_prompts_attend_together_as_they_do_one_by_one(window, monkeypatch):
+    """In slots that hold what others have left; where a window is shorter than a prompt, one by one."""
+    draw = torch.Generator().manual_seed(0)
+    lengths, slots = (5, 9, 7), (3, 0, 2)
+    keys, values = (torch.randn(4, 2, 16, 8, generator=draw) for _ in range(2))
+    query = torch.randn(sum(lengths), 4, 8, generator=draw)
+    stops = list(itertools.accumulate(lengths))
+    stretches = [
+        Stretch(stop - n, stop, slot, 0) for n, stop, slot in zip(lengths, stops, slots, strict=True)
+    ]
+    at = torch.repeat_interleave(torch.tensor(slots), torch.tensor(lengths))
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    calls = []
+    attention = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda *some, **more: calls.append(1) or attention(*some, **more),
+    )
+    alone, together = (
+        attend_slots(
+            TokenPlaces(at, positions, 9, 4, stretches, together=together), query, keys, values, None, window
+        )
+        for together in (False, True)
+    )
+    torch.testing.assert_close(together, alone)
+    assert len(calls) == 3 + (3 if window == 4 else 1)
+    padding = [Stretch(0, 1, 0, 0), Stretch(1, 2, 1, 0), Stretch(2, 18, 2, 0)]
+    assert TokenPlaces(at, positions, 16, 4, padding, together=True).padded is None, (
+        "more padding than tokens"
+    )
+    begun = [Stretch(0, 5, 0, 0), Stretch(5, 9, 1, 4)]
+    assert TokenPlaces(at, positions, 16, 4, begun, together=True).padded is None, "a part of a prompt"

@@ -192,8 +192,9 @@ class DecodeLoop:
             positions += range(offset, len(ids))
             ends.append(len(flat) - 1)
         places = TokenPlaces(
-            self._tensor(slots), self._tensor(positions), max(positions) + 1, self.engine.slots, stretches
-        )
+            self._tensor(slots), self._tensor(positions), max(positions) + 1, self.engine.slots, stretches,
+            together=self.device.type == "cuda",
+        )  # fmt: skip
         self.engine.state.set_uniform(self.precision.prefill_bits)
         probes = self._probes(batch, ends)
         keep = [*ends, *itertools.chain.from_iterable(probes)]

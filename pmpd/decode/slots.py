@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -42,6 +42,15 @@ class Stretch:
     offset: int
 
 
+class PaddedPrompts(NamedTuple):
+    """B whole prompts of a prefill forward of n tokens, the longest of L tokens."""
+
+    slots: Tensor  # int64 [B]
+    tokens: Tensor  # int64 [B, L]: places in the forward, a prompt's last one again behind its end
+    row: Tensor  # int64 [n]
+    longest: int
+
+
 @dataclass
 class TokenPlaces:
     """Where the tokens of one forward belong. `stretches` is empty for decode: then every token is a row of
@@ -56,6 +65,9 @@ class TokenPlaces:
     stretches: Sequence[Stretch] = ()
     masks: dict[int | None, Tensor] = field(default_factory=dict)
     """Decode masks bool [used_slots, 1, 1, longest], by window: all layers share them."""
+    together: bool = False
+    """Whole prompts of a prefill are one attention a layer where padding them does not double the tokens: a
+    launch costs a GPU's host more than the padding."""
     stretch_masks: dict[tuple[int, int, int | None], Tensor] = field(default_factory=dict)
     """Prefill masks bool [tokens, seen], by offset, tokens seen and window, likewise."""
 
@@ -63,6 +75,22 @@ class TokenPlaces:
     def lengths(self) -> Tensor:
         """Keys that each row of a decode forward sees: int64 [n]."""
         return self.positions + 1
+
+    @cached_property
+    def padded(self) -> PaddedPrompts | None:
+        """The stretches as one batch of whole prompts; None where they are not, or not `together`."""
+        lengths = [stretch.stop - stretch.start for stretch in self.stretches]
+        begun = any(stretch.offset for stretch in self.stretches)
+        if not self.together or begun or len(lengths) * max(lengths) > 2 * sum(lengths):
+            return None
+        device = self.slots.device
+        starts = torch.tensor([stretch.start for stretch in self.stretches], device=device)
+        column = torch.arange(max(lengths), device=device)
+        tokens = starts[:, None] + torch.minimum(column, torch.tensor(lengths, device=device)[:, None] - 1)
+        row = torch.repeat_interleave(
+            torch.arange(len(lengths), device=device), torch.tensor(lengths, device=device)
+        )
+        return PaddedPrompts(self.slots[starts], tokens, row, max(lengths))
 
     def stretch_mask(self, stretch: Stretch, window: int | None) -> Tensor:
         """Which of the tokens up to a stretch's end each of its tokens sees."""
@@ -263,6 +291,18 @@ def _attend_prefill(
     scaling: float | None,
     window: int | None,
 ) -> Tensor:
+    prompts = places.padded
+    if prompts is not None and (window is None or prompts.longest <= window):
+        slots, length = prompts.slots, prompts.longest
+        whole = torch.nn.functional.scaled_dot_product_attention(
+            query[prompts.tokens].transpose(1, 2),
+            keys[slots, :, :length],
+            values[slots, :, :length],
+            is_causal=True,
+            scale=scaling,
+            enable_gqa=query.shape[1] != keys.shape[1],
+        )
+        return whole[prompts.row, :, places.positions]
     output = query.new_empty(*query.shape[:2], values.shape[3])
     for stretch in places.stretches:
         seen = stretch.offset + stretch.stop - stretch.start
