@@ -6,12 +6,16 @@ from __future__ import annotations
 import pytest
 import torch
 
+from pmpd import PMPDForCausalLM, demo
+from pmpd.decode.requests import Request
 from pmpd.kernels.triton import DIGITS_BITS, ROUTES
 from tests import test_kernels_triton as kernels
 from tests import test_lean_cuda as lean
+from tests import test_regression_scheduler as prompts_seen
 from tests import test_step_attention as attention
 from tests import test_triton_bytes as heads
 from tests.gpu_replays import assert_replays_equal
+from tests.test_engine import random_prompts
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
@@ -255,3 +259,25 @@ def test_rows_in_tiles_of_dequantized_weights_have_the_tokens_of_those_weights_a
     alone = {c.key: c.tokens for c in plain.run(requests, scheduler, 4, ())}
     same = sum(together[key] == tokens for key, tokens in alone.items())
     assert same >= 14, f"{same} of 20 rows decode as they do alone: more than near ties in float16"
+
+
+def test_the_numbers_of_a_prompt_are_the_cpus_and_looking_changes_no_token():
+    """Of a scheduler that looks at prompts, with prefill's logits and with forwards of its own, in batches of
+    captured steps."""
+    prompts = {f"{i}": ids for i, ids in enumerate(random_prompts(9, 90, seed=2))}
+    requests = [Request(key, ids, 24) for key, ids in prompts.items()]
+
+    def run(model: PMPDForCausalLM, spy: prompts_seen.Spy) -> tuple[list[list[float]], list[list[int]]]:
+        done = {c.key: c for c in model.engine(4, 128).run(requests, spy, 4, ())}
+        assert all(c.error is None for c in done.values())
+        seen = [prompts_seen.as_numbers(spy.seen[key]) for key in prompts] if spy.looks else []
+        return seen, [done[key].tokens for key in prompts]
+
+    plain = PMPDForCausalLM(demo.ANYPREC, dtype=torch.float32).eval()
+    wanted, _ = run(plain, prompts_seen.Spy((4, 3, 2), 6))
+    model = PMPDForCausalLM(demo.ANYPREC, dtype=torch.float32).eval().cuda()
+    _, tokens = run(model, prompts_seen.Spy((4, 3, 2), 6, looks=False))
+    for says_so in (False, True):
+        found, again = run(model, prompts_seen.Spy((4, 3, 2), 6, says_so=says_so))
+        torch.testing.assert_close(torch.tensor(found), torch.tensor(wanted), rtol=2e-2, atol=2e-3)
+        assert again == tokens
