@@ -143,20 +143,23 @@ def measure_large(name: str, bandwidth: float, batches: list[int]) -> Iterator[d
         torch.cuda.empty_cache()
 
 
-def measure_model(name: str, bandwidth: float, head_bits: int) -> Iterator[dict]:
+def measure_model(name: str, bandwidth: float, head_bits: int, kernels: Sequence[str]) -> Iterator[dict]:
+    """Steps by each of `kernels`; switching and the prefill by the last."""
     from pmpd.kernels.cuda.matrix import unavailable
 
     why = unavailable(torch.device("cuda"), torch.float16)
-    if why:
+    if why and "cuda" in kernels:
         print(f"kernel cuda is left out: {why}", flush=True)
-    for kernel in ("dense", "triton", *(() if why else ("cuda",))):
+        kernels = [kernel for kernel in kernels if kernel != "cuda"]
+    for kernel in kernels:
         model = RandomLlama(SHAPES[name], kernel, 32, 1024)
         for batch in (1, 2, 8, 32):
             for bits in (16,) if kernel == "dense" else (4, 3, 2):
                 yield measure_step(model, name, bits, batch, bandwidth) | {"kernel": kernel}
-        if kernel == "triton":
-            yield measure_switch(model, name)
-            yield from measure_prefill(model, name)
+        if kernel == kernels[-1] != "dense":
+            yield measure_switch(model, name) | {"kernel": kernel}
+            for row in measure_prefill(model, name):
+                yield row | {"kernel": kernel}
         if kernel != "dense" and head_bits == 8:
             model.give_byte_head()
             for batch in (1, 2, 8, 32):
@@ -304,7 +307,9 @@ def check_bars(rows: list[dict]) -> list[dict]:
     return bars
 
 
-def measure_cuda(models: list[str], head_bits: int, out: Path, batches: list[int]) -> None:
+def measure_cuda(
+    models: list[str], head_bits: int, out: Path, batches: list[int], kernels: Sequence[str]
+) -> None:
     """Measures and writes what is there after every row."""
     from bench._cuda import copy_bandwidth
 
@@ -314,7 +319,9 @@ def measure_cuda(models: list[str], head_bits: int, out: Path, batches: list[int
     name_of_file = "decode_cuda_large" if batches else "decode_cuda"
     for name in models:
         rows = (
-            measure_large(name, bandwidth, batches) if batches else measure_model(name, bandwidth, head_bits)
+            measure_large(name, bandwidth, batches)
+            if batches
+            else measure_model(name, bandwidth, head_bits, kernels)
         )
         for row in rows:
             result["rows"].append(row)
@@ -329,6 +336,10 @@ def main() -> None:
     parser.add_argument(
         "--models", nargs="+", default=["1.1B", "8B"], help="CUDA: which random models; 135M too"
     )
+    parser.add_argument(
+        "--kernels", nargs="+", default=["dense", "triton", "cuda"], choices=["dense", "triton", "cuda"],
+        help="CUDA: whose steps; dense is float16",
+    )  # fmt: skip
     parser.add_argument("--rounds", type=int, default=3, help="CPU: runs that the medians are taken over")
     parser.add_argument("--peer", choices=["llama.cpp"], help="CPU: times this beside, forward by forward")
     parser.add_argument("--profile", action="store_true", help="CPU: where a step's time goes")
@@ -352,7 +363,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=_record.RESULTS, help="folder of the JSON")
     options = parser.parse_args()
     if options.device == "cuda":
-        measure_cuda(options.models, options.head_bits, options.out, options.batches)
+        measure_cuda(options.models, options.head_bits, options.out, options.batches, options.kernels)
     else:
         from bench import _decode_cpu, _peer_cpu
 
