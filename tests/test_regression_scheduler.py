@@ -480,6 +480,26 @@ def test_training_again_leaves_nothing_of_the_training_before(labels, tmp_path):
         train(replace(job, precisions="3,2"))
 
 
+def test_labels_of_several_kinds_train_one_regression(labels, tmp_path):
+    halves = []
+    for half in range(2):
+        folder = tmp_path / f"half-{half}"
+        shutil.copytree(labels[0], folder)
+        first, *others = storage.list_shards(str(folder / "labels"))
+        table = storage.read_table(str(folder / "labels")).sort_by("prompt_id")
+        for path in others:
+            storage.remove(path)
+        storage.write_shard(table.slice(half * (len(table) // 2), len(table) // 2), first)
+        halves.append(str(folder))
+    job = TrainJob(",".join(halves), str(tmp_path / "out"), target_bits=2.75, training=CONFIG)
+    found, whole = train(job), train(replace(job, data_path=str(labels[0])))
+    assert abs(sum(found["prompts"].values()) - sum(whole["prompts"].values())) <= 1
+    with pytest.raises(ValueError, match="occurs twice"):
+        train(replace(job, data_path=f"{labels[0]},{labels[0]}"))
+    with pytest.raises(ValueError, match="one labels dataset"):
+        train(replace(job, scheduler="kv_cache"))
+
+
 def test_the_demo_answers_under_its_regression(tmp_path):
     questions = tmp_path / "q.jsonl"
     questions.write_text('{"id": "1", "category": "c", "turns": ["The old lighthouse stood", "And then?"]}\n')

@@ -246,7 +246,7 @@ def test_a_second_stage_file_with_features_is_a_labels_dataset(labelled, tmp_pat
     source = labels_of_file(replace(job, model_path=str(anyprec_folder())), output, Console(quiet=True))
     assert source.num_heads == 2, "the model says how many heads the features were averaged over"
     same_as(source.path, labelled[0])
-    assert len(read_labels(source.path, [(3, 2)]).ids) == 40
+    assert len(read_labels(source.path, pairs=[(3, 2)]).ids) == 40
     again = labels_of_file(replace(job, num_heads=2), output, Console(quiet=True))
     assert again.path == source.path
     second_stage(dict(list(labelled[0].items())[:9]), path, features=True)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
+import pyarrow as pa
 from rich.console import Console
 from rich.table import Table
 
@@ -137,17 +138,20 @@ def write_folder(output: str, files: Mapping[str, bytes]) -> str:
 
 
 def train_regression(
-    job: TrainJob, source: LabelSource, labels: Labels, output: str, console: Console
+    job: TrainJob, sources: Sequence[LabelSource], labels: Labels, output: str, console: Console
 ) -> dict[str, Any]:
     """Fits, writes and judges the scheduler `regression`; returns its metrics."""
-    table = storage.read_table(source.path, list(COLUMNS))
+    models = {source.model_fingerprint for source in sources}
+    if len(models) > 1:
+        raise UserError(f"--data-path {job.data_path}: labels of {len(models)} models; label with one")
+    table = pa.concat_tables([storage.read_table(source.path, list(COLUMNS)) for source in sources])
     curves = read_curves(table, parse_chain(job.precisions) if job.precisions else None)
     fitted = fit_regression(
         curves,
         job.training,
         features=job.features,
         target_bits=job.target_bits,
-        model_fingerprint=source.model_fingerprint,
+        model_fingerprint=models.pop(),
         labels_fingerprint=labels.fingerprint("loss"),
     )
     files = fitted.files()
@@ -175,12 +179,17 @@ def main(job: TrainJob) -> dict[str, Any]:
     output = farm.output_folder(job.output_dir)
     console = Console()
     if job.data_path.endswith(TORCH_SUFFIX):
-        source = labels_of_file(job, output, console)
+        sources = [labels_of_file(job, output, console)]
     else:
-        source = LabelSource.open(farm.output_folder(job.data_path), job.num_heads)
-    labels = read_labels(source.path, pairs_of(parse_chain(job.precisions)) if job.precisions else None)
+        folders = [farm.output_folder(path) for path in job.data_path.split(",")]
+        sources = [LabelSource.open(folder, job.num_heads) for folder in folders]
+    source = sources[0]
+    pairs = pairs_of(parse_chain(job.precisions)) if job.precisions else None
+    labels = read_labels(*(each.path for each in sources), pairs=pairs)
     if wants_regression(job, labels):
-        return train_regression(job, source, labels, output, console)
+        return train_regression(job, sources, labels, output, console)
+    if len(sources) > 1:
+        raise UserError(f"--data-path {job.data_path}: classifiers are trained on one labels dataset")
     for pair in range(len(labels.pairs)):
         labels.rows(
             pair, job.training

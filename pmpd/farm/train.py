@@ -133,9 +133,10 @@ class LabelSource:
         return cls(path, models.get("model"), int(heads))
 
 
-def read_labels(data_path: str, pairs: Sequence[tuple[int, int]] | None = None) -> Labels:
-    """Ids and labels of a labels dataset; small, whatever the size of the features."""
-    return labels_from_table(storage.read_table(data_path, LABEL_COLUMNS), pairs)
+def read_labels(*data_paths: str, pairs: Sequence[tuple[int, int]] | None = None) -> Labels:
+    """Ids and labels of labels datasets; small, whatever the size of the features."""
+    tables = [storage.read_table(path, LABEL_COLUMNS) for path in data_paths]
+    return labels_from_table(pa.concat_tables(tables), pairs)
 
 
 class RaggedCollate(ArrowBatchCollateFn):

@@ -76,7 +76,7 @@ class LabelJob:
     """--model-path is a JSON of one checkpoint per precision (GPTQ), not an Any-Precision checkpoint."""
     retry_errors: bool = False
     """Do rows again that have an error."""
-    kernel: str | None = "auto"
+    kernel: str = "auto"
     """How weights are multiplied: reference, cpu, triton, cuda, dense (dequantized once: more memory, for
     large batches). auto: the device's own; on a GPU, where 64 rows or more decode together, dense if its
     copies take a quarter of the free memory at most (which one is told). The labels' rule is the same."""

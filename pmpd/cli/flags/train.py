@@ -17,13 +17,13 @@ class TrainJob:
 
     data_path: str = "results/label"
     """Labels dataset, the --output-dir of pmpd label, or a .pt file of labelled prompts, as the published
-    second stage is."""
+    second stage is. Several with commas between them train one regression, of all kinds of prompt."""
     output_dir: str = "results/train"
     """Gets `scheduler/` (the artefact) and `runs/` (checkpoints). The same command goes on where it
     stopped."""
     scheduler: Literal["auto", "regression", "kv_cache"] = "auto"
     """What is trained. auto: the regression where the labels are by divergence (pmpd label --rule kl), unless
-    --objective loss or --tune ask for classifiers; else the classifiers."""
+    --objective loss, --tune or --again-path ask for classifiers; else the classifiers."""
     features: Literal["no_probe", "one_probe", "probes"] = "no_probe"
     """regression: what it knows of a prompt beside its length and the loss, entropy and margin of its last 32
     tokens, which the prefill tells: nothing, how far the lowest precision is from the highest on these
