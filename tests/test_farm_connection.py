@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import socket
 import subprocess
 import sys
@@ -166,3 +167,28 @@ def test_a_folder_name_too_long_for_sockets_is_told(tmp_path):
         told = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
     assert told.stdout.count("\n") == 1, told.stderr
     assert "too long for the sockets that Ray makes there" in told.stdout
+
+
+def test_the_token_of_a_first_ray_is_its_owners_alone(tmp_path, monkeypatch):
+    """And one that is there already, or given, or not wanted, is left as it is."""
+    token = tmp_path / ".ray" / "auth_token"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in (("RAY_AUTH_MODE", "disabled"), ("RAY_AUTH_TOKEN", "a"), ("RAY_AUTH_TOKEN_PATH", "b")):
+        monkeypatch.setenv(name, value)
+        ray_private.make_token()
+        assert not token.exists(), name
+        monkeypatch.delenv(name)
+    umask = os.umask(0o022)
+    try:
+        ray_private.make_token()
+        (tmp_path / "after").touch()
+    finally:
+        os.umask(umask)
+    assert token.stat().st_mode & 0o777 == 0o600
+    assert (tmp_path / "after").stat().st_mode & 0o777 == 0o644, "what is written later is as the user has it"
+    before = token.read_text()
+    assert len(before) >= 32
+    ray_private.make_token()
+    assert token.read_text() == before

@@ -155,7 +155,7 @@ def test_labels_of_a_chain_of_gptq_checkpoints_equal_those_of_the_pure_functions
 def test_a_head_of_8_bits_is_part_of_what_labels_are_and_not_of_what_references_are(job):
     if problem := byte_head_unavailable(torch.bfloat16, torch.device("cpu")):
         pytest.skip(problem)
-    eight = dataclasses.replace(job, num_workers=0, size=3, kernel=None, dtype="bfloat16", head_bits=8)
+    eight = dataclasses.replace(job, num_workers=0, size=3, kernel="auto", dtype="bfloat16", head_bits=8)
     assert main(eight, Console(quiet=True)).errors == 0
     configs = [
         storage.read_manifest(storage.join(job.output_dir, name))["config"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import json
 import re
@@ -12,7 +13,7 @@ import pytest
 
 from pmpd import plugins, storage
 from pmpd.benchmarks import BENCHMARKS
-from pmpd.cli.main import main
+from pmpd.cli.main import COMMANDS, main
 from pmpd.kernels import dispatch
 from pmpd.labeling.rule import RULES
 from pmpd.metrics.base import METRICS
@@ -79,6 +80,11 @@ def test_a_store_holds_all_and_a_task_of_ones_own_reads_it(
     assert main(["label", *models, *where, *more]) == 0
     prompts = storage.read_table("box:///label/prompts").to_pylist()
     assert len(storage.read_table(f"{outside}/box/label/labels")) == len(prompts) == 3
+    for command in (["inspect", "box:///label"], ["compact", "box:///label/labels"]):
+        monkeypatch.setattr(plugins, "_loaded", [])
+        FILE_SYSTEMS.clear()
+        monkeypatch.delitem(sys.modules, "box")
+        assert main([*command, "--plugins", "box"]) == 0
     lengths = importlib.import_module("lengths")
     result = lengths.main("box:///label/prompts", f"{outside}/lengths", num_workers=0)
     assert (result.rows, result.errors) == (3, 0)
@@ -127,3 +133,9 @@ def test_a_weight_format_loads_and_a_kernel_is_explained(outside: str, capsys) -
     assert main(["kernels", "--plugins", "rebuilt"]) == 0
     assert main(["kernels", "--plugins", "no_such"]) == 1
     assert "--plugins no_such: No module named 'no_such'" in capsys.readouterr().err
+
+
+def test_every_command_takes_plugins() -> None:
+    for name, command in COMMANDS.items():
+        flags = importlib.import_module(f"pmpd.cli.flags.{command.module}")
+        assert "plugins" in {field.name for field in dataclasses.fields(getattr(flags, command.flags))}, name

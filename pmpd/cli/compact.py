@@ -6,7 +6,7 @@ import contextlib
 
 from rich.console import Console
 
-from pmpd import storage
+from pmpd import plugins, storage
 from pmpd.cli.flags.compact import CompactJob
 from pmpd.errors import UserError
 from pmpd.storage.compaction import Compaction, compact
@@ -15,6 +15,7 @@ from pmpd.storage.compaction import Compaction, compact
 def main(job: CompactJob, console: Console | None = None) -> Compaction:
     """Compacts and says what came of it. UserError for anything the user can cure."""
     console = console or Console()
+    plugins.load(job.plugins)
     folder = storage.dataset_folder(job.path)
     if not storage.exists(folder):
         raise UserError(f"{storage.shown(folder)}: no such folder; give a dataset folder")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from pmpd import plugins
 from pmpd.cli.flags.inspect import InspectJob
 from pmpd.errors import UserError
 from pmpd.storage.dataset import SOURCE_KEY, dataset_folder, datasets_under, list_shards, read_shard
@@ -97,6 +98,7 @@ def describe(dataset: str | Path) -> tuple[list[str], list[str]]:
 
 def main(job: InspectJob) -> int:
     """Prints what is at the path. Exit code 1 if there is a problem."""
+    plugins.load(job.plugins)
     path = dataset_folder(job.path)
     if not exists(path):
         raise UserError(f"{path}: no such file or folder")

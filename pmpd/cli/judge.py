@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from pmpd import farm, storage
+from pmpd import farm, plugins, storage
 from pmpd.cli.flags.judge import JudgeJob
 from pmpd.errors import UserError
 from pmpd.evaluation.judge import (
@@ -30,6 +30,7 @@ from pmpd.weights.model_spec import ModelSpec
 def main(job: JudgeJob, console: Console | None = None) -> str:
     """Judges, prints what came of it, returns the folder of the judgments."""
     console = console or Console()
+    plugins.load(job.plugins)
     prompts = load_judge_prompts(job.judge_prompts, job.prompt_mode)
     references = read_references(job.judge_references) if job.judge_references else {}
     answers, failed, benchmark = read_answers(job)

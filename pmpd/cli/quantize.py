@@ -28,12 +28,13 @@ def main(config: QuantizeJob, console: Console | None = None) -> Summary:
     """Quantizes and prints what was written. UserError: see `quantize_checkpoint`."""
     from rich.console import Console
 
-    from pmpd import farm, storage
+    from pmpd import farm, plugins, storage
     from pmpd.cli.steps import Steps
     from pmpd.farm.quantize_task import STALL_SECONDS, QuantizeTask, quantize_on_farm
     from pmpd.labeling.prompts import PromptConfig
 
     console = console or Console()
+    plugins.load(config.plugins)
     path = config.model_path
     name = storage.base_name(path if storage.is_uri(path) else Path(path).resolve())
     told = "demo" if Path(path) == demo.DENSE else name

@@ -11,7 +11,7 @@ import pyarrow as pa
 from rich.console import Console
 from rich.table import Table
 
-from pmpd import farm, storage
+from pmpd import farm, plugins, storage
 from pmpd.cli.flags.train import TrainJob
 from pmpd.cli.given_labels import labels_of_file
 from pmpd.errors import UserError
@@ -174,6 +174,7 @@ def train_regression(
 def main(job: TrainJob) -> dict[str, Any]:
     """Trains, writes the artefact, prints the table; returns the metrics. ValueError for anything the user
     can cure."""
+    plugins.load(job.plugins)
     if job.tune < 0:
         raise UserError(f"--tune {job.tune}: a number of trials, 0 to train as given")
     output = farm.output_folder(job.output_dir)

@@ -64,6 +64,7 @@ def _start() -> None:
     from pmpd.farm import ray_private
 
     try:
+        ray_private.make_token()
         with own_signals(), ray_private.loopback_only():
             ray.init(address="local", include_dashboard=False, _node_ip_address="127.0.0.1", **QUIET)
     except (OSError, ValueError, RuntimeError) as error:

@@ -9,11 +9,12 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import ray
 from ray._private import ray_constants
-from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+from ray._private.authentication import authentication_token_setup
 from ray._private.state import actors, state
 from ray._private.utils import read_ray_address
 from ray.experimental.internal_kv import _internal_kv_get
@@ -26,7 +27,24 @@ def local_address() -> str | None:
 
 def use_token_file() -> None:
     """Turns token authentication on where there is a token file. Without it, set RAY_AUTH_MODE=token."""
-    maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+    authentication_token_setup.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
+
+
+def make_token() -> None:
+    """The token that a Ray of its own would make in the user's home, before it does: Ray's is readable by
+    everybody on the machine. Without it that is so, and told (`connection.warn_of_open_token`)."""
+    setup = authentication_token_setup
+    by_default = hasattr(setup, "enable_token_auth_by_default")
+    if os.environ.get("RAY_AUTH_MODE", "token" if by_default else "") != "token":
+        return
+    given = os.environ.get("RAY_AUTH_TOKEN") or os.environ.get("RAY_AUTH_TOKEN_PATH")
+    if given or (Path.home() / ".ray" / "auth_token").exists():
+        return
+    before = os.umask(0o077)
+    try:
+        setup.generate_and_save_token()
+    finally:
+        os.umask(before)
 
 
 def place_of(actor: ray.actor.ActorHandle) -> tuple[str, str]:

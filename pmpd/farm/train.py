@@ -31,7 +31,7 @@ from ray import tune
 from ray.data.collate_fn import ArrowBatchCollateFn
 from ray.tune.search.optuna import OptunaSearch
 
-from pmpd import storage
+from pmpd import plugins, storage
 from pmpd.errors import UserError
 from pmpd.farm.capacity import autoscaler_present
 from pmpd.farm.connection import own_signals
@@ -174,6 +174,7 @@ def _all_reduce(device: torch.device) -> Any:
 
 def _worker(loop: dict[str, Any]) -> None:
     """What each Ray Train worker runs."""
+    plugins.load(loop["plugins"])
     storage.connect(loop["connections"])
     context = ray.train.get_context()
     rank, count = context.get_world_rank(), context.get_world_size()
@@ -264,6 +265,7 @@ def fit(
             "num_heads": num_heads,
             "config": config,
             "connections": storage.connections(),
+            "plugins": plugins.loaded(),
             "history_path": storage.join(storage.absolute(output_dir), "runs", f"{name}.jsonl"),
         },
         scaling_config=ray.train.ScalingConfig(
@@ -314,7 +316,9 @@ def _trial(
     num_heads: int,
     config: TrainConfig,
     connections: dict[str, tuple[str, str]],
+    modules: tuple[str, ...],
 ) -> None:
+    plugins.load(modules)
     storage.connect(connections)
     torch.set_num_threads(1)
     features = join_features([features_from_table(storage.read_table(data_path, FEATURE_COLUMNS))])
@@ -375,6 +379,7 @@ def search(
             num_heads=num_heads,
             config=config,
             connections=storage.connections(),
+            modules=plugins.loaded(),
         )
         file_system, output = storage.resolve(output_dir)
         tuner = tune.Tuner(

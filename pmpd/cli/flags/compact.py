@@ -25,6 +25,9 @@ class CompactJob:
     """A dataset folder (results/label/labels); local or a URI."""
     row_group_mb: int = ROW_GROUP_BYTES >> 20
     """Size of a row group in memory, in MB."""
+    plugins: str | None = None
+    """Python modules to import first, comma-separated: what they register can be named then
+    (docs/guides/extensions.md)."""
 
     def __post_init__(self) -> None:
         if self.row_group_mb < 1:

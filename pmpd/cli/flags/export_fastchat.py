@@ -17,3 +17,6 @@ class ExportJob:
     """Where FastChat looks for answers, e.g. data/mt_bench/model_answer."""
     runs: str | None = None
     """Only these runs, comma-separated."""
+    plugins: str | None = None
+    """Python modules to import first, comma-separated: what they register can be named then
+    (docs/guides/extensions.md)."""

@@ -15,3 +15,6 @@ class InspectJob:
 
     path: tyro.conf.Positional[str]
     """A dataset folder, a folder of them (results/label), or one Parquet file; local or a URI."""
+    plugins: str | None = None
+    """Python modules to import first, comma-separated: what they register can be named then
+    (docs/guides/extensions.md)."""

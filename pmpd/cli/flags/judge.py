@@ -60,6 +60,9 @@ class JudgeJob:
     output_dir: str = "results/judge"
     """Local folder, shared storage of the cluster, or a URI; a folder for the judge and mode is made in
     it."""
+    plugins: str | None = None
+    """Python modules to import first, comma-separated: what they register can be named then
+    (docs/guides/extensions.md). Workers must be able to import them too."""
     retry_errors: bool = False
     """Do judgments again that have an error."""
     trust_remote_code: bool = False

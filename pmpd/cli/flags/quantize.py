@@ -36,6 +36,9 @@ class QuantizeJob(QuantizeConfig):
     gpus_per_worker: float | None = None
     """Quantize on a worker of the cluster, with so much of a GPU (1; 0: on its CPU). Model, texts and output
     must be on storage that it sees. Default: in this process."""
+    plugins: str | None = None
+    """Python modules to import first, comma-separated: what they register can be named then
+    (docs/guides/extensions.md). Workers must be able to import them too."""
     stall_seconds: float | None = None
     """A worker without progress for so long is replaced, and another goes on; default 3600."""
     trust_remote_code: bool = False

@@ -48,4 +48,7 @@ class TrainJob:
     model_path: str | None = None
     """Only with a .pt file: the quantized checkpoint that its labels are of, whose prefills give the KV
     features where the file has none."""
+    plugins: str | None = None
+    """Python modules to import first, comma-separated: what they register can be named then
+    (docs/guides/extensions.md). Workers must be able to import them too."""
     training: tyro.conf.OmitArgPrefixes[TrainConfig] = field(default_factory=TrainConfig)
