@@ -39,7 +39,8 @@ def cuts(rows: int, columns: int, bits: int, tokens: int, gpu: Gpu) -> list[Team
     for warps, splits, (blocks, resident), ring in itertools.product(
         (16, 8), (1, 2, 4, 8, 16), ((1, 1), (2, 1), (2, 2)), (28 << 10, 56 << 10)
     ):
-        if splits > min(warps, tiles) or warps * resident < 16 or (warps == 16 and blocks == 2):
+        spare = octets == 4 and blocks == 1  # registers for the sums
+        if splits > min(warps, tiles) or (warps * resident < 16 and not spare) or warps * blocks > 16:
             continue
         per_warp, slots = math.ceil(tiles / splits), max(2, math.ceil(ring / resident / (warps * bits * 512)))
         rounds = math.ceil(row_blocks / (resident * warps // splits))
@@ -76,7 +77,7 @@ def compile_all(models: list[str], tokens: tuple[int, ...], device: torch.device
     """Fills the kernels' cache on disk, in processes."""
     capability = torch.cuda.get_device_capability(device)
     names = {
-        cut.template("FLOAT16")
+        cut.template("FLOAT16", place.back)
         for model in models for place in places(model) for bits in DIGITS_BITS for m in tokens
         for cut in cuts(*place.shape, bits, m, gpu_of(device))
     }  # fmt: skip

@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from pmpd.kernels.cuda import compiler, halves, launch, matrix
+from pmpd.kernels.cuda import compiler, halves, launch, matrix, teams
 from pmpd.kernels.cuda.cut import H100, Cut, Gpu
 from pmpd.kernels.cuda.halves import HalvesCut
 from pmpd.kernels.cuda.launch import TYPES, Arguments, Norm, arguments_of
+from pmpd.kernels.cuda.teams import TeamsCut
 
 COMPILER = shutil.which("g++")
 FOLDER = Path(__file__).parent / "cuda_host"
@@ -159,6 +160,37 @@ def stand_in_halves(monkeypatch: pytest.MonkeyPatch, folder: Path) -> list[str]:
 
     monkeypatch.setattr(halves, "run", run)
     monkeypatch.setattr(halves, "cut_of", cut_of)
+    monkeypatch.setattr(launch, "gpu_of", lambda device: Gpu(3, *H100[1:]))
+    monkeypatch.setattr(matrix, "cut_of", matrix.cut_of.__wrapped__)
+    return launched
+
+
+def stand_in_teams(monkeypatch: pytest.MonkeyPatch, folder: Path) -> list[str]:
+    """The same for `teams_product`, which 3 to 32 tokens then take, in blocks of two teams of a warp."""
+    launched: list[str] = []
+    libraries: dict[str, HostKernel] = {}
+
+    def cut_of(
+        gpu_name: str, device: object, rows: int, columns: int, bits: int, tokens: int
+    ) -> TeamsCut | None:
+        if not 2 < tokens <= halves.MOST_TOKENS:
+            return None
+        tiles = -(-columns // 256)
+        return TeamsCut(bits, halves.octets_of(tokens), tiles, 2, 1, 2, 1, min(2, tiles), 1, 1)
+
+    def run(
+        cut: TeamsCut, instance: str, arguments: halves.Arguments, row_blocks: int, device: object
+    ) -> None:
+        if instance not in libraries:
+            at = folder / f"teams{len(libraries)}"
+            at.mkdir()
+            libraries[instance] = HostKernel(at, {instance: 64}, halves.SOURCE, halves.Arguments)
+        grid = cut.grid(row_blocks, Gpu(3, *H100[1:]))
+        libraries[instance].launch(instance, arguments, grid, cut.shared_bytes, ORDERS[1], [], [], [])
+        launched.append(instance)
+
+    monkeypatch.setattr(teams, "run", run)
+    monkeypatch.setattr(teams, "cut_of", cut_of)
     monkeypatch.setattr(launch, "gpu_of", lambda device: Gpu(3, *H100[1:]))
     monkeypatch.setattr(matrix, "cut_of", matrix.cut_of.__wrapped__)
     return launched

@@ -244,6 +244,19 @@ def test_small_teams_write_only_their_rows(bits, dtype):
             assert off < TOLERANCE[dtype] / 2, f"{octets} octets, {cut}: {off:.1e}"
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_silu_within_the_product_of_small_teams(dtype):
+    packed = packed_weights(2 * 1008, 1024, (2, 3, 4), bias=True)
+    matrix = CudaMatrix(packed, dtype)
+    for octets, cuts in TEAMS.items():
+        for bits, cut in [(bits, cut) for bits in (2, 3, 4) for cut in cuts]:
+            x = activations(8 * octets - 3, 1024, dtype=dtype, seed=bits)
+            y = matrix.multiply_teams(x, bits, teams.TeamsCut(bits, octets, 4, *cut), gated=True)
+            both = exact(packed, x, bits)
+            expected = torch.nn.functional.silu(both[:, :1008]) * both[:, 1008:]
+            assert error(y, expected) < 2 * TOLERANCE[dtype], f"{bits} bits, {octets} octets, {cut}"
+
+
 @pytest.mark.parametrize("held", [2, 4])
 @pytest.mark.parametrize("tokens", [8, 16])
 def test_teams_give_the_same_bits_a_thousand_times(tokens, held):

@@ -11,14 +11,14 @@ import torch
 from bench import _cuda, _team_cuts
 from pmpd import gpu
 from pmpd.kernels import triton
-from pmpd.kernels.cuda import halves, launch, matrix, teams
+from pmpd.kernels.cuda import halves, teams
 from pmpd.kernels.cuda.cut import H100
 from pmpd.kernels.cuda.launch import TYPES
 from pmpd.kernels.cuda.matrix import CudaMatrix
 from pmpd.kernels.cuda.teams import MEASURED, TeamsCut
 from pmpd.kernels.reference import ReferenceMatrix
 from pmpd.kernels.triton import table_halves, tile_codes
-from tests.host_kernel import COMPILER, ORDERS, HostKernel
+from tests.host_kernel import COMPILER, ORDERS, HostKernel, stand_in_teams
 from tests.test_kernels_cuda import error, exact, random_codes, random_table, random_x
 from tests.test_kernels_triton import TOLERANCE, interpreter_only_here, packed_weights
 
@@ -28,8 +28,8 @@ CUDA = torch.device("cuda")
 
 
 def cases() -> list[tuple[str, TeamsCut, torch.dtype, int, int, int, int]]:
-    """name, cut, type, tokens, rows, columns, blocks: ragged last tiles and phases, warps without a tile,
-    teams without a row block and with several, rings longer than what a warp has."""
+    """name ("gated": that too), cut, type, tokens, rows, columns, blocks: ragged last tiles and phases,
+    warps without a tile, teams without a row block and with several, rings longer than what a warp has."""
     return [
         ("2 bits, all at once", TeamsCut(2, 1, 3, 4, 2, 2, 2, 1, 1, 1), HALF, 5, 70, 672, 2),
         ("3 bits, kept phases", TeamsCut(3, 1, 5, 4, 2, 3, 1, 3, 1, 1), BRAIN, 8, 180, 1280, 2),
@@ -38,42 +38,55 @@ def cases() -> list[tuple[str, TeamsCut, torch.dtype, int, int, int, int]]:
         ("teams of one warp", TeamsCut(3, 2, 3, 4, 1, 2, 2, 2, 1, 1), BRAIN, 16, 300, 608, 2),
         ("one team, a long ring", TeamsCut(2, 1, 5, 4, 4, 6, 1, 2, 1, 1), HALF, 3, 90, 1280, 3),
         ("four octets", TeamsCut(4, 4, 6, 2, 2, 3, 1, 2, 1, 1), HALF, 31, 60, 1536, 1),
+        ("gated, kept phases", TeamsCut(3, 2, 4, 4, 1, 2, 2, 2, 1, 1), HALF, 13, 320, 992, 2),
+        ("gated, one team", TeamsCut(4, 1, 5, 4, 4, 3, 2, 1, 1, 1), BRAIN, 8, 160, 1280, 2),
+        ("gated, phases that change", TeamsCut(2, 1, 6, 4, 2, 2, 1, 2, 1, 1), HALF, 5, 192, 1440, 2),
         ("idle teams", TeamsCut(2, 1, 4, 4, 1, 2, 1, 2, 1, 1), HALF, 8, 40, 1024, 1),
     ]  # fmt: skip
 
 
+def back(name: str) -> str:
+    return "GATED" if name.startswith("gated") else "STORE"
+
+
 @pytest.fixture(scope="module")
 def host(tmp_path_factory) -> HostKernel:
-    names = {cut.template(TYPES[dtype]): 32 * cut.warps for _, cut, dtype, *_ in cases()}
+    names = {cut.template(TYPES[dtype], back(name)): 32 * cut.warps for name, cut, dtype, *_ in cases()}
     return HostKernel(tmp_path_factory.mktemp("teams"), names, halves.SOURCE, halves.Arguments)
 
 
 @needs_compiler
 @pytest.mark.parametrize("case", cases(), ids=lambda case: case[0])
 def test_the_source_gives_the_product_of_the_table_values(host, case):
-    _, cut, dtype, tokens, rows, columns, blocks = case
+    name, cut, dtype, tokens, rows, columns, blocks = case
     assert cut.fits(H100)
     codes, bias = random_codes(rows, columns, cut.bits), random_x(rows, dtype=dtype, seed=3)
     planes, table = tile_codes(codes, cut.bits, plain=True), random_table(rows, cut.bits).to(dtype)
     words = table_halves(table, cut.bits, dtype)
     spaced = torch.full((tokens, columns + 8), float("nan"), dtype=dtype)
     spaced[:, :columns] = random_x(tokens, columns, dtype=dtype)
-    x, outputs = spaced[:, :columns], []
+    x, outputs, width = spaced[:, :columns], [], rows // 2 if back(name) == "GATED" else rows
     for order in ORDERS:
-        wide = torch.full((tokens, rows + 3), float("nan"), dtype=dtype)
+        wide = torch.full((tokens, width + 3), float("nan"), dtype=dtype)
         arguments = halves.arguments_of(planes, words, x, wide[:, :-3], rows, bias)
         host.launch(
-            cut.template(TYPES[dtype]), arguments, blocks, cut.shared_bytes, order,
+            cut.template(TYPES[dtype], back(name)), arguments, blocks, cut.shared_bytes, order,
             [planes, bias, words], [spaced], [wide],
         )  # fmt: skip
         assert wide[:, -3:].isnan().all(), "the kernel wrote past its rows"
         outputs.append(wide[:, :-3])
     for other in outputs[1:]:
         assert torch.equal(outputs[0], other), "results depend on the order of threads"
+    limit = 4e-4 if dtype == HALF else 3e-3
     for token in range(tokens):
         expected = exact(codes, table, x[token]) + bias.double()
+        if width < rows:
+            expected, limit = (
+                torch.nn.functional.silu(expected[:width]) * expected[width:],
+                1e-3 if dtype == HALF else 8e-3,
+            )
         off = error(outputs[0][token], expected)
-        assert off < (4e-4 if dtype == HALF else 3e-3), f"token {token}: {off:.1e}"
+        assert off < limit, f"token {token}: {off:.1e}"
 
 
 # -- cuts: where it is taken
@@ -140,20 +153,18 @@ def test_what_was_timed_gets_into_the_table(monkeypatch, tmp_path):
 @needs_compiler
 @interpreter_only_here
 def test_the_matrix_takes_it_over_the_same_planes(monkeypatch, tmp_path):
-    made = TeamsCut(3, 2, 2, 2, 1, 2, 1, 2, 1, 1)
-    host = HostKernel(tmp_path, {made.template("FLOAT16"): 64}, halves.SOURCE, halves.Arguments)
-
-    def run(cut: TeamsCut, dtype: str, arguments: halves.Arguments, row_blocks: int, device: object) -> None:
-        host.launch(cut.template(dtype), arguments, 2, cut.shared_bytes, ORDERS[1], [], [], [])
-
-    monkeypatch.setattr(teams, "run", run)
-    monkeypatch.setattr(teams, "cut_of", lambda *shape: made if shape[-1] == 10 else None)
-    monkeypatch.setattr(launch, "gpu_of", lambda device: H100)
-    monkeypatch.setattr(matrix, "cut_of", matrix.cut_of.__wrapped__)
-    packed = packed_weights(40, 320, (2, 3, 4), bias=True)
+    launched = stand_in_teams(monkeypatch, tmp_path)
+    packed = packed_weights(64, 320, (2, 3, 4), bias=True)
     taken, reference = CudaMatrix(packed, HALF), ReferenceMatrix(packed, torch.float32)
-    assert [taken.route(tokens, 3) for tokens in (2, 9, 10)] == ["bits", "halves", "teams"]
+    assert [taken.route(tokens, 3) for tokens in (2, 3, 32, 33)] == ["bits", "teams", "teams", "halves"]
     x = random_x(2, 5, 324)[..., :320]  # rows that are not 16-byte aligned
     y = taken.multiply(x, 3)
-    assert y.shape == (2, 5, 40)
-    assert error(y, reference.multiply(x.float(), 3).double()) < TOLERANCE[HALF]
+    assert y.shape == (2, 5, 64)
+    expected = reference.multiply(x.float(), 3)
+    assert error(y, expected.double()) < TOLERANCE[HALF]
+    assert taken.gates(10, 3)
+    assert not taken.gates(33, 3)
+    gate, up = expected.view(10, 64).split(32, 1)
+    y = taken.multiply_teams(x.reshape(10, 320), 3, gated=True)
+    assert error(y, (torch.nn.functional.silu(gate) * up).double()) < 2 * TOLERANCE[HALF]
+    assert len(launched) == 2

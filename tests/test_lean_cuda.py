@@ -16,7 +16,7 @@ from pmpd.kernels.reference import ReferenceMatrix
 from pmpd.kernels.triton import TritonMatrix, merge
 from pmpd.kernels.triton_bytes import TritonByteMatrix
 from pmpd.weights.base import Segment
-from tests.host_kernel import COMPILER, stand_in
+from tests.host_kernel import COMPILER, stand_in, stand_in_teams
 from tests.test_kernels_triton import (
     DEVICE,
     TOLERANCE,
@@ -176,6 +176,25 @@ def test_two_rows_of_two_precisions_share_the_launches_of_a_fused_step(monkeypat
     if launched is not None:
         assert len(launched) == 2 * 2 * 4, "four products a layer and step"
         assert sum("NORM, GATED" in name for name in launched) == 4
+
+
+@pytest.mark.skipif(COMPILER is None, reason="no g++")
+@torch.no_grad()
+def test_rows_of_one_precision_have_silu_within_the_product_of_teams(monkeypatch, tmp_path):
+    if DEVICE.type != "cpu":
+        pytest.skip("a stand-in for the GPU")
+    launched = stand_in_teams(monkeypatch, tmp_path)
+    model, packed = small_model(layers=1, dtype=torch.float16)
+    forward = lean(model, packed, torch.float16, CudaMatrix)
+    keys, values = ([torch.zeros(3, KV_HEADS, 16, DIM).half()] for _ in range(2))
+    tokens, at = torch.tensor([3, 11, 5]), torch.zeros(3, dtype=torch.int64)
+    logits = forward(tokens, torch.tensor([2, 0, 1]), at, [Segment(0, None, 3)], keys, values, 16)
+    set_precision(model, packed, 3)
+    for row in range(3):
+        expected = model.float()(tokens[row : row + 1, None]).logits[0, -1]
+        model.half()
+        assert error(logits[row], expected) < 1e-2, f"row {row}"
+    assert ["GATED" in name for name in launched] == [False, False, True, False]
 
 
 def test_merged_layers_are_views_and_multiply_as_before():

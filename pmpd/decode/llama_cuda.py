@@ -248,8 +248,10 @@ class CudaForward:
                 qkv, keys[index], values[index], slots, positions, longest, layer.window
             )
             delta = self._product(layer.out, split_activations(attended) if split else attended, segments)
-            gate_up = self._product(layer.gate_up, self._norm(x, delta, layer.post_norm, split), segments)
-            delta = self._product(layer.down, self._gated(gate_up, split), segments)
+            gated = self._gate_up(
+                layer.gate_up, self._norm(x, delta, layer.post_norm, split), segments, split
+            )
+            delta = self._product(layer.down, gated, segments)
         return self._logits(x, delta)
 
     def _fused(
@@ -299,6 +301,16 @@ class CudaForward:
             assert stop is not None  # given by __call__
             weight.multiply_split(x.narrow(start, stop), bits, y[start:stop])
         return y
+
+    def _gate_up(
+        self, weight: Weight, x: Tensor | SplitActivations, segments: Sequence[Segment] | Tensor, split: bool
+    ) -> Tensor | SplitActivations:
+        """silu(gate) * up, in one launch where the matrix has a kernel for that."""
+        if isinstance(weight, CudaMatrix) and isinstance(x, Tensor) and not isinstance(segments, Tensor):
+            first, *others = segments
+            if not others and weight.gates(len(x), first.bits):
+                return weight.multiply_teams(x, first.bits, gated=True)
+        return self._gated(self._product(weight, x, segments), split)
 
     def _norm(
         self, x: Tensor, delta: Tensor | None, weight: Tensor, split: bool

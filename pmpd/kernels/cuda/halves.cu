@@ -14,6 +14,8 @@
 // distributed shared memory, and are added there in a fixed order, while the next pass is multiplied.
 #include "instructions.cuh"
 
+enum Back { STORE, GATED };  // what is done with the sum: nothing; silu(gate) * up
+
 struct Arguments {
     const uint4* planes;     // [P, N/16, K/256, 32]
     const u32* tables;       // [N padded, 2^b / 2]: bytes of the values, as of `table_halves`
@@ -29,29 +31,35 @@ struct Arguments {
 DEVICE u32 rotate_left(u32 a, int n) { return a << n | a >> (32 - n); }
 
 // Selectors of `look_up` for a word of each plane (eight columns for each s): the lower three bits of the
-// codes, a nibble each; for 4 bits also `which`: nibble i is i, plus 4 where the highest bit is set.
-template <int BITS> DEVICE void selectors(const u32 (&p)[BITS], u32 (&octet)[4], u32 (&which)[4]) {
+// codes, a nibble each, in the lower half of octet[s][0] for columns 0 to 3, of octet[s][1] for 4 to 7; for 4
+// bits also `which`: nibble i is i, plus 4 where the highest bit is set.
+template <int BITS> DEVICE void selectors(const u32 (&p)[BITS], u32 (&octet)[4][2], u32 (&which)[4][2]) {
     if (BITS == 2) {
         const u32 low = rotate_left(p[1], 31);
         const u32 even = pick(p[0], low, 0xAAAAAAAA), odd = pick(low, p[0], 0xAAAAAAAA);
-        octet[0] = rotate_left(even & 0xCCCCCCCC, 30);
-        octet[1] = (odd & 0x66666666) >> 1;
-        octet[2] = even & 0x33333333;
-        octet[3] = rotate_left(odd & 0x99999999, 1);
+        const u32 last = even & 0xCCCCCCCC, middle = odd & 0x66666666, second = even & 0x33333333,
+                  first = odd & 0x99999999;
+        octet[0][0] = last >> 2, octet[0][1] = last >> 18;
+        octet[1][0] = middle >> 1, octet[1][1] = middle >> 17;
+        octet[2][0] = second, octet[2][1] = second >> 16;
+        octet[3][0] = rotate_left(first, 1), octet[3][1] = first >> 15;
         return;
     }
     const u32 high = p[BITS - 3], middle = rotate_left(p[BITS - 2], 31), low = rotate_left(p[BITS - 1], 30);
     const u32 even = pick(high, middle, 0xAAAAAAAA), odd = pick(middle, high, 0xAAAAAAAA);
     const u32 low_even = low & 0xAAAAAAAA, low_odd = low & 0x55555555;  // no bit where a nibble's fourth is
-    octet[0] = pick(even, low_even, 0xCCCCCCCC) >> 1;
-    octet[1] = pick(odd, low_odd, 0x66666666);
-    octet[2] = rotate_left(pick(even, low_even, 0x33333333), 1);
-    octet[3] = rotate_left(pick(odd, low_odd, 0x99999999), 2);
+    const u32 at[4] = {pick(even, low_even, 0xCCCCCCCC), pick(odd, low_odd, 0x66666666),
+                       pick(even, low_even, 0x33333333), pick(odd, low_odd, 0x99999999)};
+    octet[0][0] = at[0] >> 1, octet[0][1] = at[0] >> 17;
+    octet[1][0] = at[1], octet[1][1] = at[1] >> 16;
+    octet[2][0] = rotate_left(at[2], 1), octet[2][1] = at[2] >> 15;
+    octet[3][0] = rotate_left(at[3], 2), octet[3][1] = at[3] >> 14;
     if (BITS == 4) {
-        which[0] = ((p[0] >> 1) & 0x44444444) | 0x32103210;
-        which[1] = (p[0] & 0x44444444) | 0x32103210;
-        which[2] = ((p[0] << 1) & 0x44444444) | 0x32103210;
-        which[3] = (rotate_left(p[0], 2) & 0x44444444) | 0x32103210;
+        UNROLL for (int s = 0; s < 4; s++) {
+            const u32 bit = s == 0 ? p[0] >> 1 : s == 1 ? p[0] : rotate_left(p[0], s - 1);
+            which[s][0] = (bit & 0x44444444) | 0x32103210;
+            which[s][1] = which[s][0] >> 16;
+        }
     }
 }
 
@@ -76,7 +84,7 @@ template <Type TYPE, int BITS, int OCTETS, int SHARE>
 DEVICE void add_tile(float (&acc)[SHARE][OCTETS][4], const u32 (&table)[SHARE][2][1 << (BITS - 1)],
                      const uint4 (&plane)[SHARE][BITS], const uint4* x) {
     UNROLL for (int h = 0; h < 2; h++) {
-        u32 octet[SHARE][2][4], which[SHARE][2][4];
+        u32 octet[SHARE][2][4][2], which[SHARE][2][4][2];
         UNROLL for (int c = 0; c < SHARE; c++)
             UNROLL for (int r = 0; r < 2; r++) {
                 u32 p[BITS];
@@ -91,8 +99,8 @@ DEVICE void add_tile(float (&acc)[SHARE][OCTETS][4], const u32 (&table)[SHARE][2
                 UNROLL for (int c = 0; c < SHARE; c++) {
                     u32 a[4];
                     UNROLL for (int r = 0; r < 2; r++)
-                        values<BITS>(table[c][r], octet[c][r][s] >> (16 * part),
-                                     BITS == 4 ? which[c][r][s] >> (16 * part) : 0, a[r], a[r + 2]);
+                        values<BITS>(table[c][r], octet[c][r][s][part],
+                                     BITS == 4 ? which[c][r][s][part] : 0, a[r], a[r + 2]);
                     UNROLL for (int n = 0; n < OCTETS; n++)
                         mma_halves<TYPE>(acc[c][n], a, part ? b[n].z : b[n].x, part ? b[n].w : b[n].y);
                 }
@@ -248,7 +256,10 @@ KERNEL(WARPS * ROWS * 32, BLOCKS) halves_product(const Arguments a) {
 // A warp has a ring of SLOTS tiles that cp.async fills across row blocks: half of it before waiting for the
 // kernel in front, then turn by turn with the first phases' activations, which would have to queue behind
 // all of it.
-template <Type TYPE, int BITS, int OCTETS, int TILES, int WARPS, int SPLITS, int SLOTS, int PHASE, int HELD,
+//
+// GATED: the first half of the row blocks is gate, the second up; a team takes one of each in turn, and y
+// [M, N / 2] is silu(gate) * up.
+template <Type TYPE, Back BACK, int BITS, int OCTETS, int TILES, int WARPS, int SPLITS, int SLOTS, int PHASE, int HELD,
           int BLOCKS>
 KERNEL(WARPS * 32, BLOCKS) teams_product(const Arguments a) {
     constexpr int TEAMS = WARPS / SPLITS, T = (TILES + SPLITS - 1) / SPLITS;
@@ -267,15 +278,17 @@ KERNEL(WARPS * 32, BLOCKS) teams_product(const Arguments a) {
     const int thread = thread_index(), warp = thread / 32, lane = thread % 32, g = lane / 4, t = lane % 4;
     const int team = warp / SPLITS, member = warp % SPLITS, of_team = thread % (SPLITS * 32);
     const int teams = block_count() * TEAMS, first = block_index() + team * block_count();
-    const int count = (a.row_blocks - first + teams - 1) / teams;
+    constexpr int EACH = BACK == GATED ? 2 : 1;
+    const int row_blocks = a.row_blocks / EACH, count = (row_blocks - first + teams - 1) / teams * EACH;
+    auto row_block = [&](int j) { return first + j / EACH * teams + j % EACH * row_blocks; };
     // how often the block meets: as often as its first team has a row block, or once
-    const int rounds = KEEPS ? (count ? count : 1) : (a.row_blocks - block_index() + teams - 1) / teams;
+    const int rounds = KEEPS ? (count ? count : 1) : (row_blocks - block_index() + teams - 1) / teams * EACH;
     const bool has_last = !RAGGED || member < TILES - (T - 1) * SPLITS;  // whether my tile T - 1 exists
     let_next_start();
 
     auto load_table = [&](u32(&to)[2][WORDS], int j) {  // of my rows of my row block j
         UNROLL for (int r = 0; r < 2; r++) {
-            const u32* from = a.tables + (i64(first + j * teams) * 16 + 8 * r + g) * WORDS;
+            const u32* from = a.tables + (i64(row_block(j)) * 16 + 8 * r + g) * WORDS;
             if (WORDS == 2) {
                 const uint2 two = load_constant(reinterpret_cast<const uint2*>(from));
                 to[r][0] = two.x, to[r][1] = two.y;
@@ -303,7 +316,7 @@ KERNEL(WARPS * 32, BLOCKS) teams_product(const Arguments a) {
         }
         close_group();
         offset += SPLITS * 32;
-        if (++ahead == T) ahead = 0, offset = (first + ++j_ahead * teams) * (TILES * 32);
+        if (++ahead == T) ahead = 0, offset = row_block(++j_ahead) * (TILES * 32);
     };
     // Unit 8 OCTETS i + OCTETS (4 h + s) + n of a phase: octet n of columns 128 h + 32 s .. of its tile i.
     auto copy_phase = [&](int phase, int place) {
@@ -326,6 +339,8 @@ KERNEL(WARPS * 32, BLOCKS) teams_product(const Arguments a) {
 
     // Lane 4 g + t's sums lie where neither the lanes of a warp nor the threads that add them collide.
     const int place = t * 8 + (g ^ (2 * t));
+    constexpr int OUTPUTS = (OCTETS * 128 + SPLITS * 32 - 1) / (SPLITS * 32);  // of a thread and row block
+    float gate[OUTPUTS] = {};
     int slot = 0;
     for (int j = 0; j < rounds; j++) {
         const bool works = j < count;
@@ -360,16 +375,24 @@ KERNEL(WARPS * 32, BLOCKS) teams_product(const Arguments a) {
             sums[(warp * OCTETS + n) * 32 + place] = float4{v[0], v[1], v[2], v[3]};
         }
         sync_team<TEAMS, SPLITS>(team);
-        for (int e = of_team; e < OCTETS * 128; e += SPLITS * 32) {
-            const int pair = e / 32 % 4, row_in = e % 16, odd = e / 16 % 2, n = e / 128;
-            const int row = (first + j * teams) * 16 + row_in, token = n * 8 + 2 * pair + odd;
-            if (!works || row >= a.rows || token >= a.tokens) continue;
+        UNROLL for (int k = 0; k < OUTPUTS; k++) {
+            const int e = of_team + k * SPLITS * 32, pair = e / 32 % 4, odd = e / 16 % 2, n = e / 128;
+            const int row = row_block(j) * 16 + e % 16, token = n * 8 + 2 * pair + odd;
+            if (!works || n >= OCTETS || row >= a.rows || token >= a.tokens) continue;
             const float* from = reinterpret_cast<const float*>(sums + (team * SPLITS * OCTETS + n) * 32) +
-                                (pair * 8 + (row_in % 8 ^ (2 * pair))) * 4 + row_in / 8 * 2 + odd;
+                                (pair * 8 + (e % 8 ^ (2 * pair))) * 4 + e / 8 % 2 * 2 + odd;
             float y = 0.0f;
             UNROLL for (int w = 0; w < SPLITS; w++) y += from[w * OCTETS * 128];
             if (a.bias) y += widen<TYPE>(load_constant(a.bias + row));
-            store(a.y + token * a.y_stride + row, narrow<TYPE>(y));
+            u16* const to = a.y + token * a.y_stride + row;
+            if (BACK == STORE) {
+                store(to, narrow<TYPE>(y));
+            } else if (j % 2 == 0) {  // rounded as transformers does
+                y = widen<TYPE>(narrow<TYPE>(y));
+                gate[k] = widen<TYPE>(narrow<TYPE>(y / (1.0f + exponential(-y))));
+            } else {
+                store(to - row_blocks * 16, narrow<TYPE>(gate[k] * widen<TYPE>(narrow<TYPE>(y))));
+            }
         }
         if (j + 1 < count)
             UNROLL for (int r = 0; r < 2; r++)

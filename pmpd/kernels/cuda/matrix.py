@@ -111,13 +111,19 @@ class CudaMatrix(TritonMatrix):
         launch.product(made, self._tiles.planes, worth, x, y, rows, self._tiles.bias, norm, gated, reverse)
         return y
 
-    def multiply_teams(self, x: Tensor, bits: int, cut: teams.TeamsCut | None = None) -> Tensor:
-        """`x` [M, K] -> [M, N] by `teams_product`; `cut` another than the one of the autotune table."""
+    def multiply_teams(
+        self, x: Tensor, bits: int, cut: teams.TeamsCut | None = None, gated: bool = False
+    ) -> Tensor:
+        """`x` [M, K] -> [M, N] by `teams_product`; `cut` another than the one of the autotune table; `gated`
+        as of `teams.product`."""
         made, tables = cut or self._teams_cut(len(x), bits), self._tables[bits]["halves"]
         assert made is not None, f"{len(x)} tokens, {bits} bits: no cut in the autotune table"
-        return teams.product(
-            made, self._tiles.planes, tables, launch.aligned(x), self.shape[0], self._tiles.bias
-        )
+        x, rows = launch.aligned(x), self.shape[0]
+        return teams.product(made, self._tiles.planes, tables, x, rows, self._tiles.bias, gated)
+
+    def gates(self, tokens: int, bits: int) -> bool:
+        """Whether `multiply_teams` takes these tokens, `gated`."""
+        return self.shape[0] % 32 == 0 and self.route(tokens, bits) == "teams"
 
     def _cut(self, bits: tuple[int, ...]) -> Cut | None:
         """None: these precisions take another route."""

@@ -69,13 +69,13 @@ class TeamsCut:
         room = self.shared_bytes + RESERVED_BYTES
         return self.shared_bytes <= gpu.block_bytes and self.resident * room <= gpu.multiprocessor_bytes
 
-    def template(self, dtype: str) -> str:
+    def template(self, dtype: str, back: str = "STORE") -> str:
         """The instance's name in C++."""
         numbers = (
             self.bits, self.octets, self.tiles, self.warps, self.splits, self.slots, self.phase, self.held,
             self.blocks,
         )  # fmt: skip
-        return f"teams_product<{dtype}, {', '.join(map(str, numbers))}>"
+        return f"teams_product<{dtype}, {back}, {', '.join(map(str, numbers))}>"
 
     def grid(self, row_blocks: int, gpu: Gpu) -> int:
         """Rather teams without a row block than a multiprocessor without one."""
@@ -102,18 +102,21 @@ def cut_of(
 
 
 def product(
-    cut: TeamsCut, planes: Tensor, tables: Tensor, x: Tensor, rows: int, bias: Tensor | None
-) -> Tensor:
-    """As `halves.product`."""
-    y = x.new_empty(len(x), rows)
-    run(cut, launch.TYPES[x.dtype], arguments_of(planes, tables, x, y, rows, bias), planes.shape[1], x.device)
+    cut: TeamsCut, planes: Tensor, tables: Tensor, x: Tensor, rows: int, bias: Tensor | None,
+    gated: bool = False,
+) -> Tensor:  # fmt: skip
+    """As `halves.product`. `gated`: the first half of W is gate, the second up, N a multiple of 32, and the
+    result silu(gate) * up [M, N / 2]."""
+    y = x.new_empty(len(x), rows // 2 if gated else rows)
+    name = cut.template(launch.TYPES[x.dtype], "GATED" if gated else "STORE")
+    run(cut, name, arguments_of(planes, tables, x, y, rows, bias), planes.shape[1] // (1 + gated), x.device)
     return y
 
 
-def run(cut: TeamsCut, dtype: str, arguments: Arguments, row_blocks: int, device: torch.device) -> None:
-    """One launch on PyTorch's current stream of the device."""
+def run(cut: TeamsCut, instance: str, arguments: Arguments, row_blocks: int, device: torch.device) -> None:
+    """One launch on PyTorch's current stream of the device; `row_blocks` of the result."""
     index = torch.cuda.current_device() if device.index is None else device.index
-    kernel = launch.function(cut.template(dtype), cut.shared_bytes, index, SOURCE)
+    kernel = launch.function(instance, cut.shared_bytes, index, SOURCE)
     grid = cut.grid(row_blocks, launch.gpu_of(device))
     stream = torch.cuda.current_stream(device).cuda_stream
     with torch.cuda.device(device):
