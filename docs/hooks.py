@@ -1,13 +1,20 @@
-"""Pages of the reference that come from the code: the flags of the commands, the columns of the tables."""
+"""Pages of the reference that come from the code: the flags of the commands, the columns of the tables. And
+the results that pages link to, which lie outside of this folder."""
 
 from __future__ import annotations
 
 import contextlib
 import io
 import os
+import re
+from pathlib import Path
+
+from mkdocs.structure.files import File
 
 from pmpd.cli.main import COMMANDS, main
 from pmpd.storage import schemas
+
+RESULTS = "bench-results"
 
 TABLES = {
     "prompts": schemas.PROMPTS,
@@ -22,8 +29,19 @@ TABLES = {
 
 def on_page_markdown(markdown: str, page, **_) -> str:
     """Puts the generated part where the page says `<!-- generated -->`."""
+    markdown = re.sub(
+        r"\]\((?:\.\./)+bench/results/", f"]({'../' * page.file.src_uri.count('/')}{RESULTS}/", markdown
+    )
     make = {"reference/commands.md": commands, "reference/tables.md": tables}.get(page.file.src_uri)
     return markdown.replace("<!-- generated -->", make()) if make else markdown
+
+
+def on_files(files, config):
+    """A page links to a result as a reader of the repository follows it; the site has them in `RESULTS`."""
+    for path in sorted(Path(config.docs_dir).parent.glob("bench/results/*.*")):
+        if path.suffix in (".md", ".png"):
+            files.append(File.generated(config, f"{RESULTS}/{path.name}", abs_src_path=str(path)))
+    return files
 
 
 def commands() -> str:
