@@ -330,14 +330,14 @@ def rules_of(pack: Path, chain: tuple[int, ...]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Confirm:
-    """Fit one policy to one label set and judge it once on another: for a policy whose settings were changed
-    after a look at the first."""
+    """Fit policies to one label set and judge them once on another: for those whose settings were changed, or
+    that were chosen, after a look at the first."""
 
     fit_labels: tuple[str, ...]
     """Output folders of pmpd label --rule kl: the static frontier and the policy are chosen on these."""
     labels: tuple[str, ...]
     """Prompts that nobody has looked at."""
-    policy: str = "online"
+    policies: tuple[str, ...] = ("online",)
     model_path: str = ""
     """With it and reference_model_path, `online` is run exactly too (see `online`)."""
     reference_model_path: str = ""
@@ -354,14 +354,15 @@ class Confirm:
         budgets = np.linspace(train.chain[-1], train.chain[0], FRONTIER_POINTS).tolist()
         resampling = Resampling.of(test.groups, self.resamples, self.seed)
         frontier = StaticFrontier(static(train, test, budgets, self.seed), resampling)
-        policy = {**POLICIES, **ONLINE_POLICIES}[self.policy]
-        outcomes = policy(train, test, self.targets, self.seed)
-        gains = [gain_of(self.policy, o, frontier, t) for o, t in zip(outcomes, self.targets, strict=True)]
+        gains = []
+        for name in self.policies:
+            outcomes = {**POLICIES, **ONLINE_POLICIES}[name](train, test, self.targets, self.seed)
+            gains += [gain_of(name, o, frontier, t) for o, t in zip(outcomes, self.targets, strict=True)]
         oracle = ORACLES["oracle, plan"](test, test, self.targets, self.seed)
         best = {t: gain_of("oracle", o, frontier, t).gain for o, t in zip(oracle, self.targets, strict=True)}
         rows = table(gains, holm([gain.p for gain in gains]), best)  # type: ignore[arg-type]
         exact = None
-        if self.model_path:
+        if self.model_path and "online" in self.policies:
             study = OnlineExact(
                 Path(),
                 Path(),

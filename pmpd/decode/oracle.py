@@ -18,7 +18,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import CacheLayerMixin
 
-from pmpd.decode.prompt_state import probe_offset, prompt_state
+from pmpd.decode.prompt_state import described, probe_offset
 from pmpd.decode.requests import GREEDY, Sampling
 from pmpd.decode.sampling import draw
 from pmpd.schedulers.base import ObservedRows, PrefillState, PromptState, Scheduler
@@ -143,7 +143,8 @@ def _prompt_states(
                 state.set_uniform(precision)
                 output = model(torch.tensor([list(ids)], device=model.device), use_cache=True, **kept)
         logits[bits] = output.logits[0]
-    return [prompt_state(input_ids[offset:], logits.pop(precisions[0]), logits)]
+    high = logits.pop(precisions[0])
+    return described([input_ids[offset:]], [high], {bits: [low] for bits, low in logits.items()})
 
 
 def _features(cache: DynamicCache) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,18 +36,31 @@ def probe_offset(prompt_tokens: int) -> int:
     return max(0, prompt_tokens - PROBE_TOKENS)
 
 
-def prompt_state(ids: Sequence[int], logits: Tensor, lower: Mapping[int, Tensor]) -> PromptState:
-    """The state of a prompt from its probe's tokens `ids` and the logits [P, V] after them, at the highest
-    precision and at lower ones."""
-    table = token_statistics(("entropy", "margin"), logits)
-    loss = 0.0
-    if len(ids) > 1:
-        seen = torch.tensor(list(ids[1:]), device=logits.device)
-        loss = float(torch.nn.functional.cross_entropy(logits[:-1].float(), seen))
-    entropy, margin = table.mean(0).tolist()
-    last_entropy, last_margin = table[-1].tolist()
-    values = dict(zip(PROMPT_VALUES, (loss, entropy, margin, last_entropy, last_margin), strict=True))
-    return PromptState(values, {bits: float(divergence(logits, low).mean()) for bits, low in lower.items()})
+def described(
+    probes: Sequence[Sequence[int]], logits: Sequence[Tensor], lower: Mapping[int, Sequence[Tensor]]
+) -> list[PromptState]:
+    """The states of prompts from their probes' tokens and the logits [P, V] after them, at the highest
+    precision and at lower ones. One transfer to the host for all."""
+    whole = torch.cat(list(logits))
+    following = [token for ids in probes for token in (*ids[1:], 0)]
+    seen = torch.tensor(following, device=whole.device)
+    columns = [
+        token_statistics(("entropy", "margin"), whole),
+        torch.nn.functional.cross_entropy(whole.float(), seen, reduction="none")[:, None],
+        *(divergence(whole, torch.cat(list(low)))[:, None] for low in lower.values()),
+    ]
+    table = torch.cat(columns, 1).double().cpu().numpy()
+    found = []
+    for part in np.split(table, np.cumsum([len(ids) for ids in probes])[:-1]):
+        entropy, margin, _, *distances = part.mean(0).tolist()
+        loss = float(part[:-1, 2].mean()) if len(part) > 1 else 0.0
+        values = (loss, entropy, margin, float(part[-1, 0]), float(part[-1, 1]))
+        found.append(
+            PromptState(
+                dict(zip(PROMPT_VALUES, values, strict=True)), dict(zip(lower, distances, strict=True))
+            )
+        )
+    return found
 
 
 def prompt_states(
@@ -73,9 +87,7 @@ def prompt_states(
         low_logits = {bits: forward_given(engine, probes, bits) for bits in lower}
         # the highest last: it leaves the prompt in the cache as a prefill does
         high_logits = known[start : start + rows] if known else forward_given(engine, probes, high)
-        for row, (probe, logits) in enumerate(zip(probes, high_logits, strict=True)):
-            lows = {bits: low[row] for bits, low in low_logits.items()}
-            found.append(prompt_state(probe.ids, logits, lows))
+        found += described([probe.ids for probe in probes], high_logits, low_logits)
     return found
 
 
