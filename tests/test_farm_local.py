@@ -534,6 +534,22 @@ def test_items_of_the_unit_that_waits_are_on_offer_once_and_never_cost_a_row_of_
     assert [results[some.name].error_items for some in (first, second)] == [0, 0]
 
 
+def test_a_unit_that_nobody_brings_meanwhile_is_read_ahead_and_on_offer(bench, monkeypatch):
+    make, unit, _ = bench
+    first, second = (
+        Unit(unit.ids[part], {"prompts": unit.rows["prompts"][part]}) for part in (slice(0, 2), slice(2, 3))
+    )
+    task = OfferedTask()
+    task.others.set()
+    worker, reads = make(task), []
+    read = worker._read
+    monkeypatch.setattr(worker, "_read", lambda one: reads.append(one.name) or read(one))
+    assert worker.run(first, second).error_items == 0
+    assert worker.run(second).error_items == 0
+    assert task.offered == [list(second.ids), []]
+    assert reads == [first.name, second.name], "read twice"
+
+
 @dataclasses.dataclass(frozen=True)
 class HeldTask(FakeTask):
     """A `FakeTask` whose unit ends only once its last beat was read."""

@@ -62,8 +62,12 @@ class LocalPool:
         watcher = threading.Thread(target=self._watch, args=(ended,), daemon=True)
         watcher.start()
         try:
-            for unit in units:
-                self._do(unit)
+            waiting = iter(units)
+            unit = next(waiting, None)
+            while unit is not None:
+                later = next(waiting, None)
+                self._do(unit, later)
+                unit = later
         finally:
             ended.set()
             watcher.join()
@@ -73,11 +77,11 @@ class LocalPool:
     def close(self) -> None:
         pass
 
-    def _do(self, unit: Unit) -> None:
+    def _do(self, unit: Unit, later: Unit | None) -> None:
         while True:
             self.lease.check()
             try:
-                result = self._bench.run(unit)
+                result = self._bench.run(unit, later)
             except (storage.ShardWriteError, LeaseLostError):
                 raise
             except Exception as error:

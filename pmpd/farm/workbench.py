@@ -7,6 +7,7 @@ before is written, so that a GPU does not wait for storage.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import threading
 import time
@@ -63,6 +64,8 @@ class Workbench:
         self._forwards_before = 0
         self._next: list[Item] = []
         """Of the unit that waits for its turn, if they are on offer."""
+        self._later: dict[str, dict[str, Item]] = {}
+        """Unit -> items that were read before its turn."""
         self._may_offer = False
         """Not where items are tried one by one: an exception is that one's."""
         self._turn = threading.Lock()
@@ -85,14 +88,19 @@ class Workbench:
         built = self.built
         return WorkerInfo(self.place, dict(built.models), built.device, seconds, built.note)
 
-    def run(self, unit: Unit) -> UnitResult:
+    def run(self, unit: Unit, later: Unit | None = None) -> UnitResult:
         """Does a unit and writes its shard; returns when that is durable. Shards are written in the order in
-        which units are worked on. A unit is read while the one before it is worked on."""
-        items = self._read(unit)
-        self._next = [item for item in items.values() if self._problem(unit, item) is None]
+        which units are worked on. A unit is read while the one before it is worked on, by whoever calls `run`
+        for it meanwhile, or as `later` where nobody does."""
+        items = self._later.pop(unit.name, None) or self._read(unit)
+        self._next = self._workable(unit, items)
         with self._turn:
             begin = time.monotonic()
             self._next = []
+            if later is not None and self.built.offers is not None:
+                with contextlib.suppress(Exception):  # told when it is its turn
+                    self._later = {later.name: self._read(later)}
+                    self._next = self._workable(later, self._later[later.name])
             rows, forwards = self._done(unit, items)
             self._writing.acquire()  # before the next unit has its turn: no two shards at once
         try:
@@ -107,6 +115,9 @@ class Workbench:
         tokens = sum(self.built.tokens(row) for key in unit.ids for row in rows[key] if not row.get("error"))
         seconds = time.monotonic() - begin
         return UnitResult(len(unit.ids), error_items, tokens, seconds, forwards, entry)
+
+    def _workable(self, unit: Unit, items: Mapping[str, Item]) -> list[Item]:
+        return [item for item in items.values() if self._problem(unit, item) is None]
 
     def _take_next(self) -> list[Item]:
         """Items of the unit that waits, once; none while there is no such unit."""

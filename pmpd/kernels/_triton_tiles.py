@@ -23,8 +23,8 @@ def tiles_matmul(
     Weights are the tensor cores' long side (ROWS), so a tile can have few tokens.
     """
     _let_next_start(PDL)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    tile = tl.program_id(1)
+    tile = tl.program_id(0)  # tiles side by side read the same weights at about the same time
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
     token = tile * TOKENS + tl.arange(0, TOKENS)
     safe_row = tl.minimum(row, N - 1)
     column = tl.arange(0, COLUMNS)

@@ -56,7 +56,7 @@ class DenseMatrix(BitplaneMatrix):
         rows, columns = self.shape
         tokens, some = len(x) // len(which), 128 if rows >= WIDE else 64
         y = x.new_empty(len(x), rows)
-        kernels.tiles_matmul[(math.ceil(rows / some), len(which))](
+        kernels.tiles_matmul[(len(which), math.ceil(rows / some))](
             x, self.stacked, y if self.bias is None else self.bias, which, y,
             rows, x.stride(0), self.stacked.stride(0), y.stride(0),
             K=columns, ROWS=some, COLUMNS=COLUMNS, TOKENS=tokens, HAS_BIAS=self.bias is not None,
