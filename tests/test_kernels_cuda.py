@@ -114,21 +114,18 @@ def test_every_plan_fits_the_gpu_and_covers_all_columns(gpu):
             assert made.live in (1, made.passes)
 
 
-def test_there_are_as_many_teams_as_row_blocks_until_a_scale_would_serve_too_many_columns():
-    for rows, columns, splits in (
-        (4096, 4096, 4),
-        (14336, 4096, 1),
-        (28672, 4096, 1),
-        (4096, 14336, 4),
-        (512, 576, 2),
-    ):
-        made = cut(rows, columns, (3,), H100)
-        assert made.splits == splits, f"{rows} x {columns}"
+def test_a_team_has_two_row_blocks_and_no_more_columns_under_one_scale_than_allowed():
+    for rows, columns, bits, warps, splits in (
+        (28672, 4096, 3, 16, 4), (14336, 4096, 3, 16, 8), (14336, 4096, 4, 8, 4), (4096, 14336, 2, 16, 16),
+        (1 << 20, 4096, 2, 16, 1), (1 << 20, 14336, 2, 16, 4), (576, 576, 3, 16, 2),
+    ):  # fmt: skip
+        made = cut(rows, columns, (bits,), H100)
+        assert (made.warps, made.splits) == (warps, splits), f"{rows} x {columns}, {bits} bits"
         assert made.per_warp * TILE_COLUMNS <= 4096
 
 
 def test_fewer_resident_blocks_leave_room_for_the_next_launch():
-    full, half = (cut(1 << 20, 4096, (3,), slots=4, resident=n) for n in (2, 1))
+    full, half = (cut(1 << 20, 4096, (3,), warps=8, slots=4, blocks=2, resident=n) for n in (2, 1))
     assert (full.resident, half.resident) == (2, 1)
     assert half.template("FLOAT16") == full.template("FLOAT16"), "the same machine code"
     assert half.grid(1 << 16, H100) == H100.multiprocessors == full.grid(1 << 16, H100) // 2
