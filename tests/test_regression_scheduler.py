@@ -7,6 +7,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from pmpd.cli.flags.train import TrainJob
 from pmpd.cli.generate import main as generate
 from pmpd.cli.generate import scheduler_names
 from pmpd.cli.label import main as label
-from pmpd.cli.train import generate_command, wants_regression
+from pmpd.cli.train import gain_line, generate_command, wants_regression
 from pmpd.cli.train import main as train
 from pmpd.decode import oracle
 from pmpd.decode.engine import Engine
@@ -479,6 +480,32 @@ def test_training_again_leaves_nothing_of_the_training_before(labels, tmp_path):
     assert (tmp_path / "scheduler" / "config.json").read_bytes() == first
     with pytest.raises(ValueError, match="takes their highest precision"):
         train(replace(job, precisions="3,2"))
+
+
+@pytest.mark.parametrize(
+    ("gain", "low", "high", "told"),
+    [
+        (
+            11.8,
+            8.1,
+            15.1,
+            "11.8 % less than the best static plans (gain +11.8, 95 % +8.1 to +15.1): better",
+        ),
+        (
+            -1.2,
+            -5.3,
+            3.6,
+            "1.2 % more than the best static plans (gain -1.2, 95 % -5.3 to +3.6): neither",
+        ),
+        (-4.0, -5.0, -3.0, "worse"),
+    ],
+)
+def test_the_training_says_whether_the_regression_pays(gain, low, high, told):
+    row = {"target_bits": 2.75, "gain_percent": gain, "low_percent": low, "high_percent": high}
+    fitted = SimpleNamespace(calibration=SimpleNamespace(target_bits=2.75), judged=[row])
+    assert told in gain_line(fitted)
+    fitted.judged = []
+    assert gain_line(fitted) is None
 
 
 def test_what_comes_next_names_the_models_of_the_labels(labels):

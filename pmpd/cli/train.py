@@ -80,6 +80,21 @@ def gains_table(fitted: Fitted) -> Table:
     return table
 
 
+def gain_line(fitted: Fitted) -> str | None:
+    """Whether the regression pays at its target, in words; None without test prompts."""
+    target = fitted.calibration.target_bits
+    row = next((row for row in fitted.judged if row["target_bits"] == target), None)
+    if row is None:
+        return None
+    gain, low, high = (row[f"{end}_percent"] for end in ("gain", "low", "high"))
+    grade = "better" if low > 0 else "worse" if high < 0 else "neither is surely better"
+    than = "more" if gain < 0 else "less"
+    return (
+        f"at {target:g} bits it loses {abs(gain):.1f} % {than} than the best static plans "
+        f"(gain {gain:+.1f}, 95 % {low:+.1f} to {high:+.1f}): {grade}"
+    )
+
+
 def reached_line(fitted: Fitted) -> str:
     """Whether the target was reached, and how to take another, in words."""
     found, config = fitted.calibration, fitted.config
@@ -182,6 +197,8 @@ def train_regression(
     )
     if fitted.judged:
         console.print(gains_table(fitted))
+    if line := gain_line(fitted):
+        console.print(line, soft_wrap=True)
     console.print(reached_line(fitted), soft_wrap=True)
     console.print(f"scheduler: {folder}", soft_wrap=True)
     console.print(
