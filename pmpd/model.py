@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import operator
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -42,9 +42,9 @@ class PMPDForCausalLM(nn.Module):
     modules exist once. `precisions`: those to load (default: all the checkpoint holds). `prefill_bit`
     defaults to the highest of them. `dtype`: what activations and unquantized weights are (default: float32;
     `.cuda()` keeps it, so pass float16 there). `kernel`: forces an implementation of the multiplication
-    (`reference`, `cpu`, `triton`, `cuda`, `dense`). `head_bits` 8: the head has 8 bits instead of 16, which
-    halves what is read of it (bfloat16 on a CPU with AVX2; float16 or bfloat16 on a GPU).
-    `trust_remote_code`: allows model code from the checkpoint folder to run.
+    (`reference`, `cpu`, `triton`, `dense`). `head_bits` 8: the head has 8 bits instead of 16, which halves
+    what is read of it (bfloat16 on a CPU with AVX2; float16 or bfloat16 on a GPU). `trust_remote_code`:
+    allows model code from the checkpoint folder to run.
 
     ValueError: no such checkpoint, precisions it does not hold, tensors missing or misshapen.
     """
@@ -196,21 +196,26 @@ class PMPDForCausalLM(nn.Module):
         `slots`: requests that decode together (None: as many as memory holds). `eos_token_ids`: default the
         model's. `more`: what slots are given to when no request waits for one.
         """
-        given = list(requests)
+        open_keys: dict[str, Request] = {}
+        """Key of a completion that is still to come -> the request it comes of. What is done is let go of:
+        `more` may go on for days."""
+
+        def take(further: Iterable[Request]) -> None:
+            open_keys.update((key, request) for request in further for key in request.all_keys())
+
+        take(requests)
         longest = max((len(request.input_ids) + request.max_new_tokens for request in requests), default=1)
         ends = self.eos_token_ids if eos_token_ids is None else eos_token_ids
-        done: set[str] = set()
         engine: Engine | None
         while True:
-            left = [request for request in given if not done.issuperset(request.all_keys())]
+            left = list({request.key: request for request in open_keys.values()}.values())
             engine, used = None, slots
             try:
                 with self._borrowed(slots, longest) as engine:
                     used = engine.slots
-                    source = Further(given, left, more, engine.max_length)
+                    source = Further(left, more, engine.max_length, take)
                     for completion in engine.run(source, scheduler, prefill_bit, ends):
-                        if completion.key not in done:
-                            done.add(completion.key)
+                        if open_keys.pop(completion.key, None) is not None:
                             yield completion
                 return
             except RuntimeError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import sys
 import threading
@@ -15,6 +16,7 @@ from pmpd import PMPDForCausalLM, Scheduler
 from pmpd.cli import generate, label
 from pmpd.decode import oracle
 from pmpd.decode.pulse import Pulse
+from pmpd.decode.requests import Request
 from pmpd.labeling.config import LabelConfig
 from pmpd.labeling.label import Labeler, beside, label_prompts, reference_prompts
 from pmpd.labeling.rule import label_of
@@ -247,8 +249,9 @@ def test_the_next_unit_decodes_in_slots_that_the_last_rows_of_a_unit_leave_free(
     quantized, reference = models
     rows = prompt_rows(12)
     units = [rows[:4], rows[4:8], rows[8:]]
-    config = LabelConfig(CHAIN, NEW_TOKENS, slots=8)
+    config = LabelConfig(CHAIN, NEW_TOKENS, slots=16)
     references = {row["prompt_id"]: row for row in reference_prompts(reference, rows, config)}
+    quantized._engine = None  # of another test, with more slots
     alone, steps = [], []
     waiting: list[dict] = []
 
@@ -303,3 +306,27 @@ def test_an_offer_that_has_no_room_waits_for_its_unit_and_a_unit_that_fails_leav
     waiting.clear()
     assert quantized._engine is not None
     assert same_labels([*labeler(short, references), *labeler(long, references)], expected)
+
+
+def test_a_decode_that_goes_on_from_unit_to_unit_holds_no_rows_that_are_done(models):
+    quantized, reference = models
+    config = LabelConfig(CHAIN, 4, slots=4)
+    rows = [{**row, "prompt_id": f"{n:016x}"} for n, row in enumerate(prompt_rows(10) * 12)]
+    references = {row["prompt_id"]: row for row in reference_prompts(reference, rows, config)}
+    units = [rows[start : start + 10] for start in range(0, len(rows), 10)]
+    waiting: list[dict] = []
+
+    def offer() -> dict[str, dict]:
+        taken = {row["prompt_id"]: row for row in waiting}
+        waiting.clear()
+        return taken
+
+    quantized._engine = None  # of another test, with more slots
+    labeler, decodes = Labeler(quantized, config, offer=offer), set()
+    for unit, after in itertools.zip_longest(units, units[1:]):
+        waiting[:] = after or []
+        assert len(list(labeler(unit, references))) == len(unit)
+        decodes.add(id(labeler._branches._decode))
+        held = sum(type(each) is Request for each in gc.get_objects())
+        assert held <= 3 * len(units[0]), "more than this unit and the next one"
+    assert len(decodes) < len(units) / 2, "each unit had a decode of its own: this shows nothing"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -181,16 +181,22 @@ class TokenEvent:
 
 
 class Further(Iterator[Request]):
-    """Requests, and when they are all taken those that `more` has by then, into `given` too: it may be asked
-    again after it had none."""
+    """Requests, and when they are all taken those that `more` has by then; `told` is called of them first. It
+    may be asked again after it had none."""
 
-    def __init__(self, given: list[Request], left: Sequence[Request], more: More | None, room: int) -> None:
-        self._given, self._left, self._more, self._room = given, deque(left), more, room
+    def __init__(
+        self,
+        left: Iterable[Request],
+        more: More | None,
+        room: int,
+        told: Callable[[Sequence[Request]], None],
+    ) -> None:
+        self._left, self._more, self._room, self._told = deque(left), more, room, told
 
     def __next__(self) -> Request:
         if not self._left and self._more is not None:
             further = self._more(self._room)
-            self._given += further
+            self._told(further)
             self._left.extend(further)
         if not self._left:
             raise StopIteration
