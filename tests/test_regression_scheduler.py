@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 import torch
 from rich.console import Console
+from safetensors.numpy import load, save
+from safetensors.torch import save as save_tensors
 
 from pmpd import PMPDForCausalLM, Scheduler, storage
 from pmpd.cli.flags.generate import GenerateJob
@@ -27,6 +29,7 @@ from pmpd.decode.engine import Engine
 from pmpd.decode.forced import GivenTokens, forward_given
 from pmpd.decode.prompt_state import PROBE_TOKENS, look_back
 from pmpd.decode.requests import Request
+from pmpd.errors import UserError
 from pmpd.evaluation.curve_set import CurveSet, state_of
 from pmpd.evaluation.policies import MULTIPLIERS, choices_by_prediction, regression_prediction
 from pmpd.evaluation.results import read_generations
@@ -463,6 +466,63 @@ def test_what_does_not_fit_is_refused(artefact, tmp_path):
     (copy / "regression.safetensors").unlink()
     with pytest.raises(ValueError, match="missing"):
         RegressionScheduler(CHAIN, copy)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"target_bits": "3"},
+        {"target_bits": None},
+        {"calibrations": [{"target_bits": None}]},
+        {"calibrations": [{"multiplier": "1"}]},
+        {"calibrations": [{"multiplier": float("nan")}]},
+        {"calibrations": [{"multiplier": -1}]},
+        {"calibrations": [{"share": [1]}]},
+    ],
+    ids=str,
+)
+def test_a_description_with_values_that_are_no_numbers_is_refused(artefact, tmp_path, damage):
+    shutil.copytree(artefact, tmp_path / "copy")
+    config = json.loads((artefact / "config.json").read_text())
+    calibrations = [{**each, **damage.get("calibrations", [{}])[0]} for each in config["calibrations"]]
+    (tmp_path / "copy" / "config.json").write_text(
+        json.dumps({**config, **damage, "calibrations": calibrations})
+    )
+    with pytest.raises(UserError, match="not the description of a regression"):
+        RegressionScheduler(CHAIN, tmp_path / "copy")
+
+
+@pytest.mark.parametrize("name", ["mean", "deviation", "weights", "intercept", "scale"])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda part: part[:-1],
+        lambda part: part.reshape(-1)[:1],
+        lambda part: part * np.nan,
+        lambda part: part * 0 - 1,
+    ],
+    ids=["shorter", "one number", "not finite", "negative"],
+)
+def test_weights_of_another_shape_or_that_are_not_finite_are_refused(artefact, tmp_path, name, damage):
+    """Numpy would stretch some of them, and choose other plans without a word."""
+    shutil.copytree(artefact, tmp_path / "copy")
+    path = tmp_path / "copy" / "regression.safetensors"
+    tensors = load(path.read_bytes())
+    path.write_bytes(save({**tensors, name: np.ascontiguousarray(damage(tensors[name]))}))
+    if damage(np.ones(2))[0] == -1 and name not in ("deviation", "scale"):
+        RegressionScheduler(CHAIN, tmp_path / "copy")
+        return
+    with pytest.raises(UserError, match="damaged"):
+        RegressionScheduler(CHAIN, tmp_path / "copy")
+
+
+def test_weights_of_a_type_that_numpy_lacks_are_refused(artefact, tmp_path):
+    shutil.copytree(artefact, tmp_path / "copy")
+    path = tmp_path / "copy" / "regression.safetensors"
+    tensors = {key: torch.from_numpy(part).bfloat16() for key, part in load(path.read_bytes()).items()}
+    path.write_bytes(save_tensors(tensors))
+    with pytest.raises(UserError, match="damaged"):
+        RegressionScheduler(CHAIN, tmp_path / "copy")
 
 
 def test_training_again_leaves_nothing_of_the_training_before(labels, tmp_path):

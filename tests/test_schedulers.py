@@ -8,6 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
+from pmpd.errors import UserError
 from pmpd.schedulers.base import ObservedRows, PrefillState, Scheduler
 from pmpd.schedulers.chain import NEVER, chain_bits, class_steps
 
@@ -135,8 +136,19 @@ def test_one_dictionary_serves_all_schedulers():
             "confidence", {"precisions": [4, 3], "threshold": 0},
             r"threshold 0, patience 4, calibration 0: 0 < threshold <= 1",
         ),
+        *(
+            (name, {"precisions": [4, 3, 2], option: value}, f"'{name}', option {option} .*: give a {kind}")
+            for name, option, kind in (
+                ("confidence", "threshold", "float"),
+                ("online", "patience", "int"),
+                ("budget", "multiplier", "float | None"),
+                ("regression", "target_bits", "float | None"),
+                ("kv_cache", "published_steps", "bool"),
+            )
+            for value in ("x", [1], {}, float("nan"))
+        ),
     ],
 )  # fmt: skip
 def test_the_door_refuses_what_it_can_not_use_and_says_what_it_takes(name, options, told):
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(UserError, match=told.replace(" | ", r" \| ")):
         Scheduler.get_scheduler(name, **options)

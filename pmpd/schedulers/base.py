@@ -14,9 +14,11 @@ figures, report) takes it from there.
 from __future__ import annotations
 
 import inspect
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any, ClassVar
 
 import numpy as np
@@ -164,6 +166,16 @@ class Scheduler(ABC):
         return entry.build(name, {key: value for key, value in options.items() if key in entry.takes})
 
 
+def _may_be(annotation: str, value: Any) -> bool:
+    """Whether an option annotated as a number or a bool may have this value; True for other annotations."""
+    kinds = {kind.strip() for kind in annotation.split("|")}
+    if not kinds <= {"int", "float", "bool", "None"}:
+        return True
+    if isinstance(value, bool) or value is None:
+        return ("None" if value is None else "bool") in kinds
+    return isinstance(value, Real) and not math.isnan(value) and kinds != {"bool"}
+
+
 @dataclass(frozen=True)
 class SchedulerEntry:
     """What is to be known of a scheduler besides its class. Everything but `make` has a default that
@@ -187,7 +199,8 @@ class SchedulerEntry:
         return self.options or tuple(inspect.signature(self.make).parameters)
 
     def build(self, name: str, options: Mapping[str, Any]) -> Scheduler:
-        """The scheduler with these options. ValueError for one that it does not take, or that is missing."""
+        """The scheduler with these options. UserError for one that it does not take, that is missing, or that
+        is no number where `make` says it is one."""
         strange = sorted(set(options) - set(self.takes))
         if strange:
             raise UserError(
@@ -200,6 +213,11 @@ class SchedulerEntry:
             raise UserError(
                 f"scheduler {name!r} needs the option {', '.join(missing)}; it takes {', '.join(self.takes)}"
             )
+        for option, given in parameters:
+            if option in options and not _may_be(str(given.annotation), options[option]):
+                raise UserError(
+                    f"scheduler {name!r}, option {option} {options[option]!r}: give a {given.annotation}"
+                )
         return self.make(**options)
 
     def name_run(self, name: str, scheduler: Scheduler, options: Mapping[str, Any]) -> str:

@@ -100,6 +100,20 @@ class LossModel:
         logs = (features - self.mean) / self.deviation @ self.weights + self.intercept
         return np.exp(logs).reshape(-1, *self.scale.shape) * self.scale
 
+    def check(self, precisions: int, features: int) -> None:
+        """ValueError, with the reason, unless all numbers are finite and of these precisions and features."""
+        count = precisions * SEGMENTS
+        shapes = {"mean": (features,), "deviation": (features,), "weights": (features, count),
+                  "intercept": (count,), "scale": (precisions, SEGMENTS)}  # fmt: skip
+        for name, shape in shapes.items():
+            part = getattr(self, name)
+            if part.shape != shape:
+                raise ValueError(f"{name} of shape {part.shape}, not {shape}")
+            if not np.isfinite(part).all():
+                raise ValueError(f"{name} is not finite")
+        if not (self.deviation > 0).all() or (self.scale < 0).any():
+            raise ValueError("a deviation or scale below zero")
+
     @property
     def fingerprint(self) -> str:
         """First 16 hex digits of the SHA-256 over all numbers."""

@@ -187,10 +187,8 @@ def load_artefact(folder: str | Path, read: Callable[[str], bytes | None] | None
         raise UserError(f"{folder}/{WEIGHTS}: missing; copy the whole folder, or train again")
     try:
         model = LossModel(**{name: np.asarray(part, float) for name, part in load(weights).items()})
-        own = len(feature_names(config.chain, config.features))
-        if model.scale.shape[0] != len(config.chain) or model.weights.shape != (own, model.scale.size):
-            raise ValueError(f"weights {model.weights.shape} for {own} features")
-    except (SafetensorError, TypeError, ValueError) as error:
+        model.check(len(config.chain), len(feature_names(config.chain, config.features)))
+    except (SafetensorError, TypeError, ValueError, KeyError) as error:
         raise UserError(
             f"{folder}/{WEIGHTS}: damaged ({error}); copy the folder again, or train again"
         ) from error
@@ -212,6 +210,9 @@ def _config(content: bytes, source: str) -> RegressionConfig:
             )
         raw["chain"] = check_chain(raw["chain"])
         raw["calibrations"] = tuple(Calibration(**each) for each in raw["calibrations"])
+        for each in raw["calibrations"]:
+            _check_numbers(asdict(each), "target_bits", "multiplier", "second", "share", "bits")
+        _check_numbers(raw, "target_bits")
         if raw["features"] not in FEATURES:
             raise UserError(f"features {raw['features']!r}: known are {', '.join(FEATURES)}")
         return RegressionConfig(**raw)
@@ -219,6 +220,14 @@ def _config(content: bytes, source: str) -> RegressionConfig:
         raise UserError(
             f"{source}: not the description of a regression ({error}); copy the folder again, or train again"
         ) from error
+
+
+def _check_numbers(given: Mapping[str, Any], *names: str) -> None:
+    """ValueError unless all of these are finite numbers, none of them negative."""
+    for name in names:
+        value = given[name]
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < np.inf:
+            raise ValueError(f"{name} {value!r}: not a number, 0 or more")
 
 
 # ---- Scheduler
