@@ -42,9 +42,9 @@ class PMPDForCausalLM(nn.Module):
     modules exist once. `precisions`: those to load (default: all the checkpoint holds). `prefill_bit`
     defaults to the highest of them. `dtype`: what activations and unquantized weights are (default: float32;
     `.cuda()` keeps it, so pass float16 there). `kernel`: forces an implementation of the multiplication
-    (`reference`, `cpu`, `triton`, `dense`). `head_bits` 8: the head has 8 bits instead of 16, which halves
-    what is read of it (bfloat16 on a CPU with AVX2; float16 or bfloat16 on a GPU). `trust_remote_code`:
-    allows model code from the checkpoint folder to run.
+    (`reference`, `cpu`, `triton`, `cuda`, `dense`). `head_bits` 8: the head has 8 bits instead of 16, which
+    halves what is read of it (bfloat16 on a CPU with AVX2; float16 or bfloat16 on a GPU).
+    `trust_remote_code`: allows model code from the checkpoint folder to run.
 
     ValueError: no such checkpoint, precisions it does not hold, tensors missing or misshapen.
     """

@@ -17,9 +17,12 @@ import pytest
 import pmpd
 from pmpd.cli import main as cli
 from pmpd.cli.flags.generate import GenerateJob
+from pmpd.cli.helptext import texts_of
 from pmpd.cli.main import COMMANDS, Command, main
 from pmpd.errors import UserError
 from pmpd.evaluation.sweep import DEFAULT_SWEEP
+from pmpd.kernels.dispatch import KERNELS
+from pmpd.schedulers import SCHEDULERS
 
 ROOT = Path(__file__).parent.parent
 HEAVY = ("torch", "ray", "transformers", "datasets", "matplotlib", "fastchat")
@@ -60,6 +63,19 @@ def test_a_mistyped_flag_is_told_before_anything_heavy_is_imported():
 def test_the_flags_name_the_default_sweep():
     """The flags import no scheduler, so they spell the default out."""
     assert GenerateJob.schedulers == ",".join(DEFAULT_SWEEP)
+
+
+@pytest.mark.parametrize("name", ["label", "generate", "chat"])
+def test_the_help_names_every_kernel(name):
+    """A kernel that the help leaves out is one that nobody asks for."""
+    flags = importlib.import_module(f"pmpd.cli.flags.{name}")
+    told = texts_of(getattr(flags, COMMANDS[name].flags))["kernel"]
+    assert not [kernel for kernel in KERNELS if kernel not in told]
+
+
+def test_the_help_names_every_scheduler():
+    told = texts_of(GenerateJob)["schedulers"] + GenerateJob.schedulers
+    assert not [name for name in SCHEDULERS if name not in told and name not in ("naive", "uniform")]
 
 
 def test_usage_names_every_command(capsys):

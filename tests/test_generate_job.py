@@ -19,6 +19,7 @@ from pmpd.cli.flags.generate import GenerateJob
 from pmpd.cli.flags.report import ReportJob
 from pmpd.cli.generate import best_command, main, reference_command
 from pmpd.cli.report import main as report
+from pmpd.errors import UserError
 from pmpd.evaluation.answer import Generator
 from pmpd.evaluation.results import read_generations
 from pmpd.farm.generate_task import Sweep, write_conversations
@@ -94,6 +95,16 @@ def rows_of(folder: str) -> list[dict]:
 
 def run(flags: dict, **more) -> list[dict]:
     return rows_of(main(GenerateJob(**{**flags, **more}), Console(quiet=True)))
+
+
+def test_a_folder_of_another_sweep_is_refused_before_any_model_answers(asked, flags: dict) -> None:
+    run(flags, schedulers="uniform")
+    asked.clear()
+    with pytest.raises(
+        UserError, match=r"\(runs: without uniform-4, .*, with static-0/0, .*\); choose another"
+    ):
+        run(flags, schedulers="fp,static")
+    assert not asked, "the unquantized model answered, for nothing"
 
 
 def test_sweep_search_and_best_setting_share_one_output_folder(

@@ -89,6 +89,9 @@ def test_a_log_gets_a_line_every_ten_seconds() -> None:
         for done in range(1, 31):
             now[0] += 1
             steps("layers", done, 30)
+        steps("layers", 30, 30)
     lines = text.getvalue().splitlines()
-    assert [line.split(",")[0] for line in lines] == ["layers: 10/30", "layers: 20/30", "layers: 30/30"]
+    assert [line.split(",")[0] for line in lines] == ["layers: 10/30", "layers: 20/30", "layers: 30/30"], (
+        "the end is told once"
+    )
     assert "about 20 s left" in lines[0]

@@ -131,6 +131,8 @@ def test_a_weight_format_loads_and_a_kernel_is_explained(outside: str, capsys) -
     assert main(["perplexity", "--plugins", "row_scale", *flags]) == 0
     assert re.search(r"8 .*\n.*4 ", capsys.readouterr().out)
     assert main(["kernels", "--plugins", "rebuilt"]) == 0
+    (line,) = re.findall(r"^ +rebuilt +(.*)$", capsys.readouterr().out, re.MULTILINE)
+    assert line == "float32, bfloat16 (else: it is not made for float16)"
     assert main(["kernels", "--plugins", "no_such"]) == 1
     assert "--plugins no_such: No module named 'no_such'" in capsys.readouterr().err
 

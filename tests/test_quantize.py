@@ -430,7 +430,7 @@ def test_the_job_says_what_it_wrote_and_what_comes_next(half_folder: Path, tmp_p
     assert summary.relative_error["4"] < summary.relative_error["3"] < summary.relative_error["2"] < 0.3
     assert all(f"{value:,.2f}" in printed for value in summary.perplexity.values())
     assert "layers quantized: 3/3" in printed, "progress where there is no terminal"
-    assert f"pmpd label --model-path {output}" in printed
+    assert f"pmpd label --model-path {output} --reference-model-path {config.model_path} " in printed
     assert f"{summary.model_bytes / 1e6:.2f} MB" in printed
     with pytest.raises(ValueError, match="no such file or folder"):
         main(QuantizeJob(model_path=str(half_folder), output_dir=str(output), dataset="./missing.txt"))

@@ -7,6 +7,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,15 +16,15 @@ from rich.console import Console
 from safetensors.numpy import load, save
 from safetensors.torch import save as save_tensors
 
-from pmpd import PMPDForCausalLM, Scheduler, storage
+from pmpd import PMPDForCausalLM, Scheduler, demo, storage
 from pmpd.cli.flags.generate import GenerateJob
 from pmpd.cli.flags.label import LabelJob
 from pmpd.cli.flags.train import TrainJob
 from pmpd.cli.generate import main as generate
 from pmpd.cli.generate import scheduler_names
 from pmpd.cli.label import main as label
+from pmpd.cli.train import gain_line, generate_command, wants_regression
 from pmpd.cli.train import main as train
-from pmpd.cli.train import wants_regression
 from pmpd.decode import oracle
 from pmpd.decode.engine import Engine
 from pmpd.decode.forced import GivenTokens, forward_given
@@ -33,6 +34,7 @@ from pmpd.errors import UserError
 from pmpd.evaluation.curve_set import CurveSet, state_of
 from pmpd.evaluation.policies import MULTIPLIERS, choices_by_prediction, regression_prediction
 from pmpd.evaluation.results import read_generations
+from pmpd.farm.train import LabelSource
 from pmpd.labeling.curves import curves_columns, forced_rows
 from pmpd.schedulers.base import Decision, PrefillState, PromptState
 from pmpd.schedulers.budget import TOLERANCE
@@ -538,6 +540,46 @@ def test_training_again_leaves_nothing_of_the_training_before(labels, tmp_path):
     assert (tmp_path / "scheduler" / "config.json").read_bytes() == first
     with pytest.raises(ValueError, match="takes their highest precision"):
         train(replace(job, precisions="3,2"))
+
+
+@pytest.mark.parametrize(
+    ("gain", "low", "high", "told"),
+    [
+        (
+            11.8,
+            8.1,
+            15.1,
+            "11.8 % less than the best static plans (gain +11.8, 95 % +8.1 to +15.1): better",
+        ),
+        (
+            -1.2,
+            -5.3,
+            3.6,
+            "1.2 % more than the best static plans (gain -1.2, 95 % -5.3 to +3.6): neither",
+        ),
+        (-4.0, -5.0, -3.0, "worse"),
+    ],
+)
+def test_the_training_says_whether_the_regression_pays(gain, low, high, told):
+    row = {"target_bits": 2.75, "gain_percent": gain, "low_percent": low, "high_percent": high}
+    fitted = SimpleNamespace(calibration=SimpleNamespace(target_bits=2.75), judged=[row])
+    assert told in gain_line(fitted)
+    fitted.judged = []
+    assert gain_line(fitted) is None
+
+
+def test_what_comes_next_names_the_models_of_the_labels(labels):
+    folder, (quantized, unquantized) = labels
+    source = LabelSource.open(str(folder))
+    next_command = f"pmpd generate --model-path {quantized} --reference-model-path {unquantized}"
+    assert generate_command(source) == next_command
+    demos = {"model_path": str(demo.ANYPREC), "reference_model_path": str(demo.DENSE)}
+    assert generate_command(replace(source, run=demos)) == "pmpd generate", "flags at their defaults"
+    gptq = {**demos, "model_path": "a set.json", "use_multi_model": True}
+    assert generate_command(replace(source, run=gptq)).endswith(
+        " --model-path 'a set.json' --use-multi-model"
+    )
+    assert generate_command(replace(source, run={})) == "pmpd generate --model-path MODEL-OF-THE-LABELS"
 
 
 def test_labels_of_several_kinds_train_one_regression(labels, tmp_path):

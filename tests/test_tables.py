@@ -346,6 +346,13 @@ def test_a_folder_of_another_configuration_is_refused_by_its_keys(tmp_path):
     assert "--output-dir" in str(raised.value)
 
 
+def test_sweeps_that_differ_are_told_by_their_runs_and_not_in_whole():
+    old = {"runs": {f"r{index}": {"steps": 1} for index in range(9)}}
+    new = {"runs": {f"r{index}": {"steps": 2} for index in range(1, 10)}}
+    (told,) = storage.differing_keys(old, new)
+    assert told == "runs: without r0, with r9, another r1 (steps: 1 -> 2), and 7 more that differ"
+
+
 def test_parquet_without_a_manifest_is_not_taken_for_ours(tmp_path):
     storage.write_shard(
         storage.to_table([{"prompt_id": "a"}], storage.PROMPTS), tmp_path / "data" / "x.parquet"

@@ -26,7 +26,7 @@ from pmpd.evaluation.score import ScoreConfig
 from pmpd.evaluation.static_search import best_path, choose, read_best, write_best
 from pmpd.evaluation.sweep import SweepConfig, check_fit, grid_plans, sweep_runs
 from pmpd.farm.connection import output_folder
-from pmpd.farm.generate_task import Sweep, generate
+from pmpd.farm.generate_task import Sweep, check_folder, generate
 from pmpd.metrics.precision import average_bits, decision_share, decode_forwards
 from pmpd.schedulers.artefact import architecture
 from pmpd.schedulers.base import find
@@ -127,6 +127,8 @@ def main(job: GenerateJob, console: Console | None = None) -> str:
             job.dtype,
             models[group].head_bits,
         )
+    for group, sweep in sweeps.items():
+        check_folder(sweep, storage.join(folder, group))
     slots, unit_rows = farm.batch_of(job.batch_size)
     farm.connect(farm.FarmOptions(job.num_workers, job.gpus_per_worker))
     for group, sweep in sweeps.items():
@@ -301,7 +303,10 @@ def static_steps(
 
 def result_table(rows: list[dict]) -> Table:
     """Per run: turns, failures, tokens, average bits, and what decisions took of the decode time."""
-    table = Table(title="generated")
+    plans = "static-A/B: decode forwards 1 to A at the highest precision, on to B at the next. "
+    decisions = "decisions: what schedulers took of the decode time."
+    has_plans = any("/" in row["run"] for row in rows)
+    table = Table(title="generated", caption=plans * has_plans + decisions, caption_justify="left")
     for column in ("run", "turns", "failed", "new tokens", "average bits", "decisions"):
         table.add_column(column, justify="left" if column == "run" else "right")
     for run in dict.fromkeys(

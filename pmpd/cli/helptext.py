@@ -21,7 +21,7 @@ def with_paragraphs(flags: type) -> type:
     """The dataclass itself; its annotations carry the texts from now on."""
     if _DONE in vars(flags):
         return flags
-    texts, hints = _texts(flags), typing.get_type_hints(flags, include_extras=True)
+    texts, hints = texts_of(flags), typing.get_type_hints(flags, include_extras=True)
     annotations = dict(hints)
     for field in fields(flags):
         hint = hints[field.name]
@@ -43,7 +43,7 @@ def with_paragraphs(flags: type) -> type:
     return flags
 
 
-def _texts(flags: type) -> dict[str, str]:
+def texts_of(flags: type) -> dict[str, str]:
     """Field -> the string under it, those of base classes too."""
     found: dict[str, str] = {}
     for base in reversed([base for base in flags.__mro__ if is_dataclass(base)]):

@@ -1,4 +1,4 @@
-"""Label prompts with the switch class that keeps their quality: what the KV-cache scheduler is trained on."""
+"""Label prompts with the switch class that keeps their quality: what a learned scheduler is trained on."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ COMMANDS = {
     "label": Command(
         "label", "LabelJob", "prompts, references and labels of texts", "finished rows are kept"
     ),
-    "train": Command("train", "TrainJob", "the KV-cache scheduler from labels", "finished epochs are kept"),
+    "train": Command("train", "TrainJob", "a learned scheduler from labels", "finished epochs are kept"),
     "generate": Command(
         "generate",
         "GenerateJob",

@@ -68,11 +68,12 @@ def main(config: QuantizeJob, console: Console | None = None) -> Summary:
     else:
         with Steps(console) as steps:
             summary = task.quantize(None, lambda stage, done, total: steps(_STAGES[stage], done, total))
-    report(summary, task.output, console)
+    report(summary, path, task.output, console)
     return summary
 
 
-def report(summary: Summary, output: str, console: Console) -> None:
+def report(summary: Summary, source: str, output: str, console: Console) -> None:
+    """Prints what the precisions are worth, what was written and what comes next."""
     from rich.table import Table
 
     table = Table(title="What the precisions are worth")
@@ -100,8 +101,11 @@ def report(summary: Summary, output: str, console: Console) -> None:
         f"MB), "
         f"{summary.quantized_weights:,} weights quantized, {calibration}, "
         f"{summary.seconds:.1f} s ({summary.processor_seconds:.1f} of a processor), "
-        f"{summary.peak_bytes / 1e9:.1f} GB of memory at most{again}"
+        f"{summary.peak_bytes / 1e9:.1f} GB of memory at most{again}",
+        soft_wrap=True,
     )
+    reference = "" if Path(source) == demo.DENSE else f" --reference-model-path {source} --dataset TEXTS"
     console.print(
-        f"next: pmpd perplexity --model-path {output}, or pmpd label --model-path {output}", soft_wrap=True
+        f"next: pmpd perplexity --model-path {output}, or pmpd label --model-path {output}{reference}",
+        soft_wrap=True,
     )

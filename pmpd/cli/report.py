@@ -21,7 +21,7 @@ from pmpd.evaluation.judge_scores import JudgeTable, judge_table
 from pmpd.evaluation.results import datasets_at, read_generations, read_judgments
 from pmpd.evaluation.score import ScoreConfig, score
 from pmpd.metrics.base import get_metric
-from pmpd.report.build import notes, unfinished, write_report
+from pmpd.report.build import conclusions, notes, unfinished, write_report
 from pmpd.report.source import Report, Source
 
 
@@ -106,6 +106,8 @@ def _write(job: ReportJob, told: str, console: Console) -> Path:
             f"note: {counts['errors']} of {len(rows)} turns failed and are left out of the scores; the page "
             f"counts them by run"
         )
+    for conclusion in conclusions(report):
+        console.print(conclusion, soft_wrap=True, highlight=False)
     console.print(
         f"report:  {storage.join(told, 'report.html')}\nscores:  {storage.join(told, 'scores', 'data')}",
         soft_wrap=True,

@@ -38,6 +38,7 @@ class Steps:
         )
         self._tasks: dict[str, object] = {}
         self._started: dict[str, tuple[float, int]] = {}
+        self._last: dict[str, int] = {}
         self._told = clock()
 
     def __enter__(self) -> Steps:
@@ -58,6 +59,9 @@ class Steps:
                 self._tasks[stage] = self._bar.add_task(stage, total=total)
             self._bar.update(self._tasks[stage], completed=done, total=total)  # type: ignore[arg-type]
             return
+        if self._last.get(stage) == done == total:  # told before: a stage may end on a step that was counted
+            return
+        self._last[stage] = done
         now = self._clock()
         began, first = self._started.setdefault(stage, (now, done))
         if now - self._told >= SECONDS_BETWEEN_LINES or done == total:

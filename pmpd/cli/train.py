@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from typing import Any
 
 import pyarrow as pa
@@ -12,6 +13,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pmpd import farm, plugins, storage
+from pmpd.cli.flags.generate import GenerateJob
 from pmpd.cli.flags.train import TrainJob
 from pmpd.cli.given_labels import labels_of_file
 from pmpd.errors import UserError
@@ -28,9 +30,15 @@ from pmpd.training.result import artefact, check_target
 
 def results_table(metrics: dict[str, Any], split: str = "test") -> Table:
     """One line per pair and policy on the held-out prompts, with 95 % bootstrap intervals."""
-    table = Table(title=f"held-out prompts ({split} split), 95 % bootstrap intervals")
+    table = Table(
+        title=f"held-out prompts ({split} split), 95 % bootstrap intervals",
+        caption="learned: this scheduler; mean_pooled: a linear one on the cache's mean; majority: the most "
+        "frequent class for all; static_k: class k for all; oracle: the label itself. Quality loss: share of "
+        "prompts whose class is below their label.",
+        caption_justify="left",
+    )
     for column in ("pair", "policy", "rows", "accuracy", "macro-F1", "average bits", "quality loss"):
-        table.add_column(column)
+        table.add_column(column, no_wrap=column == "policy")
     for pair, splits in metrics.items():
         report = splits.get(split, {"rows": 0, "policies": {}})
         for name, policy in report["policies"].items():
@@ -70,6 +78,21 @@ def gains_table(fitted: Fitted) -> Table:
             f"[{row['low_percent']:+.1f}, {row['high_percent']:+.1f}]",
         )
     return table
+
+
+def gain_line(fitted: Fitted) -> str | None:
+    """Whether the regression pays at its target, in words; None without test prompts."""
+    target = fitted.calibration.target_bits
+    row = next((row for row in fitted.judged if row["target_bits"] == target), None)
+    if row is None:
+        return None
+    gain, low, high = (row[f"{end}_percent"] for end in ("gain", "low", "high"))
+    grade = "better" if low > 0 else "worse" if high < 0 else "neither is surely better"
+    than = "more" if gain < 0 else "less"
+    return (
+        f"at {target:g} bits it loses {abs(gain):.1f} % {than} than the best static plans "
+        f"(gain {gain:+.1f}, 95 % {low:+.1f} to {high:+.1f}): {grade}"
+    )
 
 
 def reached_line(fitted: Fitted) -> str:
@@ -124,6 +147,19 @@ def classifier_flags(job: TrainJob) -> list[str]:
     return [flag for flag, is_given in given.items() if is_given]
 
 
+def generate_command(source: LabelSource) -> str:
+    """The beginning of the command that answers with the labelled model: its flags are left out where they
+    are the default, and a name stands in their place where the manifest does not know them."""
+    words = ["pmpd", "generate"]
+    known = {"model_path": "MODEL-OF-THE-LABELS", **source.run}
+    for field in fields(GenerateJob):
+        if field.name in ("model_path", "reference_model_path", "use_multi_model"):
+            value = known.get(field.name, field.default)
+            if value != field.default:
+                words += [f"--{field.name.replace('_', '-')}", *([] if value is True else [value])]
+    return shlex.join(words)
+
+
 def write_folder(output: str, files: Mapping[str, bytes]) -> str:
     """Writes `output`/scheduler, `config.json` last, without the files of an earlier training: a folder that
     lacks it is unfinished."""
@@ -161,11 +197,12 @@ def train_regression(
     )
     if fitted.judged:
         console.print(gains_table(fitted))
+    if line := gain_line(fitted):
+        console.print(line, soft_wrap=True)
     console.print(reached_line(fitted), soft_wrap=True)
     console.print(f"scheduler: {folder}", soft_wrap=True)
     console.print(
-        f"next: pmpd generate --model-path MODEL-OF-THE-LABELS --schedulers fp,uniform,static,regression "
-        f"--classifier-path {folder}",
+        f"next: {generate_command(sources[0])} --classifier-path {folder}",
         soft_wrap=True,
     )
     return json.loads(files["metrics.json"])
@@ -218,7 +255,8 @@ def main(job: TrainJob) -> dict[str, Any]:
     )
     console.print(
         f"training, at most {config.num_train_epochs} epochs a pair: {storage.join(output, 'runs')} has the "
-        f"losses as they come"
+        f"losses as they come",
+        soft_wrap=True,
     )
     state = fit(source.path, labels, source.num_heads, config, fleet, output)
     files, metrics = artefact(
@@ -235,7 +273,7 @@ def main(job: TrainJob) -> dict[str, Any]:
         console.print(budget_line(json.loads(files["config.json"])["budget"]), soft_wrap=True)
     console.print(f"scheduler: {folder}", soft_wrap=True)
     console.print(
-        f"next: pmpd generate --model-path MODEL-OF-THE-LABELS --classifier-path {folder}",
+        f"next: {generate_command(source)} --classifier-path {folder}",
         soft_wrap=True,
     )
     return metrics

@@ -143,6 +143,7 @@ def _run(
             "unit_rows": options.unit_rows,
             "num_workers": options.num_workers,
             "gpus_per_worker": options.gpus_per_worker,
+            **task.recorded,
         }
         models = ledger.known_models if pool is None else pool.models
         device = "" if pool is None else ", ".join(sorted(pool.devices))

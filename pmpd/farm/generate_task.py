@@ -101,6 +101,14 @@ class Sweep:
         }
 
 
+def check_folder(sweep: Sweep, folder: str) -> None:
+    """UserError, before any work, where `folder` holds the answers of another sweep."""
+    answers = storage.join(folder, "answers")
+    storage.check_config(answers, sweep.identity())
+    if storage.list_shards(answers):
+        storage.check_config(storage.join(folder, "conversations"), sweep.identity())
+
+
 def generate(
     sweep: Sweep, model: ModelSpec, folder: str, slots: int | None, reuse_cache: bool, options: FarmOptions
 ) -> FarmResult:
@@ -108,9 +116,7 @@ def generate(
     are in `folder`."""
     conversations, identity = storage.join(folder, "conversations"), sweep.identity()
     answers = storage.join(folder, "answers")
-    storage.check_config(answers, identity)  # before any work
-    if storage.list_shards(answers):
-        storage.check_config(conversations, identity)
+    check_folder(sweep, folder)
     with Lease(folder) as lease:
         storage.discard_unused(conversations, identity, [answers])
         write_conversations(sweep, conversations)

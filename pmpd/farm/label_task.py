@@ -67,6 +67,16 @@ class LabelTask(FarmTask):
         steps, most = class_steps(self.max_new_tokens), float(self.max_new_tokens)
         return most + (len(self.precisions) - 1) * sum(most - step for step in steps[:-1])
 
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """Where the models were, by which `pmpd train` says what comes next."""
+        found: dict[str, Any] = {"model_path": self.model.path}
+        if self.model.multi_model:
+            found["use_multi_model"] = True
+        if self.reference_model is not None:
+            found["reference_model_path"] = self.reference_model.path
+        return found
+
     def build(self, place: Place) -> BuiltTask:
         from pmpd.labeling.config import LabelConfig
         from pmpd.labeling.label import Labeler

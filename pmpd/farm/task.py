@@ -74,6 +74,11 @@ class FarmTask(ABC):
         None: not known."""
         return None
 
+    @property
+    def recorded(self) -> Mapping[str, Any]:
+        """What the manifest says under `run` beside workers and batch size: nothing that defines the rows."""
+        return {}
+
     @abstractmethod
     def build(self, place: Place) -> BuiltTask:
         """Loads what the work needs. A ValueError stops the run with its message."""

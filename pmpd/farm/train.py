@@ -15,7 +15,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,6 +108,8 @@ class LabelSource:
     model_fingerprint: str | None
     num_heads: int
     """KV heads of the labelled model."""
+    run: Mapping[str, Any] = field(default_factory=dict)
+    """What the manifest says of the run that made the labels: where its models were, for one."""
 
     @classmethod
     def open(cls, path: str, num_heads: int | None = None) -> LabelSource:
@@ -123,14 +125,15 @@ class LabelSource:
                 f"--data-path {path}: no labels there; make them with `pmpd label`, or give the "
                 f"--output-dir it was given"
             )
-        models = (storage.read_manifest(path) or {}).get("models", {})
+        manifest = storage.read_manifest(path) or {}
+        models = manifest.get("models", {})
         heads = num_heads or models.get("num_key_value_heads")
         if heads is None:
             raise UserError(
                 f"--data-path {path}: its manifest.json does not say how many kv heads the labelled model "
                 f"has; pass --num-heads"
             )
-        return cls(path, models.get("model"), int(heads))
+        return cls(path, models.get("model"), int(heads), manifest.get("run", {}))
 
 
 def read_labels(*data_paths: str, pairs: Sequence[tuple[int, int]] | None = None) -> Labels:

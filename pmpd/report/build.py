@@ -97,6 +97,16 @@ def _draw(comparison: Comparison, section: Section) -> dict[str, tuple[Any, str]
     return drawn
 
 
+def conclusions(report: Report) -> list[str]:
+    """What each benchmark's section says first, a line each."""
+    told = []
+    for comparison in report.comparisons:
+        section = section_of(comparison, report)
+        found = [*(one.conclusion for one in judged_of(comparison, report)), section.conclusion]
+        told += [f"{section.name}: {conclusion}" for conclusion in found if conclusion]
+    return told
+
+
 def notes(report: Report) -> list[str]:
     """What a reader must know before the numbers."""
     names = [name for comparison in report.comparisons for name in comparison.runs]

@@ -133,9 +133,8 @@ def counts(comparison: Comparison) -> str:
         set().union(*(set(run.rows) | set(run.errors) for run in comparison.runs.values()))
         - set(comparison.shared)
     )
-    text = (
-        f"{len(comparison.shared)} turns of {questions} questions, answered by all {len(comparison.runs)} "
-        f"runs"
+    text = f"{len(comparison.shared)} turns of {questions} questions, answered by " + (
+        f"all {len(comparison.runs)} runs" if len(comparison.runs) > 1 else "the one run"
     )
     lost = "".join(f" {_unanswered(run)}" for run in comparison.unanswered.values())
     if not left_out:
@@ -195,8 +194,9 @@ def conclusion(comparison: Comparison, metric: Metric, rows: Sequence[ScoreRow])
     """What the numbers say, in one sentence."""
     row = subject(rows, metric)
     if row is None or row.get("difference") is None:
+        were = "run was" if len(rows) == 1 else "runs were"
         return (
-            f"{len(rows)} runs were scored by {metric.label}; without a run that mixes precisions and one of "
+            f"{len(rows)} {were} scored by {metric.label}; without a run that mixes precisions and one of "
             f"uniform precision beside it nothing follows about mixing."
         )
     high, bits = comparison.high_bits or 0, row["average_bits"]
@@ -225,10 +225,10 @@ def conclusion(comparison: Comparison, metric: Metric, rows: Sequence[ScoreRow])
         )
     other = best_static(rows, metric)
     if other is not None and other is not row:
-        text += (
-            f"; the best fixed plan, {other['run']}, has {other['value']:.3f} at {other['average_bits']:.2f} "
-            f"bits"
-        )
+        plan = "the best fixed plan"
+        if verdict(other, metric) != "worse":
+            plan = f"the cheapest fixed plan that is not surely worse than uniform {high} bit"
+        text += f"; {plan}, {other['run']}, has {other['value']:.3f} at {other['average_bits']:.2f} bits"
     return text + "."
 
 

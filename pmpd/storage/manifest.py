@@ -111,14 +111,31 @@ def read_manifest(dataset: str | Path) -> dict[str, Any] | None:
 
 
 def differing_keys(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """`key: old -> new` for every key in which two configurations differ (compared as JSON holds them)."""
+    """`key: old -> new` for every key in which two configurations differ (compared as JSON holds them). Of
+    two mappings the names that only one has, and how the first of the others differs: all of a sweep would
+    fill a screen."""
     before, after = (json.loads(json.dumps(dict(config), default=str)) for config in (old, new))
     keys = sorted(set(before) | set(after))
     return [
-        f"{key}: {before.get(key)!r} -> {after.get(key)!r}"
-        for key in keys
-        if before.get(key) != after.get(key)
+        _difference(key, before.get(key), after.get(key)) for key in keys if before.get(key) != after.get(key)
     ]
+
+
+def _difference(key: str, before: Any, after: Any) -> str:
+    if not (isinstance(before, dict) and isinstance(after, dict)):
+        return f"{key}: {before!r} -> {after!r}"
+    gone = [name for name in before if name not in after]
+    more = [name for name in after if name not in before]
+    others = [name for name in before if name in after and before[name] != after[name]]
+    parts = [f"without {', '.join(gone)}"] * bool(gone) + [f"with {', '.join(more)}"] * bool(more)
+    if others:
+        was, now = before[others[0]], after[others[0]]
+        both = isinstance(was, dict) and isinstance(now, dict)
+        within = "; ".join(differing_keys(was, now)) if both else f"{was!r} -> {now!r}"
+        parts.append(f"another {others[0]} ({within})")
+    if len(others) > 1:
+        parts.append(f"and {len(others) - 1} more that differ")
+    return f"{key}: {', '.join(parts)}"
 
 
 def check_config(dataset: str | Path, config: Mapping[str, Any]) -> dict[str, Any] | None:

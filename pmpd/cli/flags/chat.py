@@ -41,12 +41,13 @@ class ChatJob:
     template: str | None = None
     """A FastChat template, "plain" or "tokenizer"; default the tokenizer's own where it has one."""
     kernel: str | None = None
-    """Force an implementation of the multiplication: reference, cpu, triton, dense (dequantized once: more
-    memory, for large batches of small models)."""
+    """Force an implementation of the multiplication: reference, cpu, triton, cuda, dense (dequantized once:
+    more memory, for large batches of small models). pmpd kernels says which one is taken without it."""
     dtype: Dtype = "auto"
     """What activations and unquantized weights are; auto: float32 on a CPU, float16 on a GPU."""
     head_bits: HeadBits = 16
-    """8: half the bytes of the head, with --dtype bfloat16 on a CPU with AVX2."""
+    """8: half the bytes of the head. It needs --dtype bfloat16 and AVX2 on a CPU, float16 or bfloat16 on a
+    GPU."""
     plugins: str | None = None
     """Python modules to import first, comma-separated: what they register can be named then
     (docs/guides/extensions.md)."""

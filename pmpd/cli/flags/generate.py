@@ -5,8 +5,8 @@
 
 The unquantized model and the quantized one are separate data sets in the output folder, one row per turn. A
 run that was stopped, in whatever way, goes on where it stopped when the same command is given again. A static
-search and what `--high-bit-steps best` then answers have folders of their own beside the sweep's, so that one
---output-dir serves all three."""
+search and what `--high-bit-steps best` then answers have folders of their own beside the sweep's: one output
+folder serves all three."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ class GenerateJob:
     num_choices: int = 1
     """Answers per question (they differ where tokens are sampled, and for the random scheduler)."""
     schedulers: str = "fp,uniform,static,confidence,random,kv_cache"
-    """The sweep, comma-separated: fp (unquantized), uniform (each precision), or a scheduler; also online,
-    budget (docs/guides/schedulers.md), or what a module of --plugins registers."""
+    """The sweep, comma-separated: fp (unquantized), uniform (each precision), or a scheduler; also
+    regression, budget, online (docs/guides/schedulers.md), or what a module of --plugins registers."""
     scheduler: str | None = None
     """Only this one instead of the sweep (naive = static)."""
     use_fp: bool = False
@@ -123,13 +123,14 @@ class GenerateJob:
     revision: str | None = None
     """Branch, tag or commit of the Hugging Face ids given as models."""
     kernel: str | None = None
-    """Force an implementation of the multiplication: reference, cpu, triton, dense (dequantized once: more
-    memory, for large batches of small models)."""
+    """Force an implementation of the multiplication: reference, cpu, triton, cuda, dense (dequantized once:
+    more memory, for large batches of small models). pmpd kernels says which one is taken without it."""
     dtype: Dtype = "auto"
     """What activations and unquantized weights are; auto: float32 on a CPU, float16 on a GPU. Where float16
     overflows, bfloat16 does not."""
     head_bits: HeadBits = 16
-    """8: half the bytes of the head, with --dtype bfloat16 on a CPU with AVX2."""
+    """8: half the bytes of the head. It needs --dtype bfloat16 and AVX2 on a CPU, float16 or bfloat16 on a
+    GPU."""
     trust_remote_code: bool = False
     """Run model code that comes with a checkpoint."""
 

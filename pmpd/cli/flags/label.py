@@ -1,4 +1,4 @@
-"""Label prompts with the switch class that keeps their quality: what the KV-cache scheduler is trained on.
+"""Label prompts with the switch class that keeps their quality: what a learned scheduler is trained on.
 
     pmpd label                                    # the embedded demo, on this machine
     ray job submit --working-dir . -- pmpd label --model-path … --output-dir s3://bucket/labels
@@ -84,6 +84,7 @@ class LabelJob:
     """What activations and unquantized weights are; auto: float32 on a CPU, float16 on a GPU. Where float16
     overflows, bfloat16 does not."""
     head_bits: HeadBits = 16
-    """8: half the bytes of the head, with --dtype bfloat16 on a CPU with AVX2."""
+    """8: half the bytes of the head. It needs --dtype bfloat16 and AVX2 on a CPU, float16 or bfloat16 on a
+    GPU."""
     trust_remote_code: bool = False
     """Run model code that comes with a checkpoint."""

@@ -41,7 +41,8 @@ class PerplexityJob:
     dtype: Dtype = "auto"
     """What activations and unquantized weights are; auto: float32 on a CPU, float16 on a GPU."""
     head_bits: HeadBits = 16
-    """8: half the bytes of the head, with --dtype bfloat16 on a CPU with AVX2."""
+    """8: half the bytes of the head. It needs --dtype bfloat16 and AVX2 on a CPU, float16 or bfloat16 on a
+    GPU."""
     output: str | None = None
     """Also write the figures to this JSON file."""
     plugins: str | None = None
