@@ -78,6 +78,8 @@ def test_precisions_and_tokenizers_that_do_not_fit_are_refused(anyprec_folder, t
     with pytest.raises(ValueError, match=r"--prefill-bit 8: model holds 4, 3, 2, not 8"):
         check_held(checkpoint, "model", {"--precisions": (4, 3), "--prefill-bit": (8,)})
     other = write_dense(tmp_path / "other")
+    with pytest.raises(ValueError, match=r"model: an unquantized model; .*pmpd quantize --model-path model`"):
+        check_held(ModelSpec(str(other)).open(), "model", {"--precisions": (4, 3)})
     text = (other / "tokenizer.json").read_text()
     (other / "tokenizer.json").write_text(text.replace('"<pad>"', '"<filler>"'))
     (other / "tokenizer_config.json").write_text(

@@ -92,10 +92,16 @@ class ModelSpec:
 
 
 def check_held(checkpoint: Checkpoint, given: str, asked: dict[str, Sequence[int]]) -> None:
-    """UserError, which calls the checkpoint `given`, for a precision that it does not hold. `asked`: flag ->
-    the precisions that it names."""
-    from pmpd.weights.mixed import precisions_of
+    """UserError, which calls the checkpoint `given`, for a precision that it does not hold, or where it is
+    unquantized. `asked`: flag -> the precisions that it names."""
+    from pmpd.weights.formats import format_of
+    from pmpd.weights.mixed import MultiCheckpoint, precisions_of
 
+    if not isinstance(checkpoint, MultiCheckpoint) and format_of(checkpoint) is None:
+        raise UserError(
+            f"--model-path {given}: an unquantized model; make a quantized one with `pmpd quantize "
+            f"--model-path {given}` and give it here, this one as --reference-model-path"
+        )
     held = precisions_of(checkpoint)
     for flag, widths in asked.items():
         absent = [bits for bits in widths if bits not in held]
