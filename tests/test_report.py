@@ -293,6 +293,14 @@ def test_the_conclusion_says_what_the_intervals_say(made) -> None:
     cheapest = "the cheapest fixed plan that is not surely worse than uniform 4 bit"
     assert f"{cheapest}, {best['run']}," in section.conclusion
     assert any(best["run"].removeprefix("static-") in card.label for card in section.cards)
+    rival = max(
+        (other for other in static if other["average_bits"] <= row["average_bits"]),
+        key=lambda other: other["value"],
+    )
+    if rival is not best:
+        assert f"the best fixed plan with no more bits, {rival['run']}, has" in section.conclusion
+    nearest = rows[row["nearest_uniform"]]["average_bits"]
+    assert f"; with {abs(nearest - row['average_bits']):.2f} bits " in section.conclusion
     page = written["report.html"].read_text()
     assert section.conclusion.replace("'", "&#39;") in page
 

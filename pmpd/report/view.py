@@ -213,7 +213,7 @@ def conclusion(comparison: Comparison, metric: Metric, rows: Sequence[ScoreRow])
     if row.get("nearest_difference") is not None and row["nearest_uniform"] != f"uniform-{high}":
         text += (
             f", and {graded('nearest_')} {row['nearest_uniform']}'s, the uniform run of "
-            f"nearest bits ({_range(row, 'nearest_')})"
+            f"nearest bits ({_range(row, 'nearest_')}{_more_bits(row, rows)})"
         )
     if row.get("decode_time_ratio"):
         low, most = row.get("decode_time_ratio_low"), row.get("decode_time_ratio_high")
@@ -228,8 +228,30 @@ def conclusion(comparison: Comparison, metric: Metric, rows: Sequence[ScoreRow])
         plan = "the best fixed plan"
         if verdict(other, metric) != "worse":
             plan = f"the cheapest fixed plan that is not surely worse than uniform {high} bit"
-        text += f"; {plan}, {other['run']}, has {other['value']:.3f} at {other['average_bits']:.2f} bits"
+        text += f"; {plan}, {_scored(other)}"
+    rival = best_within(rows, metric, bits) if row["kind"] != "static" else None
+    if rival is not None and rival is not other:
+        text += f"; in hindsight the best fixed plan with no more bits, {_scored(rival)}"
     return text + "."
+
+
+def best_within(rows: Sequence[ScoreRow], metric: Metric, bits: float) -> ScoreRow | None:
+    """The static plan of the best score among those of at most `bits` average bits, chosen with these very
+    turns in sight."""
+    sign = 1 if metric.higher_is_better else -1
+    plans = [row for row in rows if row["kind"] == "static" and (row["average_bits"] or bits + 1) <= bits]
+    return max(plans, key=lambda row: sign * row["value"], default=None)
+
+
+def _scored(row: ScoreRow) -> str:
+    return f"{row['run']}, has {row['value']:.3f} at {row['average_bits']:.2f} bits"
+
+
+def _more_bits(row: ScoreRow, rows: Sequence[ScoreRow]) -> str:
+    """How many more or fewer bits the uniform run of nearest bits has, where that can be seen."""
+    nearest = next(other["average_bits"] for other in rows if other["run"] == row["nearest_uniform"])
+    more = round(nearest - row["average_bits"], 2)
+    return f"; with {abs(more):.2f} bits {'more' if more > 0 else 'less'}" if more else ""
 
 
 def _range(row: ScoreRow, which: str = "") -> str:
