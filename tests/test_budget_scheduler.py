@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from pmpd import Scheduler
-from pmpd.cli.train import budget_line
+from pmpd.cli.flags.train import TrainJob
+from pmpd.cli.train import budget_line, budget_schedulers
 from pmpd.decode import oracle
 from pmpd.decode.engine import Engine
 from pmpd.decode.requests import Request
@@ -117,3 +118,18 @@ def test_the_scheduler_keeps_to_what_its_artefact_was_calibrated_for(anyprec_mod
     never = Scheduler.get_scheduler("budget", precisions=CHAIN, save_dir=tmp_path, multiplier=0)
     high = [completion.precision_trace for completion in engine.run(requests, never, 4, ends)]
     assert {bits for trace in high for bits, _ in trace} == {4}
+
+
+@pytest.mark.parametrize(
+    ("options", "flag"),
+    [
+        ({}, ""),
+        ({"target_bits": 3.0}, " --schedulers fp,uniform,static,kv_cache,budget"),
+        (
+            {"target_bits": 3.0, "training": TrainConfig(objective="loss")},
+            " --schedulers fp,uniform,static,budget",
+        ),
+    ],
+)
+def test_the_next_command_has_the_schedulers_that_the_training_serves(options, flag):
+    assert budget_schedulers(TrainJob(**options)) == flag

@@ -58,7 +58,7 @@ def budget_line(budget: dict[str, Any]) -> str:
     there = "" if test is None else f", {test:.2f} on the test prompts"
     return (
         f"{budget['target_bits']:g} bits on average: {grade}, {budget['bits']:.2f} on {budget['prompts']} "
-        f"validation prompts{there}; use it with --schedulers budget"
+        f"validation prompts{there}; the scheduler `budget` keeps to it"
     )
 
 
@@ -158,6 +158,13 @@ def generate_command(source: LabelSource) -> str:
             if value != field.default:
                 words += [f"--{field.name.replace('_', '-')}", *([] if value is True else [value])]
     return shlex.join(words)
+
+
+def budget_schedulers(job: TrainJob) -> str:
+    """The flag that lets classifiers answer within their bits; those of a loss serve `budget` only."""
+    if job.target_bits is None:
+        return ""
+    return f" --schedulers fp,uniform,static,{'kv_cache,' * (job.training.objective == 'class')}budget"
 
 
 def write_folder(output: str, files: Mapping[str, bytes]) -> str:
@@ -273,7 +280,7 @@ def main(job: TrainJob) -> dict[str, Any]:
         console.print(budget_line(json.loads(files["config.json"])["budget"]), soft_wrap=True)
     console.print(f"scheduler: {folder}", soft_wrap=True)
     console.print(
-        f"next: {generate_command(source)} --classifier-path {folder}",
+        f"next: {generate_command(source)}{budget_schedulers(job)} --classifier-path {folder}",
         soft_wrap=True,
     )
     return metrics

@@ -174,7 +174,9 @@ def switches(comparison: Comparison) -> Figure:
             axes.set_ylim(0, 100)
             axes.set_yticks([0, 50, 100])
             axes.grid(axis="x", visible=False)
-        line[0].set_ylabel(f"{name}\n% of turns", fontsize=8.5)
+        head, _, tail = name.rpartition("-")  # a line is as high as a dozen letters are long
+        shown = f"{head}-\n{tail}" if len(name) > 12 and head else name
+        line[0].set_ylabel(f"{shown}\n% of turns", fontsize=8.5)
     for axes, (high, low) in zip(grid[0], pairs, strict=True):
         axes.set_title(f"{high} → {low} bit")
     for axes in grid[-1]:
