@@ -52,6 +52,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import math
 import os
 from collections.abc import Sequence
@@ -67,6 +68,8 @@ from pmpd.errors import UserError
 from pmpd.kernels import gptq
 from pmpd.kernels.base import BitplaneMatrix, PackedWeights
 from pmpd.kernels.bitplanes import unpack
+
+_log = logging.getLogger(__name__)
 
 TILE_ROWS = 16
 TILE_COLUMNS = 256
@@ -182,9 +185,37 @@ def settings_file(gpu_name: str) -> Path:
 
 
 @lru_cache(maxsize=8)
-def settings(gpu_name: str) -> dict[str, Any]:
+def settings(gpu_name: str) -> dict[str, dict[str, Any]]:
+    """The GPU's autotune table: route -> shape -> what was measured. One that can't be read counts as none,
+    and that is logged."""
     path = settings_file(gpu_name)
-    return json.loads(path.read_text()) if path.is_file() else {}
+    try:
+        table = json.loads(path.read_bytes()) if path.is_file() else {}
+        return {route: entries for route, entries in table.items() if isinstance(entries, dict)}
+    except (ValueError, AttributeError) as error:
+        _log.warning("%s: not an autotune table (%s); kernels are cut by rules", path, error)
+        return {}
+
+
+def measured(gpu_name: str, route: str, shape: str, names: tuple[str, ...]) -> dict[str, int]:
+    """These numbers of an entry of the autotune table; {} where it has none, or not all of them: then it was
+    measured with another version's kernel, and that is logged."""
+    entry = settings(gpu_name).get(route, {}).get(shape)
+    if entry is None:
+        return {}
+    numbers = [entry.get(name) for name in names] if isinstance(entry, dict) else []
+    found = {name: n for name, n in zip(names, numbers, strict=False) if type(n) is int and n > 0}
+    if len(found) < len(names):
+        warn_of_entry(gpu_name, route, shape)
+        return {}
+    return found
+
+
+@lru_cache(maxsize=1024)
+def warn_of_entry(gpu_name: str, route: str, shape: str) -> None:
+    """Once an entry."""
+    told = "%s: %s, %s is not an entry as this version measures them, and is left out"
+    _log.warning(told, settings_file(gpu_name), route, shape)
 
 
 def _gpu_name(device: torch.device) -> str:
@@ -194,9 +225,9 @@ def _gpu_name(device: torch.device) -> str:
 def warps_of(gpu_name: str, route: str, rows: int, columns: int, bits: int, tokens: int) -> int:
     """Warps that share a row block's columns: as measured for this GPU, route and shape, else about 2048
     warps in all."""
-    measured = settings(gpu_name).get(route, {}).get(f"{rows}x{columns}x{bits}x{_token_bucket(tokens)}")
-    if measured:
-        return int(measured["warps"])
+    known = measured(gpu_name, route, f"{rows}x{columns}x{bits}x{_token_bucket(tokens)}", ("warps",))
+    if known:
+        return known["warps"]
     blocks = math.ceil(columns / TILE_COLUMNS)
     wanted = max(4, 2048 // math.ceil(rows / TILE_ROWS))
     warps = 4

@@ -90,8 +90,15 @@ def cut_of(
     if device.type != "cuda" or gpu.capability(device) != (9, 0) or not 2 < tokens <= MOST_TOKENS:
         return None
     octets = octets_of(tokens)
-    measured = triton.settings(gpu_name).get("clusters", {}).get(f"{rows}x{columns}x{bits}x{8 * octets}")
-    return measured and HalvesCut(bits, octets, math.ceil(columns / TILE_COLUMNS), *measured["cut"])
+    shape = f"{rows}x{columns}x{bits}x{8 * octets}"
+    measured = triton.settings(gpu_name).get("clusters", {}).get(shape)
+    if measured is None:
+        return None
+    numbers = measured.get("cut") if isinstance(measured, dict) else None
+    if not isinstance(numbers, list) or len(numbers) != 6 or not all(type(n) is int for n in numbers):
+        triton.warn_of_entry(gpu_name, "clusters", shape)
+        return None
+    return HalvesCut(bits, octets, math.ceil(columns / TILE_COLUMNS), *numbers)
 
 
 class Arguments(ctypes.Structure):

@@ -11,7 +11,6 @@ Bytes of one multiplication: N K b / 8 + N 2^b 4 + 2 M (K + N). What it reaches:
 
 from __future__ import annotations
 
-import json
 from functools import lru_cache
 
 import torch
@@ -151,7 +150,5 @@ class CudaMatrix(TritonMatrix):
 def cut_of(gpu_name: str, device: torch.device, rows: int, columns: int, bits: tuple[int, ...]) -> Cut | None:
     """As measured for this GPU and shape, else by the rules."""
     key = f"{rows}x{columns}x{'+'.join(map(str, bits))}"
-    path = triton.settings_file(gpu_name)
-    measured = json.loads(path.read_text()).get("bits", {}).get(key, {}) if path.is_file() else {}
-    chosen = {name: measured[name] for name in MEASURED if name in measured}
-    return cut_of_rules(rows, columns, bits, launch.gpu_of(device), **chosen)
+    known = triton.measured(gpu_name, "bits", key, MEASURED)
+    return cut_of_rules(rows, columns, bits, launch.gpu_of(device), **known)

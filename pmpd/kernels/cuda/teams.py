@@ -94,11 +94,9 @@ def cut_of(
     if device.type != "cuda" or gpu.capability(device) < (8, 0) or not 2 < tokens <= MOST_TOKENS:
         return None
     octets = octets_of(tokens)
-    measured = triton.settings(gpu_name).get("teams", {}).get(f"{rows}x{columns}x{bits}x{8 * octets}")
-    if measured is None:
-        return None
-    chosen = {name: measured[name] for name in MEASURED}
-    return TeamsCut(bits, octets, math.ceil(columns / TILE_COLUMNS), **chosen)
+    shape = f"{rows}x{columns}x{bits}x{8 * octets}"
+    known = triton.measured(gpu_name, "teams", shape, MEASURED)
+    return TeamsCut(bits, octets, math.ceil(columns / TILE_COLUMNS), **known) if known else None
 
 
 def product(
