@@ -341,6 +341,9 @@ class Confirm:
     model_path: str = ""
     """With it and reference_model_path, `online` is run exactly too (see `online`)."""
     reference_model_path: str = ""
+    fitted_exactly: int = 130
+    candidates: int = 72
+    """Of the exact run, as of `online`."""
     targets: tuple[float, ...] = (2.5, 2.75, 3.25, 3.5)
     resamples: int = 10000
     seed: int = 0
@@ -370,7 +373,8 @@ class Confirm:
                 self.reference_model_path,
                 Path(),
                 self.targets,
-                fitted_exactly=130,
+                fitted_exactly=self.fitted_exactly,
+                candidates=self.candidates,
                 resamples=self.resamples,
                 seed=self.seed,
             )
