@@ -91,7 +91,8 @@ def gain_line(fitted: Fitted) -> str | None:
     than = "more" if gain < 0 else "less"
     return (
         f"at {target:g} bits it loses {abs(gain):.1f} % {than} than the best static plans "
-        f"(gain {gain:+.1f}, 95 % {low:+.1f} to {high:+.1f}): {grade}"
+        f"(gain {gain:+.1f}, 95 % {low:+.1f} to {high:+.1f}): {grade}, by sums of curves; decode with "
+        "--schedulers static,regression to compare answers"
     )
 
 
