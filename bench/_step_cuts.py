@@ -16,7 +16,7 @@ from unittest import mock
 
 import torch
 
-from bench import decode
+from bench import _timing, decode
 from bench._contenders import cuts, rule, said
 from pmpd.kernels.cuda import compiler, matrix
 from pmpd.kernels.cuda.cut import Cut
@@ -72,16 +72,20 @@ def compile_all(models: list[str], tokens: tuple[int, ...], device: torch.device
 def tune(models: list[str], tokens: tuple[int, ...], device: torch.device, workers: int) -> Iterator[dict]:
     """A row for each cut: `us` of a layer in a step, `best` where it is the fastest of its matrix."""
     compile_all(models, tokens, device, workers)
+    for model, llama in llamas(models, max(tokens)):
+        for m in tokens:
+            for bits in sorted(DIGITS_BITS, reverse=True):
+                yield from _tune_step(llama, model, m, bits, device)
+
+
+def llamas(models: list[str], rows: int) -> Iterator[tuple[str, decode.RandomLlama]]:
+    """Each model, of LAYERS layers, with room for so many rows."""
     for model in models:
         hidden, _, heads, kv_heads, inner, _ = decode.SHAPES[model]
         shape = (hidden, LAYERS, heads, kv_heads, inner, VOCABULARY)
         with torch.inference_mode():
-            llama = decode.RandomLlama(shape, "cuda", max(tokens), 1024)
-        for m in tokens:
-            for bits in sorted(DIGITS_BITS, reverse=True):
-                yield from _tune_step(llama, model, m, bits, device)
-        del llama
-        torch.cuda.empty_cache()
+            llama = decode.RandomLlama(shape, "cuda", rows, 1024)
+        yield model, llama
 
 
 def _tune_step(
@@ -135,14 +139,7 @@ def _timed(llama: decode.RandomLlama, tokens: int, bits: int) -> tuple[torch.Ten
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-    seconds = []
-    for _ in range(12):
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        seconds.append(begin.elapsed_time(end) / 1e3)
+    seconds = [_timing.Cuda().seconds(graph.replay) for _ in range(12)]
     return logits, statistics.median(seconds[2:])
 
 

@@ -13,7 +13,7 @@ from unittest import mock
 import torch
 
 from bench import _step_cuts, decode
-from bench._step_cuts import LAYERS, VOCABULARY, places
+from bench._step_cuts import LAYERS, places
 from pmpd.kernels.cuda import compiler, teams
 from pmpd.kernels.cuda.cut import TILE_COLUMNS, TILE_ROWS, Gpu
 from pmpd.kernels.cuda.halves import SOURCE, octets_of
@@ -90,16 +90,10 @@ def tune(models: list[str], tokens: tuple[int, ...], device: torch.device, worke
     """A row for each cut: `layer_us` of a layer in a step, `best_team` where it is the fastest of its matrix
     and worth its place in the table."""
     compile_all(models, tokens, device, workers)
-    for model in models:
-        hidden, _, heads, kv_heads, inner, _ = decode.SHAPES[model]
-        shape = (hidden, LAYERS, heads, kv_heads, inner, VOCABULARY)
-        with torch.inference_mode():
-            llama = decode.RandomLlama(shape, "cuda", max(tokens), 1024)
+    for model, llama in _step_cuts.llamas(models, max(tokens)):
         for m in tokens:
             for bits in sorted(DIGITS_BITS, reverse=True):
                 yield from _tune_step(llama, model, m, bits, device)
-        del llama
-        torch.cuda.empty_cache()
 
 
 def _tune_step(

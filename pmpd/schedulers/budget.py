@@ -11,7 +11,7 @@ the fewer bits.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ TOLERANCE = 0.05
 """Bits on average within which a target counts as reached."""
 
 LARGEST = 1e6
-"""A multiplier at which every row takes the lowest class."""
+"""A multiplier at which every row takes the lowest class, or runs at the lowest precision."""
 
 
 def risks(scores: np.ndarray) -> np.ndarray:
@@ -73,6 +73,21 @@ class Calibration:
         return abs(self.bits - self.target_bits) <= TOLERANCE
 
 
+def bracket(bits: Callable[[float], float], target_bits: float) -> tuple[float, float]:
+    """The smallest multiplier of at most `target_bits` on average, and the next smaller one that takes more:
+    (smaller, it), both 0 where no budget is needed. `bits`: of a multiplier, falls as it grows."""
+    low, high = 0.0, LARGEST
+    if bits(low) <= target_bits:
+        high = low
+    for _ in range(200):
+        middle = (low + high) / 2
+        if bits(middle) <= target_bits:
+            high = middle
+        else:
+            low = middle
+    return low, high
+
+
 def calibrate(
     scores: np.ndarray, chain: Sequence[int], target_bits: float, outputs: str = "logits"
 ) -> Calibration:
@@ -85,15 +100,7 @@ def calibrate(
     def bits(multiplier: float) -> float:
         return float(plan_bits(choose_classes(scores, chain, multiplier, outputs), chain).mean())
 
-    low, high = 0.0, LARGEST
-    if bits(low) <= target_bits:
-        high = low
-    for _ in range(200):
-        middle = (low + high) / 2
-        if bits(middle) <= target_bits:
-            high = middle
-        else:
-            low = middle
+    _, high = bracket(bits, target_bits)
     return Calibration(chain, target_bits, high, bits(high), len(scores))
 
 

@@ -27,7 +27,7 @@ from safetensors.numpy import load, save
 from pmpd.errors import UserError
 from pmpd.schedulers.artefact import check_fingerprint, locate, reader
 from pmpd.schedulers.base import Decision, PrefillState, Scheduler, SchedulerEntry
-from pmpd.schedulers.budget import TOLERANCE
+from pmpd.schedulers.budget import TOLERANCE, bracket
 from pmpd.schedulers.chain import check_chain, plan_steps, static_plans
 from pmpd.schedulers.loss_model import (
     FEATURES,
@@ -44,9 +44,6 @@ VERSION = 1
 WEIGHTS = "regression.safetensors"
 
 DEMO_ARTEFACT = Path(__file__).parents[1] / "demo" / "regression"
-
-LARGEST = 1e6
-"""A multiplier, in nats a bit, at which every row runs at the lowest precision."""
 
 APART = 1e-3
 """Of two neighbouring multipliers: so far, as a share, on either side of where many prompts change their
@@ -107,15 +104,7 @@ def calibrate(
     def at(multiplier: float) -> float:
         return mean(cheapest(losses, bits, multiplier))
 
-    low, high = 0.0, LARGEST
-    if at(low) <= target_bits:
-        high = low
-    for _ in range(200):
-        middle = (low + high) / 2
-        if at(middle) <= target_bits:
-            high = middle
-        else:
-            low = middle
+    low, high = bracket(at, target_bits)
     found = Calibration(target_bits, high, high, 0.0, at(high), False)
     if target_bits - found.bits > TOLERANCE and low < high:
         high, low = high * (1 + APART), low * (1 - APART)
