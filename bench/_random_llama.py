@@ -50,6 +50,8 @@ class Shape:
         return total
 
 
+LLAMA_135M = Shape(576, 30, 9, 3, 1536, 49152)
+"""SmolLM2's."""
 LLAMA_1B = Shape(2048, 22, 32, 4, 5632)
 LLAMA_8B = Shape(4096, 32, 32, 8, 14336, 128256)
 LLAMA_7B = Shape(4096, 32, 32, 32, 11008)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, wait
+from dataclasses import replace
 from multiprocessing import get_context
 from typing import NamedTuple
 from unittest import mock
@@ -47,8 +48,9 @@ class Place(NamedTuple):
 
 def places(model: str) -> list[Place]:
     """The largest first."""
-    hidden, _, heads, kv_heads, inner, _ = decode.SHAPES[model]
-    qkv = (heads + 2 * kv_heads) * (hidden // heads)
+    shape = decode.SHAPES[model]
+    hidden, inner, heads = shape.hidden_size, shape.intermediate_size, shape.num_attention_heads
+    qkv = (heads + 2 * shape.num_key_value_heads) * (hidden // heads)
     return [
         Place(f"{model}.gate_up", 2 * inner, hidden, "NORM", "GATED"),
         Place(f"{model}.down", hidden, inner, "PLAIN", "STORE"),
@@ -81,8 +83,7 @@ def tune(models: list[str], tokens: tuple[int, ...], device: torch.device, worke
 def llamas(models: list[str], rows: int) -> Iterator[tuple[str, decode.RandomLlama]]:
     """Each model, of LAYERS layers, with room for so many rows."""
     for model in models:
-        hidden, _, heads, kv_heads, inner, _ = decode.SHAPES[model]
-        shape = (hidden, LAYERS, heads, kv_heads, inner, VOCABULARY)
+        shape = replace(decode.SHAPES[model], num_hidden_layers=LAYERS, vocab_size=VOCABULARY)
         with torch.inference_mode():
             llama = decode.RandomLlama(shape, "cuda", rows, 1024)
         yield model, llama

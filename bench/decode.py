@@ -17,14 +17,15 @@ from pathlib import Path
 
 import torch
 
-from bench import _record
+from bench import _random_llama, _record
 from pmpd.decode.sampling import highest
 from pmpd.weights.base import Segment
 
-SHAPES = {  # hidden, layers, heads, kv heads, intermediate, vocabulary
-    "135M": (576, 30, 9, 3, 1536, 49152),
-    "1.1B": (2048, 22, 32, 4, 5632, 32000),
-    "8B": (4096, 32, 32, 8, 14336, 128256),
+CUDA = torch.device("cuda")
+SHAPES = {
+    "135M": _random_llama.LLAMA_135M,
+    "1.1B": _random_llama.LLAMA_1B,
+    "8B": _random_llama.LLAMA_8B,
 }
 CONTEXT = 512
 
@@ -42,23 +43,21 @@ def median(run: Callable[[], object], repeats: int) -> float:
 
 
 class RandomLlama:
-    """A model of random weights on the device, of a `shape` as SHAPES has them: quantized (4, 3, 2 bits) for
-    `kernel`, or `dense` float16."""
+    """A model of random weights on the device: quantized (4, 3, 2 bits) for `kernel`, or `dense` float16."""
 
-    def __init__(self, shape: Sequence[int], kernel: str, rows: int, length: int) -> None:
+    def __init__(
+        self, shape: _random_llama.Shape, kernel: str, rows: int, length: int,
+        device: torch.device = CUDA,
+    ) -> None:  # fmt: skip
         from bench._contenders import random_weights, twin
         from pmpd.decode.llama_cuda import CudaForward, Dense, Layer, LlamaWeights, Weight
         from pmpd.kernels.cuda.matrix import CudaMatrix
         from pmpd.kernels.triton import TritonMatrix
 
-        hidden, layers, heads, kv_heads, intermediate, vocabulary = shape
-        self.dim, self.layers, self.kv_heads, self.head_weights = (
-            hidden // heads,
-            layers,
-            kv_heads,
-            vocabulary * hidden,
-        )
-        device = torch.device("cuda")
+        hidden, heads, kv_heads = shape.hidden_size, shape.num_attention_heads, shape.num_key_value_heads
+        layers, intermediate, vocabulary = shape.num_hidden_layers, shape.intermediate_size, shape.vocab_size
+        self.device, self.dim, self.layers, self.kv_heads = device, hidden // heads, layers, kv_heads
+        self.head_weights = vocabulary * hidden
         self.matrix_weights = 0
         self.head_bits = 16
 

@@ -16,7 +16,7 @@ import torch
 import tyro
 
 from bench import _record
-from bench.decode import CONTEXT, RandomLlama, median
+from bench.decode import CONTEXT, CUDA, SHAPES, RandomLlama, median
 from pmpd.decode.graph_steps import tiles_of
 from pmpd.decode.graphs import StepGraphs
 from pmpd.kernels.dense import DenseMatrix
@@ -25,6 +25,8 @@ from pmpd.weights.base import Segment
 SHARES = {4: 0.35, 3: 0.4, 2: 0.25}
 """Of the rows; about what labeling with the chain 4,3,2 has in mid-unit."""
 LONGEST = 1024
+STEPS = 32
+"""Timed at a time."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ def step_ms(model: RandomLlama, rows: int, layout: Any, which: torch.Tensor | No
     """Of a captured step of `rows` rows, tokens read and written on the device."""
 
     def make(count: int) -> dict[str, torch.Tensor]:
-        at = torch.arange(count, device="cuda")
+        at = torch.arange(count, device=model.device)
         return {"ids": at % 100, "slots": at, "positions": torch.full_like(at, CONTEXT)}
 
     def step(buffers: Any, layout: Any) -> None:
@@ -65,19 +67,19 @@ def step_ms(model: RandomLlama, rows: int, layout: Any, which: torch.Tensor | No
     graphs = StepGraphs(step, make, buckets=(rows,))
 
     def run() -> None:
-        for _ in range(32):
+        for _ in range(STEPS):
             graphs.run(rows, layout)
 
     with torch.inference_mode():
-        seconds = median(run, 5) / 32
+        seconds = median(run, 5) / STEPS
     assert graphs.why_eager is None, graphs.why_eager
     return 1e3 * seconds
 
 
-def measure(name: str, config: Config) -> list[dict[str, Any]]:
+def measure(name: str, config: Config, device: torch.device = CUDA) -> list[dict[str, Any]]:
     most = max(config.batches) + 3 * 64
     found: list[dict[str, Any]] = [{"model": name, "rows": rows} for rows in config.batches]
-    model = RandomLlama(name, "dense", most, LONGEST)
+    model = RandomLlama(SHAPES[name], "dense", most, LONGEST, device)
     for row in found:
         row["16 bits"] = step_ms(model, row["rows"], (Segment(0, None, 16),))
     dequantized(model)
@@ -87,7 +89,7 @@ def measure(name: str, config: Config) -> list[dict[str, Any]]:
         row["dequantized"] = step_ms(model, row["rows"], segments)
         places, which, size = tiles_of(segments, row["rows"], model.forward.tiled, model.forward.tile_rows)
         del places
-        row["tiles"] = step_ms(model, len(which) * size, (), torch.from_numpy(which).cuda())
+        row["tiles"] = step_ms(model, len(which) * size, (), torch.from_numpy(which).to(device))
         row["rows of tiles"], row["rows a tile"] = len(which) * size, size
         print(row, flush=True)
     del model
@@ -95,8 +97,8 @@ def measure(name: str, config: Config) -> list[dict[str, Any]]:
     if config.packed:
         from pmpd.kernels.dispatch import choose
 
-        kernel = choose(torch.device("cuda"), torch.float16).name
-        model = RandomLlama(name, kernel, most, LONGEST)
+        kernel = choose(device, torch.float16).name
+        model = RandomLlama(SHAPES[name], kernel, most, LONGEST, device)
         for row in found:
             row[f"packed ({kernel})"] = step_ms(model, row["rows"], segments_of(row["rows"]))
             print(row, flush=True)
