@@ -3,6 +3,7 @@ rotation and PyTorch's softmax: on the GPU where there is one, else in Triton's 
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -103,35 +104,58 @@ def test_parts_cover_the_longest_row_and_fill_the_gpu():
 
 
 COMPILE = """
+import json
+import sys
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from pmpd.kernels import step_attention
 from pmpd.kernels._triton_attention import rotary_attention as kernel
-constants = dict(KV_HEADS=8, GROUP=4, GROUP_PADDED=16, GROUP_JOINED=4, D=128, D_PADDED=128, TOKENS=64,
-                 MORE=False, ONE=False, CHUNK=16, HAS_WINDOW=False, PDL=True)
 types = dict.fromkeys(("qkv", "keys", "values", "y"), "*fp16") | dict(slots="*i64", positions="*i64",
     arrivals="*i32", scale_log2="fp32", rope_scale="fp32", inverse_frequencies="*fp32")
 types |= dict.fromkeys(("parts", "tops", "sums"), "*fp32")
-signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
-source = ASTSource(kernel, signature, {(kernel.arg_names.index(n),): v for n, v in constants.items()})
-print(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=dict(num_warps=4)).asm["ptx"])
+whole = {"window", "part_tokens", "part_count"}
+found = []
+for heads, kv_heads, dim, has_window in json.loads(sys.argv[1]):
+    tile = step_attention.tile_of(dim, 2)
+    constants = step_attention.form(heads, kv_heads, dim, tile, tile, 32, has_window) | dict(PDL=True)
+    signature = {n: "constexpr" if n in constants else types.get(n, "i32") for n in kernel.arg_names}
+    # pointers and strides are multiples of 16, as on a GPU
+    multiples = {
+        (i,): [["tt.divisibility", 16]]
+        for i, (name, of) in enumerate(signature.items())
+        if of[0] == "*" or (of == "i32" and name not in whole)
+    }
+    fixed = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
+    source = ASTSource(kernel, signature, fixed, multiples)
+    options = dict(num_warps=step_attention.WARPS, num_stages=1)
+    found.append(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["ptx"])
+print(json.dumps(found))
 """
+FORMS = [(32, 8, 128, False), (32, 4, 64, False), (15, 5, 64, False), (16, 1, 128, True), (8, 1, 80, True)]
+"""Query heads, KV heads, head dim, whether there is a window: those of the GPU tests."""
 
 
-@pytest.mark.slow
-def test_the_machine_code_for_hopper_orders_what_the_last_part_reads(tmp_path):
-    """Parts are stored, then a barrier, then an addition that acquires and releases; the join reads after it
-    and a barrier, through loads that may not come from the read-only cache. Needs no GPU."""
+@pytest.fixture(scope="module")
+def hopper(tmp_path_factory):
+    """Form -> its machine code for sm_90 as PTX. Needs no GPU."""
     pytest.importorskip("triton")
-    variables = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    root = Path(__file__).parents[1]
+    root, cache = Path(__file__).parents[1], str(tmp_path_factory.mktemp("triton"))
+    variables = {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": cache, "PYTHONPATH": str(root)}
     done = subprocess.run(
-        [sys.executable, "-c", COMPILE], cwd=root, env=variables | {"PYTHONPATH": str(root)},
+        [sys.executable, "-c", COMPILE, json.dumps(FORMS)], cwd=root, env=os.environ | variables,
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
+    return dict(zip(FORMS, json.loads(done.stdout), strict=True))
+
+
+@pytest.mark.slow
+def test_the_machine_code_for_hopper_orders_what_the_last_part_reads(hopper):
+    """Parts are stored, then a barrier, then an addition that acquires and releases; the join reads after it
+    and a barrier, through loads that may not come from the read-only cache."""
     pattern = r"(griddepcontrol\.wait|st\.global|ld\.global(?:\.nc)?|atom\.[\w.]+|bar\.sync)"
-    found = re.findall(pattern, done.stdout)
+    found = re.findall(pattern, hopper[FORMS[0]])
     addition = next(i for i, name in enumerate(found) if name.startswith("atom"))
     assert found[addition] == "atom.global.gpu.acq_rel.add.u32"
     assert found.count("griddepcontrol.wait") == 1
@@ -142,3 +166,24 @@ def test_the_machine_code_for_hopper_orders_what_the_last_part_reads(tmp_path):
     assert after[0] == "bar.sync", "threads go on without the count"
     assert "ld.global" in after
     assert "ld.global.nc" not in after
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
+def test_lanes_that_hold_the_same_sum_hold_the_same_bits(hopper, form):
+    """They all store it to one place of shared memory. A product that is fused into the addition of what a
+    neighbour sent is not rounded as the neighbour's own was, so each lane had bits of its own."""
+    sent, sums, fused = set(), 0, []
+    for line in hopper[form].splitlines():
+        made = re.match(r"\s*(?:@!?%p\d+ )?([a-z][\w.]*)\s+(%\w+)(?:\|%p\d+)?,(.*);", line)
+        if made is None:
+            continue
+        instruction, target, operands = made[1], made[2], set(re.findall(r"%\w+", made[3]))
+        if instruction.startswith("shfl.sync.bfly"):
+            sent.add(target)
+        elif instruction.startswith("add.") and operands & sent:
+            sums += 1
+        elif instruction.startswith("fma.") and operands & sent:
+            fused.append(line.strip())
+    assert sums, "nothing is added up over lanes"
+    assert not fused

@@ -50,7 +50,10 @@ def _join(
         new_best = tl.maximum(best, tl.max(top, axis=0))
         share = tl.exp2(top - new_best[None, :])
         shrink = tl.exp2(best - new_best)
-        total = total * shrink + tl.sum(share * part_sum, axis=0)
+        # A bare product would be fused into the sum's first addition: a lane's own would be rounded less than
+        # the one that its neighbour sends, and lanes that store the same sum would differ in its last bit.
+        weighted = tl.where(there, share * part_sum, 0.0)
+        total = total * shrink + tl.sum(weighted, axis=0)
         joined = joined * shrink[:, None] + tl.sum(value * share[:, :, None], axis=0)
         best = new_best
     result = (joined / total[:, None]).to(y.dtype.element_ty)

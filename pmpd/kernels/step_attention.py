@@ -25,6 +25,7 @@ MOST_TILE_TOKENS = 64
 JOINED = 8192
 """Values that are joined at a time: 64 registers a thread."""
 ROWS = 512
+WARPS = 4
 
 
 class StepAttention:
@@ -66,11 +67,9 @@ class StepAttention:
 
         rows, dim, group = len(qkv), self.head_dim, self.heads // self.kv_heads
         longest = min(longest, keys.shape[2])
-        dim_padded = max(16, 1 << (dim - 1).bit_length())
-        tile = max(16, min(MOST_TILE_TOKENS, TILE_BYTES // (dim_padded * qkv.element_size())))
+        tile = tile_of(dim, qkv.element_size())
         part = part_tokens or part_of(rows * self.kv_heads, longest, tile)
         parts = math.ceil(longest / part)
-        group_joined = 1 << (group - 1).bit_length()
         y = padded_rows(rows, self.heads * dim, qkv.dtype, qkv.device)
         found = tops = sums = y  # one part: nothing is joined
         if parts > 1:
@@ -82,13 +81,32 @@ class StepAttention:
             self._counters(rows),
             dim**-0.5 * math.log2(math.e), self.rope_scale, window or 0, part, parts,
             qkv.stride(0), *keys.stride()[:3], *values.stride()[:3], y.stride(0),
-            KV_HEADS=self.kv_heads, GROUP=group, GROUP_PADDED=max(16, group_joined),
-            GROUP_JOINED=group_joined, D=dim, D_PADDED=dim_padded, TOKENS=tile, MORE=part > tile,
-            ONE=parts == 1, HAS_WINDOW=window is not None,
-            CHUNK=max(1, JOINED // (group_joined * dim_padded)), num_warps=4, num_stages=1,
-            **overlap(qkv.device),
+            **form(self.heads, self.kv_heads, dim, tile, part, parts, window is not None),
+            num_warps=WARPS, num_stages=1, **overlap(qkv.device),
         )  # fmt: skip
         return y
+
+
+def tile_of(dim: int, element_bytes: int) -> int:
+    """Cached tokens that a program works on at a time."""
+    return max(16, min(MOST_TILE_TOKENS, TILE_BYTES // (padded(dim) * element_bytes)))
+
+
+def padded(dim: int) -> int:
+    return max(16, 1 << (dim - 1).bit_length())
+
+
+def form(
+    heads: int, kv_heads: int, dim: int, tile: int, part: int, parts: int, has_window: bool
+) -> dict[str, int | bool]:
+    """What the kernel is compiled for, beside types and `overlap`."""
+    group = heads // kv_heads
+    group_joined = 1 << (group - 1).bit_length()
+    return {
+        "KV_HEADS": kv_heads, "GROUP": group, "GROUP_PADDED": max(16, group_joined),
+        "GROUP_JOINED": group_joined, "D": dim, "D_PADDED": padded(dim), "TOKENS": tile, "MORE": part > tile,
+        "ONE": parts == 1, "CHUNK": max(1, JOINED // (group_joined * padded(dim))), "HAS_WINDOW": has_window,
+    }  # fmt: skip
 
 
 def part_of(groups: int, longest: int, tile: int) -> int:
