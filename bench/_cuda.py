@@ -221,7 +221,7 @@ def time_kernels(
         dense = torch.randn(n, k, device=device).half()
         copies = [dense, *(dense.clone() for _ in range(min(12, int(ROTATE_BYTES / dense.nbytes))))]
         for tokens, x in inputs.items():
-            calls = [lambda w=w, x=x: torch.nn.functional.linear(x, w) for w in copies]
+            calls: list[_timing.Call] = [lambda w=w, x=x: torch.nn.functional.linear(x, w) for w in copies]
             expected = x.double() @ dense.double().T
             yield timed_row(name, n, k, 16, tokens, "torch", calls, expected, dense.nbytes, bandwidth)
         del copies, dense
@@ -230,7 +230,11 @@ def time_kernels(
             for tokens, x in inputs.items():
                 moved, expected = moved_bytes(n, k, bits, tokens), exact_product(packed, x, bits)
                 for impl, calls in contenders(name, packed, *matrices, x, bits):
-                    found = timed_row(name, n, k, bits, tokens, impl, calls, expected, moved, bandwidth)
+                    # theirs launches on the default stream, which no graph takes
+                    machine = _timing.Queued() if impl == "any-precision" else None
+                    found = timed_row(
+                        name, n, k, bits, tokens, impl, calls, expected, moved, bandwidth, machine=machine
+                    )
                     if "us" in found:
                         seen.setdefault((tokens, impl), {})[moved] = found["us"] / 1e6
                     yield found
@@ -245,7 +249,7 @@ def time_kernels(
         if n * k >= 14336 * 4096:  # smaller matrices may be bound by the launch
             for (tokens, impl), of in seen.items():
                 try:
-                    _timing.check_growth(of)
+                    _timing.check_growth(of, bandwidth)
                 except Refused as why:
                     yield refused(name, 0, tokens, impl, why)
         torch.cuda.empty_cache()
@@ -287,11 +291,11 @@ def moved_bytes(n: int, k: int, bits: int, tokens: int) -> float:
 def timed_row(
     name: str, n: int, k: int, bits: int, tokens: int, impl: str,
     calls: list[Callable[[], torch.Tensor]], expected: torch.Tensor, moved: float, bandwidth: float,
-    limit: float = 2e-3,
+    limit: float = 2e-3, machine: _timing.Machine | None = None,
 ) -> dict:  # fmt: skip
     """`row`, or the reason why the figure is refused."""
     try:
-        seconds, error = _timing.seconds_of(calls, expected, limit, repeats=9)
+        seconds, error = _timing.seconds_of(calls, expected, limit, machine, repeats=9)
         _timing.check_bandwidth(seconds, moved, bandwidth)
     except (Refused, RuntimeError, ValueError) as why:
         return refused(name, bits, tokens, impl, why)
@@ -332,10 +336,11 @@ def time_attention(device: torch.device, bandwidth: float) -> Iterator[dict]:
     """8B: 32 query, 8 KV heads, D = 128: rotation, cache write and attention in one launch, against PyTorch's
     attention alone over the same slots with a mask."""
     for batch, length in ((1, 1024), (8, 1024), (32, 1024)):
-        caches = [
-            tuple(torch.randn(batch, 8, 2048, 128, device=device, dtype=torch.float16) for _ in range(2))
-            for _ in range(max(2, 64 // batch))
-        ]
+
+        def cache(shape: tuple[int, ...] = (batch, 8, 2048, 128)) -> torch.Tensor:
+            return torch.randn(shape, device=device, dtype=torch.float16)
+
+        caches = [(cache(), cache()) for _ in range(max(2, 64 // batch))]
         qkv = torch.randn(batch, 48 * 128, device=device, dtype=torch.float16)
         q = qkv[:, : 32 * 128].view(batch, 32, 1, 128)
         slots = torch.arange(batch, device=device)

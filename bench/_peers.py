@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import importlib.util
+import os
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -28,9 +31,24 @@ def humming_version() -> str | None:
         return None
 
 
+def check_programs(package: str) -> None:
+    """RuntimeError: a program that `package` brings may not be run: unpacking it has dropped modes."""
+    spec = importlib.util.find_spec(package)
+    for folder in (spec.submodule_search_locations or []) if spec else []:
+        for path in Path(folder).glob("_native/*/*"):
+            if path.suffix == "" and not os.access(path, os.X_OK):
+                raise RuntimeError(
+                    f"{path} may not be run: install the wheel with pip, or `chmod +x` what lies beside it"
+                )
+
+
 def humming(rows: int, columns: int, bits: int, copies: int, x: Tensor) -> tuple[list[Call], Tensor]:
     """Calls over `copies` of a matrix in integers of `bits`, and x times that matrix in float64. The values
-    are whole multiples of a step: what its own quantization still loses is in the error."""
+    are whole multiples of a step: what its own quantization still loses is in the error.
+
+    RuntimeError: its compiler may not be run.
+    """
+    check_programs("humming")
     from humming.layer import HummingLayer  # type: ignore[import-not-found]
 
     most = 2 ** (bits - 1) - 1

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 
-from bench import _timing
+from bench import _peers, _timing
 from bench._timing import Captured, Refused
 
 EXPECTED = torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
@@ -75,9 +75,35 @@ def test_what_memory_can_not_deliver_is_refused():
 
 
 def test_a_time_that_does_not_grow_with_the_bytes_is_refused():
-    _timing.check_growth({1e7: 5e-6, 1.5e7: 5e-6, 2e7: 9e-6})
+    _timing.check_growth({1e7: 5e-6, 1.5e7: 5e-6, 2e7: 9e-6}, 4e12)
     with pytest.raises(Refused, match="grow with the bytes"):
-        _timing.check_growth({1e7: 5e-6, 2e7: 5.1e-6})
+        _timing.check_growth({1e7: 5e-6, 2e7: 5.1e-6}, 4e12)
+
+
+def test_a_kernel_that_memory_does_not_bind_may_take_longer_for_fewer_bytes():
+    """`halves` on an H200: 4 and 2 bits, 32 rows. At 2 bits it spills registers."""
+    _timing.check_growth({31.1e6: 26.2e-6, 16.1e6: 36.1e-6}, 4.1e12)
+
+
+def test_calls_that_no_graph_holds_are_timed_in_a_queue(monkeypatch):
+    """Each replay computes anew: what it gave before is poison by then."""
+    waits = []
+    monkeypatch.setattr(torch.cuda, "_sleep", waits.append)
+    monkeypatch.setattr(_timing.Cuda, "seconds", lambda self, replay: replay() or 2e-6 * calls())
+    made = []
+
+    def calls() -> int:
+        count, made[:] = len(made), []
+        return count
+
+    def call() -> torch.Tensor:
+        made.append(1)
+        return product()
+
+    seconds, error = _timing.seconds_of([call] * 4, EXPECTED, 1e-6, _timing.Queued())
+    assert seconds == pytest.approx(2e-6)
+    assert error < 1e-6
+    assert len(waits) == 2 * 18, "a measurement without a wait times the host"
 
 
 def test_bars_take_the_fastest_plan_and_the_peers_of_the_same_run():
@@ -97,3 +123,18 @@ def test_bars_take_the_fastest_plan_and_the_peers_of_the_same_run():
     assert (share["met"], upstream["met"], humming["met"]) == (True, True, False)
     expected = _bars.predictions({"14336x4096": (14336, 4096)}, 3e12)
     assert [round(p["us"], 1) for p in expected] == [11.1, 7.9, 5.2]
+
+
+def test_a_peer_whose_program_may_not_be_run_is_told_with_the_cure(tmp_path, monkeypatch):
+    """A wheel unpacked as a plain archive loses the modes of its files."""
+    program = tmp_path / "peer" / "_native" / "x86_64" / "compile"
+    program.parent.mkdir(parents=True)
+    (tmp_path / "peer" / "__init__.py").touch()
+    (program.parent / "manifest.json").touch()
+    program.touch(0o644)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(RuntimeError, match=r"chmod \+x"):
+        _peers.check_programs("peer")
+    program.chmod(0o755)
+    _peers.check_programs("peer")
+    _peers.check_programs("no_such_package")
