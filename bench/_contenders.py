@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 
@@ -51,7 +51,7 @@ def twin(matrix: M) -> M:
     """The same matrix at another address."""
     tiles = matrix._tiles
     copy = type(tiles)(tiles.planes.clone(), tiles.shape, tiles.bias, tiles.plain)
-    return matrix._with(copy, matrix._tables)
+    return cast("M", matrix._with(copy, matrix._tables))
 
 
 def clones(matrix: M, weight_bytes: float) -> list[M]:

@@ -186,7 +186,9 @@ def measure_random(
         3, shape.vocab_size, (max(BATCHES), config.prompt_tokens), generator=generator
     ).tolist()
     floor_ms = {str(bits): shape.step_bytes(bits) / bandwidth * 1e3 for bits in (16, *PRECISIONS)}
-    plans = contenders(*models, config.tokens, write_untrained(folder / "classifiers", models[1]))
+    plans = contenders(
+        models[0], models[1], config.tokens, write_untrained(folder / "classifiers", models[1])
+    )
     return measure_model("1.1B", plans, prompts, config.tokens, config.rounds, floor_ms)
 
 

@@ -7,6 +7,7 @@ import argparse
 import signal
 import sys
 from types import FrameType
+from typing import Any
 
 import ray
 from ray.cluster_utils import Cluster
@@ -40,7 +41,9 @@ def main() -> None:
     )  # fmt: skip
     for index in range(options.nodes):
         # each node sees its own GPU only: otherwise every one of them would give out the first
-        own = {"num_gpus": 1, "env_vars": {"CUDA_VISIBLE_DEVICES": str(index)}} if options.gpus else {}
+        own: dict[str, Any] = {}
+        if options.gpus:
+            own = {"num_gpus": 1, "env_vars": {"CUDA_VISIBLE_DEVICES": str(index)}}
         cluster.add_node(**common, num_cpus=options.cpus, **own)
     print(f"{options.nodes} nodes are up", flush=True)
     signal.pause()

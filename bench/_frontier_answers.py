@@ -116,7 +116,8 @@ def answers_of(curves: CurveSet, rouge: Judged, new_tokens: int) -> Answers:
         loss.append(1 - rouge.scores[places, j, k])
         bits.append(high * curves.chain[j] + (taken - high) * curves.chain[j + 1])
         forwards.append(taken)
-    return Answers(curves, *(np.stack(part, axis=1) for part in (loss, bits, forwards)), tuple(plans))
+    stacked = [np.stack(part, axis=1) for part in (loss, bits, forwards)]
+    return Answers(curves, stacked[0], stacked[1], stacked[2], tuple(plans))
 
 
 Choice = np.ndarray

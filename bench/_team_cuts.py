@@ -110,7 +110,7 @@ def _tune_step(
         expected, before = _step_cuts._timed(llama, tokens, bits)
         first = before
         for place in places(model):
-            found = []
+            found: list[tuple[float, TeamsCut, dict]] = []
             for cut in cuts(*place.shape, bits, tokens, gpu_of(device)):
                 chosen[place.shape] = cut
                 try:
@@ -128,13 +128,14 @@ def _tune_step(
                 if error < ERROR:
                     found.append((seconds, cut, row))
                 yield row
-            seconds, cut, row = min(found, key=lambda one: one[0], default=(math.inf, None, {}))
+            none: tuple[float, TeamsCut | None, dict] = (math.inf, None, {})
+            seconds, kept, row = min(found, key=lambda one: one[0]) if found else none
             gains = seconds * GAIN <= before
             row["best_team"] = gains
-            chosen[place.shape] = cut if gains else None
+            chosen[place.shape] = kept if gains else None
             slowest = max((us for us, _, _ in found), default=math.inf)
             print(
-                f"{place.name:12} b={bits} M={tokens} {said(cut):32} {seconds * 1e6 / LAYERS:7.2f} us "
+                f"{place.name:12} b={bits} M={tokens} {said(kept):32} {seconds * 1e6 / LAYERS:7.2f} us "
                 f"a layer, without {before * 1e6 / LAYERS:7.2f}; {len(found)} cuts from "
                 f"{slowest * 1e6 / LAYERS:.2f}; error {row.get('error', math.nan):.1e}",
                 flush=True,

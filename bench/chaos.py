@@ -268,7 +268,7 @@ FAULTS: dict[str, Callable[[Round], None]] = {
 
 def make_prompts(folder: Path) -> dict[str, int]:
     """Id -> right answer."""
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "prompt_id": f"{7919 * (i + 1):016x}",
             "source": str(i),

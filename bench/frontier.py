@@ -469,7 +469,8 @@ class Study:
             gains += gains_of(name, outcomes[name])
         for name, policy in ORACLES.items():
             oracle_gains += gains_of(name, policy(curves, curves, self.targets, self.seed))
-        best = {gain.target_bits: gain.gain for gain in oracle_gains if gain.policy == "oracle, plan"}
+        ideal = [gain for gain in oracle_gains if gain.policy == "oracle, plan"]
+        best = {gain.target_bits: gain.gain for gain in ideal if gain.target_bits is not None}
         rows = table(gains, holm([gain.p for gain in gains]), best)
         for row, gain in zip(rows, gains, strict=True):
             row["prompts_for_1_percent"] = prompts_needed(gain, len(curves))

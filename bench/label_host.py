@@ -96,7 +96,7 @@ class FreeDevice:
         self.steps = CountedSteps(Nothing(self.mean_tokens, self.tiles))  # type: ignore[arg-type]
 
     def forward(self, input_ids: Tensor, places: Any, keep: Tensor | None) -> Tensor:
-        return self.steps.forward(input_ids if keep is None else keep)
+        return self.steps.forward(input_ids if keep is None else keep)  # type: ignore[call-arg]
 
 
 class CountedSteps(GraphSteps):
@@ -135,7 +135,8 @@ def measure(config: Config, slots: int) -> dict[str, Any]:
     device = FreeDevice(slots, length, config.mean_tokens, config.tiles)
     graph_steps.gpu.capture = device.steps.capture  # type: ignore[assignment]
     requests = [plan.request(str(i), [WORD] * config.prompt_tokens) for i in range(config.prompts)]
-    loop = DecodeLoop(device, requests, plan.scheduler, labeling.precisions[0], {END}, stream=False)
+    first = labeling.precisions[0]
+    loop = DecodeLoop(device, requests, plan.scheduler, first, {END}, stream=False)  # type: ignore[arg-type]
     begin = time.thread_time()
     done = sum(1 for _ in loop.events())
     seconds = time.thread_time() - begin

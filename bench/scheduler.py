@@ -26,7 +26,7 @@ import tyro
 from torch import Tensor
 from transformers import DynamicCache
 
-from pmpd import PMPDForCausalLM, demo, storage, training
+from pmpd import PMPDForCausalLM, demo, storage
 from pmpd.decode.requests import Request
 from pmpd.farm.load_model import cpu_name
 from pmpd.farm.train import FEATURE_COLUMNS
@@ -34,7 +34,9 @@ from pmpd.schedulers.base import Decision
 from pmpd.schedulers.kv_cache import DEMO_ARTEFACT, KVCacheScheduler
 from pmpd.schedulers.static import StaticScheduler
 from pmpd.training.config import TrainConfig
-from pmpd.training.data import NO_LABEL, Features, Labels
+from pmpd.training.data import NO_LABEL, Features, Labels, features_from_table, labels_from_table, usable
+from pmpd.training.evaluate import compare, policies
+from pmpd.training.fit import PairTraining, make_head
 from pmpd.weights.base import cache_argument, shared_state
 
 Head = Literal["kv_cache", "mean_pooled"]
@@ -156,12 +158,12 @@ class Proof:
         torch.set_num_threads(self.threads)
         columns = [*FEATURE_COLUMNS, "input_ids"]
         unseen = [storage.read_table(path, columns) for path in self.held_out_path]
-        table = training.usable(
-            pa.concat_tables([storage.read_table(self.data_path, columns), *unseen])
-        ).sort_by("prompt_id")
+        table = usable(pa.concat_tables([storage.read_table(self.data_path, columns), *unseen])).sort_by(
+            "prompt_id"
+        )
         held_out = frozenset(key for part in unseen for key in part["prompt_id"].to_pylist())
-        labels = HeldOut(**vars(training.labels_from_table(table)), held_out=held_out)
-        kv = training.features_from_table(table)
+        labels = HeldOut(**vars(labels_from_table(table)), held_out=held_out)
+        kv = features_from_table(table)
         shares = {
             f"{pair[0]}-{pair[1]}": np.bincount(labels.labels[:, j], minlength=4).tolist()
             for j, pair in enumerate(labels.pairs)
@@ -239,10 +241,10 @@ class Proof:
             for variant in variants:
                 started = time.perf_counter()
                 config = dataclasses.replace(self.training, rebalance=variant.rebalance)
-                model = training.make_head(
+                model = make_head(
                     variant.head, variant.features.dim, self.num_heads, config.dropout, config.seed, j
                 )
-                fit = training.PairTraining(model, labels, j, variant.features, config)
+                fit = PairTraining(model, labels, j, variant.features, config)
                 while not fit.state.done:
                     fit.epoch()
                 chosen[variant.name] = fit.best_logits()[rows].argmax(-1).numpy()
@@ -251,9 +253,7 @@ class Proof:
                     "loss": fit.state.best_loss,
                     "seconds": time.perf_counter() - started,
                 }
-            report = training.compare(
-                column[rows], training.policies(column[train_rows], column[rows], chosen), pair
-            )
+            report = compare(column[rows], policies(column[train_rows], column[rows], chosen), pair)
             print(
                 f"## pair {pair[0]} → {pair[1]}: {len(train_rows)} training, {len(rows)} held-out prompts "
                 f"{report['label_counts']}\n"
