@@ -27,7 +27,7 @@ def cuts(columns: int, bits: int, tokens: int, gpu: Gpu) -> list[HalvesCut]:
             for rows in {8 // warps, 16 // warps} - {0}:
                 for share, slots in ((1, 2), (2, 2), (1, 3)):
                     made = HalvesCut(bits, octets, tiles, parts, warps, rows, share, slots, 1)
-                    if made.shared_bytes <= gpu.block_bytes:
+                    if made.fits(gpu):
                         found.append(made)
     return list(dict.fromkeys(found))
 

@@ -409,13 +409,17 @@ def best_settings(rows: list[dict]) -> dict[str, dict[str, dict]]:
 
 
 def write_settings(gpu: str, best: dict[str, dict[str, dict]], rows: list[dict]) -> None:
-    """Adds to the autotune table of this GPU: `best_settings` of `rows`, and their cuts of `halves.cu`."""
+    """Adds to the autotune table of this GPU: `best_settings` of `rows`, their cuts of `halves.cu`, and with
+    which commit they were measured."""
     path = settings_file(gpu)
     path.parent.mkdir(exist_ok=True)
     known = json.loads(path.read_text()) if path.is_file() else {}
     table = known | {"gpu": gpu} | {route: {**known.get(route, {}), **best[route]} for route in best}
-    table["clusters"] = table.get("clusters", {}) | _clusters.best(rows, table["halves"])
-    table["teams"] = table.get("teams", {}) | _team_cuts.best(rows)
+    found = best | {"clusters": _clusters.best(rows, table["halves"]), "teams": _team_cuts.best(rows)}
+    for route in ("clusters", "teams"):
+        table[route] = table.get(route, {}) | found[route]
+    measured = {route: _record.commit() for route, entries in found.items() if entries}
+    table["commits"] = table.get("commits", {}) | measured
     path.write_text(json.dumps(table, indent=1) + "\n")
 
 

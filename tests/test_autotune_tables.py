@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
+from bench import _cuda
 from pmpd import gpu
 from pmpd.kernels import triton
 from pmpd.kernels.cuda import halves, launch, matrix, teams
@@ -15,7 +17,7 @@ from pmpd.kernels.cuda.cut import H100, cut
 CUDA = torch.device("cuda:0")
 SHAPE = (4096, 4096)
 BITS = dict.fromkeys(matrix.MEASURED, 1) | {"warps": 4, "us": 1.0}
-TEAMS = dict.fromkeys(teams.MEASURED, 1) | {"warps": 8}
+TEAMS = dict.fromkeys(teams.MEASURED, 1) | {"warps": 8, "slots": 2, "held": 16}
 
 
 @pytest.fixture
@@ -78,8 +80,15 @@ def test_a_damaged_table_counts_as_none(read, caplog, content):
         ("bits", "4096x4096x4", None),
         ("teams", "4096x4096x4x8", {"warps": 8}),
         ("teams", "4096x4096x4x8", []),
+        ("teams", "4096x4096x4x8", TEAMS | {"splits": 3}),
+        ("teams", "4096x4096x4x8", TEAMS | {"slots": 1}),
+        ("teams", "4096x4096x4x8", TEAMS | {"held": 3}),
+        ("teams", "4096x4096x4x8", TEAMS | {"slots": 64}),
+        ("teams", "4096x4096x4x8", TEAMS | {"resident": 4}),
         ("clusters", "4096x4096x4x8", {"us": 1.0}),
         ("clusters", "4096x4096x4x8", {"cut": [4, 2], "us": 1.0}),
+        ("clusters", "4096x4096x4x8", {"cut": [4, 2, 4, 2, 200, 1], "us": 1.0}),
+        ("clusters", "4096x4096x4x8", {"cut": [3, 2, 4, 2, 2, 1], "us": 1.0}),
         ("halves", "4096x4096x4x8", {"warps": None}),
     ],
 )
@@ -95,3 +104,34 @@ def test_an_entry_of_another_version_is_left_out(read, caplog, route, shape, ent
 @pytest.mark.parametrize("route", ["bits", "teams", "clusters", "halves"])
 def test_a_route_that_is_no_table_is_left_out(read, route):
     assert read(json.dumps({route: []}).encode()) == by_rules()
+
+
+@pytest.mark.parametrize(
+    "path", sorted(triton.settings_file("x").parent.glob("*.json")), ids=lambda p: p.stem
+)
+def test_every_entry_of_the_tables_in_the_package_is_taken(read, caplog, path):
+    """Or the kernel was changed so that it can't be cut like that any more."""
+    content = path.read_bytes()
+    read(content)
+    for route, entries in json.loads(content).items():
+        for shape, entry in entries.items() if route in ("bits", "teams", "clusters") else ():
+            rows, columns, last, *tokens = shape.split("x")
+            if route == "bits":
+                made = matrix.cut_of("gpu", CUDA, int(rows), int(columns), tuple(map(int, last.split("+"))))
+                assert made == replace(made, **{name: entry[name] for name in matrix.MEASURED}), shape
+            else:
+                of = teams if route == "teams" else halves
+                assert of.cut_of("gpu", CUDA, int(rows), int(columns), int(last), int(tokens[0])), shape
+    assert not caplog.records
+
+
+def test_a_table_says_with_which_commit_each_route_was_measured(tmp_path, monkeypatch):
+    path = tmp_path / "gpu.json"
+    path.write_text(json.dumps({"halves": {"a": {"us": 1.0}}, "commits": {"halves": "old", "teams": "old"}}))
+    monkeypatch.setattr(_cuda, "settings_file", lambda name: path)
+    monkeypatch.setattr(_cuda._record, "commit", lambda: "new")
+    at = {"n": 16, "k": 256, "bits": 4, "tokens": 1, "impl": "halves w4", "us": 2.0}
+    _cuda.write_settings("gpu", _cuda.best_settings([at]), [at])
+    table = json.loads(path.read_text())
+    assert table["halves"].keys() == {"a", "16x256x4x1"}
+    assert table["commits"] == {"halves": "new", "teams": "old"}

@@ -11,7 +11,7 @@ import torch
 from bench import _cuda, _team_cuts
 from pmpd import gpu
 from pmpd.kernels import triton
-from pmpd.kernels.cuda import halves, teams
+from pmpd.kernels.cuda import halves, launch, teams
 from pmpd.kernels.cuda.cut import H100
 from pmpd.kernels.cuda.launch import TYPES
 from pmpd.kernels.cuda.matrix import CudaMatrix
@@ -92,14 +92,6 @@ def test_the_source_gives_the_product_of_the_table_values(host, case):
 # -- cuts: where it is taken
 
 
-def test_every_cut_of_the_tables_fits_the_gpu():
-    for path in triton.settings_file("").parent.glob("*.json"):
-        for key, measured in json.loads(path.read_text()).get("teams", {}).items():
-            _, columns, bits, tokens = map(int, key.split("x"))
-            chosen = {name: measured[name] for name in MEASURED}
-            assert TeamsCut(bits, tokens // 8, -(-columns // 256), **chosen).fits(H100), f"{path.name}: {key}"
-
-
 def test_every_cut_that_is_tried_fits_and_is_one_that_the_kernel_takes():
     for model in ("8B", "1.1B"):
         for place in _team_cuts.places(model):
@@ -109,10 +101,6 @@ def test_every_cut_that_is_tried_fits_and_is_one_that_the_kernel_takes():
                     assert 0 < len(tried) <= _team_cuts.MOST, f"{place}, {bits} bits, {tokens} tokens"
                     for made in tried:
                         assert made.fits(H100)
-                        assert made.warps % made.splits == 0
-                        assert made.slots >= 2
-                        assert made.phase <= made.per_warp
-                        assert made.held in (2, made.phases)
                         assert made.phases >= made.held
                         assert made.splits * made.per_warp * 256 >= place.columns
 
@@ -128,6 +116,7 @@ def test_only_measured_shapes_take_it(monkeypatch):
     table = {"teams": {"64x4096x3x8": measured}}
     monkeypatch.setattr(triton, "settings", lambda name: table)
     monkeypatch.setattr(gpu, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(launch, "gpu_of", lambda device: H100)
     teams.cut_of.cache_clear()
     try:
         found = [teams.cut_of("a GPU", CUDA, 64, 4096, 3, tokens) for tokens in (2, 3, 8, 9)]

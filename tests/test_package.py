@@ -25,3 +25,12 @@ def test_every_file_of_the_package_that_is_no_module_is_package_data():
     files = {name for name in listed if not name.endswith(".py")}
     assert any("autotune" in name for name in files)
     assert files <= packed, f"not in the wheel: {sorted(files - packed)}"
+
+
+def test_lines_of_cuda_have_110_characters():
+    folders = (ROOT / "pmpd" / "kernels" / "cuda", ROOT / "tests" / "cuda_host")
+    for path in (
+        path for folder in folders for path in folder.iterdir() if path.suffix in (".cu", ".cuh", ".h")
+    ):
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            assert len(line) <= 110, f"{path}:{number}"

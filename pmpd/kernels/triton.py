@@ -187,7 +187,11 @@ def settings_file(gpu_name: str) -> Path:
 @lru_cache(maxsize=8)
 def settings(gpu_name: str) -> dict[str, dict[str, Any]]:
     """The GPU's autotune table: route -> shape -> what was measured. One that can't be read counts as none,
-    and that is logged."""
+    and that is logged.
+
+    An entry outlives the source of its kernel: what still fits gives the same products, and was the fastest
+    of an older one. Leaving it out until somebody measures again would cost more than that.
+    """
     path = settings_file(gpu_name)
     try:
         table = json.loads(path.read_bytes()) if path.is_file() else {}
@@ -199,7 +203,7 @@ def settings(gpu_name: str) -> dict[str, dict[str, Any]]:
 
 def measured(gpu_name: str, route: str, shape: str, names: tuple[str, ...]) -> dict[str, int]:
     """These numbers of an entry of the autotune table; {} where it has none, or not all of them: then it was
-    measured with another version's kernel, and that is logged."""
+    measured with a kernel that is cut in another way, and that is logged."""
     entry = settings(gpu_name).get(route, {}).get(shape)
     if entry is None:
         return {}

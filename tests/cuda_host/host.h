@@ -34,7 +34,8 @@ struct Copy { unsigned to; const char* from; };
 struct Fiber {
     ucontext_t context;
     std::vector<char> stack;
-    bool started, done, waited, arrived;  // waited: for the kernel in front; arrived: at the cluster's barrier
+    bool started, done;
+    bool waited, arrived;  // for the kernel in front; at the cluster's barrier
     int phase;
     std::vector<std::vector<Copy>> groups;
 };
@@ -293,7 +294,9 @@ template <Type TYPE> u16 narrow(float value) {
     return bits;
 }
 
-template <Type TYPE> float half_of(unsigned word, int upper) { return widen<TYPE>(u16(word >> (16 * upper))); }
+template <Type TYPE> float half_of(unsigned word, int upper) {
+    return widen<TYPE>(u16(word >> (16 * upper)));
+}
 // Lane 4 g + t: a0, a1 rows g, g + 8 of columns 2 t, 2 t + 1, a2, a3 the same of columns 8 + 2 t ..; b0, b1
 // column g of rows 2 t .., 8 + 2 t ..; c as of `mma_bits`.
 template <Type TYPE> void mma_halves(float (&c)[4], const unsigned (&a)[4], unsigned b0, unsigned b1) {

@@ -37,26 +37,15 @@ H100 = Gpu(132, 232448, 233472)
 """H100 and H200, SXM."""
 
 
-@dataclass(frozen=True)
-class Cut:
-    """One instance of the kernel, for one K and the precisions of its tokens."""
+class OfTeams:
+    """What the cuts have in common whose warps form teams."""
 
-    bits: tuple[int, ...]
-    """Of each token; the first one's is the highest."""
     tiles: int
     """K / 256, rounded up."""
     warps: int
     """Of a block."""
     splits: int
     """Warps of a team, which share a row block's columns; divides `warps`."""
-    slots: int
-    """Tiles in a warp's ring: at most `per_warp`."""
-    live: int
-    """Passes whose sums are kept at once: all of them, or one."""
-    blocks: int
-    """Blocks of a multiprocessor that the compiler leaves registers for."""
-    resident: int
-    """Blocks of a multiprocessor in a launch; in the room of more, the next launch fills its rings."""
 
     @property
     def teams(self) -> int:
@@ -67,6 +56,25 @@ class Cut:
     def per_warp(self) -> int:
         """Tiles of a warp, T."""
         return math.ceil(self.tiles / self.splits)
+
+
+@dataclass(frozen=True)
+class Cut(OfTeams):
+    """One instance of the kernel, for one K and the precisions of its tokens."""
+
+    bits: tuple[int, ...]
+    """Of each token; the first one's is the highest."""
+    tiles: int
+    warps: int
+    splits: int
+    slots: int
+    """Tiles in a warp's ring: at most `per_warp`."""
+    live: int
+    """Passes whose sums are kept at once: all of them, or one."""
+    blocks: int
+    """Blocks of a multiprocessor that the compiler leaves registers for."""
+    resident: int
+    """Blocks of a multiprocessor in a launch; in the room of more, the next launch fills its rings."""
 
     @property
     def chunk(self) -> int:

@@ -9,8 +9,8 @@
 // What a multiprocessor reads of the activations is what bounds many tokens. So a block keeps its columns'
 // activations in shared memory for all the rows that it multiplies, and PARTS blocks, a cluster, share the
 // columns. Clusters are persistent: cluster i takes passes i, i + clusters, ... of ROWS * SHARE row blocks
-// each. A warp multiplies SHARE row blocks by the activations that it loads once; WARPS warps of a block share
-// its columns, ROWS times. Sums of a pass go to the block of the cluster that owns the output, through
+// each. A warp multiplies SHARE row blocks by the activations that it loads once; WARPS warps of a block
+// share its columns, ROWS times. Sums of a pass go to the block of the cluster that owns the output, through
 // distributed shared memory, and are added there in a fixed order, while the next pass is multiplied.
 #include "instructions.cuh"
 
@@ -119,7 +119,8 @@ KERNEL(WARPS * ROWS * 32, BLOCKS) halves_product(const Arguments a) {
     constexpr int WORDS = 1 << (BITS - 1), TABLE = PASS * 16 * WORDS;  // of a row, of a pass
     constexpr int FETCH = (TABLE / 4 + THREADS - 1) / THREADS;
     static_assert(BITS >= 2 && BITS <= 4 && (PARTS & (PARTS - 1)) == 0);
-    // [WARPS * ROWS][SLOTS][SHARE][BITS][32], [T][WARPS][2][4][OCTETS][32], [2][OWNED][ACROSS][32], [3][TABLE]
+    // [WARPS * ROWS][SLOTS][SHARE][BITS][32], [T][WARPS][2][4][OCTETS][32], [2][OWNED][ACROSS][32],
+    // [3][TABLE]
     uint4* const ring = dynamic_shared();
     uint4* const activations = ring + WARPS * ROWS * SLOTS * SHARE * BITS * 32;
     float4* const sums = reinterpret_cast<float4*>(activations + T * WARPS * 8 * OCTETS * 32);
@@ -170,7 +171,8 @@ KERNEL(WARPS * ROWS * 32, BLOCKS) halves_product(const Arguments a) {
     wait_for_last();
     UNROLL for (int i = 0; i < T; i++)
         for (int k = of_rows; k < 8 * OCTETS; k += ROWS) {
-            const int token = k % OCTETS * 8 + g, column = (across + i * ACROSS) * 256 + k / OCTETS * 32 + t * 8;
+            const int token = k % OCTETS * 8 + g;
+            const int column = (across + i * ACROSS) * 256 + k / OCTETS * 32 + t * 8;
             const bool inside = token < a.tokens && column < a.columns;
             copy16_or_zero(shared_address(activations + ((i * WARPS + w) * 8 * OCTETS + k) * 32 + lane),
                            a.x + (inside ? token * a.x_stride + column : 0), inside);
@@ -247,8 +249,8 @@ KERNEL(WARPS * ROWS * 32, BLOCKS) halves_product(const Arguments a) {
     }
 }
 
-// The same for 3 to 32 tokens without clusters: SPLITS warps, a team, share the columns of a row block, warp s
-// of a team taking tiles s, s + SPLITS, ..., T of them. A block has TEAMS = WARPS / SPLITS teams; team q of
+// The same for 3 to 32 tokens without clusters: SPLITS warps, a team, share the columns of a row block, warp
+// s of a team taking tiles s, s + SPLITS, ..., T of them. A block has TEAMS = WARPS / SPLITS teams; team q of
 // all takes row blocks q, q + teams, ... Activations lie in shared memory once for the block, the tiles of
 // PHASE steps of a team at a time: of all phases (HELD = PHASES), and teams never wait for each other behind
 // their first row block; or of two, the next one's on its way, and the block meets at each phase.
@@ -259,8 +261,8 @@ KERNEL(WARPS * ROWS * 32, BLOCKS) halves_product(const Arguments a) {
 //
 // GATED: the first half of the row blocks is gate, the second up; a team takes one of each in turn, and y
 // [M, N / 2] is silu(gate) * up.
-template <Type TYPE, Back BACK, int BITS, int OCTETS, int TILES, int WARPS, int SPLITS, int SLOTS, int PHASE, int HELD,
-          int BLOCKS>
+template <Type TYPE, Back BACK, int BITS, int OCTETS, int TILES, int WARPS, int SPLITS, int SLOTS, int PHASE,
+          int HELD, int BLOCKS>
 KERNEL(WARPS * 32, BLOCKS) teams_product(const Arguments a) {
     constexpr int TEAMS = WARPS / SPLITS, T = (TILES + SPLITS - 1) / SPLITS;
     constexpr int PHASES = (T + PHASE - 1) / PHASE, LAST = T - (PHASES - 1) * PHASE;
@@ -355,7 +357,8 @@ KERNEL(WARPS * 32, BLOCKS) teams_product(const Arguments a) {
                 else if (f == 0) wait_pending(LAST < SLOTS ? LAST - 1 : SLOTS - 1);
                 else wait_pending(BEHIND < SLOTS ? BEHIND : SLOTS - 1);
                 sync_block();
-                if (!KEEPS && n && n + 1 < rounds * PHASES) copy_phase(f + 1 < PHASES ? f + 1 : 0, (n + 1) & 1);
+                if (!KEEPS && n && n + 1 < rounds * PHASES)
+                    copy_phase(f + 1 < PHASES ? f + 1 : 0, (n + 1) & 1);
             }
             const uint4* x = activations + ((KEEPS ? f : n & 1) * UNITS + member * (8 * OCTETS)) * 32 + lane;
             const int end = f < PHASES - 1 ? PHASE : LAST;

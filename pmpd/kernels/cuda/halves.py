@@ -18,7 +18,7 @@ from torch import Tensor
 from pmpd import gpu
 from pmpd.kernels import triton
 from pmpd.kernels.cuda import compiler, launch
-from pmpd.kernels.cuda.cut import TILE_COLUMNS
+from pmpd.kernels.cuda.cut import TILE_COLUMNS, Gpu
 
 SOURCE = "halves.cu"
 MOST_TOKENS = 32
@@ -68,6 +68,10 @@ class HalvesCut:
         sums = 2 * owned * self.parts * self.warps * 512
         return ring + activations + sums + 3 * self.row_blocks * 16 * 2 * 2**self.bits
 
+    def fits(self, gpu: Gpu) -> bool:
+        """Whether the kernel can be cut so, and the GPU holds it."""
+        return self.parts in (1, 2, 4, 8) and self.threads <= 1024 and self.shared_bytes <= gpu.block_bytes
+
     def template(self, dtype: str) -> str:
         """The instance's name in C++."""
         numbers = (
@@ -95,10 +99,12 @@ def cut_of(
     if measured is None:
         return None
     numbers = measured.get("cut") if isinstance(measured, dict) else None
-    if not isinstance(numbers, list) or len(numbers) != 6 or not all(type(n) is int for n in numbers):
-        triton.warn_of_entry(gpu_name, "clusters", shape)
-        return None
-    return HalvesCut(bits, octets, math.ceil(columns / TILE_COLUMNS), *numbers)
+    if isinstance(numbers, list) and len(numbers) == 6 and all(type(n) is int and n > 0 for n in numbers):
+        made = HalvesCut(bits, octets, math.ceil(columns / TILE_COLUMNS), *numbers)
+        if made.fits(launch.gpu_of(device)):
+            return made
+    triton.warn_of_entry(gpu_name, "clusters", shape)
+    return None
 
 
 class Arguments(ctypes.Structure):

@@ -116,8 +116,8 @@ template <Type TYPE> DEVICE void mma_halves(float (&c)[4], const u32 (&a)[4], u3
                      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// A cluster is consecutive blocks that run at once. What a thread wrote before it arrives, every thread of the
-// cluster sees behind its wait. Slow: arriving waits for all that the thread has written and asked for.
+// A cluster is consecutive blocks that run at once. What a thread wrote before it arrives, every thread of
+// the cluster sees behind its wait. Slow: arriving waits for all that the thread has written and asked for.
 DEVICE void cluster_arrive() {
 #if __CUDA_ARCH__ >= 900
     asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory");

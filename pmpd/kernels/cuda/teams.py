@@ -17,22 +17,19 @@ from torch import Tensor
 from pmpd import gpu
 from pmpd.kernels import triton
 from pmpd.kernels.cuda import launch
-from pmpd.kernels.cuda.cut import RESERVED_BYTES, TILE_COLUMNS, Gpu
+from pmpd.kernels.cuda.cut import RESERVED_BYTES, TILE_COLUMNS, Gpu, OfTeams
 from pmpd.kernels.cuda.halves import MOST_TOKENS, SOURCE, Arguments, arguments_of, octets_of
 
 
 @dataclass(frozen=True)
-class TeamsCut:
+class TeamsCut(OfTeams):
     """One instance of the kernel, for one K, precision and number of octets."""
 
     bits: int
     octets: int
     tiles: int
-    """K / 256, rounded up."""
     warps: int
-    """Of a block."""
     splits: int
-    """Warps of a team, which share a row block's columns; divides `warps`."""
     slots: int
     """Tiles in a warp's ring, at least two."""
     phase: int
@@ -43,16 +40,6 @@ class TeamsCut:
     """Blocks of a multiprocessor that the compiler leaves registers for."""
     resident: int
     """Blocks of a multiprocessor in a launch; in the room of more, the next launch fills its rings."""
-
-    @property
-    def teams(self) -> int:
-        """Of a block."""
-        return self.warps // self.splits
-
-    @property
-    def per_warp(self) -> int:
-        """Tiles of a warp, T."""
-        return math.ceil(self.tiles / self.splits)
 
     @property
     def phases(self) -> int:
@@ -66,8 +53,11 @@ class TeamsCut:
         return ring + activations + self.warps * self.octets * 512
 
     def fits(self, gpu: Gpu) -> bool:
+        """Whether the kernel can be cut so, and the GPU holds it."""
+        shaped = self.warps % self.splits == 0 and self.slots >= 2 and self.phase <= self.per_warp
         room = self.shared_bytes + RESERVED_BYTES
-        return self.shared_bytes <= gpu.block_bytes and self.resident * room <= gpu.multiprocessor_bytes
+        held = self.shared_bytes <= gpu.block_bytes and self.resident * room <= gpu.multiprocessor_bytes
+        return shaped and self.held in (self.phases, 2) and held
 
     def template(self, dtype: str, back: str = "STORE") -> str:
         """The instance's name in C++."""
@@ -96,7 +86,13 @@ def cut_of(
     octets = octets_of(tokens)
     shape = f"{rows}x{columns}x{bits}x{8 * octets}"
     known = triton.measured(gpu_name, "teams", shape, MEASURED)
-    return TeamsCut(bits, octets, math.ceil(columns / TILE_COLUMNS), **known) if known else None
+    if not known:
+        return None
+    made = TeamsCut(bits, octets, math.ceil(columns / TILE_COLUMNS), **known)
+    if not made.fits(launch.gpu_of(device)):
+        triton.warn_of_entry(gpu_name, "teams", shape)
+        return None
+    return made
 
 
 def product(
