@@ -1,8 +1,8 @@
 """What the 16-bit fixed point of the CUDA kernel costs on a model's own activations, computed on a CPU.
 
-`python -m bench.bits_error` forwards texts through every layer twice: with exact products, and with the
-activations that the kernel's fixed point stands for. It prints the errors of the products against float64 and
-the perplexities. `--model-path smollm2/anyprec --dataset texts.jsonl` for another model.
+`python -m bench.bits_error` forwards texts through every layer twice, in float32: with exact products, and
+with the activations that the kernel's fixed point stands for. It prints the errors of the products against
+float64 and the perplexities. `--model-path smollm2/anyprec --dataset texts.jsonl` for another model.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def main() -> None:
     losses: dict[str, dict[int, float]] = {}
     tokens_RT = None
     for kernel in ("reference", NAME):
-        model = PMPDForCausalLM(options.model_path, dtype=torch.bfloat16, kernel=kernel).eval()
+        model = PMPDForCausalLM(options.model_path, dtype=torch.float32, kernel=kernel).eval()
         if tokens_RT is None:
             source = PromptConfig(options.dataset, None, options.split)
             texts = (text for _, text, problem in records(source) if problem is None)
