@@ -1,8 +1,10 @@
-"""What the 16-bit fixed point of the CUDA kernel costs on a model's own activations, computed on a CPU.
+"""What the 16-bit fixed point of the CUDA kernel costs on a model's own activations, and what a head of 8
+bits costs beside 16-bit activations, computed on a CPU.
 
-`python -m bench.bits_error` forwards texts through every layer twice, in float32: with exact products, and
-with the activations that the kernel's fixed point stands for. It prints the errors of the products against
-float64 and the perplexities. `--model-path smollm2/anyprec --dataset texts.jsonl` for another model.
+`python -m bench.bits_error` forwards texts through every layer in float32: with exact products, with a head
+that holds the values of 8 bits, and with the activations that the kernel's fixed point stands for. It prints
+the errors of the products against float64 and the perplexities. `--model-path smollm2/anyprec --dataset
+texts.jsonl` for another model.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from pmpd import PMPDForCausalLM
 from pmpd.evaluation.perplexity import token_stream
 from pmpd.kernels import dispatch
 from pmpd.kernels.base import PackedWeights
+from pmpd.kernels.byte_rows import byte_rows
 from pmpd.kernels.cuda.cut import cut
 from pmpd.kernels.cuda.emulation import represented
 from pmpd.kernels.reference import ReferenceMatrix
@@ -62,10 +65,14 @@ def main() -> None:
             size = options.rows * options.tokens
             tokens_RT = token_stream(texts, model.tokenizer, size).view(options.rows, options.tokens)
         losses[kernel] = {bits: loss_of(model, kernel, bits, tokens_RT) for bits in model.precisions}
+        if kernel == "reference":
+            head = model.model.lm_head
+            head.weight = torch.nn.Parameter(byte_rows(head.weight).dequantize().float(), requires_grad=False)
+            losses["head"] = {bits: loss_of(model, kernel, bits, tokens_RT) for bits in model.precisions}
     figures = []
     for bits, errors in ERRORS.items():
         found = torch.tensor(errors, dtype=torch.float64)
-        before, after = losses["reference"][bits], losses[NAME][bits]
+        before, after, head = losses["reference"][bits], losses[NAME][bits], losses["head"][bits]
         figures.append(
             {
                 "bits": bits,
@@ -74,11 +81,13 @@ def main() -> None:
                 "worst_error": float(found.max()),
                 "perplexity": math.exp(before),
                 "change_percent": 100 * (math.exp(after - before) - 1),
+                "head_of_8_bits_change_percent": 100 * (math.exp(head - before) - 1),
             }
         )
         print(
             f"{bits} bits: {len(errors)} products, error median {found.median():.1e}, worst "
-            f"{found.max():.1e}; perplexity {math.exp(before):.3f}, {figures[-1]['change_percent']:+.3f} %",
+            f"{found.max():.1e}; perplexity {math.exp(before):.3f}, {figures[-1]['change_percent']:+.3f} %, "
+            f"a head of 8 bits {figures[-1]['head_of_8_bits_change_percent']:+.3f} %",
             flush=True,
         )
     result = {"model": Path(options.model_path).name, "rows": options.rows, "tokens": options.tokens}
