@@ -285,7 +285,7 @@ def exact_product(packed: PackedWeights, x: torch.Tensor, bits: int) -> torch.Te
 
 def moved_bytes(n: int, k: int, bits: int, tokens: int) -> float:
     """What one multiplication reads and writes."""
-    return n * k * bits / 8 + n * (8 + {2: 8, 3: 16, 4: 32}[bits]) + 2 * tokens * (n + k)
+    return n * k * bits / 8 + n * (8 + 2 ** (bits + 1)) + 2 * tokens * (n + k)
 
 
 def timed_row(
@@ -384,7 +384,7 @@ def time_gptq(device: torch.device, bandwidth: float) -> Iterator[dict]:
         for tokens in (1, 8, 32):
             x = torch.randn(tokens, k, device=device).half()
             exact = x.double() @ matrices[0].dequantize().double().T
-            for route in ("halves", "fused") if bits in DIGITS_BITS else ("fused",):
+            for route in ("halves", "fused", "dense") if bits in DIGITS_BITS else ("fused", "dense"):
                 error = relative_error(matrices[0].multiply(x, route), exact)
                 seconds = median_seconds(
                     [lambda m=m, x=x, route=route: m.multiply(x, route) for m in matrices]
@@ -392,6 +392,24 @@ def time_gptq(device: torch.device, bandwidth: float) -> Iterator[dict]:
                 yield row("gptq", n, k, bits, tokens, route, seconds, n * k * bits / 8, bandwidth) | {
                     "error": error
                 }
+
+
+def time_wide(device: torch.device, bandwidth: float) -> Iterator[dict]:
+    """5 to 8 bits: what is taken for so few tokens, and dequantizing."""
+    n, k = 14336, 4096
+    packed = random_weights(n, k, (5, 6, 7, 8), 1, device)
+    usable = unavailable(device, torch.float16) is None
+    matrix = (CudaMatrix if usable else TritonMatrix)(packed, torch.float16)
+    matrices = clones(matrix, n * k)
+    for bits in packed.tables:
+        for tokens in (1, 2, 8, 32):
+            x = torch.randn(tokens, k, device=device).half()
+            expected, moved = exact_product(packed, x, bits), moved_bytes(n, k, bits, tokens)
+            for route in (matrix.route(tokens, bits), "dense"):
+                calls: list[_timing.Call] = [
+                    lambda m=m, r=route, x=x, b=bits: m.multiply(x, b, r) for m in matrices
+                ]
+                yield timed_row("14336x4096", n, k, bits, tokens, route, calls, expected, moved, bandwidth)
 
 
 def best_settings(rows: list[dict]) -> dict[str, dict[str, dict]]:
@@ -482,6 +500,7 @@ def main(arguments: list[str] | None = None) -> None:
         time_attention(device, bandwidth),
         time_gptq(device, bandwidth),
         time_kernels(device, bandwidth, shapes, tokens),
+        () if options.quick else time_wide(device, bandwidth),
     )
     of_steps = _team_cuts if options.teams else _step_cuts
     tuning = (
