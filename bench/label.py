@@ -25,8 +25,9 @@ from pmpd import PMPDForCausalLM, demo
 from pmpd.decode import oracle
 from pmpd.demo.texts import MIN_PROMPT_CHARACTERS, documents_of
 from pmpd.labeling.config import LabelConfig
-from pmpd.labeling.label import decode_text, label_prompts, reference_prompts
+from pmpd.labeling.label import label_prompts, reference_prompts
 from pmpd.labeling.rule import label_of
+from pmpd.labeling.scoring import decode_text
 from pmpd.schedulers.chain import NUM_CLASSES, class_steps
 from pmpd.schedulers.static import StaticScheduler
 
@@ -68,7 +69,9 @@ def plain_labels(
                 scheduler,
             )
             scores.append(
-                scorer.score(reference_text, decode_text(model, trajectory.tokens))["rougeL"].fmeasure
+                scorer.score(reference_text, decode_text(model.tokenizer, trajectory.tokens))[
+                    "rougeL"
+                ].fmeasure
             )
         labels.append(label_of(scores, scores[NUM_CLASSES - 1]))
     return labels

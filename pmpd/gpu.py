@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Callable
 from functools import lru_cache
 
+import numpy as np
 import torch
 
 from pmpd.errors import UserError
@@ -44,6 +46,49 @@ def free_bytes(device: torch.device) -> int:
 
 def synchronize() -> None:
     torch.cuda.synchronize()
+
+
+def to_device(values: np.ndarray, device: torch.device) -> torch.Tensor:
+    """A copy of `values` there, on a GPU without waiting for what it has still to do: from pinned memory,
+    which PyTorch gives to nobody else before it is read."""
+    source = torch.from_numpy(np.ascontiguousarray(values))
+    if device.type != "cuda":
+        return source.clone()
+    return source.pin_memory().to(device, non_blocking=True)
+
+
+def to_host(values: torch.Tensor) -> Callable[[], np.ndarray]:
+    """Sends for `values`; what is returned waits for them, and not for what the GPU is given later."""
+    if values.device.type != "cuda":
+        return values.numpy
+    host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
+    sent = torch.cuda.Event()
+    sent.record()
+
+    def arrived() -> np.ndarray:
+        sent.synchronize()
+        return host.numpy()
+
+    return arrived
+
+
+class Stopwatch:
+    """Seconds of work on a device, without what it had still to do at the beginning."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._events = [torch.cuda.Event(enable_timing=True) for _ in "ab"] if device.type == "cuda" else []
+        self._begin = time.perf_counter()
+        for event in self._events[:1]:
+            event.record()
+
+    def stop(self) -> float:
+        """Waits for the work that was given since the beginning, and says how long it took."""
+        if not self._events:
+            return time.perf_counter() - self._begin
+        begin, end = self._events
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end) / 1e3
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import gc
 import itertools
+import os
 import sys
 import threading
 from collections import Counter
+from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from rouge_score.rouge_scorer import RougeScorer
@@ -16,10 +19,12 @@ from pmpd import PMPDForCausalLM, Scheduler
 from pmpd.cli import generate, label
 from pmpd.decode import oracle
 from pmpd.decode.pulse import Pulse
-from pmpd.decode.requests import Request
+from pmpd.decode.requests import Completion, Request
 from pmpd.labeling.config import LabelConfig
 from pmpd.labeling.label import Labeler, beside, label_prompts, reference_prompts
-from pmpd.labeling.rule import label_of
+from pmpd.labeling.rule import LabelRule, Trajectory, label_of
+from pmpd.labeling.scoring import PairBranches, RowScorer
+from pmpd.labeling.scoring_process import ScoringProcess
 from pmpd.metrics.rouge import rouge_l
 from tests.helpers import write_anyprec, write_dense
 from tests.test_engine import random_prompts
@@ -39,6 +44,14 @@ def words_of(tokens: list[int]) -> str:
     return " ".join("abcdefg"[token % 7] for token in tokens)
 
 
+class Words:
+    """In place of a tokenizer."""
+
+    def decode(self, tokens, skip_special_tokens):
+        assert skip_special_tokens
+        return words_of(tokens)
+
+
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """(quantized, unquantized) with tokens that end sequences and texts made of words."""
@@ -49,12 +62,6 @@ def models(tmp_path_factory):
     reference = PMPDForCausalLM(dense).eval()
     for model in (quantized, reference):
         model.eos_token_ids = ENDS
-
-        class Words:
-            def decode(self, tokens, skip_special_tokens):
-                assert skip_special_tokens
-                return words_of(tokens)
-
         model.tokenizer = Words()
     return quantized, reference
 
@@ -235,6 +242,72 @@ def test_rows_are_scored_beside_the_decoding():
     assert sys.getswitchinterval() == before
     rows = list(itertools.islice(beside(calls()), 2))
     assert rows == [{"row": 0}, {"row": 1}]
+
+
+def test_rows_scored_in_a_process_of_their_own_are_the_same(models):
+    quantized, reference = models
+    rows = prompt_rows(4)
+    config = LabelConfig(CHAIN, NEW_TOKENS, slots=16)
+    references = {row["prompt_id"]: row for row in reference_prompts(reference, rows, config)}
+    here = list(Labeler(quantized, config)(rows, references))
+    labeler = Labeler(quantized, config, own_process=True)
+    there = list(labeler(rows, references))
+    assert same_labels(there, here)
+    for row, other in zip(sorted(here, key=of_prompt), sorted(there, key=of_prompt), strict=True):
+        assert row.keys() == other.keys()
+        assert np.array_equal(row["keys"], other["keys"])
+        assert np.array_equal(row["values"], other["values"])
+
+
+def of_prompt(row: dict) -> str:
+    return row["prompt_id"]
+
+
+def a_rule_that_prints(trajectory: Trajectory, reference: Trajectory) -> float:
+    print("not an answer")
+    return 0.5
+
+
+def a_rule_that_fails(trajectory: Trajectory, reference: Trajectory) -> float:
+    raise ZeroDivisionError("of this rule")
+
+
+def a_rule_that_kills(trajectory: Trajectory, reference: Trajectory) -> float:
+    os._exit(3)
+
+
+def scoring_process(score: Callable[..., float]) -> ScoringProcess:
+    rule = LabelRule("odd", 1, score)
+    return ScoringProcess(RowScorer(Words(), frozenset({0}), LabelConfig((4, 3), 8, 4, rule)))
+
+
+def scored_row(score: ScoringProcess) -> dict:
+    branch = Completion("a", [5, 6, 7], [(4, 3)], (7,), "length")
+    row = {"prompt_id": "a", "input_ids": [5, 6], "prompt_text": "x"}
+    reference = {"reference_ids": [5, 6, 8], "reference_text": "a word"}
+    return score(row, reference, [PairBranches(branch, (branch,) * 3)])
+
+
+def test_a_process_that_scores_is_replaced_and_ends_with_its_owner():
+    score = scoring_process(a_rule_that_prints)
+    assert scored_row(score)["pairs"][0]["scores"] == [0.5] * 4
+    first = score._process
+    first.kill()
+    assert scored_row(score)["pairs"][0]["scores"] == [0.5] * 4, "the row is not to blame"
+    assert first.poll() is not None
+    second = score._process
+    assert second is not first
+    del score
+    assert second.poll() == 0, "it ends with its standard input"
+
+
+def test_what_a_rule_raises_elsewhere_is_raised_here():
+    score = scoring_process(a_rule_that_fails)
+    with pytest.raises(ZeroDivisionError, match="of this rule"):
+        scored_row(score)
+    score = scoring_process(a_rule_that_kills)
+    with pytest.raises(RuntimeError, match="ended 2 times over one row"):
+        scored_row(score)
 
 
 def same_labels(found: list[dict], expected: list[dict]) -> bool:

@@ -172,7 +172,7 @@ class GraphSteps:
         graphs.run(n, layout)
         if not statistics and not sampled:
             return None, None
-        rows = torch.from_numpy(places).to(engine.device)
+        rows = gpu.to_device(places, engine.device)
         return (
             buffers["statistics"][rows, : len(statistics)] if statistics else None,
             buffers["logits"][rows] if sampled else None,

@@ -5,7 +5,8 @@ Legend: S slots, n rows of a forward, J pairs of the precision chain, V vocabula
 Rows live in the slots of one preallocated KV cache and join and leave at any step (continuous batching).
 Every step sorts the live rows by precision, so the tokens of one precision are one contiguous segment, and
 runs one forward for all of them. Steps, positions and precisions are known on the host (NumPy, by slot);
-tokens stay on the device, and the host looks at them every `sync_every` steps.
+tokens stay on the device, and the host looks at them every `sync_every` steps: where that is more than one,
+while the device already runs the next ones, so that it never waits for what the host makes of them.
 
 A request may have *forks*: continuations that share its first decode forwards and then follow another plan.
 A cache is only ever appended to, so a fork can start from its parent's slot at any later time; when the
@@ -18,7 +19,7 @@ import heapq
 import itertools
 import time
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -26,6 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pmpd import gpu
 from pmpd.decode.decoder import Decoder
 from pmpd.decode.precision import RowDecision, RowPrecisions, token_statistics
 from pmpd.decode.prompt_state import look_back, most_logits, probe_offset
@@ -75,6 +77,18 @@ class _NewTokens(NamedTuple):
     """bool [n]: logits were not finite."""
 
 
+@dataclass(frozen=True)
+class _ComingTokens:
+    """New tokens that are on their way to the host."""
+
+    at: np.ndarray
+    counts: np.ndarray
+    columns: np.ndarray
+    """int [n, most of `counts`]."""
+    arrived: Callable[[], np.ndarray]
+    """Waits for them: int [n, most of `counts` + 1], in the last column `bad`."""
+
+
 class DecodeLoop:
     """One `Engine.run`: its rows, by slot."""
 
@@ -112,6 +126,7 @@ class DecodeLoop:
         self.decision_seconds = np.zeros(slots)
         self.tokens, self.bad = engine.tokens, engine.bad
         self.known = np.zeros(tuple(self.tokens.shape), dtype=np.int64)  # the tokens that the host has seen
+        self.coming: _ComingTokens | None = None
         self.done: deque[TokenEvent | Completion] = deque()
 
     def events(self) -> Iterator[TokenEvent | Completion]:
@@ -126,7 +141,10 @@ class DecodeLoop:
             for _ in range(self.sync_every):  # a row that is full waits for the others: a look costs more
                 if not self._decode_step():
                     break
-            self._look_at_tokens()
+            self._look_at_tokens()  # of the steps before these
+            self.coming = self._fetch()
+            if self.sync_every == 1:
+                self._look_at_tokens()
             yield from self._drain()
 
     def _drain(self) -> Iterator[TokenEvent | Completion]:
@@ -176,7 +194,8 @@ class DecodeLoop:
             self._fail(fork, error)
 
     def _prefill(self, batch: list[_Row]) -> None:
-        started = time.perf_counter()
+        self._look_at_tokens()
+        stopwatch = gpu.Stopwatch(self.device)
         flat: list[int] = []
         slots: list[int] = []
         positions: list[int] = []
@@ -214,9 +233,9 @@ class DecodeLoop:
         for array in (self.produced, self.seen, self.decode_seconds, self.decision_seconds):
             array[at] = 0
         statistics = self._take_tokens(at, logits)
-        fetched = self._fetch()
+        self.coming = self._fetch()
         self.engine.pulse.step([self.precision.prefill_bits] * len(batch))
-        seconds = (time.perf_counter() - started) / len(batch)
+        seconds = stopwatch.stop() / len(batch)
         for row in batch:
             row.prefill_seconds = seconds
             if row.request.want_features:
@@ -225,7 +244,7 @@ class DecodeLoop:
             if row.pending:
                 self.holders.add(row.slot)
         self._decide(at, 0, statistics, dict(zip(at.tolist(), known, strict=False)))
-        self._end_rows(fetched)
+        self._look_at_tokens()
 
     def _probes(self, batch: Sequence[_Row], ends: Sequence[int]) -> list[list[int]]:
         """Of each row of a prefill, whose last tokens are at `ends`, the tokens whose logits the scheduler
@@ -346,24 +365,28 @@ class DecodeLoop:
     # --------------------------------------------------------------------------------------------------------
 
     def _look_at_tokens(self) -> None:
-        """Brings the new tokens to the host and ends the rows that have ended."""
+        """Waits for the tokens that are coming, if any, and ends the rows that have ended."""
+        if self.coming is None:
+            return
         started = time.perf_counter()
-        fetched = self._fetch()
+        coming, self.coming = self.coming, None
+        tokens = coming.arrived()
         # a GPU has run the forwards by now, but not when they were given to it
-        self.decode_seconds[fetched.at] += (time.perf_counter() - started) / len(fetched.at)
-        self._end_rows(fetched)
+        self.decode_seconds[coming.at] += (time.perf_counter() - started) / len(coming.at)
+        self.known[coming.at[:, None], coming.columns] = tokens[:, :-1]
+        self._end_rows(_NewTokens(coming.at, coming.counts, tokens[:, :-1], tokens[:, -1] != 0))
 
-    def _fetch(self) -> _NewTokens:
-        """What the host has not seen yet, in one transfer."""
+    def _fetch(self) -> _ComingTokens | None:
+        """Sends for what the host has not seen yet, in one transfer."""
         at = np.flatnonzero(self.alive & (self.produced > self.seen))
+        if len(at) == 0:
+            return None
         seen, produced = self.seen[at], self.produced[at]
         columns = seen[:, None] + np.arange((produced - seen).max())
         columns = np.minimum(columns, produced[:, None] - 1)  # a row's last new token, again
         slots = self._tensor(at)
-        fetched = torch.cat([self.tokens[slots[:, None], self._tensor(columns)], self.bad[slots, None]], 1)
-        tokens = fetched.cpu().numpy()
-        self.known[at[:, None], columns] = tokens[:, :-1]
-        return _NewTokens(at, produced - seen, tokens[:, :-1], tokens[:, -1] != 0)
+        new = torch.cat([self.tokens[slots[:, None], self._tensor(columns)], self.bad[slots, None]], 1)
+        return _ComingTokens(at, produced - seen, columns, gpu.to_host(new))
 
     def _end_rows(self, new: _NewTokens) -> None:
         """Looks at each row only where something is to be done about it."""
@@ -509,4 +532,4 @@ class DecodeLoop:
             self.holders.discard(target)
 
     def _tensor(self, values: Sequence[int] | np.ndarray) -> Tensor:
-        return torch.as_tensor(np.asarray(values), device=self.device)
+        return gpu.to_device(np.asarray(values), self.device)

@@ -94,7 +94,8 @@ class LabelTask(FarmTask):
         def offered() -> dict[str, Any]:
             return {item["prompts"]["prompt_id"]: item["prompts"] for of in ask for item in of()}
 
-        labeler = Labeler(model, config, unquantized, offered)
+        on_gpu = model.device.type == "cuda"
+        labeler = Labeler(model, config, unquantized, offered, own_process=on_gpu and not forced)
 
         def label(items: list[Item]) -> Iterable[dict[str, Any]]:
             references = {item["references"]["prompt_id"]: item["references"] for item in items}

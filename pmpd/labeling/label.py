@@ -17,20 +17,18 @@ from __future__ import annotations
 
 import functools
 import sys
-import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, cast
 
 from pmpd.decode.requests import Completion, Fork, Request
 from pmpd.labeling import published
-from pmpd.labeling.config import FORCED_COLUMNS, LabelConfig, error_row, row_head
+from pmpd.labeling.config import LabelConfig, error_row
 from pmpd.labeling.forced import forced_labels
-from pmpd.labeling.rule import NothingToScoreError, Trajectory
-from pmpd.metrics.rouge import rouge_l
+from pmpd.labeling.scoring import PairBranches, RowScorer, Score, decode_text
+from pmpd.labeling.scoring_process import ScoringProcess
 from pmpd.model import PMPDForCausalLM
 from pmpd.schedulers.chain import NUM_CLASSES, class_steps
 from pmpd.schedulers.static import StaticScheduler
@@ -55,7 +53,7 @@ def reference_prompts(
         yield {
             "prompt_id": completion.key,
             "prompt_tokens": len(rows[completion.key]["input_ids"]),
-            "reference_text": None if completion.error else decode_text(model, completion.tokens),
+            "reference_text": None if completion.error else decode_text(model.tokenizer, completion.tokens),
             "reference_ids": None if completion.error else completion.tokens,
             "finish_reason": completion.finish_reason,
             "seconds": completion.prefill_seconds + completion.decode_seconds,
@@ -90,9 +88,14 @@ class Labeler:
         config: LabelConfig,
         unquantized: PMPDForCausalLM | None = None,
         offer: Callable[[], Rows] = dict,
+        own_process: bool = False,
     ) -> None:
+        """`own_process`: trajectories are scored in another process, so that no Python of theirs keeps this
+        one from giving a GPU its next steps."""
         self._model, self._config, self._unquantized = model, config, unquantized
         self._branches = _CarriedBranches(offer)
+        scorer = RowScorer(model.tokenizer, frozenset(model.eos_token_ids), config)
+        self._score: Score = ScoringProcess(scorer) if own_process else scorer
 
     def __call__(self, prompts: Iterable[Mapping[str, Any]], references: Rows) -> Iterator[Row]:
         """As `label_prompts`. All of it is to be taken before the next call."""
@@ -112,8 +115,9 @@ class Labeler:
             yield from forced_labels(model, self._unquantized, usable, references, config)
             return
         decode = _published_branches if config.rule.branches == "published" else self._branches
+        score = self._score
         made = (
-            functools.partial(_label_row, model, usable[key], references[key], pairs, config)
+            functools.partial(_label_row, score, usable[key], references[key], pairs, config)
             for key, pairs in decode(model, usable, config)
         )
         yield from beside(made)
@@ -137,18 +141,9 @@ def beside(calls: Iterable[Callable[[], Row]]) -> Iterator[Row]:
         sys.setswitchinterval(before)
 
 
-@dataclass(frozen=True)
-class _PairBranches:
-    """What one pair's label is decided on."""
-
-    high: Completion
-    branches: tuple[Completion, ...]
-    """Of classes 0..2."""
-
-
 def _own_branches(
     model: PMPDForCausalLM, rows: Rows, config: LabelConfig, more: Callable[[int], Rows]
-) -> Iterator[tuple[str, list[_PairBranches]]]:
+) -> Iterator[tuple[str, list[PairBranches]]]:
     """(prompt_id, the branches of every pair), each to its own end, as soon as all have ended. `more` gives
     further rows, of prompts of so many tokens at most."""
     plan = _LabelPlan(config)
@@ -175,16 +170,16 @@ class _CarriedBranches:
 
     def __init__(self, offer: Callable[[], Rows]) -> None:
         self._offer = offer
-        self._decode: Iterator[tuple[str, list[_PairBranches]]] | None = None
+        self._decode: Iterator[tuple[str, list[PairBranches]]] | None = None
         self._under_way: set[str] = set()
         self._left: dict[str, Mapping[str, Any]] = {}
         """Of the call: not under way yet."""
-        self._early: dict[str, list[_PairBranches]] = {}
+        self._early: dict[str, list[PairBranches]] = {}
         """Not asked for yet."""
 
     def __call__(
         self, model: PMPDForCausalLM, rows: Rows, config: LabelConfig
-    ) -> Iterator[tuple[str, list[_PairBranches]]]:
+    ) -> Iterator[tuple[str, list[PairBranches]]]:
         wanted = set(rows)
         self._left = {
             key: row for key, row in rows.items() if key not in self._early and key not in self._under_way
@@ -232,11 +227,11 @@ class _CarriedBranches:
 
 def _published_branches(
     model: PMPDForCausalLM, rows: Mapping[str, Mapping[str, Any]], config: LabelConfig
-) -> Iterator[tuple[str, list[_PairBranches]]]:
+) -> Iterator[tuple[str, list[PairBranches]]]:
     """The same as the published code has them: pair by pair, each prefilled at its own high precision, no
     end of sequence."""
     never = config.max_new_tokens - 1
-    done: dict[str, list[_PairBranches]] = {key: [] for key in rows}
+    done: dict[str, list[PairBranches]] = {key: [] for key in rows}
     chain = config.precisions
     for high, low in pairwise(chain):
         scheduler = StaticScheduler((high, low), [never])
@@ -252,7 +247,7 @@ def _published_branches(
             found[name] = completion
             if len(found) == NUM_CLASSES:
                 del open_rows[key]
-                done[key].append(_PairBranches(found["3"], (found["0"], found["1"], found["2"])))
+                done[key].append(PairBranches(found["3"], (found["0"], found["1"], found["2"])))
                 if low == chain[-1]:
                     yield key, done.pop(key)
 
@@ -279,11 +274,11 @@ class _LabelPlan:
             forks=self._forks(key, 0),
         )
 
-    def pairs_of(self, trajectories: Mapping[str, Completion]) -> list[_PairBranches]:
+    def pairs_of(self, trajectories: Mapping[str, Completion]) -> list[PairBranches]:
         """By pair. The high trajectory of a later pair is class 0 of the pair before it."""
         highs = ["high0", *(f"{pair}/0" for pair in range(self.pairs - 1))]
         return [
-            _PairBranches(
+            PairBranches(
                 trajectories[high], tuple(trajectories[f"{pair}/{k}"] for k in range(NUM_CLASSES - 1))
             )
             for pair, high in enumerate(highs)
@@ -301,82 +296,20 @@ class _LabelPlan:
 
 
 def _label_row(
-    model: PMPDForCausalLM,
+    score: Score,
     row: Mapping[str, Any],
     reference: Mapping[str, Any],
-    decoded: Sequence[_PairBranches],
+    decoded: Sequence[PairBranches],
     config: LabelConfig,
-) -> dict[str, Any]:
-    started = time.perf_counter()
+) -> Row:
     completions = [completion for pair in decoded for completion in (pair.high, *pair.branches)]
     errors = [completion.error for completion in completions if completion.error]
     if errors:
         return error_row(row, config, errors[0])
-    target = Trajectory(tuple(reference["reference_ids"]), reference["reference_text"])
-    features = decoded[0].high.features
+    first = decoded[0].high
+    features, first.features = first.features, None  # large, and nothing to score
     assert features is not None
-    text_of = functools.cache(lambda tokens: decode_text(model, tokens))  # branches are often alike
-    try:
-        pairs = [
-            {"high": high, "low": low, **_judged(model, pair, target, config, text_of)}
-            for (high, low), pair in zip(pairwise(config.precisions), decoded, strict=True)
-        ]
-    except NothingToScoreError as error:
-        return error_row(row, config, f"{type(error).__name__}: {error}")
-    unique = {id(completion): completion for completion in completions}.values()
-    return {
-        **row_head(row, config),
-        "reference_text": reference["reference_text"],
-        "reference_ids": reference["reference_ids"],
-        "pairs": pairs,
-        "keys": features[0],
-        "values": features[1],
-        "feature_tokens": len(features[0]),
-        "seconds": sum(c.decode_seconds for c in unique)
-        + decoded[0].high.prefill_seconds
-        + (time.perf_counter() - started),
-        **dict.fromkeys(FORCED_COLUMNS),
-        "error": None,
-    }
-
-
-def _judged(
-    model: PMPDForCausalLM,
-    pair: _PairBranches,
-    reference: Trajectory,
-    config: LabelConfig,
-    text_of: Callable[[tuple[int, ...]], str],
-) -> dict[str, Any]:
-    """A row's entry for one pair, by the rule. `text_of`: the text of new tokens."""
-    high_tokens = list(pair.high.tokens)
-    tokens: list[list[int] | None] = [list(branch.tokens) for branch in pair.branches]
-    if config.rule.branches == "published":
-        high_tokens = published.cut_at_end(high_tokens, model.eos_token_ids)
-        tokens = published.candidates(
-            high_tokens, [branch.tokens for branch in pair.branches], config.max_new_tokens
-        )
-    everyone = [
-        None if some is None else Trajectory(tuple(some), text_of(tuple(some)))
-        for some in (*tokens, high_tokens)
-    ]
-    scores = [None if one is None else config.rule.score(one, reference) for one in everyone]
-    rouge = [None if one is None else rouge_l(one.text, reference.text) for one in everyone]
-    high, high_score = everyone[-1], scores[-1]
-    assert high is not None
-    assert high_score is not None
-    return {
-        "label": config.rule.label(scores, high_score),
-        "scores": scores,
-        "rouge_l": rouge,
-        "high_rouge_l": rouge[-1],
-        "high_text": high.text,
-        "high_ids": list(high.tokens),
-        "branch_tokens": [None if one is None else len(one.tokens) for one in everyone],
-    }
-
-
-def decode_text(model: PMPDForCausalLM, tokens: Sequence[int]) -> str:
-    """The text of new tokens, without special ones."""
-    return cast(
-        str, model.tokenizer.decode(list(tokens), skip_special_tokens=True)
-    )  # a list of texts only for a list of lists
+    made = score(row, reference, decoded)
+    if made["error"] is None:
+        made |= {"keys": features[0], "values": features[1], "feature_tokens": len(features[0])}
+    return made

@@ -1,0 +1,104 @@
+"""A process that scores rows beside one that decodes: `python -m pmpd.labeling.scoring_process`.
+
+Scoring is Python. In a thread of the decoding process it takes the interpreter away between a GPU's steps,
+and the GPU waits. The two talk over pipes: a pickled scorer, then one pickled row after the other. The
+process ends with its standard input, so it never outlives who started it, however that ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import subprocess
+import sys
+import weakref
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pmpd.labeling.scoring import PairBranches, RowScorer
+
+TRIES = 2
+"""Processes for a row: one that was killed was not to blame for it."""
+
+
+class ScoringProcess:
+    """A `Score` that runs `scorer` in a process of its own. One call at a time."""
+
+    def __init__(self, scorer: RowScorer) -> None:
+        self._scorer = pickle.dumps(scorer)
+        self._process = self._started()
+
+    def __call__(
+        self, row: Mapping[str, Any], reference: Mapping[str, Any], decoded: Sequence[PairBranches]
+    ) -> dict[str, Any]:
+        """RuntimeError: the process ended twice over this row. What the scorer raises is raised here."""
+        question = pickle.dumps((row, reference, decoded))
+        for _ in range(TRIES):
+            with contextlib.suppress(EOFError, BrokenPipeError, pickle.UnpicklingError):
+                answer = self._ask(question)
+                break
+            self.close()
+            self._process = self._started()
+        else:
+            raise RuntimeError(f"the process that scores rows ended {TRIES} times over one row")
+        if isinstance(answer, BaseException):
+            raise answer
+        return answer
+
+    def close(self) -> None:
+        """Ends the process."""
+        self._end()
+
+    def _started(self) -> subprocess.Popen[bytes]:
+        path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
+        process = subprocess.Popen(
+            [sys.executable, "-m", __name__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
+        )
+        self._end = weakref.finalize(self, _end, process)
+        assert process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # told when a row is asked for
+            process.stdin.write(self._scorer)
+            process.stdin.flush()
+        return process
+
+    def _ask(self, question: bytes) -> Any:
+        stdin, stdout = self._process.stdin, self._process.stdout
+        assert stdin is not None
+        assert stdout is not None
+        stdin.write(question)
+        stdin.flush()
+        return pickle.load(stdout)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    for pipe in (process.stdin, process.stdout):
+        assert pipe is not None
+        with contextlib.suppress(BrokenPipeError):
+            pipe.close()
+    process.wait()
+
+
+def main() -> None:
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever prints must not be taken for an answer
+    questions = sys.stdin.buffer
+    scorer: RowScorer = pickle.load(questions)
+    while True:
+        try:
+            row, reference, decoded = pickle.load(questions)
+        except EOFError:
+            return
+        try:
+            answer: Any = scorer(row, reference, decoded)
+        except Exception as error:
+            answer = error
+        pickle.dump(answer, answers)
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()
