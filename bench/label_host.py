@@ -4,6 +4,10 @@ A GPU is only busy while the host gives it work in time. Here the decode loop an
 with a stand-in for the device: a forward that returns at once, and rows that end by chance. What is left is
 the host's own time, and what it would have asked of the device: rows a step, steps that a captured graph
 serves, copies of caches. Runs anywhere, says nothing about a GPU's own speed.
+
+With `--gpu-ms` the stand-in has a clock: a step is done so long after it was given, one after the other, and
+who looks at its tokens waits. Rows are scored meanwhile (`--scoring`). Then it says for how much of the time
+such a GPU would have work.
 """
 
 from __future__ import annotations
@@ -11,23 +15,29 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import tyro
 from torch import Tensor
+from transformers import AutoTokenizer
 
 from bench import _record
-from pmpd.decode import graph_steps
+from pmpd import demo, gpu
 from pmpd.decode.graph_steps import GraphSteps
 from pmpd.decode.loop import DecodeLoop
 from pmpd.decode.pulse import Pulse
+from pmpd.decode.requests import Completion
 from pmpd.decode.slots import SlotCache
 from pmpd.labeling.config import LabelConfig
-from pmpd.labeling.label import _LabelPlan
+from pmpd.labeling.label import LabelPlan, beside
+from pmpd.labeling.scoring import RowScorer, Score, decode_text
+from pmpd.labeling.scoring_process import ScoringProcess
 from pmpd.weights.base import PrecisionState
 
 END, WORD, VOCABULARY = 1, 2, 4
@@ -44,6 +54,12 @@ class Config:
     slots: tuple[int, ...] = (64, 256, 512)
     tiles: bool = False
     """Steps as dequantized weights have them: rows in tiles, one graph for all mixes of precisions."""
+    gpu_ms: float | None = None
+    """Milliseconds of a step on the device."""
+    launch_ms: float = 0.3
+    """With `gpu_ms`: what giving a captured step to the device takes, without the interpreter."""
+    scoring: Literal["process", "thread", "none"] = "process"
+    """With `gpu_ms`: where rows are scored."""
     out: Path = _record.RESULTS
 
 
@@ -96,7 +112,7 @@ class FreeDevice:
         self.steps = CountedSteps(Nothing(self.mean_tokens, self.tiles))  # type: ignore[arg-type]
 
     def forward(self, input_ids: Tensor, places: Any, keep: Tensor | None) -> Tensor:
-        return self.steps.forward(input_ids if keep is None else keep)  # type: ignore[call-arg]
+        return self.steps.forward(input_ids if keep is None else keep)
 
 
 class CountedSteps(GraphSteps):
@@ -128,15 +144,111 @@ class CountedSteps(GraphSteps):
         return replay
 
 
-def measure(config: Config, slots: int) -> dict[str, Any]:
+@dataclass
+class Clock:
+    """When a device that takes `step` seconds a step has done what it was given."""
+
+    step: float
+    launch: float
+    busy: float = 0.0
+    done: float = 0.0
+
+    def capture(self, plain: Any) -> Any:
+        """`plain` as it is, with replays that take the device's time."""
+
+        def capture(step: Any, prepare: Any = None) -> Any:
+            replay = plain(step, prepare)
+
+            def timed() -> None:
+                replay()
+                time.sleep(self.launch)
+                self.done = max(self.done, time.perf_counter()) + self.step
+                self.busy += self.step
+
+            return timed
+
+        return capture
+
+    def to_host(self, values: Tensor) -> Any:
+        done = self.done
+
+        def arrived() -> np.ndarray:
+            time.sleep(max(0.0, done - time.perf_counter()))
+            return values.numpy()
+
+        return arrived
+
+
+def labeled(
+    completions: Iterable[Completion], plan: LabelPlan, scoring: str, tokens_of: Any
+) -> Iterator[dict[str, Any]]:
+    """Rows of prompts whose trajectories are real text, scored as labeling scores them."""
+    tokenizer = AutoTokenizer.from_pretrained(demo.DENSE)
+    scorer = RowScorer(tokenizer, frozenset({END}), plan.config)
+    score: Score = ScoringProcess(scorer) if scoring == "process" else scorer
+
+    def calls() -> Iterator[Any]:
+        open_rows: dict[str, dict[str, Completion]] = {}
+        for completion in completions:
+            key, _, name = completion.key.partition("/")
+            trajectories = open_rows.setdefault(key, {})
+            trajectories[name] = replace(completion, tokens=tokens_of(len(completion.tokens)), features=None)
+            if len(trajectories) < plan.trajectories:
+                continue
+            row = {"prompt_id": key, "input_ids": [WORD], "prompt_text": "x"}
+            ids = tokens_of(plan.config.max_new_tokens)
+            reference = {"reference_ids": ids, "reference_text": decode_text(tokenizer, ids)}
+            decoded = plan.pairs_of(open_rows.pop(key))
+            yield dict if scoring == "none" else partial(score, row, reference, decoded)
+
+    return beside(calls())
+
+
+def measure_clock(config: Config, slots: int) -> dict[str, Any]:
+    """As `measure`, by the clock of a device."""
+    assert config.gpu_ms is not None
+    clock = Clock(config.gpu_ms / 1e3, config.launch_ms / 1e3)
+    texts = Path(__file__).parents[1].glob("docs/**/*.md")
+    text = AutoTokenizer.from_pretrained(demo.DENSE)("".join(path.read_text() for path in texts))["input_ids"]
+    draw = np.random.default_rng(0)
+
+    def tokens_of(count: int) -> list[int]:
+        begin = int(draw.integers(0, len(text) - count))
+        return text[begin : begin + count]
+
+    loop, plan, device = prepare(config, slots)
+    gpu.capture = clock.capture(device.steps.capture)
+    gpu.to_host = clock.to_host
+    completions = (event for event in loop.events() if isinstance(event, Completion))
+    begin = time.perf_counter()
+    done = sum(1 for _ in labeled(completions, plan, config.scoring, tokens_of))
+    seconds = time.perf_counter() - begin
+    assert done == config.prompts
+    count = len(device.steps.rows)
+    return {
+        "slots": slots,
+        "scoring": config.scoring,
+        "gpu_ms": config.gpu_ms,
+        "steps": count,
+        "ms_a_step": 1e3 * seconds / count,
+        "prompts_per_second": done / seconds,
+        "gpu_has_work_percent": 100 * clock.busy / seconds,
+    }
+
+
+def prepare(config: Config, slots: int) -> tuple[DecodeLoop, LabelPlan, FreeDevice]:
     labeling = LabelConfig(max_new_tokens=config.max_new_tokens, slots=slots)
-    plan = _LabelPlan(labeling)
+    plan = LabelPlan(labeling)
     length = config.prompt_tokens + config.max_new_tokens
     device = FreeDevice(slots, length, config.mean_tokens, config.tiles)
-    graph_steps.gpu.capture = device.steps.capture  # type: ignore[assignment]
     requests = [plan.request(str(i), [WORD] * config.prompt_tokens) for i in range(config.prompts)]
-    first = labeling.precisions[0]
-    loop = DecodeLoop(device, requests, plan.scheduler, first, {END}, stream=False)  # type: ignore[arg-type]
+    loop = DecodeLoop(device, requests, plan.scheduler, labeling.precisions[0], {END}, stream=False)
+    return loop, plan, device
+
+
+def measure(config: Config, slots: int) -> dict[str, Any]:
+    loop, plan, device = prepare(config, slots)
+    gpu.capture = device.steps.capture  # type: ignore[assignment]
     begin = time.thread_time()
     done = sum(1 for _ in loop.events())
     seconds = time.thread_time() - begin
@@ -157,9 +269,10 @@ def measure(config: Config, slots: int) -> dict[str, Any]:
 
 def main(config: Config) -> None:
     logging.disable(logging.WARNING)
+    torch.set_num_threads(1)  # the stand-in for the device is not to wait for others
     results = []
     for slots in config.slots:
-        results.append(measure(config, slots))
+        results.append(measure(config, slots) if config.gpu_ms is None else measure_clock(config, slots))
         print(
             "  ".join(f"{k} {v:.2f}" if isinstance(v, float) else f"{k} {v}" for k, v in results[-1].items())
         )

@@ -146,7 +146,7 @@ def _own_branches(
 ) -> Iterator[tuple[str, list[PairBranches]]]:
     """(prompt_id, the branches of every pair), each to its own end, as soon as all have ended. `more` gives
     further rows, of prompts of so many tokens at most."""
-    plan = _LabelPlan(config)
+    plan = LabelPlan(config)
 
     def requests(rows: Rows) -> list[Request]:
         return [plan.request(key, row["input_ids"]) for key, row in rows.items()]
@@ -252,7 +252,7 @@ def _published_branches(
                     yield key, done.pop(key)
 
 
-class _LabelPlan:
+class LabelPlan:
     """The tree of trajectories of one prompt. Names: "high0" is pair 0's high trajectory, "0/1" class 1 of
     pair 0."""
 
