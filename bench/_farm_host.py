@@ -93,9 +93,11 @@ class Head:
         token = self.folder / "token"
         token.write_text(secrets.token_hex(32))
         token.chmod(0o600)
+        (self.folder / "ray").mkdir()  # where Ray notes the address of its latest cluster, for others to find
         self.environment = {
             **os.environ,
             "PYTHONPATH": python_path(),
+            "RAY_TMPDIR": str(self.folder),
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN_PATH": str(token),
             "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard}",

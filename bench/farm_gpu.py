@@ -19,6 +19,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -168,6 +169,8 @@ class Farm:
         config, run = self.config, self.steps.run
         if not self.quantized:
             run(f"quantize {self.name}", self.quantize, always=True)
+            if not self.quantized:
+                return
         for count in config.workers:
             entry = run(
                 f"label {self.name} with {count}",
@@ -226,6 +229,8 @@ class Farm:
         rule: str | None = None,
     ) -> dict[str, Any]:
         output = self.folder(what)
+        if labels_there(output) == self.config.size:
+            return measured(output)
         self.share_references(output)
         arguments = [*self.label_arguments(output, batch_size), *self.flags(workers, share)]
         arguments += ["--rule", rule] if rule else []
@@ -265,6 +270,8 @@ class Farm:
                 entry[efficiency] = round(entry[rate] / (workers * of_one), 3)
         count, problems = compare_datasets(Path(alone["dataset"]) / "data", Path(entry["dataset"]) / "data")
         entry["rows_that_differ"] = f"{len(problems)} of {count}"
+        columns = Counter(column for problem in problems for column in problem.partition(": ")[2].split(", "))
+        entry["columns_that_differ"] = dict(columns.most_common())
         if not entry["once"]:
             entry["failed"] = "some rows are there twice"
 
@@ -401,6 +408,11 @@ class Farm:
 def ended(job: Job) -> None:
     if job.code:
         raise RuntimeError(f"{' '.join(job.arguments)}: exit {job.code}\n{job.output[-1200:]}")
+
+
+def labels_there(output: Path) -> int:
+    summary = read_summary(str(output / "labels"))
+    return summary["total"]["rows"] if summary else 0
 
 
 def measured(output: Path) -> dict[str, Any]:
