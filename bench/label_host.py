@@ -112,7 +112,7 @@ class FreeDevice:
         self.steps = CountedSteps(Nothing(self.mean_tokens, self.tiles))  # type: ignore[arg-type]
 
     def forward(self, input_ids: Tensor, places: Any, keep: Tensor | None) -> Tensor:
-        return self.steps.forward(input_ids if keep is None else keep)
+        return self.steps.forward(input_ids if keep is None else keep)  # type: ignore[call-arg]
 
 
 class CountedSteps(GraphSteps):
@@ -242,7 +242,8 @@ def prepare(config: Config, slots: int) -> tuple[DecodeLoop, LabelPlan, FreeDevi
     length = config.prompt_tokens + config.max_new_tokens
     device = FreeDevice(slots, length, config.mean_tokens, config.tiles)
     requests = [plan.request(str(i), [WORD] * config.prompt_tokens) for i in range(config.prompts)]
-    loop = DecodeLoop(device, requests, plan.scheduler, labeling.precisions[0], {END}, stream=False)
+    first = labeling.precisions[0]
+    loop = DecodeLoop(device, requests, plan.scheduler, first, {END}, stream=False)  # type: ignore[arg-type]
     return loop, plan, device
 
 
