@@ -24,7 +24,7 @@ from pmpd.evaluation.frontier import Gain, Resampling, lower_hull, mix_for
 from pmpd.evaluation.policies import CLUSTERS, MULTIPLIERS, kmeans, nearest, standardised
 from pmpd.metrics.bootstrap import interval
 from pmpd.schedulers.budget import risks
-from pmpd.schedulers.chain import class_steps
+from pmpd.schedulers.chain import class_steps, sixths_plans
 from pmpd.schedulers.loss_model import ridge
 from pmpd.training.data import Features, features_from_table, usable
 
@@ -94,6 +94,8 @@ def from_labels(folder: str, rule: str = "rouge_l") -> tuple[CurveSet, Judged, F
         start={},
         features=np.concatenate([lengths, pooled @ components.T], axis=1),
         feature_names=("log_length", *(f"pooled_{i}" for i in range(len(components)))),
+        plan_loss=np.zeros((count, len(sixths_plans(len(chain) - 1)))),
+        plan_bits=np.zeros((count, len(sixths_plans(len(chain) - 1)))),
     )
     judged = Judged(keys, keys, of("label"), of(rule).astype(float), of("branch_tokens"))
     return curves, judged, features
@@ -183,7 +185,7 @@ def regressed(train: Answers, test: Answers, wanted: np.ndarray) -> list[np.ndar
 
 
 def predictions(
-    train: Answers, test: Answers, new_tokens: int, fits: dict[str, KvFits], seed: int
+    train: Answers, test: Answers, fits: dict[str, KvFits], seed: int
 ) -> dict[str, list[np.ndarray]]:
     """Policy -> predicted loss of every plan, on train and test."""
     x, y = standardised(train.curves.features, test.curves.features)
@@ -194,8 +196,8 @@ def predictions(
         "static per cluster": class_table(train, test, lambda part: clusters[id(part)]),
         "regression of ROUGE-L": regressed(train, test, train.loss),
     }
-    if train.curves.loss.any():
-        of_class = class_losses(train.curves, new_tokens)
+    if train.curves.plan_loss.any():
+        of_class = class_losses(train.curves)
         found["regression of the divergence"] = regressed(train, test, by_plan(of_class, train.plans))
     for name, fitted in fits.items():
         place = {key: row for row, key in enumerate(fitted.keys)}
@@ -212,7 +214,6 @@ def gains(
     answers: Answers,
     fold_N: np.ndarray,
     targets: Sequence[float],
-    new_tokens: int,
     fits: dict[str, KvFits],
     resamples: int,
     seed: int,
@@ -227,7 +228,7 @@ def gains(
         held = fold_N == fold
         for table, choice in zip(frontier, static(train, test, budgets), strict=True):
             table[held] = choice
-        for name, predicted in predictions(train, test, new_tokens, fits, seed).items():
+        for name, predicted in predictions(train, test, fits, seed).items():
             tables = chosen.setdefault(name, [np.zeros_like(answers.loss) for _ in targets])
             for table, choice in zip(tables, by_prediction(train, test, predicted, targets), strict=True):
                 table[held] = choice

@@ -1,7 +1,7 @@
 """The published kind of policy in the scheduler study: classifiers on the KV features of the prompt, fitted
 to labels (`objective` class) or to what each class loses (loss), with the bit budget's multiplier.
 
-Legend: N prompts, J pairs, C precisions, M decode forwards.
+Legend: N prompts, J pairs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pmpd.evaluation.curve_set import CurveSet, Outcome
 from pmpd.evaluation.policies import Policy
 from pmpd.labeling.rule import RULES
 from pmpd.schedulers.budget import calibrate, choose_classes
-from pmpd.schedulers.chain import NUM_CLASSES, chain_bits, class_steps, pairs_of
+from pmpd.schedulers.chain import NUM_CLASSES, pairs_of, place_of
 from pmpd.training.config import TrainConfig
 from pmpd.training.data import NO_LABEL, Features, Labels, features_from_table, join_features
 from pmpd.training.fit import train as fit
@@ -53,17 +53,18 @@ def _parts(tables: Sequence[pa.Table], rows: int = 512) -> list[pa.Table]:
     return [table.slice(at, rows) for table in tables for at in range(0, len(table), rows)]
 
 
-def class_losses(curves: CurveSet, new_tokens: int) -> np.ndarray:
-    """Mean loss of every switch class of every pair, float32 [N, J, 4]."""
-    forwards = np.arange(1, curves.loss.shape[2] + 1)
-    found = []
-    for pair in range(len(curves.chain) - 1):
-        above, below = curves.loss[:, pair], curves.loss[:, pair + 1]
-        found += [
-            np.where(forwards <= step, above, below).sum(1) / curves.forwards
-            for step in class_steps(new_tokens)
+def class_losses(curves: CurveSet) -> np.ndarray:
+    """Mean loss of every switch class of every pair, float32 [N, J, 4]: of the plan that starts at the pair's
+    high precision, and stays at its low one."""
+    pairs = len(curves.chain) - 1
+    classes = np.asarray(
+        [
+            [[0] * pair + [k] + [NUM_CLASSES - 1] * (pairs - 1 - pair) for k in range(NUM_CLASSES)]
+            for pair in range(pairs)
         ]
-    return np.stack(found, axis=1).reshape(len(curves), -1, 4).astype(np.float32)
+    )
+    losses = curves.plan_loss / curves.forwards[:, None]
+    return losses[:, place_of(classes)].astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,6 @@ def fit_folds(
     features: Features,
     num_heads: int,
     objective: str,
-    new_tokens: int,
     fold_N: np.ndarray,
     classes: Mapping[str, Sequence[int]] | None = None,
     config: TrainConfig | None = None,
@@ -125,7 +125,7 @@ def fit_folds(
     """The classifier of every fold. `classes`: prompt_id -> label of each pair, by another rule than the
     divergence of `curves`; `losses` float32 [N, J, 4]: what each class loses, likewise."""
     keys, pairs = curves.keys, tuple(pairs_of(curves.chain))
-    losses = class_losses(curves, new_tokens) if losses is None else losses
+    losses = class_losses(curves) if losses is None else losses
     if classes is None:
         rule = RULES["kl"]
         labels = [[rule.label((-row).tolist(), -float(row[3])) for row in rows] for rows in losses]
@@ -147,28 +147,20 @@ def fit_folds(
     return KvFits(keys, fold_N, np.stack(outputs), np.stack(splits), np.asarray(labels), output_kind(config))
 
 
-def kv_policy(fits: KvFits, new_tokens: int) -> Policy:
+def kv_policy(fits: KvFits) -> Policy:
     """The classifiers as a policy: a bit budget's multiplier, calibrated on the prompts that a fold's
     classifier was validated on, chooses the classes."""
-    place_of = {key: index for index, key in enumerate(fits.keys)}
-
-    def outcome(curves: CurveSet, classes_NJ: np.ndarray) -> Outcome:
-        steps = np.asarray(class_steps(new_tokens))[classes_NJ]
-        place = {bits: index for index, bits in enumerate(curves.chain)}
-        levels = [
-            np.vectorize(place.__getitem__)(chain_bits(curves.chain, steps, np.full(len(steps), t)))
-            for t in range(1, curves.loss.shape[2] + 1)
-        ]
-        return curves.outcome(np.stack(levels, axis=1))
+    row_of = {key: index for index, key in enumerate(fits.keys)}
 
     def policy(train: CurveSet, test: CurveSet, targets: Sequence[float], seed: int) -> list[Outcome]:
-        rows = np.asarray([place_of[key] for key in test.keys])
+        rows = np.asarray([row_of[key] for key in test.keys])
         (fold,) = np.unique(fits.fold[rows]).tolist()
         outputs, validated = fits.outputs[fold], fits.splits[fold] == 1
         found = []
         for target in targets:
             multiplier = calibrate(outputs[validated], train.chain, target, fits.kind).multiplier
-            found.append(outcome(test, choose_classes(outputs[rows], train.chain, multiplier, fits.kind)))
+            classes = choose_classes(outputs[rows], train.chain, multiplier, fits.kind)
+            found.append(test.under(place_of(classes)))
         return found
 
     return policy

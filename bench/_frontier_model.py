@@ -1,4 +1,4 @@
-"""The parts of the scheduler study that need a model: the check of the curves, and the decode times."""
+"""The parts of the scheduler study that need a model: `online` run exactly, and the decode times."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from bench._frontier_online import Thresholds, follow, settings_of
 from bench._frontier_pack import read_curves
 from bench.frontier_labels import main_folders
 from pmpd import PMPDForCausalLM, storage
@@ -28,71 +29,15 @@ from pmpd.evaluation.frontier import (
     holm,
     lower_hull,
     mix_for,
+    prompts_needed,
     table,
 )
-from pmpd.evaluation.online_policies import Thresholds, follow, settings_of
-from pmpd.evaluation.policies import choices_by_prediction, class_prediction, regression_prediction
-from pmpd.labeling.curves import PROBE_TOKENS, batches, exact_divergence
+from pmpd.evaluation.policies import static
+from pmpd.labeling.curves import PROBE_TOKENS, batches
 from pmpd.schedulers.base import STATISTICS
-from pmpd.schedulers.chain import static_plans
 from pmpd.schedulers.loss_model import FEATURES, probed
 from pmpd.training.fit import make_head
 from pmpd.weights.model_spec import Dtype, ModelSpec
-
-
-@dataclass(frozen=True)
-class Exact:
-    """Compare losses put together from curves with exact teacher-forced forwards of the same plans."""
-
-    labels: tuple[str, ...]
-    """Output folders of pmpd label --rule kl."""
-    model_path: str
-    reference_model_path: str
-    output: Path
-    prompts: int = 40
-    """Of each folder, the first by id."""
-    device: str = "cpu"
-    switch_share: float = 0.2
-    """Of the random plan that goes up and down: chance of another precision at each forward."""
-
-    def run(self) -> None:
-        device = torch.device(self.device)
-        model = PMPDForCausalLM.from_spec(ModelSpec(self.model_path), device).eval()
-        reference = ModelSpec(self.reference_model_path, dtype="float32")
-        unquantized = PMPDForCausalLM.from_spec(reference, device).eval()
-        totals: dict[str, list[tuple[float, float, int]]] = {}
-        rng = np.random.default_rng(0)
-        for folder in self.labels:
-            columns = ["prompt_id", "input_ids", "reference_ids", "curves", "error"]
-            table = storage.read_table(storage.join(folder, "labels"), columns).sort_by("prompt_id")
-            for row in [row for row in table.to_pylist() if not row["error"]][: self.prompts]:
-                curves = {c["bits"]: np.asarray(c["divergence"], float) for c in row["curves"]}
-                chain, m = list(curves), len(row["reference_ids"]) - 1
-                wander = [int(rng.choice(chain))]
-                for _ in range(m - 1):
-                    wander.append(int(rng.choice(chain)) if rng.random() < self.switch_share else wander[-1])
-                plans = {f"uniform {bits}": [bits] * m for bits in chain}
-                for a, b in pairwise(chain):
-                    plans[f"{a} then {b}"] = [a] * (m // 2) + [b] * (m - m // 2)
-                plans["up and down"] = wander
-                exact = exact_divergence(
-                    model, unquantized, row["input_ids"], row["reference_ids"], chain[0], list(plans.values())
-                )
-                for (name, plan), found in zip(plans.items(), exact, strict=True):
-                    by_curves = sum(curves[bits][t] for t, bits in enumerate(plan))
-                    totals.setdefault(name, []).append((by_curves, float(found.sum()), m))
-        result = {}
-        for name, parts in totals.items():
-            by_curves, exact_sum, forwards = np.asarray(parts, dtype=float).T
-            result[name] = {
-                "prompts": len(parts),
-                "by_curves": by_curves.sum() / forwards.sum(),
-                "exact": exact_sum.sum() / forwards.sum(),
-                "error_percent": 100 * (by_curves.sum() / exact_sum.sum() - 1),
-                "correlation": float(np.corrcoef(by_curves / forwards, exact_sum / forwards)[0, 1]),
-            }
-        self.output.write_text(json.dumps(result, indent=1) + "\n")
-        print(json.dumps(result, indent=1))
 
 
 @torch.inference_mode()
@@ -154,9 +99,8 @@ def given_tokens(folders: Sequence[str]) -> dict[str, Given]:
 
 @dataclass(frozen=True)
 class OnlineExact:
-    """Policies that watch the decode against the static frontier, both run exactly on prompts that they were
-    not fitted to: sums of uniform curves know nothing of what a forward at one precision pays for a cache
-    that others wrote."""
+    """The scheduler `online` on prompts that it was not fitted to, run exactly, against the static frontier.
+    Its setting (or mix of two) is the best of `candidates` on some of the other prompts, run exactly too."""
 
     pack: Path
     study: Path
@@ -206,139 +150,34 @@ class OnlineExact:
                 models[0], models[1], rows, [widths[each] for each in levels], curves.chain[0]
             )
             shape = (len(curves), curves.loss.shape[2])
-            simulated = [curves.outcome(np.broadcast_to(each, shape)) for each in levels]
+            simulated = [curves.summed(np.broadcast_to(each, shape)) for each in levels]
             return [Outcome(loss, o.bits, o.forwards) for loss, o in zip(sums, simulated, strict=True)]
 
-        plans = static_plans(train.chain, train.loss.shape[2])
-        loss, bits = (part.sum(0) / train.forwards.sum() for part in train.plan_tables(plans))
-        static = Mixes(bits, loss)
         settings = candidates(train, self.candidates)
-        simulated = [train.outcome(follow(train, setting)) for setting in settings]
         few = train.take(np.arange(0, len(train), max(1, len(train) // self.fitted_exactly)))
-        exact = run(few, [follow(few, setting) for setting in settings])
-        ways = {
-            "fitted to sums of curves": Mixes.of(simulated),
-            "fitted to exact forwards": Mixes.of(exact),
-        }
-        used = sorted(
-            {k for way in ways.values() for target in self.targets for k in way.of_target(target)[:2]}
-        )
-        levels = [*(plans[p] for p in static.hull), *(follow(test, settings[k]) for k in used)]
-        ran = run(test, levels)
-        by_curves = [test.outcome(np.broadcast_to(each, (len(test), each.shape[-1]))) for each in levels]
+        mixes = Mixes.of(run(few, [follow(few, setting) for setting in settings]))
+        used = sorted({k for target in self.targets for k in mixes.of_target(target)[:2]})
+        ran = dict(zip(used, run(test, [follow(test, settings[k]) for k in used]), strict=True))
         resampling = Resampling.of(test.groups, self.resamples, self.seed)
-        rows, gains = [], []
-        for judged, outcomes in (("exactly", ran), ("by sums of curves", by_curves)):
-            of_plan = dict(zip(static.hull.tolist(), outcomes, strict=False))
-            of_setting = dict(zip(used, outcomes[len(static.hull) :], strict=True))
-            budgets = np.linspace(test.chain[-1], test.chain[0], 41).tolist()
-            frontier = StaticFrontier([static.mixed(of_plan, budget) for budget in budgets], resampling)
-            for name, way in ways.items():
-                for target in self.targets:
-                    gains.append(gain_of("online", way.mixed(of_setting, target), frontier, target))
-                    rows.append({"judged": judged, "online": name})
-        told = table(gains, holm([gain.p for gain in gains]), {})
-        rows = [{**row, **more} for row, more in zip(rows, told, strict=True)]
-        found = {
+        budgets = np.linspace(test.chain[-1], test.chain[0], 41).tolist()
+        frontier = StaticFrontier(static(train, test, budgets, self.seed), resampling)
+        gains = [gain_of("online", mixes.mixed(ran, target), frontier, target) for target in self.targets]
+        rows = table(gains, holm([gain.p for gain in gains]), {})
+        for row, gain in zip(rows, gains, strict=True):
+            row["prompts_for_1_percent"] = prompts_needed(gain, len(test))
+        return {
             "prompts": len(test),
             "groups": len(np.unique(test.groups)),
             "fitted_to": len(train),
             "fitted_exactly": len(few),
             "candidates": len(settings),
-            "plans": len(levels),
             "settings": {
-                f"{name}, {target:g}": [str(settings[k]) for k in way.of_target(target)[:2]]
-                for name, way in ways.items()
+                f"{target:g}": [str(settings[k]) for k in mixes.of_target(target)[:2]]
                 for target in self.targets
             },
             "seconds": time.perf_counter() - started,
             "rows": rows,
         }
-        return found
-
-
-@dataclass(frozen=True)
-class PromptExact:
-    """Policies that decide once per prompt against the static frontier, both run exactly on prompts that they
-    were not fitted to."""
-
-    pack: Path
-    study: Path
-    model_path: str
-    reference_model_path: str
-    output: Path
-    targets: tuple[float, ...] = (2.5, 2.75, 3.25, 3.5)
-    prompts: int = 64
-    """Of the first fold, at most."""
-    folds: int = 5
-    resamples: int = 10000
-    seed: int = 0
-    device: str = "cpu"
-    kernel: str | None = None
-    reference_dtype: Dtype = "float32"
-
-    def run(self) -> None:
-        curves = read_curves(self.pack)
-        fold = folds(curves, self.folds, self.seed)
-        held = np.random.default_rng(self.seed).permutation(np.nonzero(fold == 0)[0])[: self.prompts]
-        train, test = curves.take(np.nonzero(fold != 0)[0]), curves.take(np.sort(held))
-        plans = static_plans(train.chain, train.loss.shape[2])
-        loss, bits = (part.sum(0) / train.forwards.sum() for part in train.plan_tables(plans))
-        static = Mixes(bits, loss)
-        at = sorted({int(np.searchsorted(static.bits, t)) + i for t in self.targets for i in (-2, -1, 0, 1)})
-        near = [int(static.hull[i]) for i in at if 0 <= i < len(static.hull)]
-        predictions = {
-            "static per kind": class_prediction(train, test, train.kinds, test.kinds),
-            "regression": regression_prediction(train),
-            "regression, one probe": regression_prediction(train, "one_probe"),
-            "regression, no probe": regression_prediction(train, "no_probe"),
-        }
-        chosen = {
-            name: choices_by_prediction(train, test, self.targets, predicted)
-            for name, predicted in predictions.items()
-        }
-        levels = [np.tile(plans[k], (len(test), 1)) for k in near]
-        levels += [
-            plans[end] for some in chosen.values() for first, second, _ in some for end in (first, second)
-        ]
-        given = given_tokens(main_folders(self.study))
-        device = torch.device(self.device)
-        specs = (
-            ModelSpec(self.model_path, kernel=self.kernel),
-            ModelSpec(self.reference_model_path, dtype=self.reference_dtype),
-        )
-        models = [PMPDForCausalLM.from_spec(spec, device).eval() for spec in specs]
-        started, widths = time.perf_counter(), test.widths.astype(int)
-        rows = [given[key] for key in test.keys]
-        exact = exact_losses(models[0], models[1], rows, [widths[each] for each in levels], test.chain[0])
-        resampling = Resampling.of(test.groups, self.resamples, self.seed)
-        simulated = [test.outcome(each) for each in levels]
-        ran = [Outcome(sums, o.bits, o.forwards) for sums, o in zip(exact, simulated, strict=True)]
-        told, gains = [], []
-        for judged, outcomes in (("exactly", ran), ("by sums of curves", simulated)):
-            frontier = StaticFrontier(outcomes[: len(near)], resampling)
-            ends = iter(outcomes[len(near) :])
-            for name, some in chosen.items():
-                for target, (_, _, share) in zip(self.targets, some, strict=True):
-                    mixed = Outcome.mix(next(ends), next(ends), share)
-                    gains.append(gain_of(name, mixed, frontier, target))
-                    told.append({"judged": judged})
-        found = {
-            "prompts": len(test),
-            "groups": len(np.unique(test.groups)),
-            "fitted_to": len(train),
-            "seconds": time.perf_counter() - started,
-            "static": [
-                {"bits": o.mean_bits, "exact": e.mean_loss, "by_curves": o.mean_loss}
-                for o, e in zip(simulated[: len(near)], ran, strict=False)
-            ],
-            "rows": [
-                {**row, **more}
-                for row, more in zip(told, table(gains, holm([gain.p for gain in gains]), {}), strict=True)
-            ],
-        }
-        self.output.write_text(json.dumps(found, indent=1) + "\n")
-        print(json.dumps(found))
 
 
 Given = tuple[Sequence[int], Sequence[int]]
@@ -380,7 +219,7 @@ def candidates(train: CurveSet, most: int) -> list[Thresholds]:
     bits, loss, switches = [], [], []
     for setting in settings:
         places = follow(rows, setting)
-        outcome = rows.outcome(places)
+        outcome = rows.summed(places)
         bits.append(outcome.mean_bits)
         loss.append(outcome.mean_loss)
         switches.append(float(((np.diff(places, axis=1) != 0) & rows.valid[:, 1:]).sum()))

@@ -84,6 +84,8 @@ def read_curves(folder: Path) -> CurveSet:
         start=table("start"),
         features=wide["features"],
         feature_names=tuple(wide["feature_names"].tolist()),
+        plan_loss=wide["plan_loss"],
+        plan_bits=wide["plan_bits"],
     )
 
 

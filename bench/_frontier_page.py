@@ -34,24 +34,20 @@ def markdown(results: dict[str, Any]) -> str:
     if "answers" in results:
         lines += answers_lines(results["answers"])
     lines += rules(results)
-    if "exact" in results:
-        lines += ["", "| plan | curves against exact forwards, error in % | correlation over prompts |"]
-        lines += ["|---|---|---|"]
-        lines += [
-            f"| {name} | {row['error_percent']:+.2f} | {row['correlation']:.3f} |"
-            for name, row in results["exact"].items()
-        ]
-    for part, name, column in (
-        ("prompts_exact", "What decides once per prompt", "policy"),
-        ("online", "`online`", "online"),
-    ):
-        if part in results:
-            found = results[part]
-            told = (
-                f"{name}, on {found['prompts']} prompts that it was not fitted to; its and the static plans"
-            )
-            lines += ["", f"{told} run exactly, and by the sums of uniform curves:"]
-            lines += exactly(found["rows"], column)
+    lines += ["", "Static plans, switches in sixths of the answer:"]
+    lines += table(
+        results["plans"],
+        {
+            "switches": lambda row: ", ".join("never" if at is None else f"{at}/6" for at in row["sixths"]),
+            "bits": _number("bits", 3),
+            "loss": _number("loss", 4),
+            "by the sum of uniform curves": _number("by_curves", 4),
+        },
+    )
+    if "online" in results:
+        found = results["online"]
+        lines += ["", f"`online`, on {found['prompts']} prompts that it was not fitted to, run exactly:", ""]
+        lines += policies([{**row, "oracle_share": None} for row in found["rows"]])
     if "noise" in results:
         lines += ["", "| rule | pair | labelled again | agreement | no accuracy exceeds | majority |"]
         lines += ["|---|---|---|---|---|---|"]
@@ -76,22 +72,6 @@ def markdown(results: dict[str, Any]) -> str:
 
 def made_on(told: dict[str, Any] | None) -> list[str]:
     return [f"Labels made on: {told['hardware']}, commit {told['commit']}."] if told else []
-
-
-def exactly(rows: Sequence[dict[str, Any]], column: str) -> list[str]:
-    """Gains of policies that were run exactly."""
-    return table(
-        rows,
-        {
-            "judged": _word("judged"),
-            column: _word(column),
-            "target bits": _number("target_bits"),
-            "bits": _number("bits", 3),
-            "gain, %": _number("gain_percent"),
-            "95 %": lambda row: f"[{row['low_percent']:+.2f}, {row['high_percent']:+.2f}]",
-            "p (Holm)": lambda row: f"{row['p_holm']:.2g}",
-        },
-    )
 
 
 def _segment(row: dict[str, float]) -> str:
@@ -238,7 +218,7 @@ def cost_of_rules(costs: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-SHOWN = ("static per kind", "regression", "KV classifier, loss", "KV classifier, rouge_l", "online")
+SHOWN = ("static per kind", "regression", "stopping", "stopping, decode alone", "KV classifier, loss")
 
 
 def figure(results: dict[str, Any], path: Path) -> None:
@@ -253,8 +233,7 @@ def figure(results: dict[str, Any], path: Path) -> None:
     left.plot([p["bits"] for p in points], [p["loss"] for p in points], color="0.3", label="static frontier")
     for name in dict.fromkeys(row["policy"] for row in results["oracles"]):
         rows = [row for row in results["oracles"] if row["policy"] == name]
-        style = ":" if "token" in name else "--"
-        left.plot([r["bits"] for r in rows], [r["loss"] for r in rows], style, color="0.6", label=name)
+        left.plot([r["bits"] for r in rows], [r["loss"] for r in rows], "--", color="0.6", label=name)
     for name in SHOWN:
         rows = [row for row in results["policies"] if row["policy"] == name]
         if not rows:

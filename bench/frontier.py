@@ -4,18 +4,17 @@
     pmpd label --rule kl --dataset study/texts/continuations.jsonl --output-dir study/continuations …
     pmpd label --rule kl --dataset study/texts/instructions.jsonl --prompt-form chat --output-dir …
     python -m bench.frontier study --labels study/continuations study/instructions
-    python -m bench.frontier exact --labels … --model-path Q --reference-model-path U   # checks the curves
     python -m bench.frontier steps --model-path Q                                       # decode times
 
-`study` needs no model: the labels hold every precision's divergence by position, and the loss of any plan is
-a sum of them. `bench/frontier.sh` runs all of it, on a CPU or a GPU.
+`study` needs no model: the labels hold what every progressive plan loses, run exactly. `bench/frontier.sh`
+runs all of it, on a CPU or a GPU.
 """
 
 from __future__ import annotations
 
 import json
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -33,7 +32,7 @@ from bench import (
     _record,
 )
 from bench._frontier_kv import KvFits, fit_folds, kv_features, kv_policy
-from bench._frontier_model import Exact, OnlineExact, PromptExact, Steps, given_tokens
+from bench._frontier_model import OnlineExact, Steps, given_tokens
 from bench.frontier_labels import main_folders
 from pmpd import storage
 from pmpd.evaluation.curve_set import LABEL_COLUMNS, CurveSet, Outcome, cross_fitted, curve_set, folds
@@ -47,8 +46,8 @@ from pmpd.evaluation.frontier import (
     prompts_needed,
     table,
 )
-from pmpd.evaluation.online_policies import ONLINE_POLICIES
-from pmpd.evaluation.policies import ORACLES, POLICIES, static
+from pmpd.evaluation.policies import ORACLE, POLICIES, Policy, oracle_plan, static
+from pmpd.schedulers.chain import SIXTHS, plan_points, sixths_plans
 from pmpd.training.config import TrainConfig
 from pmpd.training.data import labels_from_table
 from pmpd.weights.gguf import GGUFCheckpoint
@@ -188,7 +187,6 @@ class Fit:
             features,
             heads_of(about),
             "loss" if self.rule == "loss" else "class",
-            tokens_of(about),
             folds(curves, self.folds, self.seed),
             classes,
             config,
@@ -203,13 +201,12 @@ def judged_answers(
     answers: _frontier_answers.Answers,
     fold: np.ndarray,
     targets: tuple[float, ...],
-    tokens: int,
     fits: dict[str, KvFits],
     resamples: int,
     seed: int,
 ) -> dict[str, Any]:
     """The whole answers' frontier, policies and oracle."""
-    gains, oracle = _frontier_answers.gains(answers, fold, targets, tokens, fits, resamples, seed)
+    gains, oracle = _frontier_answers.gains(answers, fold, targets, fits, resamples, seed)
     best = {gain.target_bits: gain.gain for gain in oracle}
     rows = table(gains, holm([gain.p for gain in gains]), best)  # type: ignore[arg-type]
     for row, gain in zip(rows, gains, strict=True):
@@ -259,13 +256,13 @@ class AnswersStudy:
         classes = dict(zip(judged.keys, judged.labels.tolist(), strict=True))
         losses = (1 - judged.scores).astype(np.float32)
         fits = {
-            "rouge_l": fit_folds(curves, features, heads, "class", tokens, fold, classes, config),
+            "rouge_l": fit_folds(curves, features, heads, "class", fold, classes, config),
             "loss of ROUGE-L": fit_folds(
-                curves, features, heads, "loss", tokens, fold, classes, config, losses=losses
+                curves, features, heads, "loss", fold, classes, config, losses=losses
             ),
         }
         answers = _frontier_answers.answers_of(curves, judged, tokens)
-        found = judged_answers(answers, fold, self.targets, tokens, fits, self.resamples, self.seed)
+        found = judged_answers(answers, fold, self.targets, fits, self.resamples, self.seed)
         names = pair_names(curves.chain)
         results = {
             "settings": told(self),
@@ -328,44 +325,84 @@ def rules_of(pack: Path, chain: tuple[int, ...]) -> dict[str, Any]:
     }
 
 
+def judged(
+    outcomes: dict[str, list[Outcome]],
+    oracle: list[Outcome],
+    frontier: StaticFrontier,
+    targets: tuple[float, ...],
+) -> dict[str, Any]:
+    """The rows of the policies, corrected for their number, and of the oracle."""
+
+    def gains_of(name: str, found: list[Outcome]) -> list[Gain]:
+        return [gain_of(name, o, frontier, t) for o, t in zip(found, targets, strict=True)]
+
+    gains = [gain for name, found in outcomes.items() for gain in gains_of(name, found)]
+    best = gains_of(ORACLE, oracle)
+    shares: dict[float, float] = {t: gain.gain for t, gain in zip(targets, best, strict=True)}
+    rows = table(gains, holm([gain.p for gain in gains]), shares)
+    for row, gain in zip(rows, gains, strict=True):
+        row["prompts_for_1_percent"] = prompts_needed(gain, len(oracle[0].loss))
+    return {"policies": rows, "oracles": table(best, [gain.p for gain in best], shares)}
+
+
+def plan_rows(curves: CurveSet) -> list[dict[str, Any]]:
+    """Every plan: its switches in sixths of the answer, bits, loss, and what the sum of the uniform curves
+    would have said."""
+    most, forwards = curves.loss.shape[2], np.arange(1, curves.loss.shape[2] + 1)
+    bits, loss = curves.plan_means
+    rows = []
+    for p, plan in enumerate(sixths_plans(len(curves.chain) - 1)):
+        steps = np.asarray(plan_points(most + 1))[plan]
+        levels = (steps[None] < forwards[:, None]).sum(1)
+        summed = curves.summed(np.broadcast_to(levels, (len(curves), most))).mean_loss
+        switches = [int(at) if at < SIXTHS else None for at in plan]
+        rows.append({"sixths": switches, "bits": bits[p], "loss": loss[p], "by_curves": summed})
+    return rows
+
+
 @dataclass(frozen=True)
 class Confirm:
-    """Fit policies to one label set and judge them once on another: for those whose settings were changed, or
-    that were chosen, after a look at the first."""
+    """Fit policies to label sets and judge them once on others."""
 
     fit_labels: tuple[str, ...]
-    """Output folders of pmpd label --rule kl: the static frontier and the policy are chosen on these."""
+    """Output folders of pmpd label --rule kl: the static frontier and the policies are chosen on these."""
     labels: tuple[str, ...]
     """Prompts that nobody has looked at."""
-    policies: tuple[str, ...] = ("online",)
+    policies: tuple[str, ...] = tuple(POLICIES)
+    kv_classifiers: bool = False
+    """And the KV-cache classifiers, by the labels and by the losses."""
     model_path: str = ""
-    """With it and reference_model_path, `online` is run exactly too (see `online`)."""
+    """With it and reference_model_path, `online` is run exactly too (see `online`), on the same prompts."""
     reference_model_path: str = ""
     fitted_exactly: int = 130
     candidates: int = 72
     """Of the exact run, as of `online`."""
-    targets: tuple[float, ...] = (2.5, 2.75, 3.25, 3.5)
+    targets: tuple[float, ...] = (2.5, 2.75, 3.0, 3.25, 3.5)
     resamples: int = 10000
     seed: int = 0
     name: str = "frontier_confirm"
     """Write bench/results/NAME.json."""
 
     def run(self) -> None:
-        (train, _), (test, about) = load(self.fit_labels), load(self.labels)
-        assert not set(train.keys) & set(test.keys), "a prompt is in both sets"
-        train, test = same_length(train, test)
+        started = time.process_time()
+        (first, _), (second, about) = load(self.fit_labels), load(self.labels)
+        assert not set(first.keys) & set(second.keys), "a prompt is in both sets"
+        curves, _ = load((*self.fit_labels, *self.labels))
+        held = np.isin(curves.keys, second.keys)
+        train, test = curves.take(np.flatnonzero(~held)), curves.take(np.flatnonzero(held))
+        chosen: dict[str, Policy] = {name: POLICIES[name] for name in self.policies}
+        if self.kv_classifiers:
+            features = kv_features((*self.fit_labels, *self.labels))
+            for name, objective in (("kl", "class"), ("loss", "loss")):
+                fits = fit_folds(curves, features, heads_of(about), objective, held.astype(int))
+                chosen[f"KV classifier, {name}"] = kv_policy(fits)
         budgets = np.linspace(train.chain[-1], train.chain[0], FRONTIER_POINTS).tolist()
         resampling = Resampling.of(test.groups, self.resamples, self.seed)
         frontier = StaticFrontier(static(train, test, budgets, self.seed), resampling)
-        gains = []
-        for name in self.policies:
-            outcomes = {**POLICIES, **ONLINE_POLICIES}[name](train, test, self.targets, self.seed)
-            gains += [gain_of(name, o, frontier, t) for o, t in zip(outcomes, self.targets, strict=True)]
-        oracle = ORACLES["oracle, plan"](test, test, self.targets, self.seed)
-        best = {t: gain_of("oracle", o, frontier, t).gain for o, t in zip(oracle, self.targets, strict=True)}
-        rows = table(gains, holm([gain.p for gain in gains]), best)  # type: ignore[arg-type]
-        exact = None
-        if self.model_path and "online" in self.policies:
+        outcomes = {name: policy(train, test, self.targets, self.seed) for name, policy in chosen.items()}
+        oracle = oracle_plan(test, test, self.targets, self.seed)
+        online = None
+        if self.model_path:
             study = OnlineExact(
                 Path(),
                 Path(),
@@ -378,36 +415,22 @@ class Confirm:
                 resamples=self.resamples,
                 seed=self.seed,
             )
-            exact = study.judge(train, test, given_tokens([*self.fit_labels, *self.labels]))
+            online = study.judge(train, test, given_tokens([*self.fit_labels, *self.labels]))
         results = {
-            "exact": exact,
             "settings": told(self),
             "fitted_to": len(train),
             "prompts": len(test),
             "groups": len(np.unique(test.groups)),
             "forwards": float(test.forwards.sum()),
             "kinds": about,
-            "policies": rows,
+            "plans": plan_rows(test),
+            **judged(outcomes, oracle, frontier, self.targets),
+            **({} if online is None else {"online": online}),
+            "cpu_seconds": time.process_time() - started,
         }
         _record.write(self.name, results)
-        for row in [*rows, *(exact["rows"] if exact else ())]:
+        for row in [*results["policies"], *(online["rows"] if online else ())]:
             print(json.dumps(row))
-
-
-def same_length(first: CurveSet, second: CurveSet) -> tuple[CurveSet, CurveSet]:
-    """Both with as many forwards as the longer one's references."""
-    most = max(first.loss.shape[2], second.loss.shape[2])
-
-    def longer(curves: CurveSet) -> CurveSet:
-        more = most - curves.loss.shape[2]
-
-        def padded(table: np.ndarray) -> np.ndarray:
-            return np.pad(table, [(0, 0)] * (table.ndim - 1) + [(0, more)])
-
-        statistics = {name: padded(values) for name, values in curves.statistics.items()}
-        return replace(curves, loss=padded(curves.loss), valid=padded(curves.valid), statistics=statistics)
-
-    return longer(first), longer(second)
 
 
 @dataclass(frozen=True)
@@ -425,12 +448,8 @@ class Study:
     """What `steps` wrote: decode times."""
     noise: Path | None = None
     """What bench.label_noise wrote."""
-    exact: Path | None = None
-    """What `exact` wrote."""
     online: Path | None = None
     """What `online` wrote."""
-    prompts_exact: Path | None = None
-    """What `prompts-exact` wrote."""
     kv_classifiers: bool = False
     """Fit the KV-cache classifiers too, to the labels and to the losses: minutes."""
     name: str = "frontier_cpu"
@@ -454,27 +473,15 @@ class Study:
         check_targets(curves.chain, self.targets)
         fold = folds(curves, self.folds, self.seed)
         fits = self._kv_fits(curves, about, fold)
-        tokens = tokens_of(about)
-        kv = {f"KV classifier, {name}": kv_policy(fitted, tokens) for name, fitted in fits.items()}
+        kv = {f"KV classifier, {name}": kv_policy(fitted) for name, fitted in fits.items()}
         budgets = np.linspace(curves.chain[-1], curves.chain[0], FRONTIER_POINTS).tolist()
         resampling = Resampling.of(curves.groups, self.resamples, self.seed)
         frontier = StaticFrontier(cross_fitted(curves, fold, static, budgets, self.seed), resampling)
-        gains, oracle_gains, outcomes = [], [], {}
-
-        def gains_of(name: str, found: list[Outcome]) -> list[Gain]:
-            return [gain_of(name, o, frontier, t) for o, t in zip(found, self.targets, strict=True)]
-
-        for name, policy in {**POLICIES, **kv, **ONLINE_POLICIES}.items():
-            outcomes[name] = cross_fitted(curves, fold, policy, self.targets, self.seed)
-            gains += gains_of(name, outcomes[name])
-        for name, policy in ORACLES.items():
-            oracle_gains += gains_of(name, policy(curves, curves, self.targets, self.seed))
-        ideal = [gain for gain in oracle_gains if gain.policy == "oracle, plan"]
-        best = {gain.target_bits: gain.gain for gain in ideal if gain.target_bits is not None}
-        rows = table(gains, holm([gain.p for gain in gains]), best)
-        for row, gain in zip(rows, gains, strict=True):
-            row["prompts_for_1_percent"] = prompts_needed(gain, len(curves))
-        oracle_rows = table(oracle_gains, [gain.p for gain in oracle_gains], best)
+        outcomes = {
+            name: cross_fitted(curves, fold, policy, self.targets, self.seed)
+            for name, policy in {**POLICIES, **kv}.items()
+        }
+        oracle = oracle_plan(curves, curves, self.targets, self.seed)
         results = {
             "settings": told(self),
             "prompts": len(curves),
@@ -488,11 +495,11 @@ class Study:
                 {"bits": bits, "loss": loss}
                 for bits, loss in zip(frontier.bits.tolist(), frontier.loss.tolist(), strict=True)
             ],
-            "policies": rows,
-            "oracles": oracle_rows,
+            "plans": plan_rows(curves),
+            **judged(outcomes, oracle, frontier, self.targets),
             **{key: json.loads(path.read_text()) for key, path in self._parts()},
             **({} if self.pack is None else rules_of(self.pack, curves.chain)),
-            **self._answers(curves, fold, fits, tokens),
+            **self._answers(curves, fold, fits, tokens_of(about)),
             "classifiers": [
                 {"rule": name, **row}
                 for name, fitted in fits.items()
@@ -522,9 +529,7 @@ class Study:
         answers = _frontier_answers.answers_of(curves, rouge, tokens)
         at = {key: row for row, key in enumerate(curves.keys)}
         fold = fold[[at[key] for key in answers.curves.keys]]
-        return {
-            "answers": judged_answers(answers, fold, self.targets, tokens, fits, self.resamples, self.seed)
-        }
+        return {"answers": judged_answers(answers, fold, self.targets, fits, self.resamples, self.seed)}
 
     def _kv_fits(self, curves: CurveSet, about: dict[str, Any], fold: np.ndarray) -> dict[str, KvFits]:
         if self.kind is not None:
@@ -539,15 +544,13 @@ class Study:
             return {}
         features, heads = kv_features(self.labels), heads_of(about)
         return {
-            objective: fit_folds(curves, features, heads, objective, tokens_of(about), fold)
-            for objective in ("class", "loss")
+            name: fit_folds(curves, features, heads, objective, fold)
+            for name, objective in (("kl", "class"), ("loss", "loss"))
         }
 
     def _parts(self) -> list[tuple[str, Path]]:
         return [
-            (key, path)
-            for key in ("steps", "noise", "exact", "online", "prompts_exact")
-            if (path := getattr(self, key)) is not None
+            (key, path) for key in ("steps", "noise", "online") if (path := getattr(self, key)) is not None
         ]
 
 
@@ -581,8 +584,11 @@ REGRESSIONS = {
     "regression": "probes",
     "regression, one probe": "one_probe",
     "regression, no probe": "no_probe",
+    "stopping": "probes",
+    "stopping, one probe": "one_probe",
+    "stopping, no probe": "no_probe",
 }
-"""Policy -> its features."""
+"""Policy -> its features of the prompt."""
 
 
 def decode_times(
@@ -600,7 +606,7 @@ def decode_times(
     for name, found in outcomes.items():
         for target, outcome in zip(targets, found, strict=True):
             forwards = float(outcome.forwards.mean())
-            watching = steps["statistics_seconds"] if name in ONLINE_POLICIES else 0.0
+            watching = steps["statistics_seconds"] if name.startswith("stopping") else 0.0
             probing = steps["probe_seconds"] if name == "static per cluster" else 0.0
             probing += steps.get("regression_seconds", {}).get(REGRESSIONS.get(name, ""), 0.0)
             probing += steps.get("classifier_seconds", 0.0) if name.startswith("KV classifier") else 0.0
@@ -631,9 +637,7 @@ if __name__ == "__main__":
         | Annotated[Study, tyro.conf.subcommand("study")]
         | Annotated[AnswersStudy, tyro.conf.subcommand("answers")]
         | Annotated[Confirm, tyro.conf.subcommand("confirm")]
-        | Annotated[PromptExact, tyro.conf.subcommand("prompts-exact")]
         | Annotated[OnlineExact, tyro.conf.subcommand("online")]
-        | Annotated[Exact, tyro.conf.subcommand("exact")]
         | Annotated[Steps, tyro.conf.subcommand("steps")],  # type: ignore[arg-type]
         description=__doc__,
     ).run()

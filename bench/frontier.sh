@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole scheduler study on the devices of one machine: prompts, cost of each rule, label sets, exactness, decode times,
+# The whole scheduler study on the devices of one machine: prompts, cost of each rule, label sets, decode times,
 # classifiers, one small folder of all of it, tables.
 #   bash bench/frontier.sh TEXTS QUESTIONS QUANTIZED UNQUANTIZED OUT NAME
 # Every GPU that is visible takes its share: four processes of labels each (PARTS in all), and one rule's cost at a time.
@@ -118,8 +118,6 @@ for each in ${STEPS:-prompts cost steps labels finish pack judge study}; do
     judge) # what needs a model and what needs a device, beside each other
       # shellcheck disable=SC2207
       chosen=($(of_kernel "${KERNEL:-$(kernel)}"))
-      folders=()
-      for kind in continuations instructions; do [ -e "$out/main/kl/$kind/labels" ] && folders+=("$out/main/kl/$kind"); done
       common=(--pack "$out/pack" --study "$out" --folds "${FOLDS:-5}")
       ids=()
       judge() {
@@ -128,18 +126,15 @@ for each in ${STEPS:-prompts cost steps labels finish pack judge study}; do
       }
       judge online "${common[@]}" "${models[@]}" --reference-dtype "$(cat "$out/reference_dtype")" --prompts "${ONLINE:-640}" \
         "${chosen[@]}" --output "$out/pack/online.json"
-      judge prompts-exact "${common[@]}" "${models[@]}" --reference-dtype "$(cat "$out/reference_dtype")" \
-        --prompts "${ONLINE:-640}" "${chosen[@]}" --output "$out/pack/prompts-exact.json"
       for rule in rouge_l agreement kl loss; do
         judge fit "${common[@]}" --rule "$rule" --epochs "${EPOCHS:-30}" --device "$device"
       done
-      judge exact --labels "${folders[@]}" "${models[@]}" --prompts "${EXACT:-24}" --output "$out/pack/exact.json"
       together "${ids[@]}"
       back
       ;;
     study)
       more=()
-      for what in steps exact online prompts-exact; do [ -e "$out/pack/$what.json" ] && more+=("--$what" "$out/pack/$what.json"); done
+      for what in steps online; do [ -e "$out/pack/$what.json" ] && more+=("--$what" "$out/pack/$what.json"); done
       "$python" -m bench.frontier study --pack "$out/pack" --folds "${FOLDS:-5}" "${more[@]}" --targets 2.5 2.75 3 3.25 3.5 \
         --resamples "${RESAMPLES:-10000}" --name "$name" || failed "$each"
       ;;

@@ -16,10 +16,10 @@ from pmpd.cli.flags.label import LabelJob
 from pmpd.cli.label import main
 from pmpd.labeling import curves as curves_module
 from pmpd.labeling.config import LabelConfig
-from pmpd.labeling.curves import exact_divergence, forced_rows, plain_divergence, plan_loss
+from pmpd.labeling.curves import curves_columns, exact_divergence, forced_rows, plain_divergence
 from pmpd.labeling.label import label_prompts
 from pmpd.labeling.rule import RULES, LabelRule
-from pmpd.schedulers.chain import class_steps
+from pmpd.schedulers.chain import chain_bits, class_steps, sixths_plans
 from tests.test_engine import random_prompts
 
 CHAIN = (4, 3, 2)
@@ -47,7 +47,7 @@ def test_curves_are_the_plain_divergence_at_every_precision(models, texts, monke
     prompts, references = texts
     vocabulary = unquantized.model.config.vocab_size
     monkeypatch.setitem(curves_module.LOGIT_BYTES, "cpu", 4 * vocabulary * 130)  # some rows a batch
-    rows = {row.key: row for row in forced_rows(quantized, unquantized, prompts, references, CHAIN)}
+    rows = {row.key: row for row in forced_rows(quantized, unquantized, prompts, references, CHAIN, 31)}
     assert set(rows) == set(prompts)
     for key, row in rows.items():
         m = len(references[key]) - 1
@@ -75,17 +75,49 @@ def test_an_exact_plan_is_the_plain_one_and_no_curve(models, texts):
     for plan, divergence in zip((mixed, [2] * m), found, strict=True):
         plain = plain_divergence(quantized, unquantized, prompts[key], references[key], 4, plan)
         np.testing.assert_allclose(divergence, plain, rtol=1e-3, atol=2e-6)
-    (row,) = forced_rows(quantized, unquantized, {key: prompts[key]}, {key: references[key]}, CHAIN)
-    by_curves = {curve.bits: curve.divergence for curve in row.curves}
-    assert plan_loss(by_curves, np.asarray([2] * m)) == pytest.approx(found[1].mean(), rel=1e-4)
-    assert plan_loss(by_curves, np.asarray(mixed)) != pytest.approx(found[0].mean(), rel=1e-4)
-    assert plan_loss(by_curves, np.asarray(mixed)) == pytest.approx(found[0].mean(), rel=0.5)
+
+
+def test_the_plans_of_a_row_are_the_plain_ones(models, texts, monkeypatch):
+    """A switching plan costs a forward over its tail alone, against the cache of the plan that it left, and
+    has the divergence of a decode of it from its start, in batches of rows of other lengths."""
+    quantized, unquantized = models
+    prompts, references = texts
+    vocabulary = unquantized.model.config.vocab_size
+    monkeypatch.setitem(curves_module.LOGIT_BYTES, "cpu", 4 * vocabulary * 130)  # some rows a batch
+    seen, apart = {}, 0.0
+    for row in forced_rows(quantized, unquantized, prompts, references, CHAIN, 40):
+        m = len(references[row.key]) - 1
+        assert list(row.steps) == [tuple(plan) for plan in sixths_plans(2).tolist()]
+        assert set(row.plans) == set(row.steps)
+        forwards = np.arange(1, m + 1)
+        bits = {
+            plan: chain_bits(CHAIN, np.tile(steps, (m, 1)), forwards).tolist()
+            for plan, steps in row.steps.items()
+        }
+        exact = exact_divergence(
+            quantized, unquantized, prompts[row.key], references[row.key], 4, list(bits.values())
+        )
+        for (plan, plan_bits), found in zip(bits.items(), exact, strict=True):
+            np.testing.assert_allclose(row.plans[plan], found, rtol=2e-3, atol=2e-6, err_msg=str(plan))
+            seen[tuple(plan_bits)] = plan_bits
+        plan = (2, 4)
+        plain = plain_divergence(quantized, unquantized, prompts[row.key], references[row.key], 4, bits[plan])
+        np.testing.assert_allclose(row.plans[plan], plain, rtol=1e-3, atol=2e-6)
+        by_curves = {curve.bits: curve.divergence for curve in row.curves}
+        summed = np.where(forwards <= row.steps[0, 3][1], by_curves[3], by_curves[2])
+        apart = max(apart, abs(summed.mean() / row.plans[0, 3].mean() - 1))
+        stored = curves_columns(row)["plans"]
+        assert [each["divergence"] for each in stored] == [
+            pytest.approx(found.mean(), rel=1e-3) for found in exact
+        ]
+    assert len(seen) > 60
+    assert apart > 0.01, "a plan is no sum of uniform curves"
 
 
 def test_the_kv_features_and_the_state_are_those_of_a_prefill_at_the_highest_precision(models, texts):
     quantized, unquantized = models
     prompts, references = texts
-    for row in forced_rows(quantized, unquantized, prompts, references, CHAIN):
+    for row in forced_rows(quantized, unquantized, prompts, references, CHAIN, 31):
         ids = torch.tensor([list(prompts[row.key])])
         quantized.engine().state.set_uniform(4)
         with torch.no_grad():
@@ -117,10 +149,9 @@ def test_the_label_is_the_smallest_class_within_the_tolerance(models, texts):
     assert "the reference has one token" in labelled.pop(short)["error"]
     steps, seen = class_steps(31), set()
     for key, row in labelled.items():
-        by_bits = {curve["bits"]: np.asarray(curve["divergence"], float) for curve in row["curves"]}
-        for pair in row["pairs"]:
-            high, low = by_bits[pair["high"]], by_bits[pair["low"]]
-            losses = [np.concatenate([high[:step], low[step:]]).mean() for step in steps]
+        losses_of = {tuple(plan["steps"]): plan["divergence"] for plan in row["plans"]}
+        for place, pair in enumerate(row["pairs"]):
+            losses = [losses_of[(0, step) if place else (step, steps[-1])] for step in steps]
             np.testing.assert_allclose(pair["scores"], -np.asarray(losses), rtol=1e-5)
             good = [k for k, loss in enumerate(losses) if loss <= losses[3] + tolerance]
             assert pair["label"] == good[0], (key, losses)
@@ -146,7 +177,7 @@ def test_the_job_labels_by_divergence_without_a_decode(dense_folder, anyprec_fol
     )
     main(job, Console(quiet=True))
     table = storage.read_table(storage.join(job.output_dir, "labels"))
-    assert set(table["rule"].to_pylist()) == {"kl/0.05/v1"}
+    assert set(table["rule"].to_pylist()) == {"kl/0.05/v2"}
     assert pa.types.is_list(table["curves"].type)
     for row in table.to_pylist():
         assert row["prompt_tokens"] == 50

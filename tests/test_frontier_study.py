@@ -8,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from bench import _frontier_prompts, _record, label_noise
-from bench.frontier import Exact, Steps, Study, load
+from bench.frontier import Confirm, Steps, Study, load
 from pmpd import storage
 from pmpd.cli.flags.label import LabelJob
 from pmpd.cli.label import main
@@ -48,27 +48,38 @@ def test_the_study_runs_from_labels_to_page(labelled, tmp_path, monkeypatch):
     folders, models = labelled
     monkeypatch.setattr(_record, "RESULTS", tmp_path)
     monkeypatch.setattr(_record.write, "__defaults__", ("cpu", tmp_path))
-    exact, steps = tmp_path / "exact.json", tmp_path / "steps.json"
-    Exact(folders, *models, exact, prompts=3).run()
-    found = json.loads(exact.read_text())
-    for bits in CHAIN:
-        assert abs(found[f"uniform {bits}"]["error_percent"]) < 0.1, "a uniform decode's curve is exact"
-    assert found["up and down"]["prompts"] == 6
+    steps = tmp_path / "steps.json"
     Steps(models[0], steps, repeats=2).run()
-    Study(folders, (2.5, 3.0), 2, 50, steps=steps, exact=exact, kv_classifiers=True, name="it").run()
+    Study(folders, (2.5, 3.0), 2, 50, steps=steps, kv_classifiers=True, name="it").run()
     results = json.loads((tmp_path / "it.json").read_text())["results"]
     curves, _ = load(folders)
     assert results["prompts"] == len(curves) > 10
     assert sorted(set(curves.kinds.tolist())) == [0, 1]
-    assert len(results["policies"]) == 2 * 11, "a policy is missing, or its row"
+    assert len(results["policies"]) == 2 * 12, "a policy is missing, or its row"
     oracles = {(row["policy"], row["target_bits"]): row["gain_percent"] for row in results["oracles"]}
     for row in results["policies"]:
         assert row["p_holm"] >= row["p"]
-        assert row["gain_percent"] <= oracles["oracle, token", row["target_bits"]] + 1e-6
+        assert row["gain_percent"] <= oracles["oracle", row["target_bits"]] + 1e-6
+    plans = {tuple(row["sixths"]): row for row in results["plans"]}
+    for uniform in ((None, None), (0, None), (0, 0)):
+        assert plans[uniform]["loss"] == pytest.approx(plans[uniform]["by_curves"], rel=1e-5)
+    assert plans[0, 3]["loss"] != pytest.approx(plans[0, 3]["by_curves"], rel=1e-5)
     assert {row["policy"] for row in results["decode_time"]} == {row["policy"] for row in results["policies"]}
     page = (tmp_path / "it.md").read_text()
-    assert "| online regression" in page
+    assert "| KV classifier, loss" in page
     assert f"{len(curves)} held-out prompts" in page
+
+
+def test_policies_are_judged_on_label_sets_that_they_were_not_fitted_to(labelled, tmp_path, monkeypatch):
+    folders, _ = labelled
+    monkeypatch.setattr(_record.write, "__defaults__", ("cpu", tmp_path))
+    Confirm(folders[:1], folders[1:], kv_classifiers=True, targets=(2.5, 3.0), resamples=50, name="it").run()
+    results = json.loads((tmp_path / "it.json").read_text())["results"]
+    assert (results["fitted_to"], results["prompts"]) == tuple(len(load((folder,))[0]) for folder in folders)
+    policies = {row["policy"] for row in results["policies"]}
+    assert {"regression, no probe", "static per kind", "KV classifier, kl", "KV classifier, loss"} <= policies
+    with pytest.raises(AssertionError, match="a prompt is in both sets"):
+        Confirm(folders, folders[1:], name="it").run()
 
 
 def test_agreement_of_labels_made_twice_bounds_a_classifier():

@@ -32,21 +32,29 @@ from pmpd.decode.prompt_state import PROBE_TOKENS, look_back
 from pmpd.decode.requests import Request
 from pmpd.errors import UserError
 from pmpd.evaluation.curve_set import CurveSet, state_of
-from pmpd.evaluation.policies import MULTIPLIERS, choices_by_prediction, regression_prediction
+from pmpd.evaluation.frontier import lower_hull
+from pmpd.evaluation.policies import (
+    MULTIPLIERS,
+    choices_by_prediction,
+    fitted_stops,
+    regression_prediction,
+    seen_by,
+    stops,
+)
 from pmpd.evaluation.results import read_generations
 from pmpd.farm.train import LabelSource
 from pmpd.labeling.curves import curves_columns, forced_rows
-from pmpd.schedulers.base import Decision, PrefillState, PromptState
+from pmpd.schedulers import stop_model
+from pmpd.schedulers.base import Decision, ObservedRows, PrefillState, PromptState
 from pmpd.schedulers.budget import TOLERANCE
-from pmpd.schedulers.chain import static_plans
+from pmpd.schedulers.chain import chain_bits, plan_points, sixths_plans
 from pmpd.schedulers.kv_cache import KVCacheScheduler
 from pmpd.schedulers.loss_model import (
     FEATURES,
     LossModel,
+    cheapest,
     feature_names,
-    plan_losses,
     prompt_features,
-    segment_means,
 )
 from pmpd.schedulers.regression import (
     Calibration,
@@ -55,7 +63,6 @@ from pmpd.schedulers.regression import (
     artefact_files,
     calibrate,
     choose,
-    plans_of,
 )
 from pmpd.schedulers.static import StaticScheduler
 from pmpd.training.config import TrainConfig
@@ -158,7 +165,7 @@ def test_the_numbers_of_a_prompt_are_the_same_in_labels_and_decode(
     unquantized = PMPDForCausalLM(dense_folder(architecture), kernel="reference").eval()
     labelled = {
         row.key: state_of(curves_columns(row))
-        for row in forced_rows(model, unquantized, prompts, references, CHAIN)
+        for row in forced_rows(model, unquantized, prompts, references, CHAIN, 14)
     }
     spy, other = Spy(CHAIN, 2), Spy(CHAIN, 2, says_so=True)
     engine = Engine(model.model, slots=slots, max_length=80)
@@ -250,8 +257,8 @@ def test_the_plan_is_that_of_the_study(tmp_path, features):
     )
     names = feature_names(CHAIN, features)
     own = fitted.features[:, [fitted.feature_names.index(name) for name in names]]
-    model = LossModel.fit(own, segment_means(fitted.loss, fitted.valid))
-    _, steps, _ = plans_of(CHAIN, FORWARDS)
+    model = LossModel.fit(own, fitted.plan_loss, fitted.plan_bits, fitted.forwards)
+    steps = np.asarray(plan_points(FORWARDS + 1))[sixths_plans(2)]
     found = []
     for index, multiplier in enumerate(MULTIPLIERS):
         folder = written(
@@ -262,7 +269,101 @@ def test_the_plan_is_that_of_the_study(tmp_path, features):
         assert any(np.array_equal(steps[plans], each) for each in found), (
             "no multiplier gives the policy's plans"
         )
-    assert len(np.unique(steps[first], axis=0)) > 1, "prompts have plans of their own"
+    assert (len(np.unique(steps[first], axis=0)) > 1) == (features != "none"), (
+        "prompts have plans of their own"
+    )
+
+
+def test_without_features_the_best_static_plans_come_out(tmp_path):
+    """The mix of two plans that the frontier of the same prompts has, and no prompt is looked at."""
+    curves = known_prompts(400)
+    fitted = fit_regression(curves, TrainConfig(), features="none", watch=False, target_bits=2.6)
+    for name, content in fitted.files().items():
+        (tmp_path / name).write_bytes(content)
+    scheduler = RegressionScheduler(CHAIN, tmp_path)
+    assert scheduler.prompt_bits == ()
+    keys = [f"{i:016x}" for i in range(4000)]
+    state = PrefillState(
+        keys, [FORWARDS + 1] * 4000, [5] * 4000, lambda: None, prompts=lambda _: pytest.fail("a look")
+    )
+    steps = scheduler.begin(state).switch_steps
+    used = np.unique(steps, axis=0)
+    assert 1 <= len(used) <= 2, "two plans share the prompts"
+    train = curves.take(np.flatnonzero(splits_of(curves.keys, TrainConfig()) == 0))
+    hull = lower_hull(*train.plan_means)
+    best = np.asarray(plan_points(FORWARDS + 1))[sixths_plans(2)[hull]].tolist()
+    assert all(plan in best for plan in used.tolist())
+    validation = curves.take(np.flatnonzero(splits_of(curves.keys, TrainConfig()) == 1))
+    assert fitted.calibration.reached or len(used) == 2
+    assert fitted.calibration.bits == pytest.approx(2.6, abs=0.15), len(validation)
+
+
+class Along:
+    """A decode along the references of made-up curves: what a scheduler that watches is shown."""
+
+    def __init__(self, curves: CurveSet) -> None:
+        self.curves, self.states = curves, states_of(curves)
+        self.tokens = [curves.loss.shape[2] + 1] * len(curves)
+
+    def steps(self, scheduler: RegressionScheduler) -> np.ndarray:
+        curves = self.curves
+        lengths = np.exp(curves.features[:, -1]).round().astype(int).tolist()
+        state = PrefillState(curves.keys, self.tokens, lengths, lambda: None, prompts=lambda _: self.states)
+        decision = scheduler.begin(state)
+        steps, states = decision.switch_steps.copy(), list(decision.states)
+        for t in range(1, curves.loss.shape[2] + 1):
+            on = np.flatnonzero(curves.valid[:, t - 1])
+            bits = chain_bits(CHAIN, steps[on], np.full(len(on), t))
+            place = [CHAIN.index(each) for each in bits.tolist()]
+            seen = {name: curves.statistics[name][on, place, t - 1] for name in scheduler.statistics}
+            keys, own = [curves.keys[n] for n in on], [states[n] for n in on]
+            rows = ObservedRows(keys, np.full(len(on), t), bits, steps[on], own, seen)
+            assert scheduler.observe(rows) is None
+            steps[on] = rows.switch_steps
+            for n, found in zip(on.tolist(), rows.states, strict=True):
+                states[n] = found
+        return steps
+
+
+def watching(prompts: int = 400) -> CurveSet:
+    """Made-up curves of which the decode tells more than the prompt."""
+    curves = known_prompts(prompts)
+    shown = np.exp(0.8 * (2 * curves.kinds - 1))[:, None, None] * np.ones_like(curves.loss)
+    return replace(curves, statistics={"entropy": shown, "margin": np.exp(-shown)})
+
+
+@pytest.mark.parametrize("target", [2.4, 2.75, 3.3])
+def test_one_that_watches_switches_where_the_study_does(tmp_path, target):
+    """Row by row along the decode, from what it is shown then."""
+    curves = watching()
+    fitted = fit_regression(curves, TrainConfig(), target_bits=target)
+    for name, content in fitted.files().items():
+        (tmp_path / name).write_bytes(content)
+    scheduler = RegressionScheduler(CHAIN, tmp_path)
+    assert scheduler.observes
+    assert scheduler.statistics == ("entropy", "margin")
+    steps = Along(curves).steps(scheduler)
+    plans_at = stops(fitted.model, curves, scheduler.pair, "no_probe")
+    plans = choose(plans_at, curves.keys, fitted.calibration)
+    wanted = np.asarray(plan_points(FORWARDS + 1))[sixths_plans(2)[plans]]
+    # a switch behind the end of a reference is one that the decode never came to
+    ends = curves.valid.sum(1)[:, None]
+    assert np.array_equal(np.minimum(steps, ends), np.minimum(wanted, ends))
+    assert len(np.unique(steps, axis=0)) > 3, "prompts switch at steps of their own"
+    assert (np.diff(steps, axis=1) >= 0).all()
+
+
+def test_what_the_decode_shows_is_worth_something():
+    curves = watching(600)
+    rows = {}
+    for watch in (False, True):
+        fitted = fit_regression(curves, TrainConfig(), features="none", watch=watch, target_bits=2.5)
+        rows[watch] = next(row for row in fitted.judged if row["target_bits"] == 2.5)
+    assert abs(rows[False]["gain_percent"]) < 3, "the prompt alone is not even looked at"
+    assert rows[True]["low_percent"] > 5
+    model = fitted_stops(curves, "none")
+    assert seen_by(curves, 1, 0, "none").shape == (600, 0)
+    assert model.parts[1][3].weights.shape == (4, 4), "what was shown, the sixths that are left and never"
 
 
 def test_a_plan_never_rises_and_any_number_of_tokens_has_one(tmp_path):
@@ -285,7 +386,7 @@ def test_a_prompt_without_finite_numbers_never_switches(tmp_path):
     curves = known_prompts()
     folder = written(
         tmp_path,
-        fit_regression(curves, TrainConfig(), features="one_probe").model,
+        fit_regression(curves, TrainConfig(), features="one_probe", watch=False).model,
         (Calibration(2, 1e6, 1e6, 0, 2, True),),
         "one_probe",
     )
@@ -303,7 +404,7 @@ def test_a_prompt_without_finite_numbers_never_switches(tmp_path):
 def test_the_target_is_reached_on_the_validation_prompts():
     curves = known_prompts(600)
     for target in (2.3, 2.75, 3.2, 3.9):
-        fitted = fit_regression(curves, TrainConfig(), target_bits=target)
+        fitted = fit_regression(curves, TrainConfig(), watch=False, target_bits=target)
         assert fitted.calibration.reached
         assert abs(fitted.calibration.bits - target) <= TOLERANCE
         rows = np.nonzero(splits_of(curves.keys, TrainConfig()) == 1)[0]
@@ -318,19 +419,20 @@ def test_the_target_is_reached_on_the_validation_prompts():
 
 def test_prompts_that_are_all_alike_share_two_plans_by_their_keys():
     """Everybody changes the plan at the same multiplier: no single one meets a target between."""
-    plans = static_plans(CHAIN, FORWARDS)
-    bits = np.asarray(CHAIN, float)[plans].sum(1)
-    losses = np.tile(
-        plan_losses(np.broadcast_to(np.asarray([0.1, 0.2, 2.0])[:, None], (1, 3, 4)), plans), (400, 1)
-    )
-    taken, forwards = np.tile(bits, (400, 1)), np.full(400, float(FORWARDS))
+    shares = np.diff(np.pad(sixths_plans(2) / 6, [(0, 0), (1, 1)], constant_values=((0, 0), (0, 1))))
+    bits, losses = shares @ np.asarray(CHAIN, float), np.tile(shares @ [0.1, 0.2, 2.0], (400, 1))
+    taken, forwards = np.tile(bits * FORWARDS, (400, 1)), np.full(400, float(FORWARDS))
     keys = [f"{i:016x}" for i in range(400)]
-    found = calibrate(losses, bits, taken, forwards, keys, 2.4)
+
+    def plans_at(multiplier: float) -> np.ndarray:
+        return cheapest(losses, bits, multiplier)
+
+    found = calibrate(plans_at, taken, forwards, keys, 2.4)
     assert 0 < found.share < 1
     assert found.reached
-    chosen = choose(losses, bits, keys, found)
-    assert sorted(set((bits[chosen] / FORWARDS).tolist())) == [2.0, 3.0]
-    again = choose(losses[:7], bits, keys[:7], found)
+    chosen = choose(plans_at, keys, found)
+    assert sorted(set(bits[chosen].round(9).tolist())) == [2.0, 3.0]
+    again = choose(lambda each: plans_at(each)[:7], keys[:7], found)
     assert np.array_equal(chosen[:7], again), "a row's plan depends on its key alone"
 
 
@@ -366,9 +468,13 @@ def labels(dense_folder, anyprec_folder, tmp_path_factory):
 CONFIG = TrainConfig(split_shares=(0.6, 0.2, 0.2))
 
 
-@pytest.fixture(scope="module", params=[{}, {"features": "one_probe"}], ids=["no_probe", "one_probe"])
+@pytest.fixture(
+    scope="module",
+    params=[{}, {"features": "one_probe", "watch": False}],
+    ids=["watching", "one_probe"],
+)
 def artefact(labels, tmp_path_factory, request):
-    """What `pmpd train` makes of these labels, by itself and with a probe."""
+    """What `pmpd train` makes of these labels, by itself, and with a probe and one decision a row."""
     folder = tmp_path_factory.mktemp("train")
     metrics = train(TrainJob(str(labels[0]), str(folder), target_bits=2.75, training=CONFIG, **request.param))
     assert sum(metrics["prompts"].values()) > 40
@@ -401,8 +507,14 @@ def test_a_loaded_artefact_decides_as_before(artefact, labels):
     config, model = scheduler.artefact.config, scheduler.artefact.model
     assert scheduler.prompt_bits == {"no_probe": (4,), "one_probe": (4, 2)}[config.features]
     features = prompt_features(states, lengths, CHAIN, config.features)
-    plans, steps, bits = plans_of(CHAIN, 14)
-    wanted = steps[choose(plan_losses(model.predict(features), plans), bits, keys, scheduler.calibration)]
+    steps = np.asarray(plan_points(15))[sixths_plans(2)]
+    if config.watches:
+        first = model.thresholds(scheduler.pair, 0, features) <= scheduler.calibration.multiplier
+        plans = np.where(first, *stop_model.path(2, scheduler.pair)[[0, -1]])
+    else:
+        losses = model.predict(features)
+        plans = choose(lambda each: cheapest(losses, model.bits, each), keys, scheduler.calibration)
+    wanted = steps[plans]
     assert np.array_equal(scheduler.begin(state).switch_steps, wanted)
     other = Scheduler.get_scheduler(
         "regression", precisions=[4, 3, 2], save_dir=str(artefact), target_bits=2.5
@@ -494,7 +606,7 @@ def test_a_description_with_values_that_are_no_numbers_is_refused(artefact, tmp_
         RegressionScheduler(CHAIN, tmp_path / "copy")
 
 
-@pytest.mark.parametrize("name", ["mean", "deviation", "weights", "intercept", "scale"])
+@pytest.mark.parametrize("name", ["mean", "deviation", "weights", "intercept", "scale", "bits"])
 @pytest.mark.parametrize(
     "damage",
     [
@@ -510,8 +622,10 @@ def test_weights_of_another_shape_or_that_are_not_finite_are_refused(artefact, t
     shutil.copytree(artefact, tmp_path / "copy")
     path = tmp_path / "copy" / "regression.safetensors"
     tensors = load(path.read_bytes())
+    if name not in tensors:  # of one that watches
+        name = f"1.2.{name}"
     path.write_bytes(save({**tensors, name: np.ascontiguousarray(damage(tensors[name]))}))
-    if damage(np.ones(2))[0] == -1 and name not in ("deviation", "scale"):
+    if damage(np.ones(2))[0] == -1 and name.split(".")[-1] not in ("deviation", "scale", "bits"):
         RegressionScheduler(CHAIN, tmp_path / "copy")
         return
     with pytest.raises(UserError, match="damaged"):

@@ -91,8 +91,8 @@ def gain_line(fitted: Fitted) -> str | None:
     than = "more" if gain < 0 else "less"
     return (
         f"at {target:g} bits it loses {abs(gain):.1f} % {than} than the best static plans "
-        f"(gain {gain:+.1f}, 95 % {low:+.1f} to {high:+.1f}): {grade}, by sums of curves; decode with "
-        "--schedulers static,regression to compare answers"
+        f"(gain {gain:+.1f}, 95 % {low:+.1f} to {high:+.1f}): {grade}; decode with --schedulers "
+        "static,regression to compare answers"
     )
 
 
@@ -194,6 +194,7 @@ def train_regression(
         curves,
         job.training,
         features=job.features,
+        watch=job.watch,
         target_bits=job.target_bits,
         model_fingerprint=models.pop(),
         labels_fingerprint=labels.fingerprint("loss"),
@@ -202,6 +203,7 @@ def train_regression(
     folder = write_folder(output, files)
     console.print(
         f"{len(curves)} labelled prompts, chain {list(curves.chain)}: a regression on {job.features}"
+        f"{', watching the decode' if job.watch else ''}"
     )
     if fitted.judged:
         console.print(gains_table(fitted))

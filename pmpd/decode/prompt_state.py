@@ -27,8 +27,12 @@ LOGIT_BYTES = {"cpu": 2**28, "cuda": 2**32}
 
 def divergence(target_logits: Tensor, logits: Tensor) -> Tensor:
     """KL(target, other) of distributions given as logits [n, V]: float32 [n], nats."""
-    target, other = target_logits.float().log_softmax(-1), logits.float().log_softmax(-1)
-    return (target.exp() * (target - other)).sum(-1).clamp_min(0)
+    return divergence_from(target_logits.float().log_softmax(-1), logits)
+
+
+def divergence_from(target: Tensor, logits: Tensor) -> Tensor:
+    """The same from the target's log probabilities, float32 [n, V]."""
+    return (target.exp() * (target - logits.float().log_softmax(-1))).sum(-1).clamp_min(0)
 
 
 def probe_offset(prompt_tokens: int) -> int:

@@ -1,7 +1,8 @@
-"""Prompts with their teacher-forced curves, and what a plan of precisions would have cost and lost on them.
+"""Prompts with what every plan of precisions costs and loses on them, run exactly, and their teacher-forced
+curves.
 
-Legend: N prompts, C precisions of the chain (0 = the highest), M decode forwards of the longest reference,
-F features, P plans.
+Legend: N prompts, C precisions of the chain (0 = the highest), J = C - 1 pairs, M decode forwards of the
+longest reference, F features, P plans of `chain.sixths_plans`.
 """
 
 from __future__ import annotations
@@ -14,10 +15,10 @@ import numpy as np
 
 from pmpd.errors import UserError
 from pmpd.schedulers.base import STATISTICS, PromptState
-from pmpd.schedulers.chain import check_chain
+from pmpd.schedulers.chain import SIXTHS, check_chain, sixths_plans
 from pmpd.schedulers.loss_model import feature_names, prompt_features
 
-LABEL_COLUMNS = ("prompt_id", "prompt_tokens", "prompt_state", "curves", "error")
+LABEL_COLUMNS = ("prompt_id", "prompt_tokens", "prompt_state", "curves", "plans", "error")
 """Of LABELS, what a `CurveSet` is made from."""
 
 STARTS = ("entropy", "margin")
@@ -84,6 +85,10 @@ class CurveSet:
     features: np.ndarray
     """float64 [N, F]: what is known before decode forward 1 at next to no cost."""
     feature_names: tuple[str, ...]
+    plan_loss: np.ndarray
+    """float64 [N, P], nats: what each plan loses, exactly; sums over the prompt's forwards."""
+    plan_bits: np.ndarray
+    """float64 [N, P]: bits times forwards."""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -100,6 +105,8 @@ class CurveSet:
             statistics={name: table[rows] for name, table in self.statistics.items()},
             start={name: table[rows] for name, table in self.start.items()},
             features=self.features[rows],
+            plan_loss=self.plan_loss[rows],
+            plan_bits=self.plan_bits[rows],
         )
 
     @property
@@ -110,29 +117,40 @@ class CurveSet:
     def forwards(self) -> np.ndarray:
         return self.valid.sum(1).astype(float)
 
-    def outcome(self, levels_NM: np.ndarray) -> Outcome:
-        """Of a plan per prompt: int [N, M], places in the chain."""
+    @property
+    def plan_means(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean bits and loss of each plan for all prompts, [P] each, weighted by forwards."""
+        total = self.forwards.sum()
+        return self.plan_bits.sum(0) / total, self.plan_loss.sum(0) / total
+
+    def under(self, plan_N: np.ndarray | int) -> Outcome:
+        """Of a plan per prompt, int [N], or one for all: its place in `chain.sixths_plans`."""
+        rows, plans = np.arange(len(self)), np.broadcast_to(plan_N, len(self))
+        return Outcome(self.plan_loss[rows, plans], self.plan_bits[rows, plans], self.forwards)
+
+    def summed(self, levels_NM: np.ndarray) -> Outcome:
+        """Of any plan per prompt, int [N, M], places in the chain: its bits, and the sum of the curves. Exact
+        for one precision throughout only: a forward reads what those before it wrote."""
         loss = np.take_along_axis(self.loss, levels_NM[:, None, :], axis=1)[:, 0]
         bits = self.widths[levels_NM] * self.valid
         return Outcome(loss.sum(1), bits.sum(1), self.forwards)
-
-    def plan_tables(self, plans_PM: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Loss and bits, float64 [N, P] sums over forwards, of plans int [P, M] that serve any prompt."""
-        chosen = plans_PM[:, None, :] == np.arange(len(self.chain))[None, :, None]  # [P, C, M]
-        loss = self.loss.reshape(len(self), -1) @ chosen.reshape(len(plans_PM), -1).T
-        bits = self.valid.astype(float) @ self.widths[plans_PM].T
-        return loss, bits
 
 
 def curve_set(
     rows: Iterable[Mapping[str, Any]], groups: Mapping[str, Any], kinds: Mapping[str, int]
 ) -> CurveSet:
     """From rows of LABELS (`LABEL_COLUMNS`) by a teacher-forced rule. `groups`, `kinds`: by prompt_id. Rows
-    with an error are left out. UserError where there is none without, or the curves are of several chains."""
+    with an error are left out. UserError where there is none without, or none of plans, or the curves are of
+    several chains."""
     rows = sorted((row for row in rows if not row["error"]), key=lambda row: row["prompt_id"])
     if not rows or any(row.get("curves") is None for row in rows):
         raise UserError(
             "the labels have no curves; label with `pmpd label --rule kl` (or another teacher-forced rule)"
+        )
+    if any(not row.get("plans") for row in rows):
+        raise UserError(
+            "the labels hold no losses of plans, as those of rule kl before version 2; label again, with "
+            "`pmpd label --rule kl`"
         )
     chains = {tuple(curve["bits"] for curve in row["curves"]) for row in rows}
     if len(chains) > 1:
@@ -149,6 +167,9 @@ def curve_set(
             loss[n, c, :m], valid[n, :m] = curve["divergence"], True
             for name, table in statistics.items():
                 table[n, c, :m] = curve[name]
+    forwards = valid.sum(1)
+    steps = np.asarray([[plan["steps"] for plan in row["plans"]] for row in rows])  # [N, P, J]
+    divergence = np.asarray([[plan["divergence"] for plan in row["plans"]] for row in rows], float)
     names_of_groups = sorted({str(groups[row["prompt_id"]]) for row in rows})
     number = {name: index for index, name in enumerate(names_of_groups)}
     states = [state_of(row) for row in rows]
@@ -163,7 +184,37 @@ def curve_set(
         start={name: np.asarray([state.values[f"last_{name}"] for state in states]) for name in STARTS},
         features=prompt_features(states, [row["prompt_tokens"] for row in rows], chain),
         feature_names=feature_names(chain),
+        plan_loss=divergence * forwards[:, None],
+        plan_bits=bits_of(steps, chain, forwards),
     )
+
+
+def bits_of(steps: np.ndarray, chain: Sequence[int], forwards: np.ndarray) -> np.ndarray:
+    """Bits times forwards, float64 [N, P], of plans with these `switch_steps` int [N, P, J], along a chain of
+    so many `forwards` [N] each."""
+    most = forwards[:, None, None]
+    ends = [
+        np.zeros_like(steps[..., :1]),
+        np.minimum(steps, most),
+        np.broadcast_to(most, steps[..., :1].shape),
+    ]
+    return np.diff(np.concatenate(ends, axis=2), axis=2) @ np.asarray(chain, float)
+
+
+def plans_within(rows: Sequence[dict[str, Any]], chain: Sequence[int]) -> None:
+    """Leaves in these rows of LABELS what concerns some precisions of theirs alone, the highest among them:
+    their curves, and the plans that use no other."""
+    held = [curve["bits"] for curve in rows[0]["curves"]]
+    plans = sixths_plans(len(held) - 1)
+    edges = np.column_stack([np.zeros(len(plans), int), plans, np.full(len(plans), SIXTHS)])
+    unused = [place for place, bits in enumerate(held) if bits not in chain]
+    kept = np.flatnonzero((edges[:, unused] == edges[:, [place + 1 for place in unused]]).all(1)).tolist()
+    starts = [held.index(bits) - 1 for bits in chain[1:]]
+    for row in rows:
+        row["curves"] = [curve for curve in row["curves"] if curve["bits"] in chain]
+        row["plans"] = [
+            {**row["plans"][p], "steps": [row["plans"][p]["steps"][at] for at in starts]} for p in kept
+        ]
 
 
 def state_of(row: Mapping[str, Any]) -> PromptState:

@@ -10,7 +10,7 @@ from pmpd.errors import UserError
 from pmpd.labeling.rule import RULES, LabelRule
 from pmpd.schedulers.chain import check_chain
 
-FORCED_COLUMNS = ("prompt_state", "curves")
+FORCED_COLUMNS = ("prompt_state", "curves", "plans")
 """Columns that teacher-forced rules fill."""
 
 

@@ -1,11 +1,12 @@
 """Teacher-forced divergence: how far the model is from the unquantized one, forward by forward along the
 reference output, at every precision. One forward over the text per precision, no decoding.
 
-For each decode forward t of the reference's tokens and each precision b: the Kullback-Leibler divergence of
-the next token's distribution at b from the unquantized model's, in nats. The prompt is prefilled at the
-highest precision, as in decoding; forward t at b sees the forwards before it at b too. So a curve is exact
-for a decode that is at b throughout, and the loss of a plan is put together from curves (`plan_loss`); the
-exact divergence of a plan is one more forward (`exact_divergence`).
+For each decode forward t of the reference's tokens and each plan: the Kullback-Leibler divergence of the next
+token's distribution under the plan from the unquantized model's, in nats. The prompt is prefilled at the
+highest precision, as in decoding. All of it is exact: a forward reads what the forwards before it wrote at
+the precisions that the plan gave them. Since the tokens are given, a plan that has switched at s differs from
+its parent, which has not, in the forwards behind s alone: it costs a forward over these, against a cache
+whose first s tokens are the parent's (`plan_forwards`).
 
 Legend: B rows, m = n - 1 decode forwards of n reference tokens, P probe tokens, V vocabulary, D head dim.
 """
@@ -13,7 +14,7 @@ Legend: B rows, m = n - 1 decode forwards of n reference tokens, P probe tokens,
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -23,9 +24,17 @@ from torch import Tensor
 from pmpd.decode.engine import Engine
 from pmpd.decode.forced import GivenTokens, forward_given
 from pmpd.decode.precision import token_statistics
-from pmpd.decode.prompt_state import LOGIT_BYTES, PROBE_TOKENS, divergence, probe_offset, prompt_states
+from pmpd.decode.prompt_state import (
+    LOGIT_BYTES,
+    PROBE_TOKENS,
+    divergence,
+    divergence_from,
+    probe_offset,
+    prompt_states,
+)
 from pmpd.model import PMPDForCausalLM
 from pmpd.schedulers.base import STATISTICS
+from pmpd.schedulers.chain import SIXTHS, plan_points, sixths_plans
 
 BATCH_TOKENS = {"cpu": 4096, "cuda": 2**15}
 """Tokens of one forward, about, by device."""
@@ -48,20 +57,19 @@ class Curve:
 
 @dataclass(frozen=True)
 class ForcedRow:
-    """A prompt and its reference, seen at every precision."""
+    """A prompt and its reference, seen at every precision and under every plan."""
 
     key: str
     curves: tuple[Curve, ...]
+    """Of the plans of one precision throughout."""
+    plans: Mapping[tuple[int, ...], np.ndarray]
+    """Plan of `chain.sixths_plans` -> divergence float32 [m]."""
+    steps: Mapping[tuple[int, ...], tuple[int, ...]]
+    """Plan -> `switch_steps` [J]."""
     state: Mapping[str, float]
     """`PROMPT_VALUES` -> value."""
     features: tuple[np.ndarray, np.ndarray]
     """KV features after the prefill: keys and values float16 [T, D]."""
-
-
-def plan_loss(curves: Mapping[int, np.ndarray], bits: np.ndarray) -> float:
-    """Mean divergence of the decode forwards, nats, that a plan with these `bits` [m] has by the curves
-    (precision -> divergence [m])."""
-    return float(np.mean([curves[int(b)][t] for t, b in enumerate(bits)]))
 
 
 def batches(
@@ -94,9 +102,12 @@ def forced_rows(
     prompts: Mapping[str, Sequence[int]],
     references: Mapping[str, Sequence[int]],
     precisions: Sequence[int],
+    max_new_tokens: int,
 ) -> Iterator[ForcedRow]:
     """The rows of `prompts` (key -> tokens, one at least), whose references (key -> new tokens) have two
-    tokens at least. `precisions`: descending; the first is the prefill's."""
+    tokens at least. `precisions`: descending; the first is the prefill's. `max_new_tokens`: of the answers,
+    whose `plan_points` plans switch at."""
+    points = plan_points(max_new_tokens)
     longest = max((len(prompts[key]) + len(references[key]) for key in prompts), default=1)
     embedding: Any = unquantized.model.get_input_embeddings()
     vocabulary = int(embedding.weight.shape[0])
@@ -107,7 +118,7 @@ def forced_rows(
             for slot, key in enumerate(keys)
         ]
         targets = forward_given(target, whole, unquantized.precisions[0])
-        yield from _forced_batch(engine, keys, prompts, references, targets, precisions)
+        yield from _forced_batch(engine, keys, prompts, references, targets, precisions, points)
 
 
 def _engine(model: PMPDForCausalLM, slots: int, max_length: int) -> Engine:
@@ -123,6 +134,7 @@ def _forced_batch(
     references: Mapping[str, Sequence[int]],
     targets: Sequence[Tensor],
     precisions: Sequence[int],
+    points: Sequence[int],
 ) -> Iterator[ForcedRow]:
     before = [
         GivenTokens(slot, 0, list(prompts[key])[: probe_offset(len(prompts[key]))])
@@ -137,23 +149,71 @@ def _forced_batch(
         GivenTokens(slot, len(prompts[key]), references[key][:-1], len(references[key]) - 1)
         for slot, key in enumerate(keys)
     ]
+    wanted = [target.float().log_softmax(-1) for target in targets]
     curves: list[list[Curve]] = [[] for _ in keys]
-    for bits in precisions:
-        for row, logits in enumerate(forward_given(engine, given, bits)):
-            probe = states[row].probes.get(bits)
-            curves[row].append(_curve(bits, targets[row], logits, references[keys[row]][1:], probe))
+    plans: list[dict[tuple[int, ...], np.ndarray]] = [{} for _ in keys]
+    for plan, parent, start, logits in plan_forwards(engine, given, precisions, points):
+        level = sum(at < SIXTHS for at in plan)
+        uniform = not any(plan[:level])
+        for row, tail in enumerate(logits):
+            kept = plans[row][parent][:start] if start else np.zeros(0, np.float32)
+            found = np.concatenate([kept, divergence_from(wanted[row][start:], tail).cpu().numpy()])
+            plans[row][plan] = found
+            if uniform:
+                bits = precisions[level]
+                probe = states[row].probes.get(bits)
+                curves[row].append(_curve(bits, found, tail, references[keys[row]][1:], probe))
+    steps = {
+        tuple(plan): tuple(points[at] for at in plan) for plan in sixths_plans(len(precisions) - 1).tolist()
+    }
     for row, key in enumerate(keys):
         halves = tuple(part.half().cpu().numpy() for part in features[row])
-        yield ForcedRow(key, tuple(curves[row]), states[row].values, (halves[0], halves[1]))
+        yield ForcedRow(
+            key, tuple(curves[row]), plans[row], steps, states[row].values, (halves[0], halves[1])
+        )
+
+
+def plan_forwards(
+    engine: Engine,
+    given: Sequence[GivenTokens],
+    chain: Sequence[int],
+    points: Sequence[int],
+    plan: tuple[int, ...] = (),
+) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], int, list[Tensor]]]:
+    """Every plan of `chain.sixths_plans`, its parent (the plan without its last switch), the step `start` at
+    which they part, and of each row of `given` (its decode forwards) the logits of its forwards behind
+    `start`: [m - start, V], none of a shorter row. A plan comes after its parent.
+
+    In place: children switch late ones first, so that what a forward overwrites in the cache is behind all
+    that is read later.
+    """
+    never = (SIXTHS,) * (len(chain) - 1)
+    start = points[plan[-1]] if plan else 0
+    tails = [
+        replace(row, offset=row.offset + start, ids=row.ids[start:], keep=len(row.ids) - start)
+        for row in given
+        if len(row.ids) > start
+    ]
+    logits = iter(forward_given(engine, tails, chain[len(plan)]) if tails else ())
+    nothing = torch.zeros(0, engine.vocabulary, device=engine.device)
+    yield (
+        (*plan, *never[len(plan) :]),
+        (*plan[:-1], *never[max(0, len(plan) - 1) :]),
+        start,
+        [next(logits) if len(row.ids) > start else nothing for row in given],
+    )
+    if len(plan) < len(never):
+        for at in reversed(range(plan[-1] if plan else 0, SIXTHS)):
+            yield from plan_forwards(engine, given, chain, points, (*plan, at))
 
 
 def _curve(
-    bits: int, target: Tensor, logits: Tensor, next_tokens: Sequence[int], probe: float | None
+    bits: int, found: np.ndarray, logits: Tensor, next_tokens: Sequence[int], probe: float | None
 ) -> Curve:
     table = token_statistics(STATISTICS, logits).cpu().numpy()
     return Curve(
         bits,
-        divergence(target, logits).cpu().numpy(),
+        found,
         {name: table[:, column] for column, name in enumerate(STATISTICS)},
         logits.argmax(-1).cpu().numpy() == np.asarray(next_tokens),
         probe,
@@ -211,7 +271,7 @@ def plain_divergence(
 
 
 def curves_columns(row: ForcedRow) -> dict[str, Any]:
-    """The columns `prompt_state` and `curves` of LABELS."""
+    """The columns of LABELS that teacher-forced rules fill."""
     return {
         "prompt_state": dict(row.state),
         "curves": [
@@ -223,5 +283,8 @@ def curves_columns(row: ForcedRow) -> dict[str, Any]:
                 "probe_divergence": curve.probe_divergence,
             }
             for curve in row.curves
+        ],
+        "plans": [
+            {"steps": row.steps[plan], "divergence": float(row.plans[plan].mean())} for plan in row.steps
         ],
     }

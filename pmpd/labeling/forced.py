@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from pmpd.labeling.config import LabelConfig, error_row, row_head
-from pmpd.labeling.curves import Curve, ForcedRow, curves_columns, forced_rows
+from pmpd.labeling.curves import ForcedRow, curves_columns, forced_rows
 from pmpd.labeling.rule import NothingToScoreError
 from pmpd.model import PMPDForCausalLM
-from pmpd.schedulers.chain import NUM_CLASSES, class_steps
+from pmpd.schedulers.chain import NUM_CLASSES, place_of, sixths_plans
 
 
 def forced_labels(
@@ -36,7 +35,9 @@ def forced_labels(
         yield error_row(prompts[key], config, f"{NothingToScoreError.__name__}: {told}")
     rows = {key: row["input_ids"] for key, row in prompts.items() if key not in short}
     started = time.perf_counter()
-    for row in forced_rows(model, unquantized, rows, {key: texts[key] for key in rows}, config.precisions):
+    for row in forced_rows(
+        model, unquantized, rows, {key: texts[key] for key in rows}, config.precisions, config.max_new_tokens
+    ):
         label_row = _label_row(row, prompts[row.key], references[row.key], config)
         now = time.perf_counter()
         label_row["seconds"], started = now - started, now
@@ -46,11 +47,10 @@ def forced_labels(
 def _label_row(
     row: ForcedRow, prompt: Mapping[str, Any], reference: Mapping[str, Any], config: LabelConfig
 ) -> dict[str, Any]:
-    if not all(np.isfinite(curve.divergence).all() for curve in row.curves):
+    if not all(np.isfinite(losses).all() for losses in row.plans.values()):
         return error_row(prompt, config, "ValueError: the model's logits are not finite")
-    curves = {curve.bits: curve for curve in row.curves}
     try:
-        pairs = [_pair(curves, high, low, config) for high, low in pairwise(config.precisions)]
+        pairs = [_pair(row, place, config) for place in range(len(config.precisions) - 1)]
     except NothingToScoreError as error:
         return error_row(prompt, config, f"{type(error).__name__}: {error}")
     return {
@@ -66,13 +66,14 @@ def _label_row(
     }
 
 
-def _pair(curves: Mapping[int, Curve], high: int, low: int, config: LabelConfig) -> dict[str, Any]:
-    """A row's entry for one pair: the divergence of class k is the high curve's up to its steps, the low
-    one's after."""
-    above, below = curves[high].divergence, curves[low].divergence
-    forwards = np.arange(1, len(above) + 1)
-    steps = class_steps(config.max_new_tokens)
-    scores = [config.rule.score(np.where(forwards <= step, above, below)) for step in steps]
+def _pair(row: ForcedRow, place: int, config: LabelConfig) -> dict[str, Any]:
+    """A row's entry for the pair at this place: class k is the plan that is at the high precision up to the
+    class's steps, and at the low one after."""
+    high, low = config.precisions[place : place + 2]
+    never = len(config.precisions) - 2 - place
+    classes = np.asarray([[0] * place + [k] + [NUM_CLASSES - 1] * never for k in range(NUM_CLASSES)])
+    plans = sixths_plans(len(config.precisions) - 1)[place_of(classes)].tolist()
+    scores = [config.rule.score(row.plans[tuple(plan)]) for plan in plans]
     nothing = [None] * NUM_CLASSES
     return {
         "high": high,

@@ -51,7 +51,7 @@ class LabelRule:
 
     @property
     def identity(self) -> str:
-        """Name, digits that scores are rounded to or the tolerance, version: "rouge_l/3/v1", "kl/0.05/v1"."""
+        """Name, digits that scores are rounded to or the tolerance, version: "rouge_l/3/v1", "kl/0.05/v2"."""
         return f"{self.name}/{f'{self.tolerance:g}' if self.tolerance else DIGITS}/v{self.version}"
 
     def label(self, branch_scores: Sequence[float | None], high_score: float) -> int:
@@ -100,7 +100,7 @@ def closeness(divergence: np.ndarray) -> float:
 RULES: dict[str, LabelRule] = {
     "rouge_l": LabelRule("rouge_l", 1, text_agreement),
     "agreement": LabelRule("agreement", 1, token_agreement),
-    "kl": LabelRule("kl", 1, closeness, branches="teacher_forced", tolerance=0.05),
+    "kl": LabelRule("kl", 2, closeness, branches="teacher_forced", tolerance=0.05),
     "published": LabelRule("published", 1, text_agreement, branches="published"),
 }
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import itertools
 import operator
 from collections.abc import Sequence
+from functools import cache
 from itertools import pairwise
 
 import numpy as np
@@ -20,9 +21,6 @@ NUM_CLASSES = 4
 FRACTIONS = (0.0, 1 / 3, 2 / 3, 1.0)
 """Share of the decode forwards that run at the high precision, per class."""
 
-
-GRID = 12
-"""Steps that a plan's switch points are multiples of: a twelfth of the decode forwards."""
 
 NEVER = 2**30
 """A number of steps that no decode reaches."""
@@ -67,6 +65,31 @@ def class_steps(max_new_tokens: int) -> tuple[int, int, int, int]:
     return 0, m // 3, 2 * (m // 3), m
 
 
+SIXTHS = 6
+"""Parts of the decode at whose ends the plans of `sixths_plans` switch."""
+
+
+def plan_points(max_new_tokens: int) -> tuple[int, ...]:
+    """Where plans switch that are labelled exactly, as `high_bit_steps`: the steps of the switch classes and
+    those midway, 0 and all m = max_new_tokens - 1 decode forwards included: `SIXTHS` + 1 steps, rising."""
+    steps = class_steps(max_new_tokens)
+    return (*(at for low, high in pairwise(steps) for at in (low, (low + high) // 2)), steps[-1])
+
+
+@cache
+def sixths_plans(pairs: int) -> np.ndarray:
+    """All progressive plans whose pairs switch at `plan_points`: int [P, J], the point's place 0..`SIXTHS` of
+    each pair; `SIXTHS` is never. In rising order, the last one never switches."""
+    return np.asarray(list(itertools.combinations_with_replacement(range(SIXTHS + 1), pairs)))
+
+
+def place_of(classes: np.ndarray) -> np.ndarray:
+    """Place in `sixths_plans`, int [...], of the plans that switch classes int [..., J] stand for. A pair
+    never switches before the pair in front of it."""
+    switches = np.maximum.accumulate(classes * (SIXTHS // (NUM_CLASSES - 1)), axis=-1)
+    return (switches[..., None, :] == sixths_plans(classes.shape[-1])).all(-1).argmax(-1)
+
+
 def class_plans(pairs: int, max_new_tokens: int) -> list[tuple[int, ...]]:
     """All different fixed plans of the four switch classes, cheapest first, without never switching (that is
     the uniform run).
@@ -86,19 +109,3 @@ def chain_bits(chain: Sequence[int], switch_steps: np.ndarray, step: np.ndarray)
     """
     passed = np.logical_and.accumulate(switch_steps < step[:, None], axis=1)
     return np.asarray(chain)[passed.sum(axis=1)]
-
-
-def static_plans(chain: Sequence[int], forwards: int, grid: int = GRID) -> np.ndarray:
-    """All progressive plans whose pairs switch at multiples of M / grid: int [P, M], places in the chain,
-    without doubles; the first one never switches."""
-    points = np.unique(np.round(np.linspace(0, forwards, grid + 1)).astype(int))
-    steps = np.asarray(list(itertools.combinations_with_replacement(points, len(chain) - 1)))
-    forward = np.arange(1, forwards + 1)
-    bits = np.stack([chain_bits(chain, steps, np.full(len(steps), t)) for t in forward], axis=1)
-    place = {width: index for index, width in enumerate(chain)}
-    return np.unique(np.vectorize(place.__getitem__)(bits), axis=0)
-
-
-def plan_steps(plans: np.ndarray, pairs: int) -> np.ndarray:
-    """`switch_steps` int32 [P, J] of progressive plans int [P, M], places in the chain."""
-    return (plans[:, :, None] <= np.arange(pairs)).sum(1).astype(np.int32)

@@ -1,8 +1,9 @@
-"""The scheduler that knows what a prompt will lose: a regression on numbers of the prompt says how much each
-precision loses over the decode, and each row takes the progressive plan of least loss within a number of
-bits.
+"""The scheduler that knows what a prompt will lose: a regression on numbers of the prompt says how much it
+loses under each progressive plan, and each row takes the plan of least loss within a number of bits. One that
+watches decides at every sixth of the decode whether to switch now, from what the decode has shown
+(`schedulers.stop_model`).
 
-Legend: B rows, N prompts, J pairs of the chain, P plans, M decode forwards.
+Legend: B rows, N prompts, J pairs of the chain, P plans of `chain.sixths_plans`.
 
 A plan is chosen by predicted loss + multiplier x bits. One multiplier serves the whole workload, and is
 calibrated on the validation prompts of the training for a ladder of targets, so that one artefact serves any
@@ -12,11 +13,10 @@ neighbouring multipliers share the prompts, by a draw from their keys.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,21 +26,21 @@ from safetensors.numpy import load, save
 
 from pmpd.errors import UserError
 from pmpd.schedulers.artefact import check_fingerprint, locate, reader
-from pmpd.schedulers.base import Decision, PrefillState, Scheduler, SchedulerEntry
+from pmpd.schedulers.base import Decision, ObservedRows, PrefillState, Scheduler, SchedulerEntry
 from pmpd.schedulers.budget import TOLERANCE, bracket
-from pmpd.schedulers.chain import check_chain, plan_steps, static_plans
+from pmpd.schedulers.chain import check_chain, plan_points, sixths_plans
 from pmpd.schedulers.loss_model import (
     FEATURES,
     LossModel,
     cheapest,
     feature_names,
-    plan_losses,
     probed,
     prompt_features,
 )
+from pmpd.schedulers.stop_model import WATCHED, StopModel, pair_for, path, watched
 
 ARCHITECTURE = "regression"
-VERSION = 1
+VERSION = 2
 WEIGHTS = "regression.safetensors"
 
 DEMO_ARTEFACT = Path(__file__).parents[1] / "demo" / "regression"
@@ -75,34 +75,30 @@ def draw(key: str) -> float:
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
-def choose(losses: np.ndarray, bits: np.ndarray, keys: Sequence[str], calibration: Calibration) -> np.ndarray:
-    """The plan of each row: int [B]. `losses` [B, P]: predicted, and `bits` [P], both sums over a whole
-    decode."""
-    first = cheapest(losses, bits, calibration.multiplier)
+PlansAt = Callable[[float], np.ndarray]
+"""Multiplier -> the plan of each row, int [B]."""
+
+
+def choose(plans_at: PlansAt, keys: Sequence[str], calibration: Calibration) -> np.ndarray:
+    """The plan of each row: int [B]."""
+    first = plans_at(calibration.multiplier)
     if not calibration.share:
         return first
-    second = cheapest(losses, bits, calibration.second)
-    return np.where([draw(key) < calibration.share for key in keys], second, first)
+    return np.where([draw(key) < calibration.share for key in keys], plans_at(calibration.second), first)
 
 
 def calibrate(
-    losses: np.ndarray,
-    bits: np.ndarray,
-    taken: np.ndarray,
-    forwards: np.ndarray,
-    keys: Sequence[str],
-    target_bits: float,
+    plans_at: PlansAt, taken: np.ndarray, forwards: np.ndarray, keys: Sequence[str], target_bits: float
 ) -> Calibration:
     """The smallest multiplier under which these prompts take at most `target_bits` on average, or two.
-    `losses`, `bits`: as in `choose`; `taken` [N, P]: bits times forwards that each plan takes of the prompt's
-    reference, `forwards` [N]."""
-    rows = np.arange(len(losses))
+    `taken` [N, P]: bits times forwards that each plan takes of the prompt's reference, `forwards` [N]."""
+    rows = np.arange(len(taken))
 
     def mean(plans: np.ndarray) -> float:
         return float(taken[rows, plans].sum() / forwards.sum())
 
     def at(multiplier: float) -> float:
-        return mean(cheapest(losses, bits, multiplier))
+        return mean(plans_at(multiplier))
 
     low, high = bracket(at, target_bits)
     found = Calibration(target_bits, high, high, 0.0, at(high), False)
@@ -111,7 +107,7 @@ def calibrate(
         few, many = at(high), at(low)
         share = float(np.clip((target_bits - few) / max(many - few, 1e-9), 0, 1))
         found = Calibration(target_bits, high, low, share, few, False)
-        mixed = mean(choose(losses, bits, keys, found))
+        mixed = mean(choose(plans_at, keys, found))
         found = Calibration(target_bits, high, low, share, mixed, False)
     reached = abs(found.bits - target_bits) <= TOLERANCE
     return Calibration(**{**asdict(found), "reached": reached})
@@ -135,6 +131,8 @@ class RegressionConfig:
     model_fingerprint: str | None = None
     """Of the quantized model whose prompts were labelled."""
     labels_fingerprint: str | None = None
+    watches: bool = False
+    """Whether it decides at every sixth of the decode, rather than before it."""
     training: dict[str, Any] = field(default_factory=dict)
     """The split and its seed, for the record."""
     architecture: str = ARCHITECTURE
@@ -151,16 +149,16 @@ class RegressionConfig:
         )
 
 
-def artefact_files(config: RegressionConfig, model: LossModel) -> dict[str, bytes]:
+def artefact_files(config: RegressionConfig, model: LossModel | StopModel) -> dict[str, bytes]:
     """File name -> content of an artefact folder, `config.json` last: a folder without it is not finished."""
-    tensors = {part.name: np.ascontiguousarray(getattr(model, part.name)) for part in fields(model)}
+    tensors = {name: np.ascontiguousarray(part) for name, part in model.tensors()}
     return {WEIGHTS: save(tensors), "config.json": (json.dumps(asdict(config), indent=1) + "\n").encode()}
 
 
 @dataclass(frozen=True)
 class Artefact:
     config: RegressionConfig
-    model: LossModel
+    model: LossModel | StopModel
 
 
 def load_artefact(folder: str | Path, read: Callable[[str], bytes | None] | None = None) -> Artefact:
@@ -175,8 +173,15 @@ def load_artefact(folder: str | Path, read: Callable[[str], bytes | None] | None
     if weights is None:
         raise UserError(f"{folder}/{WEIGHTS}: missing; copy the whole folder, or train again")
     try:
-        model = LossModel(**{name: np.asarray(part, float) for name, part in load(weights).items()})
-        model.check(len(config.chain), len(feature_names(config.chain, config.features)))
+        tensors = {name: np.asarray(part, float) for name, part in load(weights).items()}
+        known, pairs = len(feature_names(config.chain, config.features)), len(config.chain) - 1
+        model: LossModel | StopModel
+        if config.watches:
+            model = StopModel.of(tensors, pairs)
+            model.check(known)
+        else:
+            model = LossModel(**tensors)
+            model.check(len(sixths_plans(pairs)), known)
     except (SafetensorError, TypeError, ValueError, KeyError) as error:
         raise UserError(
             f"{folder}/{WEIGHTS}: damaged ({error}); copy the folder again, or train again"
@@ -195,13 +200,16 @@ def _config(content: bytes, source: str) -> RegressionConfig:
             )
         if described != {"architecture": ARCHITECTURE, "version": VERSION}:
             raise UserError(
-                f"it describes {described}, this version reads {ARCHITECTURE!r} version {VERSION}"
+                f"it describes {described}, this version reads {ARCHITECTURE!r} version {VERSION}; label and "
+                f"train again"
             )
         raw["chain"] = check_chain(raw["chain"])
         raw["calibrations"] = tuple(Calibration(**each) for each in raw["calibrations"])
         for each in raw["calibrations"]:
             _check_numbers(asdict(each), "target_bits", "multiplier", "second", "share", "bits")
         _check_numbers(raw, "target_bits")
+        if not isinstance(raw["watches"], bool):
+            raise ValueError(f"watches {raw['watches']!r}: true or false")
         if raw["features"] not in FEATURES:
             raise UserError(f"features {raw['features']!r}: known are {', '.join(FEATURES)}")
         return RegressionConfig(**raw)
@@ -222,18 +230,27 @@ def _check_numbers(given: Mapping[str, Any], *names: str) -> None:
 # ---- Scheduler
 
 
-@functools.lru_cache(maxsize=256)
-def plans_of(chain: tuple[int, ...], forwards: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The progressive plans of so many decode forwards: int [P, M], their switch steps int32 [P, J], and
-    their bits, float64 [P] sums over the forwards. Plan 0 never switches."""
-    plans = static_plans(chain, max(1, forwards))
-    bits = np.asarray(chain, float)[plans].sum(1)
-    return plans, plan_steps(plans, len(chain) - 1), bits
+@dataclass(frozen=True)
+class _Watch:
+    """What is remembered of a row that may switch yet."""
+
+    known: np.ndarray
+    """[F], of its prompt."""
+    points: tuple[int, ...]
+    """Steps of its sixths."""
+    multiplier: float
+    whole: np.ndarray
+    """[W]: sums of `WATCHED` over its forwards."""
+    last: np.ndarray
+    """Over those since `since`, its last sixth."""
+    since: int = 0
 
 
 class RegressionScheduler(Scheduler):
     """Each row takes the progressive plan that a regression on numbers of its prompt predicts to lose least,
-    within a number of bits on average. One decision per row, before decode forward 1.
+    within a number of bits on average. One decision per row, before decode forward 1; an artefact that
+    watches begins at the precision above the target, and decides at every sixth of the decode whether to
+    switch to the one below for good, from the entropy and margin of the tokens so far.
 
     precisions: the chain, that of the artefact. save_dir: folder or URI of an artefact (`pmpd train` on
     labels by divergence); None = the one of the embedded demo model. target_bits: bits on average, one of
@@ -259,27 +276,79 @@ class RegressionScheduler(Scheduler):
             )
         wanted = config.target_bits if target_bits is None else float(target_bits)
         self.calibration = config.calibration(wanted, self.save_dir)
-        self.prompt_bits = (self.precisions[0], *probed(self.precisions, config.features))
+        if config.watches:
+            self.statistics = WATCHED
+        self.prompt_bits: tuple[int, ...] = ()
+        if config.features != "none":
+            self.prompt_bits = (self.precisions[0], *probed(self.precisions, config.features))
 
     def check_model(self, fingerprint: str | None, dim: int, num_heads: int) -> None:
         """ValueError, with the reason, where the artefact was made for another model."""
         check_fingerprint(self.artefact.config.model_fingerprint, self.save_dir, fingerprint)
 
     def begin(self, state: PrefillState) -> Decision:
-        config, model = self.artefact.config, self.artefact.model
-        prompts = state.prompts(self.prompt_bits)
+        config = self.artefact.config
+        prompts = state.prompts(self.prompt_bits) if self.prompt_bits else ()
         features = prompt_features(prompts, state.prompt_lengths, self.precisions, config.features)
         known = np.isfinite(features).all(1)  # a row without finite logits is the engine's to report
-        curves = model.predict(np.where(known[:, None], features, model.mean))
-        found = np.zeros((len(curves), len(self.pairs)), np.int32)
-        lengths = np.asarray(state.max_new_tokens) - 1
-        for forwards in np.unique(lengths).tolist():
-            rows = np.flatnonzero(lengths == forwards)
-            plans, steps, bits = plans_of(self.precisions, forwards)
-            keys = [state.keys[row] for row in rows.tolist()]
-            chosen = choose(plan_losses(curves[rows], plans), bits, keys, self.calibration)
-            found[rows] = steps[np.where(known[rows], chosen, 0)]
-        return Decision(found)
+        plans, states = self._plans(np.where(known[:, None], features, 0.0), state)
+        plans[~known] = -1  # never switches
+        points = np.asarray([plan_points(tokens) for tokens in state.max_new_tokens], np.int32)
+        steps = np.take_along_axis(points, sixths_plans(len(self.pairs))[plans], axis=1)
+        return Decision(steps, states=[each if ok else None for each, ok in zip(states, known, strict=True)])
+
+    def _plans(self, features: np.ndarray, state: PrefillState) -> tuple[np.ndarray, list[_Watch | None]]:
+        """The plan of each row, int [B], and what is remembered of those that may yet take another."""
+        model = self.artefact.model
+        if isinstance(model, LossModel):
+            losses = model.predict(features)
+            plans = choose(lambda each: cheapest(losses, model.bits, each), state.keys, self.calibration)
+            return plans, [None] * len(plans)
+        never, now = path(len(self.pairs), self.pair)[[-1, 0]]
+        multipliers = [self._multiplier(key) for key in state.keys]
+        lowers = multipliers >= model.thresholds(self.pair, 0, features)
+        nothing = np.zeros(len(WATCHED))
+        states = [
+            None if lower else _Watch(known, plan_points(tokens), multiplier, nothing, nothing)
+            for known, tokens, multiplier, lower in zip(
+                features, state.max_new_tokens, multipliers, lowers.tolist(), strict=True
+            )
+        ]
+        return np.where(lowers, now, never), states
+
+    def _multiplier(self, key: str) -> float:
+        found = self.calibration
+        return found.second if draw(key) < found.share else found.multiplier
+
+    @property
+    def pair(self) -> int:
+        """The pair that it switches in where it watches."""
+        return pair_for(self.precisions, self.calibration.target_bits)
+
+    @property
+    def observes(self) -> bool:
+        return self.artefact.config.watches
+
+    def observe(self, rows: ObservedRows) -> None:
+        for row, state in enumerate(rows.states):
+            if state is not None:
+                values = np.asarray([rows.statistics[name][row] for name in WATCHED], float)
+                rows.states[row] = self._seen(rows, row, state, values)
+
+    def _seen(self, rows: ObservedRows, row: int, state: _Watch, values: np.ndarray) -> _Watch | None:
+        """The row after another forward; it may switch here. None: there is nothing left to decide."""
+        step, model = int(rows.step[row]), self.artefact.model
+        assert isinstance(model, StopModel)
+        whole, last = state.whole + values, state.last + values
+        if step not in state.points[1:-1]:
+            return replace(state, whole=whole, last=last)
+        at = max(place for place, point in enumerate(state.points[:-1]) if point == step)
+        shown = watched(whole[None] / step, last[None] / (step - state.since))
+        seen = np.concatenate([state.known[None], shown], axis=1)
+        if state.multiplier >= model.thresholds(self.pair, at, seen)[0]:
+            rows.switch_steps[row, self.pair] = step
+            return None
+        return replace(state, whole=whole, last=np.zeros_like(last), since=step)
 
     def describe(self) -> dict[str, Any]:
         config = self.artefact.config
@@ -288,6 +357,7 @@ class RegressionScheduler(Scheduler):
             "target_bits": self.calibration.target_bits,
             "multiplier": self.calibration.multiplier,
             "features": config.features,
+            "watches": config.watches,
             "regression_fingerprint": self.artefact.model.fingerprint,
             "labels_fingerprint": config.labels_fingerprint,
             "model_fingerprint": config.model_fingerprint,

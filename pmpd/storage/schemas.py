@@ -110,6 +110,15 @@ CURVE = pa.struct(
 """Teacher forcing: one precision's way along the reference output (`pmpd.labeling.curves`)."""
 
 
+PLAN = pa.struct(
+    [
+        ("steps", pa.list_(pa.int32())),  # decode forwards before each pair's switch: `switch_steps`
+        ("divergence", pa.float32()),  # nats, mean over the decode forwards
+    ]
+)
+"""Teacher forcing: what a progressive plan loses, run as a decode would have it."""
+
+
 PROMPT_STATE = pa.struct(
     [
         ("loss", pa.float32()),  # nats, mean over the prompt's last tokens at the highest precision
@@ -144,8 +153,9 @@ def labels_schema(head_dim: int) -> pa.Schema:
             ("keys", features_type(head_dim)),
             ("values", features_type(head_dim)),
             ("feature_tokens", pa.int32()),  # T
-            ("prompt_state", PROMPT_STATE),  # these two by teacher-forced rules only
+            ("prompt_state", PROMPT_STATE),  # these three by teacher-forced rules only
             ("curves", pa.list_(CURVE)),  # one per precision, descending
+            ("plans", pa.list_(PLAN)),  # in the order of `chain.sixths_plans`
             ("seconds", pa.float32()),
             ("worker", pa.string()),
             ("error", pa.string()),

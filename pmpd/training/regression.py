@@ -2,7 +2,7 @@
 held-out prompts what it gains over static plans at equal bits. Linear algebra of milliseconds; no Ray, no
 model.
 
-Legend: N prompts, M decode forwards of the longest reference, P plans.
+Legend: N prompts, P plans.
 """
 
 from __future__ import annotations
@@ -16,12 +16,19 @@ import numpy as np
 import pyarrow as pa
 
 from pmpd.errors import UserError
-from pmpd.evaluation.curve_set import LABEL_COLUMNS, CurveSet, curve_set
+from pmpd.evaluation.curve_set import LABEL_COLUMNS, CurveSet, curve_set, plans_within
 from pmpd.evaluation.frontier import Resampling, StaticFrontier, gain_of, table
-from pmpd.evaluation.policies import features_of, static
-from pmpd.schedulers.chain import static_plans
-from pmpd.schedulers.loss_model import LossModel, plan_losses, segment_means
-from pmpd.schedulers.regression import Calibration, RegressionConfig, artefact_files, calibrate, choose
+from pmpd.evaluation.policies import features_of, fitted, fitted_stops, static, stops
+from pmpd.schedulers.loss_model import LossModel, cheapest
+from pmpd.schedulers.regression import (
+    Calibration,
+    PlansAt,
+    RegressionConfig,
+    artefact_files,
+    calibrate,
+    choose,
+)
+from pmpd.schedulers.stop_model import WATCHED, StopModel, pair_for
 from pmpd.training.config import SPLITS, TrainConfig
 from pmpd.training.data import splits_of, usable
 
@@ -41,15 +48,17 @@ FRONTIER_POINTS = 41
 def read_curves(labels: pa.Table, chain: Sequence[int] | None = None) -> CurveSet:
     """The labelled prompts, each a group of its own; `chain`: of these precisions only.
 
-    UserError where the labels hold no curves, or none of the chain; its highest precision must be theirs,
-    which the prompts were prefilled at.
+    UserError where the labels hold no curves and plans, or none of the chain; its highest precision must be
+    theirs, which the prompts were prefilled at.
     """
     found = usable(labels)
     if not len(found) or found["curves"].null_count:
         raise UserError(
             "these labels hold no curves; label with `pmpd label --rule kl`, or --scheduler kv_cache"
         )
-    rows = found.select([name for name in LABEL_COLUMNS if name != "curves"]).to_pylist()
+    rows = found.select(
+        [name for name in LABEL_COLUMNS if name != "curves" and name in found.column_names]
+    ).to_pylist()
     for row, curves in zip(rows, _divergences(found["curves"]), strict=True):
         row["curves"] = curves
     held = tuple(curve["bits"] for curve in rows[0]["curves"])
@@ -59,19 +68,18 @@ def read_curves(labels: pa.Table, chain: Sequence[int] | None = None) -> CurveSe
             f"--precisions {','.join(map(str, wanted))}: the labels are of {list(held)}; a regression takes "
             f"their highest precision and any of the others"
         )
-    for row in rows:
-        row["curves"] = [curve for curve in row["curves"] if curve["bits"] in wanted]
+    if wanted != held and rows[0].get("plans"):
+        plans_within(rows, wanted)
     ids = {row["prompt_id"]: row["prompt_id"] for row in rows}
     return curve_set(rows, ids, dict.fromkeys(ids, 0))
 
 
 def _divergences(curves: pa.ChunkedArray) -> list[list[dict[str, Any]]]:
-    """Of each row's curves the bits, the divergence and the probe: the statistics are most of the numbers,
-    and nobody needs them here."""
+    """Of each row's curves what is needed here, which is not all of their many numbers."""
     found = []
     for chunk in curves.chunks:
         struct = chunk.flatten()
-        names = ("bits", "divergence", "probe_divergence")
+        names = ("bits", "divergence", *WATCHED, "probe_divergence")
         slim = pa.StructArray.from_arrays([struct.field(name) for name in names], names)
         lengths = chunk.value_lengths().to_numpy(zero_copy_only=False)
         rows, at = slim.to_pylist(), 0
@@ -95,7 +103,7 @@ def default_target(chain: Sequence[int]) -> float:
 @dataclass(frozen=True)
 class Fitted:
     config: RegressionConfig
-    model: LossModel
+    model: LossModel | StopModel
     judged: list[dict[str, Any]]
     """Rows of `evaluation.frontier.table` on the test prompts; [] where there are too few."""
     counts: dict[str, int]
@@ -122,6 +130,7 @@ def fit_regression(
     config: TrainConfig,
     *,
     features: str = "no_probe",
+    watch: bool = True,
     target_bits: float | None = None,
     model_fingerprint: str | None = None,
     labels_fingerprint: str | None = None,
@@ -140,32 +149,42 @@ def fit_regression(
                 f"{len(curves)} labelled prompts leave the {name} split empty; label more prompts (some "
                 f"hundreds at least)"
             )
-    model = LossModel.fit(features_of(train, features), segment_means(train.loss, train.valid))
-    plans = static_plans(chain, curves.loss.shape[2])
-    bits = curves.widths[plans].sum(1)
+    model = fitted_stops(train, features) if watch else fitted(train, features)
 
-    def predicted(part: CurveSet) -> np.ndarray:
-        return plan_losses(model.predict(features_of(part, features)), plans)
+    def plans_at(part: CurveSet, target: float) -> PlansAt:
+        if isinstance(model, StopModel):
+            return stops(model, part, pair_for(chain, target), features)
+        losses, bits = model.predict(features_of(part, features)), model.bits
+        return lambda multiplier: cheapest(losses, bits, multiplier)
 
-    losses, (_, taken) = predicted(validation), validation.plan_tables(plans)
     calibrations = tuple(
-        calibrate(losses, bits, taken, validation.forwards, validation.keys, each)
+        calibrate(
+            plans_at(validation, each), validation.plan_bits, validation.forwards, validation.keys, each
+        )
         for each in ladder(chain, target)
     )
     split = {"seed": config.seed, "split_shares": config.split_shares}
     about = RegressionConfig(
-        chain, features, target, calibrations, len(validation), model_fingerprint, labels_fingerprint, split
+        chain,
+        features,
+        target,
+        calibrations,
+        len(validation),
+        model_fingerprint,
+        labels_fingerprint,
+        watch,
+        split,
     )
     judged = []
     if len(test) > 1:
         resampling = Resampling.of(test.groups, RESAMPLES, config.seed)
         budgets = np.linspace(chain[-1], chain[0], FRONTIER_POINTS).tolist()
         frontier = StaticFrontier(static(train, test, budgets, config.seed), resampling)
-        costs, gains = predicted(test), []
+        gains = []
         for each in calibrations:
             if each.target_bits == target or (each.target_bits - chain[-1]) % SHOWN == 0:
-                chosen = choose(costs, bits, test.keys, each)
-                gains.append(gain_of("regression", test.outcome(plans[chosen]), frontier, each.target_bits))
+                chosen = choose(plans_at(test, each.target_bits), test.keys, each)
+                gains.append(gain_of("regression", test.under(chosen), frontier, each.target_bits))
         judged = table(gains, [gain.p for gain in gains], {})
     counts = dict(zip(SPLITS, (len(train), len(validation), len(test)), strict=True))
     return Fitted(about, model, judged, counts)

@@ -24,10 +24,13 @@ class TrainJob:
     scheduler: Literal["auto", "regression", "kv_cache"] = "auto"
     """What is trained. auto: the regression where the labels are by divergence (pmpd label --rule kl), unless
     --objective loss, --tune or --again-path ask for classifiers; else the classifiers."""
-    features: Literal["no_probe", "one_probe", "probes"] = "no_probe"
+    features: Literal["none", "no_probe", "one_probe", "probes"] = "no_probe"
     """regression: what it knows of a prompt beside its length and the loss, entropy and margin of its last 32
     tokens, which the prefill tells: nothing, how far the lowest precision is from the highest on these
     tokens, or how far every lower one is. Each costs one forward over them per prompt."""
+    watch: bool = True
+    """regression: decide at every sixth of the answer whether to switch now, from the entropy and margin
+    of the tokens so far too; with --no-watch once, before the first token."""
     precisions: str | None = None
     """Precision chain, e.g. 4,3,2; default: every pair in the labels."""
     num_workers: int = 1
