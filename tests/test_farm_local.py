@@ -271,6 +271,15 @@ def test_a_unit_under_way_counts_by_its_forwards():
     assert "<" not in progress.line()
 
 
+def test_one_long_piece_of_work_says_what_it_is_at():
+    progress = Progress("quantized", total=1, done=0, errors=0, stream=io.StringIO())
+    progress.up = progress.wanted = 1
+    progress.beats["w"] = Beat("u", rows=0, forwards=7, longest_seconds=0.1, doing="layers quantized 5/30")
+    assert progress.line() == "layers quantized 5/30  workers 1/1  errors 0"
+    progress.beats.clear()
+    assert "0/1 rows" in progress.line()
+
+
 def test_progress_moves_within_a_unit(work):
     _, _, printed = work(FakeTask(seconds=0.05), unit_rows=60, progress_seconds=0.5)
     lines = [line for line in printed.splitlines() if "/60 rows" in line]

@@ -16,13 +16,6 @@ if TYPE_CHECKING:
 from pmpd import demo
 from pmpd.cli.flags.quantize import QuantizeJob
 
-_STAGES = {
-    "inputs": "inputs of the layers on calibration texts",
-    "layers": "layers quantized",
-    "tuning": "tuning steps",
-    "validation": "precisions validated",
-}
-
 
 def main(config: QuantizeJob, console: Console | None = None) -> Summary:
     """Quantizes and prints what was written. UserError: see `quantize_checkpoint`."""
@@ -30,7 +23,7 @@ def main(config: QuantizeJob, console: Console | None = None) -> Summary:
 
     from pmpd import farm, plugins, storage
     from pmpd.cli.steps import Steps
-    from pmpd.farm.quantize_task import STALL_SECONDS, QuantizeTask, quantize_on_farm
+    from pmpd.farm.quantize_task import STAGES, STALL_SECONDS, QuantizeTask, quantize_on_farm
     from pmpd.labeling.prompts import PromptConfig
 
     console = console or Console()
@@ -67,7 +60,7 @@ def main(config: QuantizeJob, console: Console | None = None) -> Summary:
         summary = quantize_on_farm(task, options)
     else:
         with Steps(console) as steps:
-            summary = task.quantize(None, lambda stage, done, total: steps(_STAGES[stage], done, total))
+            summary = task.quantize(None, lambda stage, done, total: steps(STAGES[stage], done, total))
     report(summary, path, task.output, console)
     return summary
 

@@ -16,6 +16,8 @@ class Pulse:
         self._by_bits = np.zeros(33, np.int64)
         self._last: float | None = None
         self.longest_seconds = 0.0
+        self.doing = ""
+        """What it is at, for people to read, where rows and forwards say little."""
 
     def step(self, bits: Iterable[int]) -> None:
         """One forward of the model; `bits`: the precision of each of its rows."""

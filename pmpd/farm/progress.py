@@ -126,6 +126,9 @@ class Progress:
             if eta < 3600
             else f"{eta / 3600:.1f} h"
         )
+        doing = next((beat.doing for beat in self.beats.values() if beat.doing), "")
+        if doing and self.total == 1:  # rows and tokens say nothing of a long piece of work
+            return f"{doing}  workers {self.up}/{self.wanted}  errors {self.errors}"
         bound = "<" * (not self.new and eta == eta)  # an item's most forwards are all that is known of it yet
         share = (self.done + n["rows_under_way"]) / max(self.total, 1)
         text = (

@@ -36,6 +36,14 @@ QUANTIZED = storage.table_schema(
 STALL_SECONDS = 3600.0
 """One layer of a large model may take minutes; on a CPU, many."""
 
+STAGES = {
+    "inputs": "inputs of the layers on calibration texts",
+    "layers": "layers quantized",
+    "tuning": "tuning steps",
+    "validation": "precisions validated",
+}
+"""What is counted in each stage, for people to read."""
+
 Told = Callable[[str, int, int], None]
 """Called with (stage, done, total) after every step."""
 
@@ -97,11 +105,13 @@ class QuantizeTask(FarmTask):
         pulse = Pulse()
         on_gpu = place.device == "cuda" and torch.cuda.is_available()
 
+        def told(stage: str, done: int, total: int) -> None:
+            pulse.step([16])
+            pulse.doing = f"{STAGES[stage]} {done}/{total}"
+
         def quantize(items: list[Item]) -> Iterable[dict[str, Any]]:
             for item in items:
-                summary = self.quantize(
-                    "cuda" if on_gpu else "cpu", lambda stage, done, total: pulse.step([16])
-                )
+                summary = self.quantize("cuda" if on_gpu else "cpu", told)
                 yield {"model_id": item["models"]["model_id"], "summary": json.dumps(asdict(summary))}
 
         device = torch.cuda.get_device_name() if on_gpu else cpu_name()

@@ -148,6 +148,8 @@ class Beat:
     forwards: int
     longest_seconds: float
     """The longest step so far, of all units."""
+    doing: str = ""
+    """`Pulse.doing`."""
 
 
 def shard_path(dataset: str, unit: Unit) -> str:

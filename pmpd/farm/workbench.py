@@ -159,7 +159,8 @@ class Workbench:
         if unit is None:
             return None
         pulse = self.built.pulse
-        return Beat(unit.name, len(self._rows), pulse.forwards - self._forwards_before, pulse.longest_seconds)
+        forwards = pulse.forwards - self._forwards_before
+        return Beat(unit.name, len(self._rows), forwards, pulse.longest_seconds, pulse.doing)
 
     def _check_publication(self) -> None:
         check_publication(self.lease_path, self.lease_token, self.worker_id)
