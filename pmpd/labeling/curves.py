@@ -117,8 +117,11 @@ def forced_rows(
             GivenTokens(slot, 0, [*prompts[key], *references[key][:-1]], len(references[key]) - 1)
             for slot, key in enumerate(keys)
         ]
-        targets = forward_given(target, whole, unquantized.precisions[0])
-        yield from _forced_batch(engine, keys, prompts, references, targets, precisions, points)
+        wanted = [
+            logits.float().log_softmax(-1)
+            for logits in forward_given(target, whole, unquantized.precisions[0])
+        ]
+        yield from _forced_batch(engine, keys, prompts, references, wanted, precisions, points)
 
 
 def _engine(model: PMPDForCausalLM, slots: int, max_length: int) -> Engine:
@@ -132,7 +135,7 @@ def _forced_batch(
     keys: Sequence[str],
     prompts: Mapping[str, Sequence[int]],
     references: Mapping[str, Sequence[int]],
-    targets: Sequence[Tensor],
+    wanted: Sequence[Tensor],
     precisions: Sequence[int],
     points: Sequence[int],
 ) -> Iterator[ForcedRow]:
@@ -149,15 +152,18 @@ def _forced_batch(
         GivenTokens(slot, len(prompts[key]), references[key][:-1], len(references[key]) - 1)
         for slot, key in enumerate(keys)
     ]
-    wanted = [target.float().log_softmax(-1) for target in targets]
     curves: list[list[Curve]] = [[] for _ in keys]
     plans: list[dict[tuple[int, ...], np.ndarray]] = [{} for _ in keys]
     for plan, parent, start, logits in plan_forwards(engine, given, precisions, points):
         level = sum(at < SIXTHS for at in plan)
         uniform = not any(plan[:level])
-        for row, tail in enumerate(logits):
+        lost = torch.cat(
+            [divergence_from(row[start:], tail) for row, tail in zip(wanted, logits, strict=True)]
+        )
+        ends = np.cumsum([len(tail) for tail in logits])[:-1]
+        for row, (tail, behind) in enumerate(zip(logits, np.split(lost.cpu().numpy(), ends), strict=True)):
             kept = plans[row][parent][:start] if start else np.zeros(0, np.float32)
-            found = np.concatenate([kept, divergence_from(wanted[row][start:], tail).cpu().numpy()])
+            found = np.concatenate([kept, behind])
             plans[row][plan] = found
             if uniform:
                 bits = precisions[level]
