@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
+import torch
 import tyro
 from safetensors.torch import save_file
 
@@ -34,8 +35,17 @@ from bench import (
 from bench._frontier_kv import KvFits, fit_folds, kv_features, kv_policy
 from bench._frontier_model import OnlineExact, Steps, given_tokens
 from bench.frontier_labels import main_folders
-from pmpd import storage
-from pmpd.evaluation.curve_set import LABEL_COLUMNS, CurveSet, Outcome, cross_fitted, curve_set, folds
+from pmpd import PMPDForCausalLM, storage
+from pmpd.decode.requests import Request
+from pmpd.evaluation.curve_set import (
+    LABEL_COLUMNS,
+    CurveSet,
+    Outcome,
+    bits_of,
+    cross_fitted,
+    curve_set,
+    folds,
+)
 from pmpd.evaluation.frontier import (
     Gain,
     Resampling,
@@ -48,9 +58,11 @@ from pmpd.evaluation.frontier import (
 )
 from pmpd.evaluation.policies import ORACLE, POLICIES, Policy, oracle_plan, static
 from pmpd.schedulers.chain import SIXTHS, plan_points, sixths_plans
+from pmpd.schedulers.regression import RegressionScheduler
 from pmpd.training.config import TrainConfig
 from pmpd.training.data import labels_from_table
 from pmpd.weights.gguf import GGUFCheckpoint
+from pmpd.weights.model_spec import ModelSpec
 
 FRONTIER_POINTS = 41
 
@@ -434,6 +446,65 @@ class Confirm:
 
 
 @dataclass(frozen=True)
+class Decoded:
+    """Decode prompts freely under a regression that `pmpd train` made, and judge the plans that it chose by
+    what they lose along the reference."""
+
+    save_dir: str
+    """The artefact."""
+    model_path: str
+    fit_labels: tuple[str, ...]
+    """Output folders of pmpd label --rule kl: the static frontier is chosen on these."""
+    labels: tuple[str, ...]
+    """Likewise; their prompts are decoded."""
+    targets: tuple[float, ...] = (2.5, 2.75)
+    slots: int = 16
+    resamples: int = 10000
+    seed: int = 0
+    device: str = "cpu"
+    kernel: str | None = None
+    name: str = "frontier_decoded"
+    """Write bench/results/NAME.json."""
+
+    def run(self) -> None:
+        (train, _), (test, about) = load(self.fit_labels), load(self.labels)
+        given, tokens = given_tokens(self.labels), tokens_of(about)
+        spec = ModelSpec(self.model_path, kernel=self.kernel)
+        model = PMPDForCausalLM.from_spec(spec, torch.device(self.device)).eval()
+        budgets = np.linspace(train.chain[-1], train.chain[0], FRONTIER_POINTS).tolist()
+        resampling = Resampling.of(test.groups, self.resamples, self.seed)
+        frontier = StaticFrontier(static(train, test, budgets, self.seed), resampling)
+        steps = np.asarray(plan_points(tokens))[sixths_plans(len(test.chain) - 1)].tolist()
+        gains, decoded = [], []
+        for target in self.targets:
+            scheduler = RegressionScheduler(test.chain, self.save_dir, target)
+            requests = [Request(key, given[key][0], tokens) for key in test.keys]
+            model.decide(scheduler, test.chain[0])
+            done = {each.key: each for each in model.complete(requests, scheduler, test.chain[0], self.slots)}
+            plans = [steps.index(list(done[key].switch_steps)) for key in test.keys]
+            gains.append(gain_of("regression", test.under(np.asarray(plans)), frontier, target))
+            took = np.asarray([max(len(done[key].tokens) - 1, 1) for key in test.keys])
+            switch = np.asarray([[done[key].switch_steps] for key in test.keys])
+            seconds = [sum(getattr(each, f"{part}_seconds") for each in done.values())
+                       for part in ("decision", "decode")]  # fmt: skip
+            decoded.append(
+                {
+                    "decoded_bits": float(bits_of(switch, test.chain, took).sum() / took.sum()),
+                    "decision_share": seconds[0] / seconds[1],
+                }
+            )
+        rows = table(gains, holm([gain.p for gain in gains]), {})
+        results = {
+            "settings": told(self),
+            "prompts": len(test),
+            "groups": len(np.unique(test.groups)),
+            "policies": [{**row, **more} for row, more in zip(rows, decoded, strict=True)],
+        }
+        _record.write(self.name, results, self.device)
+        print(json.dumps(results))
+
+
+@dataclass(frozen=True)
 class Study:
     """Every policy against the static frontier, on prompts that it was not fitted to."""
 
@@ -637,6 +708,7 @@ if __name__ == "__main__":
         | Annotated[Study, tyro.conf.subcommand("study")]
         | Annotated[AnswersStudy, tyro.conf.subcommand("answers")]
         | Annotated[Confirm, tyro.conf.subcommand("confirm")]
+        | Annotated[Decoded, tyro.conf.subcommand("decoded")]
         | Annotated[OnlineExact, tyro.conf.subcommand("online")]
         | Annotated[Steps, tyro.conf.subcommand("steps")],  # type: ignore[arg-type]
         description=__doc__,

@@ -8,12 +8,15 @@ import pytest
 from rich.console import Console
 
 from bench import _frontier_prompts, _record, label_noise
-from bench.frontier import Confirm, Steps, Study, load
+from bench.frontier import Confirm, Decoded, Steps, Study, load
 from pmpd import storage
 from pmpd.cli.flags.label import LabelJob
+from pmpd.cli.flags.train import TrainJob
 from pmpd.cli.label import main
 from pmpd.cli.train import ceiling_line
+from pmpd.cli.train import main as train
 from pmpd.labeling.noise import agreement, ceilings, label_sets
+from pmpd.training.config import TrainConfig
 
 CHAIN = (4, 3, 2)
 
@@ -80,6 +83,23 @@ def test_policies_are_judged_on_label_sets_that_they_were_not_fitted_to(labelled
     assert {"regression, no probe", "static per kind", "KV classifier, kl", "KV classifier, loss"} <= policies
     with pytest.raises(AssertionError, match="a prompt is in both sets"):
         Confirm(folders, folders[1:], name="it").run()
+
+
+def test_what_a_free_decode_chooses_is_judged_by_the_labels(labelled, tmp_path, monkeypatch):
+    folders, models = labelled
+    monkeypatch.setattr(_record.write, "__defaults__", ("cpu", tmp_path))
+    config = TrainConfig(split_shares=(0.6, 0.2, 0.2))
+    train(TrainJob(",".join(folders), str(tmp_path / "train"), target_bits=2.5, training=config))
+    artefact = str(tmp_path / "train" / "scheduler")
+    Decoded(
+        artefact, models[0], folders[:1], folders[1:], (2.5, 4.0), 4, 50, kernel="reference", name="it"
+    ).run()
+    results = json.loads((tmp_path / "it.json").read_text())["results"]
+    assert results["prompts"] == len(load(folders[1:])[0])
+    half, high = results["policies"]
+    assert 2 <= half["decoded_bits"] <= 3, "it switches from 3 to 2 bits alone"
+    assert half["decision_share"] > 0
+    assert (high["bits"], high["decoded_bits"]) == (4, 4)
 
 
 def test_agreement_of_labels_made_twice_bounds_a_classifier():
