@@ -12,7 +12,7 @@ from pmpd.training.config import TrainConfig
 
 @dataclass(frozen=True)
 class TrainJob:
-    """Fit a learned scheduler to a labels dataset: a regression of what each precision loses, or a classifier
+    """Fit a learned scheduler to a labels dataset: a regression of what each plan loses, or a classifier
     of the KV cache for each pair of the precision chain."""
 
     data_path: str = "results/label"
@@ -25,9 +25,9 @@ class TrainJob:
     """What is trained. auto: the regression where the labels are by divergence (pmpd label --rule kl), unless
     --objective loss, --tune or --again-path ask for classifiers; else the classifiers."""
     features: Literal["none", "no_probe", "one_probe", "probes"] = "no_probe"
-    """regression: what it knows of a prompt beside its length and the loss, entropy and margin of its last 32
-    tokens, which the prefill tells: nothing, how far the lowest precision is from the highest on these
-    tokens, or how far every lower one is. Each costs one forward over them per prompt."""
+    """regression: what it knows of a prompt. none: nothing; no_probe: its length and the loss, entropy and
+    margin of its last 32 tokens, which the prefill tells; one_probe, probes: also how far the lowest
+    precision, or every lower one, is from the highest on these tokens, one forward over them each."""
     watch: bool = True
     """regression: decide at every sixth of the answer whether to switch now, from the entropy and margin
     of the tokens so far too; with --no-watch once, before the first token."""
