@@ -15,7 +15,7 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -179,49 +179,70 @@ class Clock:
         return arrived
 
 
-def labeled(
-    completions: Iterable[Completion], plan: LabelPlan, scoring: str, tokens_of: Any
-) -> Iterator[dict[str, Any]]:
-    """Rows of prompts whose trajectories are real text, scored as labeling scores them."""
-    tokenizer = AutoTokenizer.from_pretrained(demo.DENSE)
-    scorer = RowScorer(tokenizer, frozenset({END}), plan.config)
-    score: Score = ScoringProcess(scorer) if scoring == "process" else scorer
+@dataclass
+class Texts:
+    """Real text in place of what the stand-in decodes, scored as labeling scores it."""
 
-    def calls() -> Iterator[Any]:
-        open_rows: dict[str, dict[str, Completion]] = {}
-        for completion in completions:
-            key, _, name = completion.key.partition("/")
-            trajectories = open_rows.setdefault(key, {})
-            trajectories[name] = replace(completion, tokens=tokens_of(len(completion.tokens)), features=None)
-            if len(trajectories) < plan.trajectories:
-                continue
-            row = {"prompt_id": key, "input_ids": [WORD], "prompt_text": "x"}
-            ids = tokens_of(plan.config.max_new_tokens)
-            reference = {"reference_ids": ids, "reference_text": decode_text(tokenizer, ids)}
-            decoded = plan.pairs_of(open_rows.pop(key))
-            yield dict if scoring == "none" else partial(score, row, reference, decoded)
+    plan: LabelPlan
+    scoring: str
 
-    return beside(calls())
+    def __post_init__(self) -> None:
+        self.tokenizer = AutoTokenizer.from_pretrained(demo.DENSE)
+        texts = Path(__file__).parents[1].glob("docs/**/*.md")
+        self.tokens = self.tokenizer("".join(path.read_text() for path in texts))["input_ids"]
+        self.draw = np.random.default_rng(0)
+        scorer = RowScorer(self.tokenizer, frozenset({END}), self.plan.config)
+        self.score: Score = ScoringProcess(scorer) if self.scoring == "process" else scorer
+        nothing = Completion("", [WORD], [], (), "length")
+        self.call("", {name: nothing for name in self.names()})()  # the process has started by now
+
+    def names(self) -> list[str]:
+        """Of a prompt's trajectories."""
+        forks = list(self.plan.request("", [WORD]).forks)
+        for fork in forks:
+            forks += fork.forks
+        return ["high0", *(fork.key.partition("/")[2] for fork in forks)]
+
+    def some(self, count: int) -> list[int]:
+        begin = int(self.draw.integers(0, len(self.tokens) - count))
+        return self.tokens[begin : begin + count]
+
+    def call(self, key: str, trajectories: dict[str, Completion]) -> Callable[[], dict[str, Any]]:
+        if self.scoring == "none":
+            return dict
+        row = {"prompt_id": key, "input_ids": [WORD], "prompt_text": "x"}
+        ids = self.some(self.plan.config.max_new_tokens)
+        reference = {"reference_ids": ids, "reference_text": decode_text(self.tokenizer, ids)}
+        return partial(self.score, row, reference, self.plan.pairs_of(trajectories))
+
+    def rows(self, completions: Iterable[Completion]) -> Iterator[dict[str, Any]]:
+        """One a prompt, made beside the decoding."""
+
+        def calls() -> Iterator[Callable[[], dict[str, Any]]]:
+            open_rows: dict[str, dict[str, Completion]] = {}
+            for completion in completions:
+                key, _, name = completion.key.partition("/")
+                trajectories = open_rows.setdefault(key, {})
+                trajectories[name] = replace(
+                    completion, tokens=self.some(len(completion.tokens)), features=None
+                )
+                if len(trajectories) == self.plan.trajectories:
+                    yield self.call(key, open_rows.pop(key))
+
+        return beside(calls())
 
 
 def measure_clock(config: Config, slots: int) -> dict[str, Any]:
     """As `measure`, by the clock of a device."""
     assert config.gpu_ms is not None
     clock = Clock(config.gpu_ms / 1e3, config.launch_ms / 1e3)
-    texts = Path(__file__).parents[1].glob("docs/**/*.md")
-    text = AutoTokenizer.from_pretrained(demo.DENSE)("".join(path.read_text() for path in texts))["input_ids"]
-    draw = np.random.default_rng(0)
-
-    def tokens_of(count: int) -> list[int]:
-        begin = int(draw.integers(0, len(text) - count))
-        return text[begin : begin + count]
-
     loop, plan, device = prepare(config, slots)
+    texts = Texts(plan, config.scoring)
     gpu.capture = clock.capture(device.steps.capture)
     gpu.to_host = clock.to_host
     completions = (event for event in loop.events() if isinstance(event, Completion))
     begin = time.perf_counter()
-    done = sum(1 for _ in labeled(completions, plan, config.scoring, tokens_of))
+    done = sum(1 for _ in texts.rows(completions))
     seconds = time.perf_counter() - begin
     assert done == config.prompts
     count = len(device.steps.rows)
