@@ -23,7 +23,7 @@ from pmpd.cli.flags.train import TrainJob
 from pmpd.cli.generate import main as generate
 from pmpd.cli.generate import scheduler_names
 from pmpd.cli.label import main as label
-from pmpd.cli.train import gain_line, generate_command, wants_regression
+from pmpd.cli.train import gain_line, generate_command, reached_line, wants_regression
 from pmpd.cli.train import main as train
 from pmpd.decode import oracle
 from pmpd.decode.engine import Engine
@@ -415,6 +415,13 @@ def test_the_target_is_reached_on_the_validation_prompts():
         fit_regression(curves, TrainConfig(), target_bits=4.5)
     with pytest.raises(ValueError, match="split empty"):
         fit_regression(curves.take(np.arange(1)), TrainConfig())
+
+
+def test_what_comes_next_is_a_target_near_the_one_asked_for():
+    fitted = fit_regression(known_prompts(200), TrainConfig(), watch=False, target_bits=2.75)
+    line = reached_line(fitted)
+    assert line.startswith("2.75 bits on average: ")
+    assert '\'{"regression": {"target_bits": 2.625}}\' takes another of its 17 targets' in line
 
 
 def test_prompts_that_are_all_alike_share_two_plans_by_their_keys():

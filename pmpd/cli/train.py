@@ -101,8 +101,9 @@ def reached_line(fitted: Fitted) -> str:
     found, config = fitted.calibration, fitted.config
     grade = "reached" if found.reached else "not reached"
     targets = [each.target_bits for each in config.calibrations]
-    between = next((t for t in reversed(targets[1:-1]) if t != found.target_bits), targets[0])
-    other = f'{{"regression": {{"target_bits": {between:g}}}}}'
+    others = [target for target in targets if target != found.target_bits] or targets
+    near = min(others, key=lambda target: (abs(target - found.target_bits), target))
+    other = f'{{"regression": {{"target_bits": {near:g}}}}}'
     return (
         f"{found.target_bits:g} bits on average: {grade}, {found.bits:.2f} on {config.prompts} validation "
         f"prompts; --scheduler-options '{other}' takes another of its {len(targets)} targets"
