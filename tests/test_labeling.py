@@ -7,6 +7,7 @@ import itertools
 import os
 import sys
 import threading
+import types
 from collections import Counter
 from collections.abc import Callable
 
@@ -15,11 +16,13 @@ import pytest
 import torch
 from rouge_score.rouge_scorer import RougeScorer
 
+import pmpd
 from pmpd import PMPDForCausalLM, Scheduler
 from pmpd.cli import generate, label
 from pmpd.decode import oracle
 from pmpd.decode.pulse import Pulse
 from pmpd.decode.requests import Completion, Request
+from pmpd.errors import UserError
 from pmpd.labeling.config import LabelConfig
 from pmpd.labeling.label import Labeler, beside, label_prompts, reference_prompts
 from pmpd.labeling.rule import LabelRule, Trajectory, label_of
@@ -276,15 +279,32 @@ def a_rule_that_kills(trajectory: Trajectory, reference: Trajectory) -> float:
     os._exit(3)
 
 
+class ServiceError(Exception):
+    """Can be pickled, not unpickled."""
+
+    def __init__(self, code: int, text: str) -> None:
+        super().__init__(f"{code} {text}")
+
+
+def a_rule_that_fails_once(trajectory: Trajectory, reference: Trajectory) -> float:
+    if reference.tokens[0] == 9:
+        raise ServiceError(429, "slow down")
+    return 0.5
+
+
+def a_rule_that_exits(trajectory: Trajectory, reference: Trajectory) -> float:
+    sys.exit(2)
+
+
 def scoring_process(score: Callable[..., float]) -> ScoringProcess:
     rule = LabelRule("odd", 1, score)
     return ScoringProcess(RowScorer(Words(), frozenset({0}), LabelConfig((4, 3), 8, 4, rule)))
 
 
-def scored_row(score: ScoringProcess) -> dict:
+def scored_row(score: ScoringProcess, first: int = 5) -> dict:
     branch = Completion("a", [5, 6, 7], [(4, 3)], (7,), "length")
     row = {"prompt_id": "a", "input_ids": [5, 6], "prompt_text": "x"}
-    reference = {"reference_ids": [5, 6, 8], "reference_text": "a word"}
+    reference = {"reference_ids": [first, 6, 8], "reference_text": "a word"}
     return score(row, reference, [PairBranches(branch, (branch,) * 3)])
 
 
@@ -305,6 +325,25 @@ def test_what_a_rule_raises_elsewhere_is_raised_here():
     score = scoring_process(a_rule_that_fails)
     with pytest.raises(ZeroDivisionError, match="of this rule"):
         scored_row(score)
+    score = scoring_process(a_rule_that_fails_once)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="ServiceError: 429 slow down"):
+            scored_row(score, 9)
+        assert scored_row(score)["error"] is None, "the next row is scored again"
+    with pytest.raises(RuntimeError, match="SystemExit: 2"):
+        scored_row(scoring_process(a_rule_that_exits))
+    with pytest.raises(UserError, match="make its score a function of a module"):
+        scoring_process(lambda trajectory, reference: 0.5)
+    elsewhere = types.FunctionType(a_rule_that_prints.__code__, {}, "unknown")
+    elsewhere.__module__, elsewhere.__qualname__ = "pmpd", "unknown_rule"
+    pmpd.unknown_rule = elsewhere  # here, and not where it is asked for
+    try:
+        score = scoring_process(elsewhere)
+    finally:
+        del pmpd.unknown_rule
+    for _ in range(2):
+        with pytest.raises(AttributeError, match="unknown_rule"):
+            scored_row(score)
     score = scoring_process(a_rule_that_kills)
     with pytest.raises(RuntimeError, match="ended 2 times over one row"):
         scored_row(score)

@@ -16,6 +16,7 @@ import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pmpd.errors import UserError
 from pmpd.labeling.scoring import PairBranches, RowScorer
 
 TRIES = 2
@@ -26,17 +27,25 @@ class ScoringProcess:
     """A `Score` that runs `scorer` in a process of its own. One call at a time."""
 
     def __init__(self, scorer: RowScorer) -> None:
-        self._scorer = pickle.dumps(scorer)
+        """UserError: another process can't have the rule's function."""
+        try:
+            self._scorer = pickle.dumps(pickle.dumps(scorer))  # bytes can always be read
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise UserError(
+                f"--rule {scorer.config.rule.name}: on a GPU rows are scored in a process of their own, "
+                f"which can't be given this rule ({error}); make its score a function of a module"
+            ) from error
         self._process = self._started()
 
     def __call__(
         self, row: Mapping[str, Any], reference: Mapping[str, Any], decoded: Sequence[PairBranches]
     ) -> dict[str, Any]:
-        """RuntimeError: the process ended twice over this row. What the scorer raises is raised here."""
+        """RuntimeError: the process ended twice over this row. What the scorer raises is raised here; as a
+        RuntimeError where it can't be brought here."""
         question = pickle.dumps((row, reference, decoded))
         for _ in range(TRIES):
             with contextlib.suppress(EOFError, BrokenPipeError, pickle.UnpicklingError):
-                answer = self._ask(question)
+                answer = pickle.loads(self._ask(question))
                 break
             self.close()
             self._process = self._started()
@@ -65,7 +74,7 @@ class ScoringProcess:
             process.stdin.flush()
         return process
 
-    def _ask(self, question: bytes) -> Any:
+    def _ask(self, question: bytes) -> bytes:
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None
         assert stdout is not None
@@ -86,18 +95,36 @@ def main() -> None:
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever prints must not be taken for an answer
     questions = sys.stdin.buffer
-    scorer: RowScorer = pickle.load(questions)
+    scorer: RowScorer | None = None
+    try:
+        scorer = pickle.loads(pickle.load(questions))
+    except Exception as error:  # of a rule that this process can't import; told with the first row
+        problem = error
     while True:
         try:
             row, reference, decoded = pickle.load(questions)
         except EOFError:
             return
         try:
-            answer: Any = scorer(row, reference, decoded)
-        except Exception as error:
+            answer: Any = problem if scorer is None else scorer(row, reference, decoded)
+        except BaseException as error:  # SystemExit too
             answer = error
-        pickle.dump(answer, answers)
+        pickle.dump(_sendable(answer), answers)  # as bytes, so that the next answer begins behind it
         answers.flush()
+
+
+def _sendable(answer: Any) -> bytes:
+    """`answer` pickled; where it, or an exception, could not be read again, what there is to say of that."""
+    try:
+        content = pickle.dumps(answer)
+        if isinstance(answer, BaseException):
+            pickle.loads(content)
+    except Exception as error:
+        of = answer if isinstance(answer, BaseException) else error
+        return pickle.dumps(RuntimeError(f"{type(of).__name__}: {of}"))
+    if isinstance(answer, BaseException) and not isinstance(answer, Exception):
+        return pickle.dumps(RuntimeError(f"{type(answer).__name__}: {answer}"))
+    return content
 
 
 if __name__ == "__main__":
