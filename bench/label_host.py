@@ -33,7 +33,7 @@ from pmpd.decode.graph_steps import GraphSteps
 from pmpd.decode.loop import DecodeLoop
 from pmpd.decode.pulse import Pulse
 from pmpd.decode.requests import Completion
-from pmpd.decode.slots import SlotCache
+from pmpd.decode.slots import NEVER, SlotCache
 from pmpd.labeling.config import LabelConfig
 from pmpd.labeling.label import LabelPlan, beside
 from pmpd.labeling.scoring import RowScorer, Score, decode_text
@@ -73,6 +73,9 @@ class NoCache(SlotCache):
     def copy_slots(self, sources: Any, targets: Any, lengths: Any) -> None:
         self.copies += 1
 
+    def clear_slot(self, slot: int, start: int = 0) -> None:
+        pass
+
     def mean_features(self, slot: int, length: int) -> tuple[Tensor, Tensor]:
         return torch.zeros(length, 4), torch.zeros(length, 4)
 
@@ -108,7 +111,7 @@ class FreeDevice:
     def __post_init__(self) -> None:
         self.state, self.pulse, self.cache = PrecisionState(), Pulse(), NoCache(self.slots)
         self.tokens = torch.zeros(self.slots + 1, self.max_length + 1, dtype=torch.int64)
-        self.bad = torch.zeros(self.slots + 1, dtype=torch.bool)
+        self.bad = torch.full((self.slots + 1,), NEVER)
         self.steps = CountedSteps(Nothing(self.mean_tokens, self.tiles))  # type: ignore[arg-type]
 
     def forward(self, input_ids: Tensor, places: Any, keep: Tensor | None) -> Tensor:

@@ -188,6 +188,38 @@ def test_forks_equal_the_trajectories_decoded_alone(anyprec_model, slots, sync_e
             assert expanded(completion) == truth.bits
 
 
+@pytest.mark.parametrize("own_rule", [False, True])
+def test_what_is_not_finite_behind_a_rows_end_is_not_its_own(anyprec_folder, own_rule):
+    """A row runs on behind its end until the host looks: here into an end token whose embedding is no
+    number."""
+    model = PMPDForCausalLM(anyprec_folder("llama"), kernel="reference").eval()
+    scheduler = Scheduler.get_scheduler("static", precisions=[4, 3, 2], high_bit_steps=[30, 30])
+    prompts = random_prompts(4, 12, seed=3)
+
+    def found(sync_every: int, eos: int | None) -> dict[str, tuple]:
+        ends = {} if eos is None or own_rule else {eos}
+        stop = (lambda tokens: tokens[-1] == eos) if own_rule and eos is not None else None
+        requests = [
+            Request(f"{i}", p, 20, switch_steps=(30, 30), stop=stop,
+                    forks=(Fork(f"{i}/f", 2, (2, 30)), Fork(f"{i}/g", 1, (1, 1))))
+            for i, p in enumerate(prompts)
+        ]  # fmt: skip
+        engine = Engine(model.model, 3, 80, sync_every)
+        return {c.key: (c.tokens, c.finish_reason, c.error) for c in engine.run(requests, scheduler, 4, ends)}
+
+    tokens = found(1, None)["0"][0]
+    eos = next(token for place, token in enumerate(tokens) if place >= 4 and token not in tokens[:place])
+    embedding = model.model.get_input_embeddings()
+    head = model.model.get_output_embeddings()
+    head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+    embedding.weight.data[eos] = float("nan")
+    truth = found(1, eos)
+    assert truth["0"][1] in ("eos", "stop")
+    assert all(error is None for _, _, error in truth.values())
+    for sync_every in (3, 8):
+        assert found(sync_every, eos) == truth
+
+
 def test_an_out_of_memory_halves_the_slots_and_loses_nothing(anyprec_folder, monkeypatch, caplog):
     """The memory holds 3 rows; some rows have ended, and forks have started, when a fourth and fifth want
     in."""

@@ -14,7 +14,7 @@ from pmpd.decode.llama_cpu import recognise
 from pmpd.decode.loop import DecodeLoop
 from pmpd.decode.pulse import Pulse
 from pmpd.decode.requests import Completion, Request, TokenEvent
-from pmpd.decode.slots import SlotCache, TokenPlaces, slot_attention
+from pmpd.decode.slots import NEVER, SlotCache, TokenPlaces, slot_attention
 from pmpd.errors import UserError
 from pmpd.schedulers.base import Scheduler
 from pmpd.weights.base import cache_argument, shared_state
@@ -54,7 +54,7 @@ class Engine:
         layers = getattr(model.config, "num_hidden_layers", 1)
         self.cache = SlotCache(slots + spare, max_length, layers)
         self.tokens = torch.zeros(slots + spare, max_length + 1, dtype=torch.int64, device=self.device)
-        self.bad = torch.zeros(slots + spare, dtype=torch.bool, device=self.device)
+        self.bad = torch.full((slots + spare,), NEVER, device=self.device)
         self.pulse = Pulse()
 
     def run(

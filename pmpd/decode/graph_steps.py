@@ -21,7 +21,7 @@ from pmpd import gpu
 from pmpd.decode.graphs import BUCKETS, Buffers, StepGraphs
 from pmpd.decode.precision import token_statistics
 from pmpd.decode.sampling import highest
-from pmpd.decode.slots import SlotCache
+from pmpd.decode.slots import NEVER, SlotCache
 from pmpd.schedulers.base import STATISTICS
 from pmpd.weights.base import PrecisionState, Segment
 
@@ -49,7 +49,7 @@ class Rows(Protocol):
     state: PrecisionState
     cache: SlotCache
     tokens: Tensor  # int64 [slots + 1, columns]
-    bad: Tensor  # bool [slots + 1]
+    bad: Tensor  # int64 [slots + 1]: the first new token whose logits were not finite, or NEVER
 
 
 def padded(segments: Sequence[Segment], rows: int) -> tuple[np.ndarray, tuple[Segment, ...]]:
@@ -199,7 +199,8 @@ class GraphSteps:
         logits = self.forward(tokens, slots, positions, segments, cache.keys, cache.values, longest, which)
         top, tokens = highest(logits)
         engine.tokens[slots, columns + 1] = tokens
-        engine.bad[slots] |= ~torch.isfinite(top)
+        first = torch.where(torch.isfinite(top), NEVER, columns + 1)
+        engine.bad[slots] = torch.minimum(engine.bad[slots], first)
         if statistics:
             buffers["statistics"][:, : len(statistics)] = token_statistics(statistics, logits)
         if sampled:

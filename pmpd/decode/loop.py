@@ -33,7 +33,7 @@ from pmpd.decode.precision import RowDecision, RowPrecisions, token_statistics
 from pmpd.decode.prompt_state import look_back, most_logits, probe_offset
 from pmpd.decode.requests import Completion, Fork, Prefix, Request, TokenEvent
 from pmpd.decode.sampling import RowSampling, highest
-from pmpd.decode.slots import Stretch, TokenPlaces
+from pmpd.decode.slots import NEVER, Stretch, TokenPlaces
 from pmpd.schedulers.base import PrefillState, PromptState, Scheduler
 
 PREFILL_TOKENS = 4096
@@ -74,7 +74,7 @@ class _NewTokens(NamedTuple):
     tokens: np.ndarray
     """int [n, most of `counts`], each row filled up with its last one."""
     bad: np.ndarray
-    """bool [n]: logits were not finite."""
+    """int [n]: each row's first new token whose logits were not finite, or `NEVER`."""
 
 
 @dataclass(frozen=True)
@@ -355,9 +355,10 @@ class DecodeLoop:
         top, tokens = highest(logits)
         if self.sampling.is_needed(at):
             tokens = self.sampling.choose(at, self.produced[at], logits)
-        slots = self._tensor(at)
-        self.tokens[slots, self._tensor(self.produced[at])] = tokens
-        self.bad[slots] = self.bad[slots] * self._tensor(self.produced[at] > 0) | ~torch.isfinite(top)
+        slots, new = self._tensor(at), self._tensor(self.produced[at])
+        self.tokens[slots, new] = tokens
+        before = torch.where(new > 0, self.bad[slots], NEVER)
+        self.bad[slots] = torch.minimum(before, torch.where(torch.isfinite(top), NEVER, new))
         self.produced[at] += 1
         return token_statistics(self.precision.wanted, logits) if self.precision.wanted else None
 
@@ -374,7 +375,7 @@ class DecodeLoop:
         # a GPU has run the forwards by now, but not when they were given to it
         self.decode_seconds[coming.at] += (time.perf_counter() - started) / len(coming.at)
         self.known[coming.at[:, None], coming.columns] = tokens[:, :-1]
-        self._end_rows(_NewTokens(coming.at, coming.counts, tokens[:, :-1], tokens[:, -1] != 0))
+        self._end_rows(_NewTokens(coming.at, coming.counts, tokens[:, :-1], tokens[:, -1]))
 
     def _fetch(self) -> _ComingTokens | None:
         """Sends for what the host has not seen yet, in one transfer."""
@@ -395,7 +396,7 @@ class DecodeLoop:
         seen = self.seen[new.at]
         count = seen + np.where(ended, is_end.argmax(axis=1) + 1, new.counts)
         self.seen[new.at] = seen + new.counts
-        due = ended | new.bad | self.stops[new.at] | (count >= self.limit[new.at]) | self.stream
+        due = ended | (new.bad < count) | self.stops[new.at] | (count >= self.limit[new.at]) | self.stream
         for index in np.flatnonzero(due).tolist():
             slot, tokens = int(new.at[index]), new.tokens[index, : new.counts[index]]
             end, reason = int(count[index]), "eos" if ended[index] else None
@@ -405,7 +406,7 @@ class DecodeLoop:
                 self.produced[slot] = end
             if self.stream:
                 self._stream_tokens(slot, int(seen[index]), tokens[: end - seen[index]])
-            if new.bad[index]:
+            if new.bad[index] < end:  # what a row runs on to behind its end is not its own
                 self._finish(slot, "error", f"FloatingPointError: {not_finite(self.engine.dtype)}")
             elif reason is not None:
                 self._finish(slot, reason)
@@ -437,6 +438,8 @@ class DecodeLoop:
             self._release(slot)
             return
         count = int(self.produced[slot])
+        if self.sync_every > 1:  # it ran on behind its end: what is not finite there would reach the next row
+            self.cache.clear_slot(slot, int(self.prompt_length[slot]) + count - 1)
         decision = self.precision.decision(slot, count)
         self.done.append(self._completion(row, row.key, decision, count, reason))
         # a fork behind the end of its parent never leaves it: the same tokens under the fork's name
@@ -506,7 +509,7 @@ class DecodeLoop:
         sources, targets, lengths = np.asarray(copies).T
         self.cache.copy_slots(self._tensor(sources), self._tensor(targets), int(lengths.max()))
         self.tokens[self._tensor(targets)] = self.tokens[self._tensor(sources)]
-        self.bad[self._tensor(targets)] = False
+        self.bad[self._tensor(targets)] = NEVER
 
     def _become_fork(self, source: int, target: int, fork: Fork, inherited: list[Fork]) -> None:
         """Makes `target`, which holds or will hold the shared part of `source`'s cache, the live row of
@@ -518,6 +521,8 @@ class DecodeLoop:
             sorted([*fork.forks, *inherited], key=lambda other: other.step),
         )
         self.rows[target] = row
+        if source == target:
+            self.bad[target] = NEVER  # of what the parent ran on to behind its end
         for array in (self.prompt_length, self.limit, self.stops):
             array[target] = array[source]
         self.produced[target] = self.seen[target] = fork.step + 1

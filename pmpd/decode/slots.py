@@ -26,6 +26,9 @@ from transformers.cache_utils import Cache
 from pmpd.errors import UserError
 from pmpd.kernels import dispatch
 
+NEVER = 1 << 40
+"""In place of a row's first new token whose logits were not finite."""
+
 IMPLEMENTATION = "pmpd_slots"
 """The name under which transformers finds `attend`."""
 
@@ -175,11 +178,12 @@ class SlotCache(Cache):
                 tensor[:, targets, :, :length] = tensor[:, sources, :, :length]
 
     @torch.inference_mode()
-    def clear_slot(self, slot: int) -> None:
-        """Zeros everywhere: what is not finite would reach the slot's next row through the mask (NaN plus
-        -inf is NaN)."""
-        for tensor in (*self.keys, *self.values):
-            tensor[slot] = 0
+    def clear_slot(self, slot: int, start: int = 0) -> None:
+        """Zeros from token `start` on: what is not finite would reach the slot's next row through the mask
+        (NaN plus -inf is NaN)."""
+        for block in self._blocks:
+            for tensor in block:
+                tensor[:, slot, :, start:] = 0
 
     def read_slot(self, slot: int, length: int) -> list[tuple[Tensor, Tensor]]:
         """A copy of the first `length` tokens, per layer keys and values [H, length, D]."""
