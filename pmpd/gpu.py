@@ -49,12 +49,20 @@ def synchronize() -> None:
 
 
 def to_device(values: np.ndarray, device: torch.device) -> torch.Tensor:
-    """A copy of `values` there, on a GPU without waiting for what it has still to do: from pinned memory,
-    which PyTorch gives to nobody else before it is read."""
-    source = torch.from_numpy(np.ascontiguousarray(values))
-    if device.type != "cuda":
-        return source.clone()
-    return source.pin_memory().to(device, non_blocking=True)
+    """A copy of `values` there, on a GPU without waiting for what it has still to do."""
+    buffer = torch.empty(values.shape, dtype=torch.from_numpy(values).dtype, device=device)
+    copy_in(buffer, values)
+    return buffer
+
+
+def copy_in(buffer: torch.Tensor, values: np.ndarray) -> None:
+    """`values` into `buffer`, on a GPU without waiting for what it has still to do: from pinned memory, which
+    PyTorch gives to nobody else before it is read."""
+    source = torch.from_numpy(values)
+    if buffer.device.type == "cuda":
+        buffer.copy_(source.pin_memory(), non_blocking=True)
+    else:
+        buffer.copy_(source)
 
 
 def to_host(values: torch.Tensor) -> Callable[[], np.ndarray]:

@@ -95,16 +95,6 @@ def tiles_of(
     return places, which, size
 
 
-def copy_in(buffer: Tensor, values: np.ndarray) -> None:
-    """`values` into `buffer`, on a GPU without waiting for what it has still to do: from pinned memory, which
-    PyTorch gives to nobody else before it is read."""
-    source = torch.from_numpy(values)
-    if buffer.device.type == "cuda":
-        buffer.copy_(source.pin_memory(), non_blocking=True)
-    else:
-        buffer.copy_(source)
-
-
 class GraphSteps:
     """Decode steps of one model. `GraphSteps.of` gives None for a model that has no capturable forward."""
 
@@ -161,11 +151,11 @@ class GraphSteps:
         graphs = self._graphs if self._uses[use] > before else self._eager
         buffers = graphs.buffers(n)
         if len(which):
-            copy_in(buffers["which"][: len(which)], which)
+            gpu.copy_in(buffers["which"][: len(which)], which)
         where = np.zeros((3, graphs.bucket(n)), dtype=np.int64)
         where[0] = engine.slots  # unused rows work in the spare slot
         where[:, places] = at, step - 1, position
-        copy_in(buffers["where"], where)
+        gpu.copy_in(buffers["where"], where)
         if sampled and "logits" not in buffers:
             weights = self.forward.weights
             buffers["logits"] = weights.embedding.new_zeros(graphs.bucket(n), weights.head.shape[0])

@@ -47,17 +47,13 @@ class ScoringProcess:
             with contextlib.suppress(EOFError, BrokenPipeError, pickle.UnpicklingError):
                 answer = pickle.loads(self._ask(question))
                 break
-            self.close()
+            self._end()
             self._process = self._started()
         else:
             raise RuntimeError(f"the process that scores rows ended {TRIES} times over one row")
         if isinstance(answer, BaseException):
             raise answer
         return answer
-
-    def close(self) -> None:
-        """Ends the process."""
-        self._end()
 
     def _started(self) -> subprocess.Popen[bytes]:
         path = os.pathsep.join(entry or os.getcwd() for entry in sys.path)
