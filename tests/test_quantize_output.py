@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from pmpd import gpu
 from pmpd.quantize import feedback
 from pmpd.quantize.feedback import (
     RowMetric,
@@ -52,6 +54,66 @@ def test_feedback_beats_rounding_at_every_precision(parent: int, most: float) ->
     after = output_errors(weight, hessian, QuantizedRows(codes, rows.tables)).sum(1)
     assert (after < before).all(), (before, after)
     assert (after / before).log().mean().exp() < most, "the more precisions share a code, the less for each"
+
+
+def plain_codes(
+    weight: torch.Tensor, factor: tuple[torch.Tensor, torch.Tensor], tables: dict[int, torch.Tensor]
+) -> torch.Tensor:
+    """Each column's error passed on to all later columns at once: no blocks, no buffers."""
+    order, upper = factor
+    left = weight[:, order].repeat(len(tables), 1, 1)
+    choice, codes = feedback._Choice(tables, left[0]), torch.empty(weight.shape, dtype=torch.uint8)
+    for column in range(weight.shape[1]):
+        code, chosen = choice.best(left[:, :, column])
+        codes[:, order[column]] = code[:, 0].to(torch.uint8)
+        error = (left[:, :, column] - chosen) / upper[column, column]
+        left[:, :, column + 1 :] -= upper[column, column + 1 :] * error.unsqueeze(2)
+    return codes
+
+
+@pytest.mark.parametrize("parent", [2, 4, 6])
+def test_blocks_of_columns_choose_what_plain_feedback_chooses(
+    parent: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight, hessian = example(96, 300)
+    rows, factor = seeds(weight, hessian, parent), error_factor(hessian)
+    plain = plain_codes(weight, factor, rows.tables)
+    monkeypatch.setattr(feedback, "_BLOCK", 300)
+    assert torch.equal(choose_codes(weight, factor, rows.tables), plain), "one block: the same sums"
+    monkeypatch.setattr(feedback, "_BLOCK", 64)  # the last one is shorter
+    blocks = choose_codes(weight, factor, rows.tables)
+    # sums of another order tip a code here and there, and with it what comes after in its row
+    assert (blocks == plain).float().mean() > 0.95
+    errors = [
+        output_errors(weight, hessian, QuantizedRows(codes, rows.tables)).sum(1) for codes in (blocks, plain)
+    ]
+    torch.testing.assert_close(*errors, rtol=0.01, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("parent", [2, 3, 4, 6])
+def test_captured_blocks_choose_the_same_codes(parent: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, hessian = example(96, 300)
+    rows = seeds(weight.cuda(), hessian.cuda(), parent)
+    factor = error_factor(hessian.cuda())
+    replays = 0
+
+    def counted(step: Callable[[], None], prepare: Callable[[], None]) -> Callable[[], None]:
+        replay = capture(step, prepare)
+
+        def again() -> None:
+            nonlocal replays
+            replays += 1
+            replay()
+
+        return again
+
+    capture = gpu.capture
+    monkeypatch.setattr(gpu, "capture", counted)
+    captured = choose_codes(weight.cuda(), factor, rows.tables)
+    assert replays == 5, "a capture failed"
+    monkeypatch.setattr(gpu, "capture", lambda step, prepare: step)
+    assert torch.equal(captured, choose_codes(weight.cuda(), factor, rows.tables))
 
 
 def test_without_correlation_feedback_rounds_to_the_nearest_value() -> None:

@@ -1,4 +1,5 @@
-"""CUDA graphs of a decode step: one for each (layout, batch bucket), replayed over static buffers.
+"""CUDA graphs of a step of many small operations, decoding above all: one for each (layout, batch bucket),
+replayed over static buffers.
 
 A layout is whatever a captured step bakes in (the precision segments, the bound of the attention's length);
 anything else must be read from the buffers on the device. A step runs a few times before it is recorded, each
@@ -90,7 +91,7 @@ class StepGraphs:
                 raise
             self.why_eager = f"{type(error).__name__}: {error}".splitlines()[0]
             _log.warning(
-                "decode steps run without CUDA graphs (slower), since capturing one failed: %s",
+                "steps run without CUDA graphs (slower), since capturing one failed: %s",
                 self.why_eager,
             )
             return

@@ -22,6 +22,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pmpd import gpu
+from pmpd.decode.graphs import Buffers, StepGraphs
 from pmpd.quantize.kmeans import GPU_CHUNK, QuantizedRows, quantize_rows
 
 DAMPING = 0.01
@@ -94,25 +96,50 @@ def choose_codes(weight: Tensor, factor: tuple[Tensor, Tensor], tables: dict[int
     n, k = weight.shape
     left_BNK = weight.float()[:, order].expand(len(tables), n, k).clone()
     choice = _Choice(tables, left_BNK[0])
+    graphs = StepGraphs(
+        lambda buffers, _: _choose_block(choice, buffers),
+        lambda rows: _block_buffers(rows, len(tables), weight.device),
+        (n,),
+        gpu.capture if weight.device.type == "cuda" else None,
+    )
+    block = graphs.buffers(n)
     codes = torch.empty(n, k, dtype=torch.uint8, device=weight.device)
     for start in range(0, k, _BLOCK):
         stop = min(start + _BLOCK, k)
-        block = left_BNK[:, :, start:stop].permute(2, 0, 1).contiguous()  # [column, B, N]
-        errors = torch.empty_like(block)
-        for column in range(stop - start):
-            code, chosen_BN = choice.best(block[column])
-            codes[:, start + column] = code[:, 0].to(torch.uint8)
-            row = upper[start + column]
-            error = (block[column] - chosen_BN) / row[start + column]
-            errors[column] = error
-            if start + column + 1 < stop:
-                block[column + 1 :] -= row[start + column + 1 : stop].view(-1, 1, 1) * error
+        size = stop - start  # columns behind it keep what they had: no earlier one depends on them
+        block["weights"][:size] = left_BNK[:, :, start:stop].permute(2, 0, 1)
+        block["factor"][:size, :size] = upper[start:stop, start:stop]
+        graphs.run(n, None)
+        codes[:, start:stop] = block["codes"][:size].T
         if stop < k:
-            flat = errors.permute(1, 2, 0).reshape(-1, stop - start)
+            flat = block["errors"].permute(1, 2, 0).reshape(-1, size)
             left_BNK[:, :, stop:] -= (flat @ upper[start:stop, stop:]).view(len(tables), n, -1)
     result = torch.empty_like(codes)
     result[:, order] = codes
     return result
+
+
+def _block_buffers(rows: int, precisions: int, device: torch.device) -> dict[str, Tensor]:
+    """What `_choose_block` reads and writes, for `_BLOCK` columns of a matrix."""
+    weights = torch.zeros(_BLOCK, precisions, rows, device=device)
+    return {
+        "weights": weights,  # [column, B, N]; columns take up the errors of earlier ones
+        "factor": torch.eye(_BLOCK, device=device),  # of these rows and columns of U
+        "codes": torch.zeros(_BLOCK, rows, dtype=torch.uint8, device=device),
+        "errors": torch.zeros_like(weights),  # to be passed on to the columns behind the block
+    }
+
+
+def _choose_block(choice: _Choice, buffers: Buffers) -> None:
+    """The codes of a block's columns, one after the other. A dozen small operations a column: on a GPU they
+    are one CUDA graph, since launching them takes far longer than doing them."""
+    weights, factor, codes, errors = (buffers[name] for name in ("weights", "factor", "codes", "errors"))
+    for column, row in enumerate(factor):
+        code, chosen_BN = choice.best(weights[column])
+        codes[column] = code[:, 0]
+        error = torch.sub(weights[column], chosen_BN, out=errors[column])
+        error /= row[column]
+        weights[column + 1 :].addcmul_(row[column + 1 :].view(-1, 1, 1), error, value=-1)
 
 
 class _Choice:
