@@ -341,7 +341,8 @@ class Farm:
         ended(job)
         self.quantized = str(output)
         summary = json.loads((output / "manifest.json").read_text())
-        told = {name: summary.get(name) for name in ("perplexity", "peak_bytes", "model_bytes")}
+        names = ("perplexity", "peak_bytes", "model_bytes", "stage_seconds")
+        told = {name: summary.get(name) for name in names}
         return {"seconds": round(job.seconds, 1), "output": str(output), **told}
 
     def train(self) -> dict[str, Any]:

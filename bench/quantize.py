@@ -81,6 +81,7 @@ def main(config: Config) -> dict:
         "settings": made["settings"],
         "seconds": made["seconds"],
         "processor_seconds": made["processor_seconds"],
+        "stage_seconds": made.get("stage_seconds"),
         "peak_bytes": made["peak_bytes"],
         "model_bytes": {"unquantized": made["source_bytes"], "quantized": made["model_bytes"]},
         "relative_error": made["relative_error"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import os
 import shutil
 import signal
@@ -11,6 +12,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -153,10 +155,10 @@ def test_layers_in_groups_give_the_same_result(half_folder: Path, quantized: Pat
 def test_a_run_killed_between_layers_goes_on(half_folder: Path, quantized: Path, tmp_path: Path) -> None:
     program = (
         "import os, signal, sys\n"
-        "from pmpd.quantize import stages\n"
+        "from pmpd.quantize import work\n"
         "from pmpd.quantize.convert import quantize_checkpoint\n"
         "from tests.test_quantize import SMALL, TEXTS\n"
-        "stages._SECONDS_PER_SAVE = 0\n"  # reading the texts takes no time here
+        "work.SECONDS_PER_SAVE, work.SAVE_SHARE = 0, float('inf')\n"  # reading the texts takes no time here
         "def die(stage, done, total):\n"
         "    if (stage, done) == ('layers', 2): os.kill(os.getpid(), signal.SIGKILL)\n"
         "quantize_checkpoint(sys.argv[1], sys.argv[2], SMALL, TEXTS, on_progress=die)\n"
@@ -177,7 +179,7 @@ def test_a_run_killed_between_layers_goes_on(half_folder: Path, quantized: Path,
         "layer-00001.safetensors",
     ]
     (folder / "layer-00001.safetensors").write_bytes(b"half a file")  # what a full disk may leave
-    spent = json.loads((folder / "spent.json").read_text())[1]
+    spent = json.loads((folder / "stage-seconds.json").read_text())[1]
     steps = []
     summary = quantize_checkpoint(
         half_folder, output, SMALL, TEXTS, on_progress=lambda *step: steps.append(step)
@@ -209,7 +211,8 @@ def test_a_run_goes_on_behind_the_last_group_of_texts_or_tuning_step(
         if (stage, done) == where:
             raise Stopped
 
-    monkeypatch.setattr(stages, "_SECONDS_PER_SAVE", 0.0)
+    monkeypatch.setattr(work, "SECONDS_PER_SAVE", 0.0)
+    monkeypatch.setattr(work, "SAVE_SHARE", math.inf)
     with pytest.raises(Stopped):
         quantize_checkpoint(half_folder, tmp_path / "out", SMALL, TEXTS, on_progress=stop)
     steps = []
@@ -220,6 +223,97 @@ def test_a_run_goes_on_behind_the_last_group_of_texts_or_tuning_step(
     assert same(tmp_path / "out", quantized)
 
 
+def test_seconds_count_once_for_the_innermost_stage_over_all_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(work.time, "monotonic", lambda: now)
+    clock = work.Clock("preparing")
+    folder = work.WorkFolder(tmp_path, clock)
+    now += 1
+    with clock.stage("inputs"):
+        now += 2
+        with clock.stage("loading"):
+            now += 4
+        now += 8
+    folder.save("a", {"a": torch.ones(2)})
+    now += 16  # of a run that is killed: not known
+    again = work.Clock("preparing")
+    work.WorkFolder(tmp_path, again)
+    now += 32
+    assert again.read()[0] == {"preparing": 33, "inputs": 10, "loading": 4}
+    assert clock.read()[0] == {"preparing": 49, "inputs": 10, "loading": 4}
+
+
+def test_writing_unfinished_work_takes_a_small_share_of_the_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now, written = 0.0, []
+    monkeypatch.setattr(work.time, "monotonic", lambda: now)
+
+    class Disk:
+        def save(self, name: str, tensors: dict[str, torch.Tensor], meta: object) -> None:
+            nonlocal now
+            written.append(now)
+            now += seconds
+
+    def run(tensors: dict[str, torch.Tensor], until: float) -> list[float]:
+        nonlocal now
+        saves, begin = work.Saves(Disk(), "moments"), now  # type: ignore[arg-type]
+        written.clear()
+        while now < begin + until:
+            now += 1
+            saves.offer(tensors, None)
+        return [at - begin for at in written]
+
+    seconds = 0.1
+    assert run({"a": torch.ones(2)}, 70) == pytest.approx([20, 40.1, 60.2], abs=1.1), "what is small: often"
+    seconds = 6.0
+    large = {"a": torch.empty(6 * 10**9, dtype=torch.uint8, device="meta")}
+    assert run(large, 140) == pytest.approx([60, 126], abs=1.1)
+    seconds = 20.0  # a disk slower than any guess
+    assert run(large, 400) == pytest.approx([60, 280], abs=1.1)
+
+
+def test_a_gpu_measures_as_many_layers_at_once_as_its_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    def room(device: str, free: int, asked: int | None = None) -> int:
+        monkeypatch.setattr(stages.gpu, "free_bytes", lambda device: free)
+        run = SimpleNamespace(
+            moments_bytes=asked, device=torch.device(device), samples=1, loaded=lambda: loaded.append(1)
+        )
+        return stages.Stages._moments_bytes(run)  # type: ignore[arg-type]
+
+    loaded: list[int] = []
+    assert room("cpu", 2**40) == room("cuda", 2**30) == 4 * 2**30
+    assert loaded == [1], "what is free beside the model"
+    assert room("cuda", 120 * 2**30) == 40 * 2**30
+    assert room("cuda", 120 * 2**30, 7) == room("cpu", 2**40, 7) == 7
+
+
+def test_moments_of_other_groups_of_layers_are_not_taken_up(
+    half_folder: Path, quantized: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """How many layers are measured at once depends on what memory is free: not the same in the next run."""
+
+    class Stopped(Exception):
+        pass
+
+    def stop(stage: str, done: int, total: int) -> None:
+        if (stage, done) == ("inputs", 8):
+            raise Stopped
+
+    monkeypatch.setattr(work, "SECONDS_PER_SAVE", 0.0)
+    monkeypatch.setattr(work, "SAVE_SHARE", math.inf)
+    with pytest.raises(Stopped):
+        quantize_checkpoint(half_folder, tmp_path / "out", SMALL, TEXTS, moments_bytes=1, on_progress=stop)
+    steps = []
+    quantize_checkpoint(
+        half_folder, tmp_path / "out", SMALL, TEXTS, on_progress=lambda *step: steps.append(step)
+    )
+    assert next(step for step in steps if step[0] == "inputs") == ("inputs", 1, 9)
+    assert same(tmp_path / "out", quantized)
+
+
 def test_the_manifest_says_what_each_precision_is_worth(quantized: Path) -> None:
     manifest = json.loads((quantized / "manifest.json").read_text())
     found = manifest["perplexity"]
@@ -227,6 +321,11 @@ def test_the_manifest_says_what_each_precision_is_worth(quantized: Path) -> None
     assert abs(found["4"] / found["16"] - 1) < abs(found["2"] / found["16"] - 1)
     assert {bits: len(steps) for bits, steps in manifest["divergence"].items()} == {"2": 4, "3": 2, "4": 1}
     assert manifest["processor_seconds"] > 0
+    seconds = manifest["stage_seconds"]
+    assert sorted(seconds) == [
+        "inputs", "layers", "loading", "preparing", "tuning", "validation", "writing"
+    ]  # fmt: skip
+    assert sum(seconds.values()) == pytest.approx(manifest["seconds"], abs=0.5)
     assert manifest["peak_bytes"] > manifest["source_bytes"]
     assert manifest["divergence"]["4"][0] < manifest["divergence"]["3"][0] < manifest["divergence"]["2"][0]
     assert manifest["relative_error"]["4"] < manifest["relative_error"]["3"] < manifest["relative_error"]["2"]
@@ -287,11 +386,11 @@ def test_other_tuning_takes_up_the_same_layers(half_folder: Path, quantized: Pat
         quantize_checkpoint(
             half_folder, tmp_path / "out", replace(SMALL, tuning_rate=0.3), TEXTS, on_progress=stop
         )
-    stages = []
+    seen = []
     quantize_checkpoint(
-        half_folder, tmp_path / "out", SMALL, TEXTS, on_progress=lambda stage, *_: stages.append(stage)
+        half_folder, tmp_path / "out", SMALL, TEXTS, on_progress=lambda stage, *_: seen.append(stage)
     )
-    assert not {"inputs", "layers"} & set(stages)
+    assert not {"inputs", "layers"} & set(seen)
     assert same(tmp_path / "out", quantized)
 
 
@@ -429,6 +528,7 @@ def test_the_job_says_what_it_wrote_and_what_comes_next(half_folder: Path, tmp_p
     assert all(f"{error:.6f}" in printed for error in summary.relative_error.values())
     assert summary.relative_error["4"] < summary.relative_error["3"] < summary.relative_error["2"] < 0.3
     assert all(f"{value:,.2f}" in printed for value in summary.perplexity.values())
+    assert "seconds by stage: preparing " in printed
     assert "layers quantized: 3/3" in printed, "progress where there is no terminal"
     assert f"pmpd label --model-path {output} --reference-model-path {config.model_path} " in printed
     assert f"{summary.model_bytes / 1e6:.2f} MB" in printed

@@ -22,7 +22,7 @@ from pmpd.farm.quantize_task import QuantizeTask, quantize_on_farm
 from pmpd.labeling.prompts import PromptConfig
 from pmpd.quantize import stages
 from pmpd.quantize.config import QuantizeConfig
-from pmpd.quantize.work import WorkFolder
+from pmpd.quantize.work import Clock, WorkFolder
 from tests.ray_sessions import local_ray
 
 SETTINGS = QuantizeConfig(2, 3, num_calibration_samples=2, calibration_length=16, tuning_steps=0)
@@ -64,11 +64,11 @@ def test_the_farm_writes_what_one_process_does_and_goes_on_after_an_error(
 
 def test_a_work_folder_is_found_on_another_machine(tmp_path):
     copy = f"file://{tmp_path}/store"
-    first = WorkFolder(tmp_path / "one", copy)
+    first = WorkFolder(tmp_path / "one", Clock("preparing"), copy)
     first.save("layer", {"a": torch.ones(2)}, {"step": 1})
     first.save("gone", {"a": torch.ones(2)})
     first.remove("gone")
-    second = WorkFolder(tmp_path / "two", copy)
+    second = WorkFolder(tmp_path / "two", Clock("preparing"), copy)
     assert second.meta("layer") == {"step": 1}
     assert not second.has("gone")
     second.discard()

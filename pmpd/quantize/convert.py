@@ -7,8 +7,8 @@ goes on behind the last group of texts, the last layer or the last saved tuning 
 settings of the tuning uses the same layers. The output folder appears at the end, complete, by one rename.
 
 Peak memory: one copy of the model (float32 on a CPU, bfloat16 on a GPU), and beside it, one after the other,
-the second moments of a group of layers (`moments_bytes`), or one byte a quantized weight with the activations
-of one piece of text.
+the second moments of a group of layers (`moments_bytes`) with what one layer's quantization takes, or one
+byte a quantized weight with the activations of one piece of text.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import os
 import resource
 import shutil
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from pmpd.quantize.calibration import calibration_samples
 from pmpd.quantize.config import QuantizeConfig
 from pmpd.quantize.layers import Layout, find_layers
 from pmpd.quantize.stages import Progress, Samples, Stages
-from pmpd.quantize.work import WorkFolder, save
+from pmpd.quantize.work import Clock, WorkFolder, save
 from pmpd.weights import formats
 from pmpd.weights.checkpoint import Checkpoint
 from pmpd.weights.formats import check_unquantized
@@ -79,6 +79,9 @@ class Summary:
     """Of main memory that the last run's process held at most."""
     reused_layers: int
     """Finished by an earlier run that was interrupted."""
+    stage_seconds: dict[str, float] = field(default_factory=dict)
+    """Parts of `seconds`: preparing (reading the checkpoint's fingerprint and the texts, and all that is not
+    below), loading (of the model, and of what was quantized), inputs, layers, tuning, validation, writing."""
 
 
 def quantize_checkpoint(
@@ -90,7 +93,7 @@ def quantize_checkpoint(
     trust_remote_code: bool = False,
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
-    moments_bytes: int = 4 * 2**30,
+    moments_bytes: int | None = None,
     work_copy: str | None = None,
     on_progress: Progress = lambda stage, done, total: None,
 ) -> Summary:
@@ -99,12 +102,14 @@ def quantize_checkpoint(
 
     `texts` are read only if `config.weighted`. `device`: default a GPU if there is one. `dtype` of the model
     runs: default float32 on a CPU, bfloat16 on a GPU. `moments_bytes`: of the layers whose inputs are
-    measured in one pass over the samples; at least one layer's. `work_copy`: a URI below which what is
+    measured in one pass over the samples, at least one layer's; default 4 GiB, on a GPU a third of what is
+    free beside the model where that is more. `work_copy`: a URI below which what is
     finished is kept too, so that the same call goes on from there on another machine.
 
     UserError: no such checkpoint, one that is quantized, missing or misshapen tensors, nothing to quantize,
     no calibration text, an output folder in use. OSError: the disk is full (what is finished is kept).
     """
+    clock = Clock("preparing")
     device = device or torch.device("cuda" if gpu.available() else "cpu")
     checkpoint, output = open_checkpoint(model_path, trust_remote_code), Path(output_dir).absolute()
     check_unquantized(checkpoint)
@@ -123,6 +128,7 @@ def quantize_checkpoint(
         samples,
         WorkFolder(
             output.parent / f".{output.name}.work-{layers}",
+            clock,
             work_copy and storage.join(work_copy, f".work-{layers}"),
         ),
         f"tuning-{fingerprint}",
@@ -135,7 +141,10 @@ def quantize_checkpoint(
         reused = run.quantize_layers()
         state, perplexities = run.tune_and_validate()
         errors, weights = run.total_errors()
-        tensors = run.output_tensors(state)
+        with clock.stage("writing"):
+            tensors = run.output_tensors(state)
+            written = _write(checkpoint, layout, config, tensors, run.work.path)
+        stages, processor = clock.read()
         summary = Summary(
             fingerprint=fingerprint,
             settings=asdict(config),
@@ -155,12 +164,14 @@ def quantize_checkpoint(
                 "transformers": transformers.__version__,
                 "safetensors": safetensors.__version__,
             },
-            seconds=round(run.work.spent()[0], 1),
-            processor_seconds=round(run.work.spent()[1], 1),
+            seconds=round(sum(stages.values()), 1),
+            processor_seconds=round(processor, 1),
             peak_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
             reused_layers=reused,
+            stage_seconds={stage: round(seconds, 1) for stage, seconds in stages.items()},
         )
-        _write(checkpoint, layout, config, tensors, summary, run.work.path, output)
+        (written / "manifest.json").write_text(json.dumps(asdict(summary), indent=2) + "\n")
+        os.replace(written, output)
     except (OSError, safetensors.SafetensorError) as error:
         raise OSError(
             f"writing failed: {error}; finished layers are kept in {run.work.path}: make room there and run "
@@ -248,10 +259,9 @@ def _write(
     layout: Layout,
     config: QuantizeConfig,
     tensors: dict[str, Tensor],
-    summary: Summary,
     work: Path,
-    output: Path,
-) -> None:
+) -> Path:
+    """The output but for its manifest, in a folder of `work`."""
     folder = work / "output"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -265,10 +275,9 @@ def _write(
     (folder / "config.json").write_text(
         json.dumps({**checkpoint.config_json, "anyprec": anyprec}, indent=2) + "\n"
     )
-    (folder / "manifest.json").write_text(json.dumps(asdict(summary), indent=2) + "\n")
     save(tensors, folder / "model.safetensors", {"format": "pt"})
     # what can't be loaded is not worth keeping
     written = Checkpoint(folder, checkpoint.trust_remote_code)
     formats.load(written, None, torch.float16)
     written.tokenizer()
-    os.replace(folder, output)
+    return folder

@@ -6,7 +6,6 @@ quantized layer, and the state of the tuning.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from pmpd import gpu
 from pmpd.errors import UserError
 from pmpd.evaluation.perplexity import perplexity
 from pmpd.kernels import bitplanes
@@ -24,14 +24,15 @@ from pmpd.quantize.kmeans import QuantizedRows, quantize_rows, weighted_error
 from pmpd.quantize.layers import Layout
 from pmpd.quantize.moments import InputMoments, add_input_moments
 from pmpd.quantize.tuning import TuningState, better_tables, set_bits, tune_tables, with_tables
-from pmpd.quantize.work import WorkFolder
+from pmpd.quantize.work import Saves, WorkFolder
 from pmpd.weights import dense
 from pmpd.weights.checkpoint import Checkpoint
 from pmpd.weights.naming import NamedTensors
 
-_SECONDS_PER_SAVE = 20.0
-"""After so many seconds of reading texts or of tuning its state is written, so that a killed run loses no
-more."""
+_MOMENTS_BYTES = 4 * 2**30
+_MOMENTS_SHARE = 3
+"""On a GPU the moments of one pass over the texts take one part in so many of the memory that is free beside
+the model, or `_MOMENTS_BYTES` where that is more."""
 
 Stage = Literal["inputs", "layers", "tuning", "validation"]
 Progress = Callable[[Stage, int, int], None]
@@ -63,14 +64,16 @@ class Stages:
     """Of the tuning's file in it."""
     device: torch.device
     dtype: torch.dtype
-    moments_bytes: int
+    moments_bytes: int | None
+    """None: by the device."""
     on_progress: Progress
     model: PreTrainedModel | None = None
 
     def loaded(self) -> PreTrainedModel:
         if self.model is None:
-            self.model = dense.load(self.checkpoint, self.dtype)
-            self.model.to(self.device)  # type: ignore[arg-type]  # transformers' wrapper hides that it is a method
+            with self.work.clock.stage("loading"):
+                self.model = dense.load(self.checkpoint, self.dtype)
+                self.model.to(self.device)  # type: ignore[arg-type]  # transformers' wrapper hides that it is a method
         return self.model
 
     def layer_name(self, layer: int) -> str:
@@ -84,13 +87,15 @@ class Stages:
     def quantize_layers(self) -> int:
         """Writes a file for each layer that has none; the number of layers that had one."""
         waiting = [layer for layer in range(self.layout.count) if not self.work.has(self.layer_name(layer))]
-        groups = [group for group in self._groups() if not set(group).isdisjoint(waiting)]
         done = reused = self.layout.count - len(waiting)
+        groups = [group for group in self._groups() if not set(group).isdisjoint(waiting)] if waiting else []
         for number, group in enumerate(groups):
             name = f"moments-{group[0]:05d}"
-            moments = self._moments(group, name, number, len(groups))
+            with self.work.clock.stage("inputs"):
+                moments = self._moments(group, name, number, len(groups))
             for layer in sorted(set(group).intersection(waiting)):
-                self._quantize_layer(layer, moments)
+                with self.work.clock.stage("layers"):
+                    self._quantize_layer(layer, moments)
                 done += 1
                 self.on_progress("layers", done, self.layout.count)
             self.work.remove(name)
@@ -100,34 +105,39 @@ class Stages:
         """Runs of layers whose moments (float32) fit `moments_bytes`; as if no two linears shared an
         input."""
         groups: list[list[int]] = []
-        room = 0
+        most, room = self._moments_bytes(), 0
         for layer in range(self.layout.count):
             size = sum(4 * self.stored.tensor(f"{path}.weight").shape[1] ** 2 for path in self.paths([layer]))
             if not groups or size > room:
                 groups.append([])
-                room = self.moments_bytes
+                room = most
             groups[-1].append(layer)
             room -= size
         return groups
 
+    def _moments_bytes(self) -> int:
+        if self.moments_bytes is not None:
+            return self.moments_bytes
+        if self.device.type != "cuda" or self.samples is None:
+            return _MOMENTS_BYTES
+        self.loaded()
+        return max(_MOMENTS_BYTES, gpu.free_bytes(self.device) // _MOMENTS_SHARE)
+
     def _moments(self, group: list[int], name: str, number: int, groups: int) -> InputMoments | None:
-        """Of the group's layers; None for unweighted. Goes on from the file `name`."""
+        """Of the group's layers; None for unweighted. Goes on from the file `name`, if it is of the same
+        group: how many layers there are in one depends on the memory that is free."""
         if self.samples is None:
             return None
         pieces = self.samples.inputs
         moments = InputMoments()
-        if self.work.has(name):
-            meta = self.work.meta(name)
+        if self.work.has(name) and (meta := self.work.meta(name)).get("layers") == group:
             sums = {key: tensor.to(self.device) for key, tensor in self.work.load(name).items()}
             moments = InputMoments(sums, meta["key_of"], meta["samples"])
-
-        saved = time.monotonic()
+        saves = Saves(self.work, name)
 
         def on_sample() -> None:
-            nonlocal saved
-            if time.monotonic() - saved >= _SECONDS_PER_SAVE:  # gigabytes of a large model
-                self.work.save(name, moments.sums, {"key_of": moments.key_of, "samples": moments.samples})
-                saved = time.monotonic()
+            meta = {"layers": group, "key_of": moments.key_of, "samples": moments.samples}
+            saves.offer(moments.sums, meta)
             self.on_progress("inputs", number * len(pieces) + moments.samples, groups * len(pieces))
 
         if moments.samples < len(pieces):
@@ -196,7 +206,8 @@ class Stages:
         found: dict[str, float] = {}
         if self.samples is None or not len(self.samples.tuning) + len(self.samples.validation):
             return state, found
-        quantized = self._quantized()
+        with self.work.clock.stage("loading"):
+            quantized = self._quantized()
         if self.work.has(self.tuning_name):
             meta = self.work.meta(self.tuning_name)
             divergence = [{int(bits): value for bits, value in step.items()} for step in meta["divergence"]]
@@ -205,33 +216,31 @@ class Stages:
             }
             state = TuningState(meta["step"], tensors, divergence)
         steps = len(self.samples.tuning)
-        saved = time.monotonic()
+        saves = Saves(self.work, self.tuning_name)
 
         def on_step(state: TuningState) -> None:
-            nonlocal saved
-            if time.monotonic() - saved >= _SECONDS_PER_SAVE or state.step == steps:
-                self.work.save(
-                    self.tuning_name, state.tensors, {"step": state.step, "divergence": state.divergence}
-                )
-                saved = time.monotonic()
+            write = saves.save if state.step == steps else saves.offer
+            write(state.tensors, {"step": state.step, "divergence": state.divergence})
             self.on_progress("tuning", state.step, steps)
 
         fitted = quantized
         if steps:
-            quantized, state = tune_tables(
-                self.loaded(),
-                quantized,
-                self._metrics(),
-                self.samples.tuning,
-                self.config.tuning_rate,
-                state,
-                on_step,
-            )
+            with self.work.clock.stage("tuning"):
+                quantized, state = tune_tables(
+                    self.loaded(),
+                    quantized,
+                    self._metrics(),
+                    self.samples.tuning,
+                    self.config.tuning_rate,
+                    state,
+                    on_step,
+                )
         if len(self.samples.validation):
-            found = self._validate(quantized, self.samples.validation)
-            if steps:
-                before = self._validate(fitted, self.samples.validation)
-                quantized, found = better_tables(fitted, before, quantized, found)
+            with self.work.clock.stage("validation"):
+                found = self._validate(quantized, self.samples.validation)
+                if steps:
+                    before = self._validate(fitted, self.samples.validation)
+                    quantized, found = better_tables(fitted, before, quantized, found)
         tables = {
             f"{path}.lut{bits}": table.cpu()
             for path, rows in quantized.items()
@@ -246,7 +255,7 @@ class Stages:
             stored = self.work.load(self.layer_name(layer))
             for path in self.paths([layer]):
                 result[path] = QuantizedRows(
-                    bitplanes.unpack(stored[f"{path}.qweight"], parent).to(self.device),
+                    bitplanes.unpack(stored[f"{path}.qweight"].to(self.device), parent),
                     {bits: stored[f"{path}.lut{bits}"].to(self.device) for bits in self.config.precisions},
                 )
         return result
