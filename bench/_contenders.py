@@ -10,7 +10,7 @@ import torch
 
 from bench._peers import any_precision
 from pmpd.kernels.base import PackedWeights
-from pmpd.kernels.cuda.cut import MOST_TOKENS, SCALED_COLUMNS, TILE_ROWS, Cut, passes_of
+from pmpd.kernels.cuda.cut import SCALED_COLUMNS, TILE_ROWS, Cut, passes_of
 from pmpd.kernels.cuda.cut import cut as cut_of_rules
 from pmpd.kernels.cuda.launch import gpu_of
 from pmpd.kernels.cuda.matrix import CudaMatrix
@@ -89,33 +89,44 @@ def contenders(
     plain: CudaMatrix | None,
     x: torch.Tensor,
     bits: int,
+    sweep: bool = True,
 ) -> Iterator[tuple[str, list[Callable[[], torch.Tensor]]]]:
-    """(kernel, calls over copies of the matrix) for one precision and number of tokens."""
+    """(kernel, calls over copies of the matrix) for one precision and number of tokens. `sweep`: every route
+    of Triton's, not only what the product takes and the peer."""
     columns, tokens = packed.shape[1], len(x)
     weight_bytes = packed.shape[0] * columns * bits / 8
-    matrices = clones(matrix, weight_bytes)
-    for route, warps in variants(columns, tokens):
+    matrices = clones(matrix, weight_bytes) if sweep else []
+    for route, warps in variants(columns, tokens) if sweep else ():
         yield (
             f"{route} w{warps}",
             [lambda m=m, r=route, w=warps: m.multiply(x, bits, r, w) for m in matrices],
         )
         if route == "digits":
             yield f"product w{warps}", [product_call(m, x, bits, warps) for m in matrices]
-    if name == "14336x4096" and tokens in (1, 32, 64):
+    if sweep and name == "14336x4096" and tokens in (1, 32, 64):
         for route in ("fused", "dense"):
             yield route, [lambda m=m, r=route: m.multiply(x, bits, r) for m in matrices]
     del matrices
-    if plain is not None and tokens <= MOST_TOKENS:
-        chosen = plain._cut((bits,) * tokens)  # as measured, else by the rules
-        if chosen is not None:
-            yield said(chosen), cut_calls(clones(plain, weight_bytes), x, chosen)
-    elif plain is not None and (route := plain.route(tokens, bits)) in ("teams", "clusters"):
-        yield route, [lambda m=m, r=route: m.multiply(x, bits, r) for m in clones(plain, weight_bytes)]
+    if plain is not None:
+        yield (
+            taken(plain, tokens, bits),
+            [lambda m=m: m.multiply(x, bits) for m in clones(plain, weight_bytes)],
+        )
     theirs = any_precision()
     if theirs is not None and tokens <= 8:
         planes = [packed.planes.clone() for _ in range(max(2, int(ROTATE_BYTES / packed.planes.nbytes)))]
         table = packed.tables[bits]
         yield "any-precision", [lambda p=p: theirs(x[None], p, table, bits)[0] for p in planes]
+
+
+def taken(matrix: CudaMatrix, tokens: int, bits: int) -> str:
+    """The name in the tables of what the product takes for so many tokens."""
+    route = matrix.route(tokens, bits)
+    if route != "bits":
+        return route
+    chosen = matrix._cut((bits,) * tokens)  # as measured, else by the rules
+    assert chosen is not None, f"{tokens} tokens, {bits} bits"
+    return said(chosen)
 
 
 def rule(rows: int, columns: int, bits: int, tokens: int, device: torch.device) -> Cut:
@@ -154,7 +165,3 @@ def said(cut: Cut) -> str:
     """The name of a cut in the tables."""
     numbers = (cut.warps, cut.splits, cut.slots, cut.live, cut.blocks, cut.resident)
     return "bits " + " ".join(f"{letter}{number}" for letter, number in zip("wpslbr", numbers, strict=True))
-
-
-def cut_calls(matrices: list[CudaMatrix], x: torch.Tensor, cut: Cut) -> list[Callable[[], torch.Tensor]]:
-    return [lambda m=m: m.multiply_each(x, cut.bits, cut=cut) for m in matrices]

@@ -28,6 +28,7 @@ from bench._contenders import (
     clones,
     contenders,
     random_weights,
+    taken,
     variants,
 )
 from bench._peers import humming, humming_version, peers
@@ -53,6 +54,8 @@ SHAPES = {  # name: (out_features, in_features)
     "8b.down": (4096, 14336),
     "1.1b.qkv": (2560, 2048), "1.1b.gate_up": (11264, 2048), "1.1b.down": (2048, 5632),
 }  # fmt: skip
+
+HUMMING_TOKENS = (1, 8, 32)
 
 
 def copy_bandwidth(device: torch.device) -> float:
@@ -210,13 +213,16 @@ def prepare(shapes: list[tuple[int, int]], tokens: list[int], workers: int) -> l
 
 
 def time_kernels(
-    device: torch.device, bandwidth: float, shapes: dict[str, tuple[int, int]], tokens_of: Sequence[int]
+    device: torch.device, bandwidth: float, shapes: dict[str, tuple[int, int]], tokens_of: Sequence[int],
+    swept: Sequence[int],
 ) -> Iterator[dict]:  # fmt: skip
-    """A row for each kernel that can be believed (`_timing`), and for each that can't one that says why."""
+    """A row for each kernel that can be believed (`_timing`), and for each that can't one that says why.
+    Every route for the numbers of tokens in `swept`, for the others what the product takes and the peer's."""
     for name, (n, k) in shapes.items():
         packed = random_weights(n, k, DIGITS_BITS, 1, device)
         usable = unavailable(device, torch.float16) is None
-        matrices = TritonMatrix(packed, torch.float16), CudaMatrix(packed, torch.float16) if usable else None
+        plain = CudaMatrix(packed, torch.float16) if usable else None
+        matrices = TritonMatrix(packed, torch.float16), plain
         inputs = {tokens: torch.randn(tokens, k, device=device).half() for tokens in tokens_of}
         dense = torch.randn(n, k, device=device).half()
         copies = [dense, *(dense.clone() for _ in range(min(12, int(ROTATE_BYTES / dense.nbytes))))]
@@ -229,23 +235,26 @@ def time_kernels(
         for bits in sorted(DIGITS_BITS, reverse=True):
             for tokens, x in inputs.items():
                 moved, expected = moved_bytes(n, k, bits, tokens), exact_product(packed, x, bits)
-                for impl, calls in contenders(name, packed, *matrices, x, bits):
-                    # theirs launches on the default stream, which no graph takes
-                    machine = _timing.Queued() if impl == "any-precision" else None
+                of_product = None if plain is None else taken(plain, tokens, bits)
+                for impl, calls in contenders(name, packed, *matrices, x, bits, tokens in swept):
+                    theirs = impl == "any-precision"
+                    queued = theirs and not _timing.holds(calls[0])
                     found = timed_row(
-                        name, n, k, bits, tokens, impl, calls, expected, moved, bandwidth, machine=machine
-                    )
+                        name, n, k, bits, tokens, impl, calls, expected, moved, bandwidth,
+                        machine=_timing.Queued() if queued else None,
+                    )  # fmt: skip
+                    if theirs:
+                        found["launches"] = (
+                            "default stream, in a queue" if queued else "current stream, in a graph"
+                        )
+                    if impl == of_product:
+                        found["taken"] = True
                     if "us" in found:
                         seen.setdefault((tokens, impl), {})[moved] = found["us"] / 1e6
                     yield found
-                if tokens in (1, 8, 32) and humming_version():
-                    copies_of = max(2, min(48, int(ROTATE_BYTES / (n * k * bits / 8))))
-                    try:
-                        calls, theirs = humming(n, k, bits, copies_of, x)
-                    except Exception as why:  # another project's: it must not end our run
-                        yield refused(name, bits, tokens, "humming", why)
-                        continue
-                    yield timed_row(name, n, k, bits, tokens, "humming", calls, theirs, moved, bandwidth, 0.5)
+            if humming_version():
+                served = {tokens: x for tokens, x in inputs.items() if tokens in HUMMING_TOKENS}
+                yield from time_humming(name, n, k, bits, served, device, bandwidth)
         if n * k >= 14336 * 4096:  # smaller matrices may be bound by the launch
             for (tokens, impl), of in seen.items():
                 try:
@@ -253,6 +262,26 @@ def time_kernels(
                 except Refused as why:
                     yield refused(name, 0, tokens, impl, why)
         torch.cuda.empty_cache()
+
+
+def time_humming(
+    name: str, n: int, k: int, bits: int, inputs: dict[int, torch.Tensor], device: torch.device,
+    bandwidth: float,
+) -> Iterator[dict]:  # fmt: skip
+    """A row for each number of tokens. It is another project's: what fails there ends no run of ours."""
+    copies = max(2, min(48, int(ROTATE_BYTES / (n * k * bits / 8))))
+    layers: list[Callable[[torch.Tensor], torch.Tensor]] = []
+    for tokens, x in inputs.items():
+        try:
+            if not layers:
+                layers, weight = humming(n, k, bits, copies, device)
+            layers[0](x)  # compiles
+        except Exception as why:
+            yield refused(name, bits, tokens, "humming", why)
+            continue
+        calls: list[_timing.Call] = [lambda layer=layer, x=x: layer(x) for layer in layers]
+        expected, moved = x.double() @ weight.double().T, moved_bytes(n, k, bits, tokens)
+        yield timed_row(name, n, k, bits, tokens, "humming", calls, expected, moved, bandwidth, 0.5)
 
 
 def time_clusters(
@@ -464,7 +493,11 @@ def print_table(rows: list[dict], shapes: dict[str, tuple[int, int]], tokens_of:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=_record.RESULTS, help="folder of the JSON")
-    parser.add_argument("--quick", action="store_true", help="two shapes, M = 1, 8, 32")
+    parser.add_argument(
+        "--quick",
+        action="store_true",
+        help="two shapes, M = 1, 8, 32; of M = 2, 4 only what the product takes, and Any-Precision's kernel",
+    )
     parser.add_argument("--workers", type=int, default=14, help="processes that compile")
     parser.add_argument("--tune", action="store_true", help="cuts of the CUDA kernels, and nothing else")
     parser.add_argument("--models", nargs="+", default=["8B", "1.1B"], help="with --tune: whose steps")
@@ -477,7 +510,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     device = torch.device("cuda")
     shapes = {name: SHAPES[name] for name in ("8b.o", "14336x4096")} if options.quick else SHAPES
-    tokens = (1, 8, 32) if options.quick else (1, 2, 4, 8, 16, 32, 64)
+    tokens = (1, 2, 4, 8, 32) if options.quick else (1, 2, 4, 8, 16, 32, 64)
+    swept = (1, 8, 32) if options.quick else tokens
     result: dict[str, Any] = {
         "peers": peers(),
         "rows": [],
@@ -499,7 +533,7 @@ def main(arguments: list[str] | None = None) -> None:
     everything = (
         time_attention(device, bandwidth),
         time_gptq(device, bandwidth),
-        time_kernels(device, bandwidth, shapes, tokens),
+        time_kernels(device, bandwidth, shapes, tokens, swept),
         () if options.quick else time_wide(device, bandwidth),
     )
     of_steps = _team_cuts if options.teams else _step_cuts

@@ -12,11 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-Call = Callable[[], Tensor]
-
 
 def any_precision() -> Callable[..., Tensor] | None:
-    """`matmul_kbit(x [1, M, K], planes, table, b)` of the Any-Precision authors' package."""
+    """`matmul_kbit(x [1, M, K], planes, table, b)` -> [1, M, N] of the Any-Precision authors' package: M up
+    to 8, float16, planes and tables as `PackedWeights` has them. It adds up in float16."""
     try:
         return importlib.import_module("any_precision_ext").matmul_kbit
     except ImportError:
@@ -42,9 +41,11 @@ def check_programs(package: str) -> None:
                 )
 
 
-def humming(rows: int, columns: int, bits: int, copies: int, x: Tensor) -> tuple[list[Call], Tensor]:
-    """Calls over `copies` of a matrix in integers of `bits`, and x times that matrix in float64. The values
-    are whole multiples of a step: what its own quantization still loses is in the error.
+def humming(
+    rows: int, columns: int, bits: int, copies: int, device: torch.device
+) -> tuple[list[Callable[[Tensor], Tensor]], Tensor]:
+    """`copies` of a float16 matrix in integers of `bits`, each a function of x [M, K], and the matrix [N, K].
+    Its values are whole multiples of a step: what its own quantization still loses is in the error.
 
     RuntimeError: its compiler may not be run.
     """
@@ -52,17 +53,16 @@ def humming(rows: int, columns: int, bits: int, copies: int, x: Tensor) -> tuple
     from humming.layer import HummingLayer  # type: ignore[import-not-found]
 
     most = 2 ** (bits - 1) - 1
-    whole = torch.randint(-most, most + 1, (rows, columns), device=x.device)
-    weight = (0.01 * whole).to(x.dtype)
+    weight = (0.01 * torch.randint(-most, most + 1, (rows, columns), device=device)).half()
     layers = []
     for _ in range(copies):
         layer = HummingLayer(
-            shape_n=rows, shape_k=columns, weight_config={"dtype": f"int{bits}"}, torch_dtype=x.dtype
+            shape_n=rows, shape_k=columns, weight_config={"dtype": f"int{bits}"}, torch_dtype=weight.dtype
         ).cuda()
         layer.load_from_unquantized(weight)
         layer.transform()
         layers.append(layer)
-    return [lambda layer=layer: layer(x) for layer in layers], x.double() @ weight.double().T
+    return layers, weight
 
 
 def peers() -> dict[str, str]:

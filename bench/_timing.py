@@ -92,6 +92,15 @@ class Queued:
         return Cuda().seconds(replay)
 
 
+def holds(call: Call, machine: Machine | None = None) -> bool:
+    """Whether a graph holds what `call` launches. No: it goes to the default stream whatever the current one
+    is, or nobody can count the launches of a graph."""
+    try:
+        return bool((machine or Cuda()).capture([call]).nodes)
+    except RuntimeError:  # some launches may not be made while a graph is captured
+        return False
+
+
 def _nodes(graph: int) -> int | None:
     try:
         from cuda.bindings import driver

@@ -31,7 +31,7 @@ else
   echo "label: skipped, it needs rouge_score and tyro" | tee -a "$out/parts.txt"
 fi
 tail -n 4 "$out/tests.log"
-grep -hE "^(predicted|met|MISSED)|REFUSED" "$out/kernels.log" || true
+grep -hE "^(predicted|met|MISSED|at least as fast)|REFUSED" "$out/kernels.log" || true
 grep -E "graph|switching|prefill|copy|met|MISSED" "$out/decode.log" || true
 sed -n '/^shape /,$p' "$out/kernels.log"
 echo "-- parts ($((SECONDS - started)) s in all)"
