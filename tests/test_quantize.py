@@ -331,6 +331,21 @@ def test_the_manifest_says_what_each_precision_is_worth(quantized: Path) -> None
     assert manifest["relative_error"]["4"] < manifest["relative_error"]["3"] < manifest["relative_error"]["2"]
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_checkpoint_is_worth_the_same_on_a_gpu(
+    half_folder: Path, quantized: Path, tmp_path: Path, dtype: torch.dtype
+) -> None:
+    here = json.loads((quantized / "manifest.json").read_text())
+    there = quantize_checkpoint(
+        half_folder, tmp_path / "out", SMALL, TEXTS, device=torch.device("cuda"), dtype=dtype
+    )
+    for bits, error in here["relative_error"].items():
+        assert there.relative_error[bits] == pytest.approx(error, rel=0.1)
+    for bits, value in here["perplexity"].items():
+        assert there.perplexity[bits] == pytest.approx(value, rel=0.1)
+
+
 def test_texts_of_validation_are_used_for_nothing_else() -> None:
     pieces = torch.arange(20 * 6).view(20, 6)
     parts = split_samples(pieces, 10, 5)

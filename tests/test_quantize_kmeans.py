@@ -226,3 +226,12 @@ def test_a_gpu_clusters_as_well_as_a_cpu() -> None:
             weighted_error(weight.cuda(), importance.cuda(), rows, bits)[0],
         )
         assert there == pytest.approx(here, rel=1e-3)
+
+
+def test_a_gpu_takes_as_many_rows_at_once_as_its_memory_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for free in (0, 8 * 2**30, 100 * 2**30):
+        monkeypatch.setattr(kmeans.gpu, "free_bytes", lambda device, free=free: free)
+        found.append(kmeans.chunk_factor(torch.device("cuda")))
+    assert found == [16, 32, 64]
+    assert kmeans.chunk_factor(torch.device("cpu")) == 1

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from pmpd import gpu
 from pmpd.quantize import feedback
+from pmpd.quantize import moments as moments_module
 from pmpd.quantize.feedback import (
     RowMetric,
     choose_codes,
@@ -20,6 +23,7 @@ from pmpd.quantize.feedback import (
     error_factor,
     output_errors,
     refit_tables,
+    tf32_parts,
 )
 from pmpd.quantize.kmeans import QuantizedRows, quantize_rows
 from pmpd.quantize.moments import NORM_LIMIT, InputMoments, add_input_moments
@@ -193,6 +197,29 @@ def test_rows_and_runs_do_not_depend_on_each_other(monkeypatch: pytest.MonkeyPat
     assert torch.equal(kept, hessian), "what the caller has stays as it is"
 
 
+def test_two_parts_in_tf32_are_nearly_the_whole() -> None:
+    values = torch.randn(1000, generator=torch.Generator().manual_seed(0)) * torch.logspace(-9, 9, 1000)
+    upper, lower = tf32_parts(values)
+    assert torch.equal(upper + lower, values)
+    cut = [
+        (part.view(torch.int32) & -(1 << 13)).view(torch.float32) for part in (upper, lower)
+    ]  # as TF32 does
+    assert torch.equal(cut[0], upper)
+    assert ((sum(cut) - values) / values).abs().max() < 2**-20
+
+
+@pytest.mark.gpu
+def test_a_gpu_fits_the_tables_that_a_cpu_fits() -> None:
+    weight, hessian = example(40, 320)
+    rows = seeds(weight, hessian)
+    there = QuantizedRows(rows.codes.cuda(), {bits: table.cuda() for bits, table in rows.tables.items()})
+    fitted, metric = refit_tables(weight, hessian, rows)
+    found, metric_there = refit_tables(weight.cuda(), hessian.cuda(), there)
+    torch.testing.assert_close(metric_there.sums.cpu(), metric.sums, rtol=1e-4, atol=1e-3)
+    for bits, table in fitted.tables.items():
+        torch.testing.assert_close(found.tables[bits].cpu(), table, rtol=0.02, atol=1e-3)
+
+
 def test_values_that_no_column_uses_stay() -> None:
     weight, hessian = example(rows=2, columns=32)
     codes = torch.zeros(2, 32, dtype=torch.uint8)
@@ -241,6 +268,53 @@ def test_a_massive_token_does_not_hide_the_others() -> None:
     add_input_moments(Model(), ["linear.0"], torch.zeros(1, 2).long(), moments)  # type: ignore[arg-type]
     median = x[0].norm(dim=1).median()
     assert float(moments.of("linear.0").trace()) <= (NORM_LIMIT**2 + 4 * 50) * median**2
+
+
+def second_moment_of(x: torch.Tensor) -> torch.Tensor:
+    return moments_module._second_moment(x, "linear")
+
+
+def test_inputs_of_16_bits_are_multiplied_as_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
+    entered = []
+
+    @contextmanager
+    def tensor_float32() -> Iterator[None]:
+        entered.append(1)
+        yield
+
+    monkeypatch.setattr(gpu, "tensor_float32", tensor_float32)
+    x = torch.randn(50, 8, generator=torch.Generator().manual_seed(0))
+    second_moment_of(x)
+    assert not entered
+    second_moment_of(x.bfloat16())
+    assert entered
+
+
+@pytest.mark.parametrize("name", ["fp32_precision", "allow_tf32"])
+def test_tf32_is_off_again_behind_what_asked_for_it(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = torch.backends.cuda.matmul
+    if name == "allow_tf32":  # a torch that has no other name for it
+        settings = SimpleNamespace(allow_tf32=False)
+        monkeypatch.setattr(torch.backends.cuda, "matmul", settings)
+    before = getattr(settings, name)
+
+    def fail() -> None:
+        assert getattr(settings, name) in ("tf32", True)
+        raise RuntimeError("in between")
+
+    with pytest.raises(RuntimeError, match="in between"), gpu.tensor_float32():
+        fail()
+    assert getattr(settings, name) == before
+    assert not torch.backends.cuda.matmul.allow_tf32, "raises where the two names disagree"
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_moments_on_a_gpu_lose_nothing_to_tf32(dtype: torch.dtype) -> None:
+    x = torch.randn(512, 320, generator=torch.Generator().manual_seed(0)).to(dtype)
+    expected = x.double().T @ x.double()
+    found = second_moment_of(x.cuda()).double().cpu()
+    assert (found - expected).abs().max() < 1e-5 * expected.diagonal().mean()
 
 
 def small_model(tmp_path: Path) -> tuple[nn.Module, dict[str, QuantizedRows], dict[str, RowMetric]]:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from pmpd import gpu
 from pmpd.decode.graphs import Buffers, StepGraphs
-from pmpd.quantize.kmeans import GPU_CHUNK, QuantizedRows, quantize_rows
+from pmpd.quantize.kmeans import QuantizedRows, chunk_factor, quantize_rows
 
 DAMPING = 0.01
 """Added to the diagonal of H, times its mean, as in GPTQ: directions that calibration texts never show get a
@@ -44,7 +44,7 @@ MAX_METRIC_BITS = 4
 """Of the metric that is kept: 2**b values squared for each row."""
 
 _FIT_ELEMENTS = 4 * 1024 * 1024
-"""Of the one-hot matrix of one chunk of rows; `GPU_CHUNK` times as many on a GPU."""
+"""Of the one-hot matrix of one chunk of rows; `chunk_factor` times as many on a GPU."""
 
 
 def damped(hessian: Tensor) -> Tensor:
@@ -228,7 +228,8 @@ def refit_tables(
     n, k = weight.shape
     errors = torch.empty(len(precisions), n, dtype=torch.float64, device=weight.device)
     hessian = damped_hessian.float()
-    elements = _FIT_ELEMENTS * (1 if weight.device.type == "cpu" else GPU_CHUNK)
+    first, *rest = [hessian] if weight.device.type == "cpu" else tf32_parts(hessian)
+    elements = _FIT_ELEMENTS * chunk_factor(weight.device)
     for start in range(0, n, step := max(1, elements // (k * 2**parent))):
         part = slice(start, start + step)
         codes, target = rows.codes[part].long(), weight[part].float() @ hessian  # w H: [r, K]
@@ -236,7 +237,12 @@ def refit_tables(
         marks = torch.zeros(*codes.shape, 2**parent, device=weight.device).scatter_(
             2, codes.unsqueeze(2), 1.0
         )
-        spread = (hessian @ marks.transpose(0, 1).reshape(k, -1)).view(k, -1, 2**parent).transpose(0, 1)
+        columns = marks.transpose(0, 1).reshape(k, -1)
+        with gpu.tensor_float32():  # zeros and ones are exact in it, as are the parts of H
+            spread = first @ columns
+            for summand in rest:
+                spread.addmm_(summand, columns)
+        spread = spread.view(k, -1, 2**parent).transpose(0, 1)  # H S: [r, K, C]
         normal = (marks.transpose(1, 2) @ spread).double()  # Sᵀ H S: [r, C, C]
         right = (marks.transpose(1, 2) @ target.unsqueeze(2)).double()  # Sᵀ H w: [r, C, 1]
         for index, bits in reversed(list(enumerate(precisions))):
@@ -249,6 +255,12 @@ def refit_tables(
             errors[index][part] = (whole + _change(normal, right, value)).clamp(min=0)
     by_precision = {bits: row.float() for bits, row in zip(precisions, errors, strict=True)}
     return QuantizedRows(rows.codes, tables), RowMetric(by_precision, sums)
+
+
+def tf32_parts(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Two float32 summands of `values`: the first exact in TF32, the second but for its last two bits."""
+    upper = (values.view(torch.int32) & -(1 << 13)).view(torch.float32)
+    return upper, values - upper
 
 
 def _merged(metric: Tensor, bits: int) -> Tensor:

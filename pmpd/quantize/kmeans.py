@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pmpd import gpu
 from pmpd.errors import UserError
 from pmpd.quantize.config import check_precisions
 
@@ -41,11 +42,22 @@ _SETTLE_ROUNDS = 50
 _CHUNK_ELEMENTS = 512 * 1024
 """Weights of one chunk of rows: its float64 prefix sums (4 MB each) stay in a CPU's cache."""
 
-GPU_CHUNK = 16
-"""A GPU takes so many times as many at once: its time goes into launches otherwise."""
+_GPU_CHUNKS = (16, 64)
+"""A GPU takes so many times as many at once, at least and at most: its time goes into launches otherwise."""
+
+_GPU_CHUNK_BYTES = 4 * 64 * 2**20
+"""Of free memory for each of these times; a quarter of it is used."""
 
 _WEIGHT_FLOOR = 1e-6
 """Of the row's mean weight: keeps the means of clusters defined whose gradients are all zero."""
+
+
+def chunk_factor(device: torch.device) -> int:
+    """How many times as many weights `device` takes at once as a CPU, whose chunks fit its cache."""
+    if device.type == "cpu":
+        return 1
+    least, most = _GPU_CHUNKS
+    return max(least, min(most, gpu.free_bytes(device) // _GPU_CHUNK_BYTES))
 
 
 @dataclass(frozen=True)
@@ -96,7 +108,7 @@ def quantize_rows(
         bits: torch.empty(rows, 2**bits, dtype=torch.float16, device=weight.device)
         for bits in range(seed_bits, parent_bits + 1)
     }
-    step = max(1, _CHUNK_ELEMENTS * (1 if weight.device.type == "cpu" else GPU_CHUNK) // columns)
+    step = max(1, _CHUNK_ELEMENTS * chunk_factor(weight.device) // columns)
 
     def quantize_chunk(start: int) -> None:
         part = slice(start, start + step)
