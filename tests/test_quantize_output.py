@@ -60,6 +60,17 @@ def test_feedback_beats_rounding_at_every_precision(parent: int, most: float) ->
     assert (after / before).log().mean().exp() < most, "the more precisions share a code, the less for each"
 
 
+def test_the_error_factor_is_the_upper_root_of_the_inverse() -> None:
+    _, hessian = example(columns=96)
+    order, upper = error_factor(hessian)
+    diagonal = hessian.diagonal()[order]
+    assert (diagonal.diff() <= 0).all()
+    assert torch.equal(upper, upper.triu())
+    assert (upper.diagonal() > 0).all()
+    unit = upper.double().T @ upper.double() @ hessian[order][:, order]
+    torch.testing.assert_close(unit, torch.eye(96).double(), rtol=0, atol=1e-5)
+
+
 def plain_codes(
     weight: torch.Tensor, factor: tuple[torch.Tensor, torch.Tensor], tables: dict[int, torch.Tensor]
 ) -> torch.Tensor:

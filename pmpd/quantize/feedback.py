@@ -84,9 +84,11 @@ def error_factor(damped_hessian: Tensor) -> tuple[Tensor, Tensor]:
     """(order int64 [K], U float32 [K, K] upper triangular) with H⁻¹ = Uᵀ U for H in that order of columns:
     the columns that matter most come first. U's row k says how the error of column k is passed on."""
     order = damped_hessian.diagonal().argsort(descending=True)
-    hessian = damped_hessian[order][:, order]
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(hessian))
-    return order, torch.linalg.cholesky(inverse, upper=True).float()
+    # Of the columns backwards, H' = L Lᵀ; L⁻¹ with rows and columns backwards is U, and H⁻¹ is never made.
+    backwards = order.flip(0)
+    lower = torch.linalg.cholesky(damped_hessian[backwards][:, backwards])
+    unit = torch.eye(len(order), dtype=lower.dtype, device=lower.device)
+    return order, torch.linalg.solve_triangular(lower, unit, upper=False).flip(0, 1).float()
 
 
 def choose_codes(weight: Tensor, factor: tuple[Tensor, Tensor], tables: dict[int, Tensor]) -> Tensor:
