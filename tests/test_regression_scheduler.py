@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -66,8 +66,8 @@ from pmpd.schedulers.regression import (
 )
 from pmpd.schedulers.static import StaticScheduler
 from pmpd.training.config import TrainConfig
-from pmpd.training.data import Labels, splits_of
-from pmpd.training.regression import fit_regression
+from pmpd.training.data import splits_of
+from pmpd.training.regression import fit_regression, read_curves
 from tests.test_engine import random_prompts
 from tests.test_frontier import CHAIN, FORWARDS, made_up
 
@@ -332,6 +332,37 @@ def watching(prompts: int = 400) -> CurveSet:
     return replace(curves, statistics={"entropy": shown, "margin": np.exp(-shown)})
 
 
+@pytest.mark.parametrize("watch", [True, False])
+def test_a_target_at_a_precision_is_kept_exactly(tmp_path, watch):
+    """By every prompt, not on average over some: it is the static plan, which looks at nothing. One that does
+    not watch may mix other plans at a precision between the ends."""
+    curves = watching()
+    for target in CHAIN:
+        fitted = fit_regression(curves, TrainConfig(), watch=watch, target_bits=target)
+        free = not watch and target == 3
+        assert (fitted.fixed_plan is None) == free
+        assert ("kept exactly" in reached_line(fitted)) == (gain_line(fitted) is None) == (not free)
+        folder = tmp_path / str(target)
+        folder.mkdir()
+        for name, content in fitted.files().items():
+            (folder / name).write_bytes(content)
+        scheduler = RegressionScheduler(CHAIN, folder)
+        assert bool(scheduler.prompt_bits) == free
+        if free:
+            continue
+        assert (fitted.calibration.bits, fitted.calibration.reached) == (target, True)
+        row = next(row for row in fitted.judged if row["target_bits"] == target)
+        assert (row["bits"], row["gain_percent"]) == (target, 0)
+        assert not scheduler.observes
+        assert not scheduler.statistics
+        tokens = [1, 2, 9, 300]
+        state = PrefillState(["a", "b", "c", "d"], tokens, [5] * 4, lambda: pytest.fail("no cache"))
+        steps = scheduler.begin(state).switch_steps
+        for forwards, row_steps in zip([m - 1 for m in tokens], steps, strict=True):
+            at = np.arange(1, forwards + 1)
+            assert (chain_bits(CHAIN, np.tile(row_steps, (forwards, 1)), at) == target).all()
+
+
 @pytest.mark.parametrize("target", [2.4, 2.75, 3.3])
 def test_one_that_watches_switches_where_the_study_does(tmp_path, target):
     """Row by row along the decode, from what it is shown then."""
@@ -387,7 +418,7 @@ def test_a_prompt_without_finite_numbers_never_switches(tmp_path):
     folder = written(
         tmp_path,
         fit_regression(curves, TrainConfig(), features="one_probe", watch=False).model,
-        (Calibration(2, 1e6, 1e6, 0, 2, True),),
+        (Calibration(2.5, 1e6, 1e6, 0, 2, False),),
         "one_probe",
     )
     states = states_of(curves)[:2]
@@ -421,7 +452,7 @@ def test_what_comes_next_is_a_target_near_the_one_asked_for():
     fitted = fit_regression(known_prompts(200), TrainConfig(), watch=False, target_bits=2.75)
     line = reached_line(fitted)
     assert line.startswith("2.75 bits on average: ")
-    assert '\'{"regression": {"target_bits": 2.625}}\' takes another of its 17 targets' in line
+    assert '\'{"regression": {"target_bits": 2.625}}\'` takes another of its 17 targets' in line
 
 
 def test_prompts_that_are_all_alike_share_two_plans_by_their_keys():
@@ -490,16 +521,45 @@ def artefact(labels, tmp_path_factory, request):
 
 
 def test_labels_by_divergence_train_the_regression_unless_told_otherwise(labels):
-    losses = Labels(("a",), ((4, 3),), np.zeros((1, 1), int), np.zeros((1, 1, 4), np.float32))
-    classes = replace(losses, losses=None)
-    assert wants_regression(TrainJob(), losses)
-    assert not wants_regression(TrainJob(), classes)
-    assert not wants_regression(TrainJob(scheduler="kv_cache"), losses)
-    assert not wants_regression(TrainJob(training=TrainConfig(objective="loss")), losses)
-    assert not wants_regression(TrainJob(tune=3), losses)
-    assert not wants_regression(TrainJob(again_path="other"), losses)
-    with pytest.raises(ValueError, match="--tune is of the classifiers"):
-        wants_regression(TrainJob(scheduler="regression", tune=3), losses)
+    assert wants_regression(TrainJob(), losses=True)
+    assert not wants_regression(TrainJob(), losses=False)
+    assert not wants_regression(TrainJob(scheduler="kv_cache"), losses=True)
+    assert not wants_regression(TrainJob(training=TrainConfig(objective="loss")), losses=True)
+    assert not wants_regression(TrainJob(tune=3), losses=True)
+    assert not wants_regression(TrainJob(again_path="other"), losses=True)
+
+
+ANY = {"data_path", "output_dir", "scheduler", "precisions", "target_bits", "num_heads", "model_path"} | {
+    "plugins", "split_shares", "seed"}  # fmt: skip
+FLAGS = {each.name for each in (*fields(TrainJob), *fields(TrainConfig))} - {"training"}
+WORDS = {"features": "none", "watch": False, "again_path": "x", "objective": "loss", "rebalance": "none"}
+
+
+@pytest.mark.parametrize("flag", sorted(FLAGS - ANY))
+def test_a_flag_without_effect_on_what_is_trained_is_refused(flag):
+    """Every flag that is not of both is of the regression or of the classifiers."""
+    job = TrainJob()
+    default = getattr(job if hasattr(job, flag) else job.training, flag)
+    value = WORDS[flag] if flag in WORDS else default + 1 if isinstance(default, int) else default / 2
+    of_job = {flag: value} if hasattr(job, flag) else {"training": replace(job.training, **{flag: value})}
+    job = replace(job, **of_job)
+    names = ["regression", "kv_cache"]
+    of, other = names if flag in ("features", "watch") else names[::-1]
+    assert wants_regression(replace(job, scheduler=of), losses=True) == (of == "regression")
+    reason = (
+        f"--(no-)?{flag.replace('_', '-')}: no effect with --scheduler {other}; leave it out, or give .*{of}"
+    )
+    with pytest.raises(UserError, match=reason):
+        wants_regression(replace(job, scheduler=other), losses=True)
+
+
+def test_what_auto_stands_for_is_told_with_the_flag():
+    with pytest.raises(
+        UserError, match="--patience: no effect with --scheduler regression, which auto stands"
+    ):
+        wants_regression(TrainJob(training=TrainConfig(patience=3)), losses=True)
+    with pytest.raises(UserError, match=r"--features and --no-watch: .* leave them out, or label with"):
+        wants_regression(TrainJob(features="none", watch=False), losses=False)
 
 
 def test_a_loaded_artefact_decides_as_before(artefact, labels):
@@ -599,18 +659,46 @@ def test_what_does_not_fit_is_refused(artefact, tmp_path):
         {"calibrations": [{"multiplier": float("nan")}]},
         {"calibrations": [{"multiplier": -1}]},
         {"calibrations": [{"share": [1]}]},
+        {"calibrations": [{"share": 1.5}]},
+        {"calibrations": [{"target_bits": 4.5}]},
+        {"calibrations": [{"target_bits": 2.75}]},
+        {"calibrations": [{"bits": 1}]},
+        {"calibrations": [{"multiplier": float("inf")}]},
+        {"calibrations": [{"reached": "yes"}]},
+        {"calibrations": []},
+        {"target_bits": 2.6},
+        {"watches": 1},
+        {"features": "all"},
     ],
     ids=str,
 )
-def test_a_description_with_values_that_are_no_numbers_is_refused(artefact, tmp_path, damage):
+def test_a_description_with_values_that_no_training_writes_is_refused(artefact, tmp_path, damage):
+    """By the file and the field."""
     shutil.copytree(artefact, tmp_path / "copy")
     config = json.loads((artefact / "config.json").read_text())
-    calibrations = [{**each, **damage.get("calibrations", [{}])[0]} for each in config["calibrations"]]
-    (tmp_path / "copy" / "config.json").write_text(
-        json.dumps({**config, **damage, "calibrations": calibrations})
-    )
-    with pytest.raises(UserError, match="not the description of a regression"):
+    (field,) = damage
+    if changes := damage.get("calibrations"):
+        ((field, _),) = changes[0].items()
+        damage = {"calibrations": [{**each, **changes[0]} for each in config["calibrations"]]}
+    (tmp_path / "copy" / "config.json").write_text(json.dumps({**config, **damage}))
+    with pytest.raises(
+        UserError, match=rf"config\.json: not the description of a regression \(.*\b{field}\b"
+    ):
         RegressionScheduler(CHAIN, tmp_path / "copy")
+
+
+@pytest.mark.parametrize("chain", [[4, 3, 1], [8, 3, 2], [5, 4, 3], [4, 3], [5, 4, 3, 2]], ids=str)
+def test_a_description_of_another_chain_than_the_weights_is_refused(artefact, tmp_path, chain):
+    """Most have weights of the same shapes."""
+    shutil.copytree(artefact, tmp_path / "copy")
+    config = json.loads((artefact / "config.json").read_text())
+    fitting = [each for each in config["calibrations"] if chain[-1] <= min(each["target_bits"], each["bits"])]
+    given = {**config, "chain": chain, "calibrations": fitting, "target_bits": 3.25}
+    (tmp_path / "copy" / "config.json").write_text(json.dumps(given))
+    with pytest.raises(
+        UserError, match=r"regression\.safetensors: damaged, or not of the chain .* config\.json"
+    ):
+        RegressionScheduler(chain, tmp_path / "copy")
 
 
 @pytest.mark.parametrize("name", ["mean", "deviation", "weights", "intercept", "scale", "bits"])
@@ -670,20 +758,23 @@ def test_training_again_leaves_nothing_of_the_training_before(labels, tmp_path):
             11.8,
             8.1,
             15.1,
-            "11.8 % less than the best static plans (gain +11.8, 95 % +8.1 to +15.1): better",
+            "11.8 % less than the best static plans of as many (gain +11.8, 95 % +8.1 to +15.1): better",
         ),
         (
             -1.2,
             -5.3,
             3.6,
-            "1.2 % more than the best static plans (gain -1.2, 95 % -5.3 to +3.6): neither",
+            "1.2 % more than the best static plans of as many (gain -1.2, 95 % -5.3 to +3.6): neither",
         ),
         (-4.0, -5.0, -3.0, "worse"),
     ],
 )
 def test_the_training_says_whether_the_regression_pays(gain, low, high, told):
     row = {"target_bits": 2.75, "gain_percent": gain, "low_percent": low, "high_percent": high}
-    fitted = SimpleNamespace(calibration=SimpleNamespace(target_bits=2.75), judged=[row])
+    fitted = SimpleNamespace(
+        calibration=SimpleNamespace(target_bits=2.75), judged=[{**row, "bits": 2.8}], fixed_plan=None
+    )
+    assert "a target of 2.75 bits it takes 2.80 on" in gain_line(fitted)
     assert told in gain_line(fitted)
     fitted.judged = []
     assert gain_line(fitted) is None
@@ -693,14 +784,19 @@ def test_what_comes_next_names_the_models_of_the_labels(labels):
     folder, (quantized, unquantized) = labels
     source = LabelSource.open(str(folder))
     next_command = f"pmpd generate --model-path {quantized} --reference-model-path {unquantized}"
-    assert generate_command(source) == next_command
+    assert generate_command(source, CHAIN, 4) == next_command
     demos = {"model_path": str(demo.ANYPREC), "reference_model_path": str(demo.DENSE)}
-    assert generate_command(replace(source, run=demos)) == "pmpd generate", "flags at their defaults"
+    assert generate_command(replace(source, run=demos), CHAIN, 4) == "pmpd generate", (
+        "flags at their defaults"
+    )
     gptq = {**demos, "model_path": "a set.json", "use_multi_model": True}
-    assert generate_command(replace(source, run=gptq)).endswith(
+    assert generate_command(replace(source, run=gptq), CHAIN, 4).endswith(
         " --model-path 'a set.json' --use-multi-model"
     )
-    assert generate_command(replace(source, run={})) == "pmpd generate --model-path MODEL-OF-THE-LABELS"
+    unknown = replace(source, run={})
+    assert generate_command(unknown, CHAIN, 4) == "pmpd generate --model-path MODEL-OF-THE-LABELS"
+    low = generate_command(replace(source, run=demos), (3, 2), 4)
+    assert low == "pmpd generate --precisions 3,2 --prefill-bit 4", "the labels' prompts were prefilled at 4"
 
 
 def test_labels_of_several_kinds_train_one_regression(labels, tmp_path):
@@ -721,6 +817,37 @@ def test_labels_of_several_kinds_train_one_regression(labels, tmp_path):
         train(replace(job, data_path=f"{labels[0]},{labels[0]}"))
     with pytest.raises(ValueError, match="one labels dataset"):
         train(replace(job, scheduler="kv_cache"))
+
+
+def test_labels_of_a_chain_train_one_of_some_of_its_precisions(labels, tmp_path, capsys):
+    """As `read_curves` leaves them: the plans that use no other precision."""
+    job = TrainJob(str(labels[0]), str(tmp_path / "out"), precisions="4,2", target_bits=2.5, training=CONFIG)
+    metrics = train(job)
+    assert [row["target_bits"] for row in metrics["test"]][::8] == [2, 4]
+    assert "--precisions 4,2 --classifier-path" in " ".join(capsys.readouterr().out.split())
+    scheduler = RegressionScheduler([4, 2], tmp_path / "out")
+    assert scheduler.pairs == [(4, 2)]
+    with pytest.raises(UserError, match="no label of the pair 4-2, these are of 4-3, 3-2"):
+        train(replace(job, scheduler="kv_cache"))
+
+
+def test_labels_of_two_chains_are_refused_by_their_names(labels, tmp_path):
+    table, source = storage.read_table(str(labels[0] / "labels")), LabelSource.open(str(labels[0]))
+    rows = table.to_pylist()
+    for row in rows:
+        row["pairs"] = row["pairs"] and row["pairs"][:1]
+    other = tmp_path / "other"
+    shutil.copytree(source.path, other)
+    first, *more = storage.list_shards(str(other))
+    for path in more:
+        storage.remove(path)
+    storage.write_shard(storage.to_table(rows, table.schema), first)
+    with pytest.raises(UserError, match=r"several precision chains: .*/labels of 4,3,2; .*/other of 4,3;"):
+        train(TrainJob(f"{labels[0]},{other}", str(tmp_path / "out"), training=CONFIG))
+    for row in rows[::2]:
+        row["curves"] = row["curves"] and row["curves"][:2]
+    with pytest.raises(UserError, match="several precision chains: 4,3,2 and 4,3; take"):
+        read_curves(storage.to_table(rows, table.schema), (4, 2))
 
 
 def test_the_demo_answers_under_its_regression(tmp_path):

@@ -127,7 +127,12 @@ def test_a_labels_folder_without_kv_heads_asks_for_them(dataset, tmp_path):
         ({"data_path": "nothing"}, r"--data-path .*nothing: no labels there; .*pmpd label"),
         ({"precisions": "4,x"}, r"--precisions 4,x: bit widths"),
         ({"precisions": "3,4"}, r"precisions \[3, 4\]: a precision chain is distinct and descending"),
-        ({"precisions": "4,2"}, r"wanted \[\(4, 2\)\]"),
+        ({"precisions": "4,2"}, "no label of the pair 4-2, these are of 4-3, 3-2"),
+        ({"features": "none"}, "--features: no effect with --scheduler kv_cache, which auto stands for"),
+        ({"scheduler": "kv_cache", "watch": False}, "--no-watch: no effect with --scheduler kv_cache; leave"),
+        ({"model_path": "m"}, r"--model-path m: no effect unless --data-path is a \.pt file"),
+        ({"data_path": "a.pt", "scheduler": "regression"}, "--scheduler regression needs labels of"),
+        ({"scheduler": "regression"}, "these labels do not say what each plan loses"),
         ({"tune": -1}, "--tune -1"),
         (
             {"training": TrainConfig(split_shares=(0.999, 0.001, 0.0))},

@@ -14,12 +14,14 @@ import pytest
 import torch
 
 from pmpd import Scheduler
+from pmpd.errors import UserError
 from pmpd.schedulers.artefact import load_artefact
 from pmpd.training.config import SPLITS, TrainConfig
 from pmpd.training.data import (
     NO_LABEL,
     Features,
     Labels,
+    check_same_pairs,
     features_from_table,
     join_features,
     labels_from_table,
@@ -108,10 +110,30 @@ def test_tables_give_back_labels_and_features_exactly_whatever_the_row_order():
     assert torch.equal(joined.values, features.values)
     assert torch.equal(joined.lengths, features.lengths)
     assert labels_from_table(shuffled, [(3, 2)]).fingerprint() != labels.fingerprint()
-    with pytest.raises(ValueError, match=r"wanted \[\(4, 2\)\]"):
+    with pytest.raises(ValueError, match="no label of the pair 4-2, these are of 4-3, 3-2"):
         labels_from_table(shuffled, [(4, 2)])
     with pytest.raises(ValueError, match="twice"):
         labels_from_table(pa.concat_tables([shuffled, shuffled]))
+
+
+def test_labels_of_some_pairs_are_those_of_a_table_of_these_pairs():
+    labels, features = made_up(20)
+    losses = np.random.default_rng(0).random((20, 2, 4), dtype=np.float32)
+    part = replace(labels, losses=losses).within([(3, 2)])
+    assert part.pairs == ((3, 2),)
+    assert np.array_equal(part.labels, labels.labels[:, 1:])
+    assert np.array_equal(part.losses, losses[:, 1:])
+    read = labels_from_table(table(labels, features), [(3, 2)])
+    assert read.fingerprint() == part.fingerprint()
+
+
+def test_labels_of_several_chains_are_told_by_their_chains():
+    """Not as prompts that occur twice, which these do too."""
+    labels, features = made_up(20)
+    both, low = table(labels, features), table(labels.within([(3, 2)]), features)
+    check_same_pairs({"here": both, "there": both})
+    with pytest.raises(UserError, match="several precision chains: here of 4,3,2; there of 3,2; train on"):
+        check_same_pairs({"here": both, "there": low})
 
 
 def test_batches_are_zero_padded_and_hold_their_rows():

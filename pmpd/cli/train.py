@@ -22,7 +22,8 @@ from pmpd.labeling.noise import Agreement, ceilings
 from pmpd.labeling.prompts import TORCH_SUFFIX
 from pmpd.schedulers.chain import pairs_of, parse_chain
 from pmpd.schedulers.regression import WEIGHTS
-from pmpd.training.data import Labels
+from pmpd.training.config import TrainConfig
+from pmpd.training.data import Labels, in_words
 from pmpd.training.fit import loss_scale
 from pmpd.training.regression import COLUMNS, Fitted, fit_regression, read_curves
 from pmpd.training.result import artefact, check_target
@@ -33,8 +34,8 @@ def results_table(metrics: dict[str, Any], split: str = "test") -> Table:
     table = Table(
         title=f"held-out prompts ({split} split), 95 % bootstrap intervals",
         caption="learned: this scheduler; mean_pooled: a linear one on the cache's mean; majority: the most "
-        "frequent class for all; static_k: class k for all; oracle: the label itself. Quality loss: share of "
-        "prompts whose class is below their label.",
+        "frequent class for all; static_k: class k for all; random: classes as often as in the training "
+        "split; oracle: the label itself. Quality loss: share of prompts whose class is below their label.",
         caption_justify="left",
     )
     for column in ("pair", "policy", "rows", "accuracy", "macro-F1", "average bits", "quality loss"):
@@ -65,7 +66,12 @@ def budget_line(budget: dict[str, Any]) -> str:
 def gains_table(fitted: Fitted) -> Table:
     """What the regression gains over the best static plans at equal bits, on the test prompts."""
     prompts = fitted.counts["test"]
-    table = Table(title=f"divergence on {prompts} held-out prompts, nats a forward, against static plans")
+    table = Table(
+        title=f"{prompts} held-out prompts (test split), 95 % bootstrap intervals",
+        caption="loss: divergence from the unquantized model, nats a forward; gain: how much less that is "
+        "than what the best static plans of as many bits lose.",
+        caption_justify="left",
+    )
     for column in ("target", "bits", "loss", "static at these bits", "gain, %", "95 %"):
         table.add_column(column, justify="right", no_wrap=True)
     for row in fitted.judged:
@@ -81,7 +87,10 @@ def gains_table(fitted: Fitted) -> Table:
 
 
 def gain_line(fitted: Fitted) -> str | None:
-    """Whether the regression pays at its target, in words; None without test prompts."""
+    """Whether the regression pays at its target, in words; None without test prompts, or where the target
+    leaves it no choice."""
+    if fitted.fixed_plan is not None:
+        return None
     target = fitted.calibration.target_bits
     row = next((row for row in fitted.judged if row["target_bits"] == target), None)
     if row is None:
@@ -90,9 +99,9 @@ def gain_line(fitted: Fitted) -> str | None:
     grade = "better" if low > 0 else "worse" if high < 0 else "neither is surely better"
     than = "more" if gain < 0 else "less"
     return (
-        f"at {target:g} bits it loses {abs(gain):.1f} % {than} than the best static plans "
-        f"(gain {gain:+.1f}, 95 % {low:+.1f} to {high:+.1f}): {grade}; decode with --schedulers "
-        "static,regression to compare answers"
+        f"with a target of {target:g} bits it takes {row['bits']:.2f} on the held-out prompts, and loses "
+        f"{abs(gain):.1f} % {than} than the best static plans of as many (gain {gain:+.1f}, 95 % {low:+.1f} "
+        f"to {high:+.1f}): {grade}; `pmpd generate --schedulers fp,static,regression` compares answers"
     )
 
 
@@ -104,9 +113,12 @@ def reached_line(fitted: Fitted) -> str:
     others = [target for target in targets if target != found.target_bits] or targets
     near = min(others, key=lambda target: (abs(target - found.target_bits), target))
     other = f'{{"regression": {{"target_bits": {near:g}}}}}'
+    kept = f"{grade}, {found.bits:.2f} on {config.prompts} validation prompts"
+    if fitted.fixed_plan is not None:
+        kept = "kept exactly, every prompt runs at that precision throughout, as under the static plan"
     return (
-        f"{found.target_bits:g} bits on average: {grade}, {found.bits:.2f} on {config.prompts} validation "
-        f"prompts; --scheduler-options '{other}' takes another of its {len(targets)} targets"
+        f"{found.target_bits:g} bits on average: {kept}; `pmpd generate --scheduler-options '{other}'` takes "
+        f"another of its {len(targets)} targets"
     )
 
 
@@ -130,32 +142,66 @@ ARTEFACT_NAMES = (
 """Files of an artefact beside its config.json and its classifiers."""
 
 
-def wants_regression(job: TrainJob, labels: Labels) -> bool:
-    """What --scheduler stands for with these labels."""
-    if job.scheduler == "auto":
-        return labels.losses is not None and not classifier_flags(job)
-    if job.scheduler == "regression" and (flags := classifier_flags(job)):
-        raise UserError(f"--scheduler regression: {' and '.join(flags)} is of the classifiers; leave it out")
-    return job.scheduler == "regression"
+REGRESSION_ONLY = ("features", "watch")
+"""Flags without an effect on classifiers."""
+
+FOR_BOTH = ("split_shares", "seed")
+"""Of `TrainConfig`, what the regression takes too."""
+
+CHOOSING = ("objective", "tune", "again_path")
+"""Flags of the classifiers that --scheduler auto takes for the wish to train them."""
+
+CLASSIFIERS_ONLY = (
+    *CHOOSING,
+    "num_workers",
+    "gpus_per_worker",
+    *(each.name for each in fields(TrainConfig) if each.name not in (*FOR_BOTH, *CHOOSING)),
+)
+"""Flags without an effect on a regression."""
 
 
-def classifier_flags(job: TrainJob) -> list[str]:
-    """The flags given that only the training of classifiers has a use for."""
-    given = {
-        "--objective loss": job.training.objective == "loss",
-        "--tune": job.tune > 0,
-        "--again-path": job.again_path is not None,
-    }
-    return [flag for flag, is_given in given.items() if is_given]
+def wants_regression(job: TrainJob, losses: bool) -> bool:
+    """What --scheduler stands for; `losses`: whether the labels say what each plan loses. UserError for flags
+    without an effect on it."""
+    chosen = job.scheduler
+    if chosen == "auto":
+        chosen = "regression" if losses and not given_flags(job, CHOOSING) else "kv_cache"
+    wanted = chosen == "regression"
+    if flags := given_flags(job, CLASSIFIERS_ONLY if wanted else REGRESSION_ONLY):
+        by_itself = ", which auto stands for here" if job.scheduler == "auto" else ""
+        other = f"give --scheduler {'kv_cache' if wanted else 'regression'}"
+        raise UserError(
+            f"{' and '.join(flags)}: no effect with --scheduler {chosen}{by_itself}; leave "
+            f"{'them' if flags[1:] else 'it'} out, or "
+            f"{other if losses else 'label with `pmpd label --rule kl` and train a regression'}"
+        )
+    return wanted
 
 
-def generate_command(source: LabelSource) -> str:
-    """The beginning of the command that answers with the labelled model: its flags are left out where they
-    are the default, and a name stands in their place where the manifest does not know them."""
+def given_flags(job: TrainJob, names: Sequence[str]) -> list[str]:
+    """Those of these flags that are not at their default."""
+    values = [(each, getattr(part, each.name)) for part in (job, job.training) for each in fields(part)]
+    return [
+        f"--{'no-' * (value is False)}{each.name.replace('_', '-')}"
+        for each, value in values
+        if each.name in names and value != each.default
+    ]
+
+
+def generate_command(source: LabelSource, chain: Sequence[int], highest: int) -> str:
+    """The beginning of the command that answers with the labelled model and this chain, after a prefill at
+    the `highest` precision of the labels: its flags are left out where they are the default, and a name
+    stands in their place where the manifest does not know them."""
     words = ["pmpd", "generate"]
-    known = {"model_path": "MODEL-OF-THE-LABELS", **source.run}
+    known = {
+        "model_path": "MODEL-OF-THE-LABELS",
+        **source.run,
+        "precisions": ",".join(map(str, chain)),
+        "prefill_bit": None if highest == chain[0] else str(highest),
+    }
+    names = ("model_path", "reference_model_path", "use_multi_model", "precisions", "prefill_bit")
     for field in fields(GenerateJob):
-        if field.name in ("model_path", "reference_model_path", "use_multi_model"):
+        if field.name in names:
             value = known.get(field.name, field.default)
             if value != field.default:
                 words += [f"--{field.name.replace('_', '-')}", *([] if value is True else [value])]
@@ -203,8 +249,10 @@ def train_regression(
     files = fitted.files()
     folder = write_folder(output, files)
     console.print(
-        f"{len(curves)} labelled prompts, chain {list(curves.chain)}: a regression on {job.features}"
-        f"{', watching the decode' if job.watch else ''}"
+        f"{len(curves)} labelled prompts, chain {','.join(map(str, curves.chain))}: a regression with "
+        f"--features {job.features}, which decides "
+        f"{'at every sixth of the answer' if job.watch else 'once, before the first token'}",
+        soft_wrap=True,
     )
     if fitted.judged:
         console.print(gains_table(fitted))
@@ -213,7 +261,7 @@ def train_regression(
     console.print(reached_line(fitted), soft_wrap=True)
     console.print(f"scheduler: {folder}", soft_wrap=True)
     console.print(
-        f"next: {generate_command(sources[0])} --classifier-path {folder}",
+        f"next: {generate_command(sources[0], curves.chain, curves.chain[0])} --classifier-path {folder}",
         soft_wrap=True,
     )
     return json.loads(files["metrics.json"])
@@ -228,17 +276,32 @@ def main(job: TrainJob) -> dict[str, Any]:
     output = farm.output_folder(job.output_dir)
     console = Console()
     if job.data_path.endswith(TORCH_SUFFIX):
+        if wants_regression(job, losses=False):
+            raise UserError(
+                f"--data-path {job.data_path}: a {TORCH_SUFFIX} file says what class a prompt has, not what "
+                f"plans lose; --scheduler regression needs labels of `pmpd label --rule kl`"
+            )
         sources = [labels_of_file(job, output, console)]
     else:
+        if job.model_path is not None:
+            raise UserError(
+                f"--model-path {job.model_path}: no effect unless --data-path is a {TORCH_SUFFIX} file; "
+                f"leave it out"
+            )
         folders = [farm.output_folder(path) for path in job.data_path.split(",")]
         sources = [LabelSource.open(folder, job.num_heads) for folder in folders]
     source = sources[0]
-    pairs = pairs_of(parse_chain(job.precisions)) if job.precisions else None
-    labels = read_labels(*(each.path for each in sources), pairs=pairs)
-    if wants_regression(job, labels):
+    chain = parse_chain(job.precisions) if job.precisions else None
+    labels = read_labels(*(each.path for each in sources))
+    if wants_regression(job, labels.losses is not None):
         return train_regression(job, sources, labels, output, console)
     if len(sources) > 1:
         raise UserError(f"--data-path {job.data_path}: classifiers are trained on one labels dataset")
+    highest = labels.pairs[0][0]
+    if chain is None:
+        chain = (labels.pairs[0][0], *(low for _, low in labels.pairs))
+    else:
+        labels = labels.within(pairs_of(chain))
     for pair in range(len(labels.pairs)):
         labels.rows(
             pair, job.training
@@ -262,7 +325,7 @@ def main(job: TrainJob) -> dict[str, Any]:
         found["tune.json"] = json.dumps(trials, indent=1).encode()
         console.print(f"best of {len(trials)} trials: {trials[0]}")
     console.print(
-        f"{len(labels.ids)} labelled prompts, pairs {list(labels.pairs)}, {fleet.num_workers} worker(s)"
+        f"{len(labels.ids)} labelled prompts, pairs {in_words(labels.pairs)}; {fleet.num_workers} worker(s)"
     )
     console.print(
         f"training, at most {config.num_train_epochs} epochs a pair: {storage.join(output, 'runs')} has the "
@@ -283,8 +346,6 @@ def main(job: TrainJob) -> dict[str, Any]:
     if job.target_bits is not None:
         console.print(budget_line(json.loads(files["config.json"])["budget"]), soft_wrap=True)
     console.print(f"scheduler: {folder}", soft_wrap=True)
-    console.print(
-        f"next: {generate_command(source)}{budget_schedulers(job)} --classifier-path {folder}",
-        soft_wrap=True,
-    )
+    command = f"{generate_command(source, chain, highest)}{budget_schedulers(job)}"
+    console.print(f"next: {command} --classifier-path {folder}", soft_wrap=True)
     return metrics

@@ -152,10 +152,7 @@ def curve_set(
             "the labels hold no losses of plans, as those of rule kl before version 2; label again, with "
             "`pmpd label --rule kl`"
         )
-    chains = {tuple(curve["bits"] for curve in row["curves"]) for row in rows}
-    if len(chains) > 1:
-        raise UserError(f"labels of several chains in one comparison: {sorted(chains)}; compare them apart")
-    chain = check_chain(chains.pop())
+    chain = check_chain(chain_of(rows))
     longest = max(len(row["curves"][0]["divergence"]) for row in rows)
     shape = (len(rows), len(chain), longest)
     held = [name for name in STATISTICS if name in rows[0]["curves"][0]]
@@ -187,6 +184,15 @@ def curve_set(
         plan_loss=divergence * forwards[:, None],
         plan_bits=bits_of(steps, chain, forwards),
     )
+
+
+def chain_of(rows: Iterable[Mapping[str, Any]]) -> tuple[int, ...]:
+    """The precisions that these rows' curves are of. UserError where rows differ in them."""
+    chains = {tuple(curve["bits"] for curve in row["curves"]) for row in rows}
+    if len(chains) > 1:
+        told = " and ".join(",".join(map(str, chain)) for chain in sorted(chains, reverse=True))
+        raise UserError(f"labels of several precision chains: {told}; take those of one chain at a time")
+    return chains.pop()
 
 
 def bits_of(steps: np.ndarray, chain: Sequence[int], forwards: np.ndarray) -> np.ndarray:

@@ -12,6 +12,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import logging
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -36,7 +37,14 @@ from pmpd.errors import UserError
 from pmpd.farm.capacity import autoscaler_present
 from pmpd.farm.connection import own_signals
 from pmpd.training.config import TrainConfig
-from pmpd.training.data import Features, Labels, features_from_table, join_features, labels_from_table
+from pmpd.training.data import (
+    Features,
+    Labels,
+    check_same_pairs,
+    features_from_table,
+    join_features,
+    labels_from_table,
+)
 from pmpd.training.fit import DivergedError, TrainState, Workers, train
 
 if TYPE_CHECKING:
@@ -137,9 +145,11 @@ class LabelSource:
 
 
 def read_labels(*data_paths: str, pairs: Sequence[tuple[int, int]] | None = None) -> Labels:
-    """Ids and labels of labels datasets; small, whatever the size of the features."""
-    tables = [storage.read_table(path, LABEL_COLUMNS) for path in data_paths]
-    return labels_from_table(pa.concat_tables(tables), pairs)
+    """Ids and labels of labels datasets, of one precision chain; small, whatever the size of the features."""
+    tables = {path: storage.read_table(path, LABEL_COLUMNS) for path in data_paths}
+    if len(tables) > 1:
+        check_same_pairs(tables)
+    return labels_from_table(pa.concat_tables([tables[path] for path in data_paths]), pairs)
 
 
 class RaggedCollate(ArrowBatchCollateFn):
@@ -256,6 +266,7 @@ def fit(
     shards = [storage.resolve(path)[1] for path in storage.list_shards(data_path)]
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)  # it tells what it estimates of Parquet files
     context.use_datasource_v2 = (
         False  # one task a file in place of two stages: the read of a small dataset took 8 s instead of 20
     )

@@ -8,7 +8,8 @@ Legend: B rows, N prompts, J pairs of the chain, P plans of `chain.sixths_plans`
 A plan is chosen by predicted loss + multiplier x bits. One multiplier serves the whole workload, and is
 calibrated on the validation prompts of the training for a ladder of targets, so that one artefact serves any
 of them. Where no multiplier meets a target (many prompts change their plans at the same one), two
-neighbouring multipliers share the prompts, by a draw from their keys.
+neighbouring multipliers share the prompts, by a draw from their keys. A target that one plan alone meets
+takes that plan (`fixed_plan`).
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from pmpd.errors import UserError
 from pmpd.schedulers.artefact import check_fingerprint, locate, reader
 from pmpd.schedulers.base import Decision, ObservedRows, PrefillState, Scheduler, SchedulerEntry
 from pmpd.schedulers.budget import TOLERANCE, bracket
-from pmpd.schedulers.chain import check_chain, plan_points, sixths_plans
+from pmpd.schedulers.chain import NUM_CLASSES, check_chain, place_of, plan_points, sixths_plans
 from pmpd.schedulers.loss_model import (
     FEATURES,
     LossModel,
@@ -113,6 +114,20 @@ def calibrate(
     return Calibration(**{**asdict(found), "reached": reached})
 
 
+def fixed_plan(chain: Sequence[int], target_bits: float, watches: bool) -> int | None:
+    """The place in `chain.sixths_plans` of the only plan that a target leaves, one precision throughout, for
+    any prompt: at the ends of the chain, and at every precision for a scheduler that watches, which switches
+    between neighbours alone. None where prompts may have plans of their own."""
+    if target_bits not in (chain if watches else (chain[0], chain[-1])):
+        return None
+    return _throughout(len(chain) - 1, list(chain).index(int(target_bits)))
+
+
+def _throughout(pairs: int, place: int) -> int:
+    """The place in `chain.sixths_plans` of the plan that runs at the chain's `place`-th precision alone."""
+    return int(place_of(np.where(np.arange(pairs) < place, 0, NUM_CLASSES - 1)))
+
+
 # ---- Artefact
 
 
@@ -137,6 +152,10 @@ class RegressionConfig:
     """The split and its seed, for the record."""
     architecture: str = ARCHITECTURE
     version: int = VERSION
+
+    def fixed_plan(self, target_bits: float) -> int | None:
+        """See the function of that name."""
+        return fixed_plan(self.chain, target_bits, self.watches)
 
     def calibration(self, target_bits: float, source: str) -> Calibration:
         for found in self.calibrations:
@@ -182,11 +201,30 @@ def load_artefact(folder: str | Path, read: Callable[[str], bytes | None] | None
         else:
             model = LossModel(**tensors)
             model.check(len(sixths_plans(pairs)), known)
+        _check_chain_of(model, set(tensors), config.chain)
     except (SafetensorError, TypeError, ValueError, KeyError) as error:
+        reason = f"no tensor {error}" if isinstance(error, KeyError) else error
         raise UserError(
-            f"{folder}/{WEIGHTS}: damaged ({error}); copy the folder again, or train again"
+            f"{folder}/{WEIGHTS}: damaged, or not of the chain {list(config.chain)}, features "
+            f"{config.features!r} and watches {config.watches} of its config.json ({reason}); copy the whole "
+            f"folder again, or train again"
         ) from error
     return Artefact(config, model)
+
+
+def _check_chain_of(model: LossModel | StopModel, names: set[str], chain: tuple[int, ...]) -> None:
+    """ValueError unless these are all tensors, and their plans of one precision throughout take the bits of
+    this chain: another chain of as many precisions has tensors of the same shapes."""
+    more = sorted(names - {name for name, _ in model.tensors()})
+    if more:
+        raise ValueError(f"{', '.join(more)}: tensors of more pairs, or unknown")
+    if isinstance(model, StopModel):
+        firsts = [parts[0].bits for parts in model.parts]
+        found = [firsts[0][-1], *(bits[0] for bits in firsts)]
+    else:
+        found = [model.bits[_throughout(len(chain) - 1, place)] for place in range(len(chain))]
+    if not np.allclose(found, chain, rtol=0, atol=1e-6):
+        raise ValueError(f"its plans are of the chain {', '.join(f'{bits:g}' for bits in found)}")
 
 
 def _config(content: bytes, source: str) -> RegressionConfig:
@@ -205,13 +243,19 @@ def _config(content: bytes, source: str) -> RegressionConfig:
             )
         raw["chain"] = check_chain(raw["chain"])
         raw["calibrations"] = tuple(Calibration(**each) for each in raw["calibrations"])
-        for each in raw["calibrations"]:
-            _check_numbers(asdict(each), "target_bits", "multiplier", "second", "share", "bits")
-        _check_numbers(raw, "target_bits")
+        if not raw["calibrations"]:
+            raise ValueError("calibrations: empty, there is no target to decode for")
+        for place, each in enumerate(raw["calibrations"]):
+            _check_calibration(each, raw["chain"], f"calibrations[{place}].")
+        targets = [each.target_bits for each in raw["calibrations"]]
+        if len(set(targets)) < len(targets):
+            raise ValueError("calibrations: two have the same target_bits")
+        if raw["target_bits"] not in targets:
+            raise ValueError(f"target_bits {raw['target_bits']!r}: not a target_bits of calibrations")
         if not isinstance(raw["watches"], bool):
             raise ValueError(f"watches {raw['watches']!r}: true or false")
         if raw["features"] not in FEATURES:
-            raise UserError(f"features {raw['features']!r}: known are {', '.join(FEATURES)}")
+            raise ValueError(f"features {raw['features']!r}: known are {', '.join(FEATURES)}")
         return RegressionConfig(**raw)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(
@@ -219,12 +263,23 @@ def _config(content: bytes, source: str) -> RegressionConfig:
         ) from error
 
 
-def _check_numbers(given: Mapping[str, Any], *names: str) -> None:
-    """ValueError unless all of these are finite numbers, none of them negative."""
-    for name in names:
-        value = given[name]
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < np.inf:
-            raise ValueError(f"{name} {value!r}: not a number, 0 or more")
+def _check_calibration(given: Calibration, chain: tuple[int, ...], where: str) -> None:
+    """ValueError unless all numbers are ones that `calibrate` can give for this chain."""
+    largest = float(np.finfo(float).max)
+    limits = {
+        "target_bits": (chain[-1], chain[0]),
+        "multiplier": (0, largest),
+        "second": (0, largest),
+        "share": (0, 1),
+        "bits": (chain[-1], chain[0]),
+    }
+    for name, (low, high) in limits.items():
+        value = getattr(given, name)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+            limit = f"{low} or more" if high == largest else f"from {low} to {high}"
+            raise ValueError(f"{where}{name} {value!r}: not a number {limit}")
+    if not isinstance(given.reached, bool):
+        raise ValueError(f"{where}reached {given.reached!r}: true or false")
 
 
 # ---- Scheduler
@@ -254,7 +309,8 @@ class RegressionScheduler(Scheduler):
 
     precisions: the chain, that of the artefact. save_dir: folder or URI of an artefact (`pmpd train` on
     labels by divergence); None = the one of the embedded demo model. target_bits: bits on average, one of
-    those that the artefact is calibrated for; None = the one that it was trained for.
+    those that the artefact is calibrated for; None = the one that it was trained for. A target that one plan
+    alone meets (`fixed_plan`) takes it for every row, and looks at nothing.
     """
 
     name = "regression"
@@ -276,10 +332,11 @@ class RegressionScheduler(Scheduler):
             )
         wanted = config.target_bits if target_bits is None else float(target_bits)
         self.calibration = config.calibration(wanted, self.save_dir)
-        if config.watches:
+        self.fixed_plan = config.fixed_plan(self.calibration.target_bits)
+        if self.observes:
             self.statistics = WATCHED
         self.prompt_bits: tuple[int, ...] = ()
-        if config.features != "none":
+        if config.features != "none" and self.fixed_plan is None:
             self.prompt_bits = (self.precisions[0], *probed(self.precisions, config.features))
 
     def check_model(self, fingerprint: str | None, dim: int, num_heads: int) -> None:
@@ -287,13 +344,15 @@ class RegressionScheduler(Scheduler):
         check_fingerprint(self.artefact.config.model_fingerprint, self.save_dir, fingerprint)
 
     def begin(self, state: PrefillState) -> Decision:
+        points = np.asarray([plan_points(tokens) for tokens in state.max_new_tokens], np.int32)
+        if self.fixed_plan is not None:
+            return Decision(points[:, sixths_plans(len(self.pairs))[self.fixed_plan]])
         config = self.artefact.config
         prompts = state.prompts(self.prompt_bits) if self.prompt_bits else ()
         features = prompt_features(prompts, state.prompt_lengths, self.precisions, config.features)
         known = np.isfinite(features).all(1)  # a row without finite logits is the engine's to report
         plans, states = self._plans(np.where(known[:, None], features, 0.0), state)
         plans[~known] = -1  # never switches
-        points = np.asarray([plan_points(tokens) for tokens in state.max_new_tokens], np.int32)
         steps = np.take_along_axis(points, sixths_plans(len(self.pairs))[plans], axis=1)
         return Decision(steps, states=[each if ok else None for each, ok in zip(states, known, strict=True)])
 
@@ -327,7 +386,7 @@ class RegressionScheduler(Scheduler):
 
     @property
     def observes(self) -> bool:
-        return self.artefact.config.watches
+        return self.artefact.config.watches and self.fixed_plan is None
 
     def observe(self, rows: ObservedRows) -> None:
         for row, state in enumerate(rows.states):

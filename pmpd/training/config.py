@@ -13,7 +13,7 @@ SPLITS = ("train", "validation", "test")
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """How the classifiers are fitted."""
+    """How the classifiers are fitted. A regression takes --split-shares and --seed of these alone."""
 
     num_train_epochs: int = 30
     """At most so many passes over the (rebalanced) training split."""
@@ -38,7 +38,7 @@ class TrainConfig:
     split_shares: tuple[float, float, float] = (0.8, 0.1, 0.1)
     """Shares of the prompts that are trained on, that validate and that test."""
     seed: int = 0
-    """Of the split, the initial weights, the order and the dropout."""
+    """Of the split; of the classifiers' initial weights, order and dropout."""
 
     def __post_init__(self) -> None:
         for name in ("num_train_epochs", "gradient_accumulation_steps", "batch_size", "patience"):

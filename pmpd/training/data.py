@@ -6,8 +6,8 @@ Legend: N labelled prompts, T tokens, D head dim, J pairs.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pmpd.errors import UserError
-from pmpd.schedulers.chain import NUM_CLASSES
+from pmpd.schedulers.chain import NUM_CLASSES, pairs_of
 from pmpd.training.config import SPLITS, TrainConfig
 
 NO_LABEL = -1
@@ -57,6 +57,18 @@ class Labels:
             lines += [row.astype("<f4").tobytes().hex() for row in self.losses]
         return hashlib.sha256("\n".join([str(self.pairs), *lines]).encode()).hexdigest()[:16]
 
+    def within(self, pairs: Sequence[tuple[int, int]]) -> Labels:
+        """Of these pairs only, which classifiers are to be for. UserError where one is not in the labels."""
+        if missing := [pair for pair in pairs if pair not in self.pairs]:
+            raise UserError(
+                f"--precisions: no label of the pair {in_words(missing)}, these are of "
+                f"{in_words(self.pairs)}; classifiers take a chain of labelled pairs: give one, or label "
+                f"with its --precisions"
+            )
+        places = [self.pairs.index(pair) for pair in pairs]
+        losses = None if self.losses is None else self.losses[:, places]
+        return replace(self, pairs=tuple(pairs), labels=self.labels[:, places], losses=losses)
+
     def splits(self, config: TrainConfig) -> np.ndarray:
         """Index into SPLITS per row, int64 [N]."""
         return splits_of(self.ids, config)
@@ -77,6 +89,32 @@ class Labels:
         return rows
 
 
+def in_words(pairs: Sequence[tuple[int, int]]) -> str:
+    """Pairs in words: 4-3, 3-2."""
+    return ", ".join(f"{high}-{low}" for high, low in pairs)
+
+
+def chain_in_words(pairs: Sequence[tuple[int, int]]) -> str:
+    """The chain of these pairs: 4,3,2; the pairs in words where they are none."""
+    chain = [*(high for high, _ in pairs[:1]), *(low for _, low in pairs)]
+    return ",".join(map(str, chain)) if pairs_of(chain) == list(pairs) else f"the pairs {in_words(pairs)}"
+
+
+def check_same_pairs(tables: Mapping[str, pa.Table]) -> None:
+    """UserError where labels tables, by what they are called, are of several precision chains."""
+    held = {}
+    for name, table in tables.items():
+        rows = usable(table)["pairs"].to_pylist()
+        if pairs := sorted({(int(pair["high"]), int(pair["low"])) for row in rows for pair in row})[::-1]:
+            held[name] = pairs
+    if len({tuple(pairs) for pairs in held.values()}) > 1:
+        lines = [f"{name} of {chain_in_words(pairs)}" for name, pairs in held.items()]
+        raise UserError(
+            f"labels of several precision chains: {'; '.join(lines)}; train on those of one, or label all "
+            f"with the same `pmpd label --precisions`"
+        )
+
+
 def usable(table: pa.Table) -> pa.Table:
     """The rows of a labels table that have no error and features."""
     keep = pc.is_valid(table["pairs"])
@@ -89,23 +127,22 @@ def labels_from_table(table: pa.Table, pairs: Sequence[tuple[int, int]] | None =
     """Ids and labels from a labels table (columns prompt_id, pairs, error). `pairs`: those wanted, None = all
     that occur.
 
-    ValueError where no row is usable, a pair is not in the table, or a label is no class.
+    UserError where no row is usable, a prompt occurs twice, a pair is not in the table, or a label is no
+    class.
     """
     table = usable(table).sort_by("prompt_id")
     ids = tuple(table["prompt_id"].to_pylist())
     if len(set(ids)) != len(ids):
         raise UserError(
-            "labels: a prompt_id occurs twice; each prompt may have one row (two label runs with other "
-            "settings in one folder?)"
+            "labels: a prompt_id occurs twice; each prompt may have one row (the same prompts in two of the "
+            "datasets given, or two label runs with other settings in one folder?)"
         )
     rows = [{(int(p["high"]), int(p["low"])): p["label"] for p in row} for row in table["pairs"].to_pylist()]
     held = sorted({pair for row in rows for pair in row}, reverse=True)
-    wanted = held if pairs is None else list(pairs)
-    missing = [pair for pair in wanted if pair not in held]
-    if not rows or missing:
+    if not held:
         raise UserError(
-            f"labels: {len(rows)} usable rows with the pairs {held}, wanted {wanted or 'any'}; label with "
-            f"--precisions of that chain"
+            "labels: no usable row, all have an error or no label; `pmpd inspect` shows the errors, `pmpd "
+            "label` makes labels"
         )
     strange = sorted(
         {
@@ -119,8 +156,9 @@ def labels_from_table(table: pa.Table, pairs: Sequence[tuple[int, int]] | None =
         raise UserError(
             f"labels: {strange} are no classes, those are 0 to {NUM_CLASSES - 1}; label these prompts again"
         )
-    values = [[NO_LABEL if row.get(pair) is None else row[pair] for pair in wanted] for row in rows]
-    return Labels(ids, tuple(wanted), np.asarray(values, dtype=np.int64), _losses(table, wanted))
+    values = [[NO_LABEL if row.get(pair) is None else row[pair] for pair in held] for row in rows]
+    found = Labels(ids, tuple(held), np.asarray(values, dtype=np.int64), _losses(table, held))
+    return found if pairs is None else found.within(pairs)
 
 
 def _losses(table: pa.Table, wanted: Sequence[tuple[int, int]]) -> np.ndarray | None:

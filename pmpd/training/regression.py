@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from pmpd.errors import UserError
-from pmpd.evaluation.curve_set import LABEL_COLUMNS, CurveSet, curve_set, plans_within
+from pmpd.evaluation.curve_set import LABEL_COLUMNS, CurveSet, chain_of, curve_set, plans_within
 from pmpd.evaluation.frontier import Resampling, StaticFrontier, gain_of, table
 from pmpd.evaluation.policies import features_of, fitted, fitted_stops, static, stops
 from pmpd.schedulers.loss_model import LossModel, cheapest
@@ -27,6 +27,7 @@ from pmpd.schedulers.regression import (
     artefact_files,
     calibrate,
     choose,
+    fixed_plan,
 )
 from pmpd.schedulers.stop_model import WATCHED, StopModel, pair_for
 from pmpd.training.config import SPLITS, TrainConfig
@@ -48,25 +49,27 @@ FRONTIER_POINTS = 41
 def read_curves(labels: pa.Table, chain: Sequence[int] | None = None) -> CurveSet:
     """The labelled prompts, each a group of its own; `chain`: of these precisions only.
 
-    UserError where the labels hold no curves and plans, or none of the chain; its highest precision must be
-    theirs, which the prompts were prefilled at.
+    UserError where the labels hold no curves and plans, those of several chains, or none of the chain; its
+    highest precision must be theirs, which the prompts were prefilled at.
     """
     found = usable(labels)
     if not len(found) or found["curves"].null_count:
         raise UserError(
-            "these labels hold no curves; label with `pmpd label --rule kl`, or --scheduler kv_cache"
+            "these labels do not say what each plan loses, which a regression is fitted to; label with `pmpd "
+            "label --rule kl`, or train classifiers with --scheduler kv_cache"
         )
     rows = found.select(
         [name for name in LABEL_COLUMNS if name != "curves" and name in found.column_names]
     ).to_pylist()
     for row, curves in zip(rows, _divergences(found["curves"]), strict=True):
         row["curves"] = curves
-    held = tuple(curve["bits"] for curve in rows[0]["curves"])
+    held = chain_of(rows)
     wanted = held if chain is None else tuple(chain)
     if wanted[0] != held[0] or not set(wanted) <= set(held):
         raise UserError(
-            f"--precisions {','.join(map(str, wanted))}: the labels are of {list(held)}; a regression takes "
-            f"their highest precision and any of the others"
+            f"--precisions {','.join(map(str, wanted))}: the labels are of {','.join(map(str, held))}; a "
+            f"regression takes their highest precision and any of the others; label with `pmpd label "
+            f"--precisions` of that chain for another"
         )
     if wanted != held and rows[0].get("plans"):
         plans_within(rows, wanted)
@@ -113,6 +116,11 @@ class Fitted:
     def calibration(self) -> Calibration:
         return self.config.calibration(self.config.target_bits, "")
 
+    @property
+    def fixed_plan(self) -> int | None:
+        """`schedulers.regression.fixed_plan` of its target."""
+        return self.config.fixed_plan(self.config.target_bits)
+
     def files(self) -> dict[str, bytes]:
         """File name -> content of the `scheduler/` folder, `config.json` last."""
         files = artefact_files(self.config, self.model)
@@ -152,6 +160,8 @@ def fit_regression(
     model = fitted_stops(train, features) if watch else fitted(train, features)
 
     def plans_at(part: CurveSet, target: float) -> PlansAt:
+        if (plan := fixed_plan(chain, target, watch)) is not None:
+            return lambda _: np.full(len(part), plan)
         if isinstance(model, StopModel):
             return stops(model, part, pair_for(chain, target), features)
         losses, bits = model.predict(features_of(part, features)), model.bits

@@ -23,29 +23,32 @@ class TrainJob:
     stopped."""
     scheduler: Literal["auto", "regression", "kv_cache"] = "auto"
     """What is trained. auto: the regression where the labels are by divergence (pmpd label --rule kl), unless
-    --objective loss, --tune or --again-path ask for classifiers; else the classifiers."""
+    --objective loss, --tune or --again-path ask for classifiers (kv_cache); else the classifiers. A flag
+    without an effect on what is trained is refused."""
     features: Literal["none", "no_probe", "one_probe", "probes"] = "no_probe"
-    """regression: what it knows of a prompt. none: nothing; no_probe: its length and the loss, entropy and
+    """Regression: what it knows of a prompt. none: nothing; no_probe: its length and the loss, entropy and
     margin of its last 32 tokens, which the prefill tells; one_probe, probes: also how far the lowest
     precision, or every lower one, is from the highest on these tokens, one forward over them each."""
     watch: bool = True
-    """regression: decide at every sixth of the answer whether to switch now, from the entropy and margin
+    """Regression: decide at every sixth of the answer whether to switch now, from the entropy and margin
     of the tokens so far too; with --no-watch once, before the first token."""
     precisions: str | None = None
-    """Precision chain, e.g. 4,3,2; default: every pair in the labels."""
+    """Precision chain, e.g. 4,3,2; default: that of the labels. Of labels of 4,3,2 a regression may take 4,2
+    or 4,3, classifiers the pairs that are labelled: 4,3 or 3,2."""
     num_workers: int = 1
-    """Ray Train workers. Each needs a CPU, and one more is needed to read."""
+    """Classifiers: Ray Train workers. Each needs a CPU, and one more is needed to read."""
     gpus_per_worker: float = 0
-    """0 trains on CPUs."""
+    """Classifiers: 0 trains on CPUs."""
     tune: int = 0
-    """Search learning rate, epochs, accumulation, weight decay and dropout with so many trials first; 0 = as
-    given."""
+    """Classifiers: search learning rate, epochs, accumulation, weight decay and dropout with so many trials
+    first; 0 = as given."""
     target_bits: float | None = None
-    """Calibrate on the validation prompts for so many bits on average, which the scheduler `regression` then
-    keeps to (default: midway between the two highest precisions), or `budget`."""
+    """Bits on average that the scheduler keeps to, calibrated on the validation prompts. Regression: default
+    midway between the two highest precisions; at the chain's highest or lowest precision it is the static
+    plan of that precision. Classifiers: for the scheduler `budget`; default none."""
     again_path: str | None = None
-    """The --output-dir of another `pmpd label` of the same records (another --seed or --dtype, a space
-    before the text): how far the two agree says what accuracy a classifier can have at most."""
+    """Classifiers: the --output-dir of another `pmpd label` of the same records (another --seed or --dtype, a
+    space before the text): how far the two agree says what accuracy a classifier can have at most."""
     num_heads: int | None = None
     """KV heads of the labelled model; default: as the labels' manifest says."""
     model_path: str | None = None
