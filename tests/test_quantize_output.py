@@ -18,6 +18,7 @@ from pmpd.quantize import feedback
 from pmpd.quantize import moments as moments_module
 from pmpd.quantize.feedback import (
     RowMetric,
+    block_steps,
     choose_codes,
     damped,
     error_factor,
@@ -77,9 +78,9 @@ def plain_codes(
     """Each column's error passed on to all later columns at once: no blocks, no buffers."""
     order, upper = factor
     left = weight[:, order].repeat(len(tables), 1, 1)
-    choice, codes = feedback._Choice(tables, left[0]), torch.empty(weight.shape, dtype=torch.uint8)
+    candidates, codes = feedback._candidates(tables, left[0]), torch.empty(weight.shape, dtype=torch.uint8)
     for column in range(weight.shape[1]):
-        code, chosen = choice.best(left[:, :, column])
+        code, chosen = feedback._best(candidates, left[:, :, column])
         codes[:, order[column]] = code[:, 0].to(torch.uint8)
         error = (left[:, :, column] - chosen) / upper[column, column]
         left[:, :, column + 1 :] -= upper[column, column + 1 :] * error.unsqueeze(2)
@@ -105,15 +106,24 @@ def test_blocks_of_columns_choose_what_plain_feedback_chooses(
     torch.testing.assert_close(*errors, rtol=0.01, atol=0)
 
 
+def test_blocks_serve_matrix_after_matrix() -> None:
+    blocks = block_steps((2, 3, 4), torch.device("cpu"))
+    for rows, columns, seed in ((24, 192, 0), (24, 100, 1), (40, 192, 2), (24, 192, 3)):
+        weight, hessian = example(rows, columns, seed)
+        quantized, factor = seeds(weight, hessian), error_factor(hessian)
+        alone = choose_codes(weight, factor, quantized.tables)
+        assert torch.equal(choose_codes(weight, factor, quantized.tables, blocks), alone)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("parent", [2, 3, 4, 6])
 def test_captured_blocks_choose_the_same_codes(parent: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    weight, hessian = example(96, 300)
-    rows = seeds(weight.cuda(), hessian.cuda(), parent)
-    factor = error_factor(hessian.cuda())
-    replays = 0
+    captures = replays = 0
+    capture = gpu.capture
 
     def counted(step: Callable[[], None], prepare: Callable[[], None]) -> Callable[[], None]:
+        nonlocal captures
+        captures += 1
         replay = capture(step, prepare)
 
         def again() -> None:
@@ -123,12 +133,16 @@ def test_captured_blocks_choose_the_same_codes(parent: int, monkeypatch: pytest.
 
         return again
 
-    capture = gpu.capture
     monkeypatch.setattr(gpu, "capture", counted)
-    captured = choose_codes(weight.cuda(), factor, rows.tables)
-    assert replays == 5, "a capture failed"
-    monkeypatch.setattr(gpu, "capture", lambda step, prepare: step)
-    assert torch.equal(captured, choose_codes(weight.cuda(), factor, rows.tables))
+    blocks = block_steps(range(2, parent + 1), torch.device("cuda"))
+    for seed in (0, 1):
+        weight, hessian = (tensor.cuda() for tensor in example(96, 300, seed))
+        tables, factor = seeds(weight, hessian, parent).tables, error_factor(hessian)
+        found = choose_codes(weight, factor, tables, blocks)
+        assert (captures, replays) == (1, 5 * (seed + 1)), blocks.why_eager
+        with monkeypatch.context() as patch:
+            patch.setattr(gpu, "capture", lambda step, prepare: step)
+            assert torch.equal(found, choose_codes(weight, factor, tables))
 
 
 def test_without_correlation_feedback_rounds_to_the_nearest_value() -> None:

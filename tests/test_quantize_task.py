@@ -39,10 +39,10 @@ def test_the_farm_writes_what_one_process_does_and_goes_on_after_an_error(
 ):
     real = stages.Stages._quantize_layer
 
-    def fail(self, layer, moments):
+    def fail(self, layer, *given):
         if layer == 1:
             raise UserError("this layer is bad\nand a page about it")
-        real(self, layer, moments)
+        real(self, layer, *given)
 
     with monkeypatch.context() as patch:
         patch.setattr(stages.Stages, "_quantize_layer", fail)

@@ -17,6 +17,7 @@ second moments of the inputs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,19 +59,20 @@ def damped(hessian: Tensor) -> Tensor:
 
 @torch.no_grad()
 def quantize_for_output(
-    weight: Tensor, hessian: Tensor, seed_bits: int, parent_bits: int
+    weight: Tensor, hessian: Tensor, seed_bits: int, parent_bits: int, blocks: StepGraphs | None = None
 ) -> tuple[QuantizedRows, RowMetric]:
     """`weight` [N, K] quantized so that tr((W − Ŵ) H (W − Ŵ)ᵀ) is small at each precision seed..parent (H
     damped); with the rows' parts of it and what moving their tables would cost.
 
     Works on the device of `weight`; `hessian` float [K, K] symmetric, not negative. A row's result does not
-    depend on the other rows. ValueError: see `quantize_rows`.
+    depend on the other rows. `blocks`: of `block_steps`, where there are more matrices. ValueError: see
+    `quantize_rows`.
     """
     hessian = damped(hessian)
     importance = hessian.diagonal().float().expand(weight.shape)
     weight = weight.float()
     rows = quantize_rows(weight, importance, seed_bits, parent_bits, _SEED_CANDIDATES)
-    codes = choose_codes(weight, error_factor(hessian), rows.tables)
+    codes = choose_codes(weight, error_factor(hessian), rows.tables, blocks)
     return refit_tables(weight, hessian, QuantizedRows(codes, rows.tables))
 
 
@@ -91,27 +93,40 @@ def error_factor(damped_hessian: Tensor) -> tuple[Tensor, Tensor]:
     return order, torch.linalg.solve_triangular(lower, unit, upper=False).flip(0, 1).float()
 
 
-def choose_codes(weight: Tensor, factor: tuple[Tensor, Tensor], tables: dict[int, Tensor]) -> Tensor:
+def block_steps(precisions: Sequence[int], device: torch.device) -> StepGraphs:
+    """What chooses the codes of a block of columns, for matrices of any number of rows. On a GPU a block is
+    one CUDA graph, captured at the first matrix of so many rows; on a CPU it is done operation by
+    operation."""
+    return StepGraphs(
+        lambda buffers, _: _choose_block(buffers),
+        lambda rows: _block_buffers(rows, precisions, device),
+        (),
+        gpu.capture if device.type == "cuda" else None,
+    )
+
+
+def choose_codes(
+    weight: Tensor,
+    factor: tuple[Tensor, Tensor],
+    tables: dict[int, Tensor],
+    blocks: StepGraphs | None = None,
+) -> Tensor:
     """Codes uint8 [N, K] at the highest precision of `tables`, with the error of each column passed on to
-    later ones."""
+    later ones. `blocks`: of these precisions on this device, where there are more matrices."""
     order, upper = factor
     n, k = weight.shape
     left_BNK = weight.float()[:, order].expand(len(tables), n, k).clone()
-    choice = _Choice(tables, left_BNK[0])
-    graphs = StepGraphs(
-        lambda buffers, _: _choose_block(choice, buffers),
-        lambda rows: _block_buffers(rows, len(tables), weight.device),
-        (n,),
-        gpu.capture if weight.device.type == "cuda" else None,
-    )
-    block = graphs.buffers(n)
+    blocks = blocks or block_steps(tuple(tables), weight.device)
+    block = blocks.buffers(n)
+    for name, values in _candidates(tables, left_BNK[0]).items():
+        block[name].copy_(values)
     codes = torch.empty(n, k, dtype=torch.uint8, device=weight.device)
     for start in range(0, k, _BLOCK):
         stop = min(start + _BLOCK, k)
         size = stop - start  # columns behind it keep what they had: no earlier one depends on them
         block["weights"][:size] = left_BNK[:, :, start:stop].permute(2, 0, 1)
         block["factor"][:size, :size] = upper[start:stop, start:stop]
-        graphs.run(n, None)
+        blocks.run(n, None)
         codes[:, start:stop] = block["codes"][:size].T
         if stop < k:
             flat = block["errors"].permute(1, 2, 0).reshape(-1, size)
@@ -121,64 +136,70 @@ def choose_codes(weight: Tensor, factor: tuple[Tensor, Tensor], tables: dict[int
     return result
 
 
-def _block_buffers(rows: int, precisions: int, device: torch.device) -> dict[str, Tensor]:
+def _block_buffers(rows: int, precisions: Sequence[int], device: torch.device) -> dict[str, Tensor]:
     """What `_choose_block` reads and writes, for `_BLOCK` columns of a matrix."""
-    weights = torch.zeros(_BLOCK, precisions, rows, device=device)
+    weights = torch.zeros(_BLOCK, len(precisions), rows, device=device)
+    tables = {bits: torch.zeros(rows, 2**bits, device=device) for bits in precisions}
     return {
         "weights": weights,  # [column, B, N]; columns take up the errors of earlier ones
         "factor": torch.eye(_BLOCK, device=device),  # of these rows and columns of U
         "codes": torch.zeros(_BLOCK, rows, dtype=torch.uint8, device=device),
         "errors": torch.zeros_like(weights),  # to be passed on to the columns behind the block
+        **_candidates(tables, weights[0, 0].unsqueeze(1)),
     }
 
 
-def _choose_block(choice: _Choice, buffers: Buffers) -> None:
-    """The codes of a block's columns, one after the other. A dozen small operations a column: on a GPU they
-    are one CUDA graph, since launching them takes far longer than doing them."""
+def _choose_block(buffers: Buffers) -> None:
+    """The codes of a block's columns, one after the other. Ten small operations a column: launching them
+    takes a GPU far longer than doing them."""
     weights, factor, codes, errors = (buffers[name] for name in ("weights", "factor", "codes", "errors"))
     for column, row in enumerate(factor):
-        code, chosen_BN = choice.best(weights[column])
+        code, chosen_BN = _best(buffers, weights[column])
         codes[column] = code[:, 0]
         error = torch.sub(weights[column], chosen_BN, out=errors[column])
         error /= row[column]
         weights[column + 1 :].addcmul_(row[column + 1 :].view(-1, 1, 1), error, value=-1)
 
 
-class _Choice:
-    """The code whose squared errors, summed over the precisions with a share for each, are smallest.
+def _candidates(tables: dict[int, Tensor], weight: Tensor) -> dict[str, Tensor]:
+    """What `_best` compares the weights of a column with.
 
     Up to `_JOINT_BITS` bits all codes are compared. Beyond, first all prefixes of so many bits, where a
     higher precision counts by how far its weight is from the values under the prefix; then what follows.
     """
+    precisions = sorted(tables)
+    parent = precisions[-1]
+    prefix = min(parent, max(precisions[0], _JOINT_BITS))
+    values = [tables[bits].float() for bits in precisions]
+    low = sum(bits <= prefix for bits in precisions)  # precisions that a prefix settles
+    spread = [_spread(value, bits, parent) for value, bits in zip(values, precisions, strict=True)]
+    leaves_BNPL = torch.stack(spread).unflatten(2, (2**prefix, -1))  # prefix, what follows
+    return {
+        "share": _shares(weight, values).unsqueeze(2),  # [B, N, 1]
+        "leaves": leaves_BNPL,
+        "prefixes": leaves_BNPL[:low, :, :, 0].contiguous(),
+        "under": leaves_BNPL[low:].amin(3),
+        "over": leaves_BNPL[low:].amax(3),
+    }
 
-    def __init__(self, tables: dict[int, Tensor], weight: Tensor) -> None:
-        self._precisions = sorted(tables)
-        parent = self._precisions[-1]
-        prefix = min(parent, max(self._precisions[0], _JOINT_BITS))
-        values = [tables[bits].float() for bits in self._precisions]
-        self._low = sum(bits <= prefix for bits in self._precisions)  # precisions that a prefix settles
-        self._share = _shares(weight, values).unsqueeze(2)  # [B, N, 1]
-        spread = [_spread(value, bits, parent) for value, bits in zip(values, self._precisions, strict=True)]
-        self._leaves_BNPL = torch.stack(spread).unflatten(2, (2**prefix, -1))  # prefix, what follows
-        self._prefixes_BNP = self._leaves_BNPL[: self._low, :, :, 0].contiguous()
-        self._under = self._leaves_BNPL[self._low :].amin(3)
-        self._over = self._leaves_BNPL[self._low :].amax(3)
 
-    def best(self, now_BN: Tensor) -> tuple[Tensor, Tensor]:
-        """(code int64 [N, 1], its values [B, N]) for the weights of one column."""
-        low = self._low
-        now = now_BN.unsqueeze(2)
-        cost = (now[:low] - self._prefixes_BNP).square_().mul_(self._share[:low]).sum(0)
-        if low == len(self._precisions):
-            prefix = cost.argmin(1, keepdim=True)
-            return prefix, self._prefixes_BNP.gather(2, prefix.expand(low, -1, -1))[:, :, 0]
-        outside = (self._under - now[low:]).clamp_(min=0) + (now[low:] - self._over).clamp_(min=0)
-        cost += outside.square_().mul_(self._share[low:]).sum(0)
+def _best(candidates: Buffers, now_BN: Tensor) -> tuple[Tensor, Tensor]:
+    """(code int64 [N, 1], its values [B, N]) for the weights of one column: the code whose squared errors,
+    summed over the precisions with a share for each, are smallest."""
+    share, leaves_BNPL, prefixes_BNP = (candidates[name] for name in ("share", "leaves", "prefixes"))
+    low = len(prefixes_BNP)
+    now = now_BN.unsqueeze(2)
+    cost = (now[:low] - prefixes_BNP).square_().mul_(share[:low]).sum(0)
+    if low == len(share):
         prefix = cost.argmin(1, keepdim=True)
-        leaves_BNL = self._leaves_BNPL[:, torch.arange(len(prefix), device=prefix.device), prefix[:, 0]]
-        leaf = (now - leaves_BNL).square_().mul_(self._share).sum(0).argmin(1, keepdim=True)
-        values = leaves_BNL.gather(2, leaf.expand(len(leaves_BNL), -1, -1))[:, :, 0]
-        return prefix * self._leaves_BNPL.shape[3] + leaf, values
+        return prefix, prefixes_BNP.gather(2, prefix.expand(low, -1, -1))[:, :, 0]
+    outside = (candidates["under"] - now[low:]).clamp_(min=0) + (now[low:] - candidates["over"]).clamp_(min=0)
+    cost += outside.square_().mul_(share[low:]).sum(0)
+    prefix = cost.argmin(1, keepdim=True)
+    leaves_BNL = leaves_BNPL[:, torch.arange(len(prefix), device=prefix.device), prefix[:, 0]]
+    leaf = (now - leaves_BNL).square_().mul_(share).sum(0).argmin(1, keepdim=True)
+    values = leaves_BNL.gather(2, leaf.expand(len(leaves_BNL), -1, -1))[:, :, 0]
+    return prefix * leaves_BNPL.shape[3] + leaf, values
 
 
 def _spread(table: Tensor, bits: int, parent: int) -> Tensor:

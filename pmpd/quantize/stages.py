@@ -15,11 +15,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pmpd import gpu
+from pmpd.decode.graphs import StepGraphs
 from pmpd.errors import UserError
 from pmpd.evaluation.perplexity import perplexity
 from pmpd.kernels import bitplanes
 from pmpd.quantize.config import QuantizeConfig
-from pmpd.quantize.feedback import RowMetric, damped, quantize_for_output
+from pmpd.quantize.feedback import RowMetric, block_steps, damped, quantize_for_output
 from pmpd.quantize.kmeans import QuantizedRows, quantize_rows, weighted_error
 from pmpd.quantize.layers import Layout
 from pmpd.quantize.moments import InputMoments, add_input_moments
@@ -89,13 +90,14 @@ class Stages:
         waiting = [layer for layer in range(self.layout.count) if not self.work.has(self.layer_name(layer))]
         done = reused = self.layout.count - len(waiting)
         groups = [group for group in self._groups() if not set(group).isdisjoint(waiting)] if waiting else []
+        blocks = block_steps(self.config.precisions, self.device)
         for number, group in enumerate(groups):
             name = f"moments-{group[0]:05d}"
             with self.work.clock.stage("inputs"):
                 moments = self._moments(group, name, number, len(groups))
             for layer in sorted(set(group).intersection(waiting)):
                 with self.work.clock.stage("layers"):
-                    self._quantize_layer(layer, moments)
+                    self._quantize_layer(layer, moments, blocks)
                 done += 1
                 self.on_progress("layers", done, self.layout.count)
             self.work.remove(name)
@@ -144,7 +146,7 @@ class Stages:
             add_input_moments(self.loaded(), self.paths(group), pieces, moments, on_sample)
         return moments
 
-    def _quantize_layer(self, layer: int, moments: InputMoments | None) -> None:
+    def _quantize_layer(self, layer: int, moments: InputMoments | None, blocks: StepGraphs) -> None:
         """Writes the layer's tensors, with the errors of each precision beside them."""
         tensors: dict[str, Tensor] = {}
         metrics: dict[str, Tensor] = {}
@@ -161,7 +163,7 @@ class Stages:
                     rows = quantize_rows(weight, None, seed, parent)
                     found = [weighted_error(weight, None, rows, bits) for bits in self.config.precisions]
                 else:
-                    rows, metric = quantize_for_output(weight, moments.sums[key], seed, parent)
+                    rows, metric = quantize_for_output(weight, moments.sums[key], seed, parent, blocks)
                     total = float(((weight @ damped(moments.sums[key]).float()) * weight).sum())
                     found = [(float(metric.errors[bits].sum()), total) for bits in self.config.precisions]
             except ValueError as error:
