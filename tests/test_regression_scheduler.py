@@ -831,6 +831,23 @@ def test_labels_of_a_chain_train_one_of_some_of_its_precisions(labels, tmp_path,
         train(replace(job, scheduler="kv_cache"))
 
 
+def test_references_that_all_end_early_are_not_taken_for_whole_answers(labels):
+    """Plans switch at sixths of the answer that labels allow, 13 forwards, not of the longest reference."""
+    table = storage.read_table(str(labels[0] / "labels"))
+    rows = table.to_pylist()
+    for curve in (curve for row in rows for curve in row["curves"] or []):
+        curve |= {name: part[:5] for name, part in curve.items() if isinstance(part, list)}
+    curves = read_curves(storage.to_table(rows, table.schema))
+    assert curves.valid.sum(1).max() == 5
+    assert curves.loss.shape[2] == 13
+    assert (curves.plan_bits[:, [0, -1]] == curves.forwards[:, None] * [2, 4]).all()
+    with pytest.raises(
+        UserError, match=r"labels of 14 new tokens, .* has more than 6, .* --max-new-tokens 6 or"
+    ):
+        fit_regression(curves, CONFIG)
+    assert fit_regression(curves, CONFIG, watch=False).calibration.bits <= 4
+
+
 def test_labels_of_two_chains_are_refused_by_their_names(labels, tmp_path):
     table, source = storage.read_table(str(labels[0] / "labels")), LabelSource.open(str(labels[0]))
     rows = table.to_pylist()
@@ -844,6 +861,11 @@ def test_labels_of_two_chains_are_refused_by_their_names(labels, tmp_path):
     storage.write_shard(storage.to_table(rows, table.schema), first)
     with pytest.raises(UserError, match=r"several precision chains: .*/labels of 4,3,2; .*/other of 4,3;"):
         train(TrainJob(f"{labels[0]},{other}", str(tmp_path / "out"), training=CONFIG))
+    for row in rows[::2]:
+        for plan in row["plans"] or []:
+            plan["steps"] = [2 * step for step in plan["steps"]]
+    with pytest.raises(UserError, match="labels of 14 and 27 new tokens, whose plans switch at other steps"):
+        read_curves(storage.to_table(rows, table.schema))
     for row in rows[::2]:
         row["curves"] = row["curves"] and row["curves"][:2]
     with pytest.raises(UserError, match="several precision chains: 4,3,2 and 4,3; take"):

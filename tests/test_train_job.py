@@ -134,6 +134,8 @@ def test_a_labels_folder_without_kv_heads_asks_for_them(dataset, tmp_path):
         ({"data_path": "a.pt", "scheduler": "regression"}, "--scheduler regression needs labels of"),
         ({"scheduler": "regression"}, "these labels do not say what each plan loses"),
         ({"tune": -1}, "--tune -1"),
+        ({"num_heads": 0}, "--num-heads 0: how many KV heads"),
+        ({"data_path": "here,"}, "--data-path 'here,': a name is empty"),
         (
             {"training": TrainConfig(split_shares=(0.999, 0.001, 0.0))},
             "pair 4-3: .*leave the validation split empty",

@@ -158,6 +158,8 @@ def test_the_split_is_by_prompt_and_does_not_depend_on_the_other_rows():
     assert (labels.splits(TrainConfig()) != labels.splits(TrainConfig(seed=1))).any()
     halves = labels.splits(TrainConfig(split_shares=(0.5, 0.5, 0.0)))
     assert np.allclose(np.bincount(halves, minlength=3) / 2000, [0.5, 0.5, 0], atol=0.03)
+    with pytest.raises(UserError, match="seed -1: 0 or more"):
+        TrainConfig(seed=-1)
 
 
 def test_only_the_training_split_is_rebalanced():

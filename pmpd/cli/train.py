@@ -273,6 +273,10 @@ def main(job: TrainJob) -> dict[str, Any]:
     plugins.load(job.plugins)
     if job.tune < 0:
         raise UserError(f"--tune {job.tune}: a number of trials, 0 to train as given")
+    if job.num_heads is not None and job.num_heads < 1:
+        raise UserError(f"--num-heads {job.num_heads}: how many KV heads the labelled model has, 1 or more")
+    if not all(job.data_path.split(",")):
+        raise UserError(f"--data-path {job.data_path!r}: a name is empty; give one, or several with commas")
     output = farm.output_folder(job.output_dir)
     console = Console()
     if job.data_path.endswith(TORCH_SUFFIX):

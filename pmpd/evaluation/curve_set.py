@@ -2,7 +2,7 @@
 curves.
 
 Legend: N prompts, C precisions of the chain (0 = the highest), J = C - 1 pairs, M decode forwards of the
-longest reference, F features, P plans of `chain.sixths_plans`.
+longest answer that the labels allow, F features, P plans of `chain.sixths_plans`.
 """
 
 from __future__ import annotations
@@ -140,8 +140,8 @@ def curve_set(
     rows: Iterable[Mapping[str, Any]], groups: Mapping[str, Any], kinds: Mapping[str, int]
 ) -> CurveSet:
     """From rows of LABELS (`LABEL_COLUMNS`) by a teacher-forced rule. `groups`, `kinds`: by prompt_id. Rows
-    with an error are left out. UserError where there is none without, or none of plans, or the curves are of
-    several chains."""
+    with an error are left out. UserError where there is none without, or none of plans, or the rows are of
+    several chains or several numbers of new tokens."""
     rows = sorted((row for row in rows if not row["error"]), key=lambda row: row["prompt_id"])
     if not rows or any(row.get("curves") is None for row in rows):
         raise UserError(
@@ -153,7 +153,15 @@ def curve_set(
             "`pmpd label --rule kl`"
         )
     chain = check_chain(chain_of(rows))
-    longest = max(len(row["curves"][0]["divergence"]) for row in rows)
+    steps = np.asarray([[plan["steps"] for plan in row["plans"]] for row in rows])  # [N, P, J]
+    lengths = np.unique(steps[:, -1])  # of the plan that never switches
+    if len(lengths) > 1:
+        told = " and ".join(str(length + 1) for length in lengths.tolist())
+        raise UserError(
+            f"labels of {told} new tokens, whose plans switch at other steps; label all with the same "
+            f"--max-new-tokens"
+        )
+    longest = int(lengths[0])
     shape = (len(rows), len(chain), longest)
     held = [name for name in STATISTICS if name in rows[0]["curves"][0]]
     loss, statistics = np.zeros(shape), {name: np.zeros(shape) for name in held}
@@ -165,7 +173,6 @@ def curve_set(
             for name, table in statistics.items():
                 table[n, c, :m] = curve[name]
     forwards = valid.sum(1)
-    steps = np.asarray([[plan["steps"] for plan in row["plans"]] for row in rows])  # [N, P, J]
     divergence = np.asarray([[plan["divergence"] for plan in row["plans"]] for row in rows], float)
     names_of_groups = sorted({str(groups[row["prompt_id"]]) for row in rows})
     number = {name: index for index, name in enumerate(names_of_groups)}

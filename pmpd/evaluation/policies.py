@@ -17,6 +17,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from pmpd.errors import UserError
 from pmpd.evaluation.curve_set import CurveSet, Outcome
 from pmpd.evaluation.frontier import lower_hull, mix_for
 from pmpd.schedulers.chain import SIXTHS, plan_points
@@ -214,11 +215,19 @@ def seen_by(curves: CurveSet, pair: int, at: int, features: str) -> np.ndarray:
 
 
 def fitted_stops(train: CurveSet, features: str) -> StopModel:
-    """For each pair and sixth, the regression of what is left to lose."""
+    """For each pair and sixth, the regression of what is left to lose. UserError where no prompt's reference
+    comes to a sixth."""
     pairs, points = len(train.chain) - 1, plan_points(train.loss.shape[2] + 1)
 
     def part(pair: int, at: int) -> LossModel:
         rows = np.flatnonzero(train.forwards > points[at])
+        if not len(rows):
+            most = int(train.forwards.max()) + 1
+            raise UserError(
+                f"labels of {points[-1] + 1} new tokens, but no training prompt's reference has more than "
+                f"{most}, so nothing shows what later switches lose; label with --max-new-tokens {most} or "
+                f"more prompts, or train with --no-watch"
+            )
         some, left = train.take(rows), path(pairs, pair)[at:]
         lost = some.loss[:, pair, : points[at]].sum(1)[:, None]
         return LossModel.fit(

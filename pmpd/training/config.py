@@ -52,6 +52,8 @@ class TrainConfig:
                 f"{self.dropout}: "
                 "learning rate > 0, weight decay >= 0, 0 <= dropout < 1"
             )
+        if self.seed < 0:
+            raise UserError(f"seed {self.seed}: 0 or more")
         if self.objective not in ("class", "loss"):
             raise UserError(f"objective {self.objective!r}: class or loss")
         if self.rebalance not in ("oversample", "weights", "none"):

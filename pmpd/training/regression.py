@@ -71,7 +71,7 @@ def read_curves(labels: pa.Table, chain: Sequence[int] | None = None) -> CurveSe
             f"regression takes their highest precision and any of the others; label with `pmpd label "
             f"--precisions` of that chain for another"
         )
-    if wanted != held and rows[0].get("plans"):
+    if wanted != held and all(row.get("plans") for row in rows):
         plans_within(rows, wanted)
     ids = {row["prompt_id"]: row["prompt_id"] for row in rows}
     return curve_set(rows, ids, dict.fromkeys(ids, 0))
