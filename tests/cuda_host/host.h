@@ -39,7 +39,7 @@ struct Fiber {
     int phase;
     std::vector<std::vector<Copy>> groups;
 };
-enum Op { NONE, SYNC, SHUFFLE, MAXIMUM, MMA, MMA_HALVES };
+enum Op { NONE, SYNC, SHUFFLE, MAXIMUM, SUM, MMA, MMA_HALVES };
 struct Warp {
     Op op;
     int arrived, turn;
@@ -243,17 +243,29 @@ inline float shuffle_xor(float value, int mask) {
     host::together(host::SHUFFLE, [](host::Warp& w) { std::memcpy(w.result, w.value, sizeof w.value); });
     return warp.result[lane ^ mask];
 }
-inline float warp_max(float value) {
+// What all lanes get that bring `value`, of four bytes.
+template <class V> V reduced(V value, host::Op kind, V (*join)(V, V)) {
+    static V (*joining)(V, V);
+    joining = join;
     const int lane = host::current % 32;
     host::Warp& warp = host::warps[host::current / 32];
-    warp.value[lane] = value;
-    host::together(host::MAXIMUM, [](host::Warp& w) {
-        unsigned most = 0, bits;
-        for (float v : w.value) std::memcpy(&bits, &v, 4), most = bits > most ? bits : most;
-        for (float& r : w.result) std::memcpy(&r, &most, 4);
+    std::memcpy(&warp.value[lane], &value, 4);
+    host::together(kind, [](host::Warp& w) {
+        V all, next;
+        std::memcpy(&all, &w.value[0], 4);
+        for (int i = 1; i < 32; i++) std::memcpy(&next, &w.value[i], 4), all = joining(all, next);
+        for (float& r : w.result) std::memcpy(&r, &all, 4);
     });
-    return warp.result[lane];
+    std::memcpy(&value, &warp.result[lane], 4);
+    return value;
 }
+inline unsigned warp_max(unsigned value) {
+    return reduced<unsigned>(value, host::MAXIMUM, [](unsigned a, unsigned b) { return a > b ? a : b; });
+}
+inline int warp_sum(int value) {
+    return reduced<int>(value, host::SUM, [](int a, int b) { return a + b; });
+}
+inline float reciprocal(float value) { return 1.0f / value; }
 inline float multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
 inline float reciprocal_root(float value) { return 1.0f / std::sqrt(value); }
 inline float exponential(float value) { return std::exp(value); }
@@ -266,6 +278,10 @@ inline float float_of(unsigned bits) {
     float value;
     std::memcpy(&value, &bits, 4);
     return value;
+}
+inline unsigned larger_halves(unsigned a, unsigned b) {
+    const unsigned low = (a & 0xFFFF) > (b & 0xFFFF) ? a : b, high = a >> 16 > b >> 16 ? a : b;
+    return (low & 0xFFFF) | (high & 0xFFFF0000u);
 }
 inline unsigned prmt(unsigned a, unsigned b, unsigned selector) {
     const uint64_t bytes = uint64_t(b) << 32 | a;
@@ -292,6 +308,14 @@ template <Type TYPE> u16 narrow(float value) {
     const _Float16 half = static_cast<_Float16>(value);
     std::memcpy(&bits, &half, 2);
     return bits;
+}
+template <Type TYPE> unsigned add_halves(unsigned a, unsigned b) {
+    return unsigned(narrow<TYPE>(widen<TYPE>(u16(a)) + widen<TYPE>(u16(b)))) |
+           unsigned(narrow<TYPE>(widen<TYPE>(u16(a >> 16)) + widen<TYPE>(u16(b >> 16)))) << 16;
+}
+template <Type TYPE> unsigned multiply_halves(unsigned a, unsigned b) {
+    return unsigned(narrow<TYPE>(widen<TYPE>(u16(a)) * widen<TYPE>(u16(b)))) |
+           unsigned(narrow<TYPE>(widen<TYPE>(u16(a >> 16)) * widen<TYPE>(u16(b >> 16)))) << 16;
 }
 
 template <Type TYPE> float half_of(unsigned word, int upper) {

@@ -71,29 +71,37 @@ template <Type TYPE> DEVICE u32 both(float low, float high) {
     return u32(narrow<TYPE>(low)) | u32(narrow<TYPE>(high)) << 16;
 }
 
+// Whole numbers in floats without the converter, which is slow: added to the bits of 1.5 * 2^23 they are the
+// bits of a float that many larger, if they lie in -2^22 .. 2^22.
+constexpr u32 WHOLE_BITS = 0x4B400000;
+constexpr float WHOLE = 12582912.0f;
+DEVICE float whole(int bits) { return float_of(u32(bits)) - WHOLE; }
+
 template <int TOKENS, int WARPS> struct Room {  // shared memory besides what is dynamic
     float sums[2][TOKENS][WARPS][16];
     float squares[TOKENS][WARPS];
-    float largest[TOKENS][WARPS];
+    u32 largest[TOKENS][WARPS];  // bits of a float that is not negative: ordered like it
     float part[TOKENS][WARPS];  // sum of each warp's represented activations
 };
 
 // Activations of T tiles of a warp, eight a lane, -> the tiles' 512 bytes each (that of warp w's tile i is
-// i * WARPS + w). Returns the largest absolute value of the warp.
-template <Type TYPE, int T, int WARPS> DEVICE float put(uint4 (&v)[T], uint4* tiles, int lane) {
-    float largest = 0.0f;
+// i * WARPS + w). Returns the bits of the largest absolute value of the warp, as a float; NaN is larger than
+// all others.
+template <Type TYPE, int T, int WARPS> DEVICE u32 put(uint4 (&v)[T], uint4* tiles, int lane) {
+    u32 largest = 0;  // of the even columns, and of the odd ones
     UNROLL for (int i = 0; i < T; i++) {
-        UNROLL for (int c = 0; c < 8; c++) largest = fmaxf(largest, fabsf(value_of<TYPE>(v[i], c)));
+        UNROLL for (int c = 0; c < 4; c++) largest = larger_halves(largest, word(v[i], c) & 0x7FFF7FFF);
         tiles[i * WARPS * 32 + lane] = v[i];
     }
-    return warp_max(largest);
+    largest = larger_halves(largest, largest >> 16);
+    return warp_max(bits_of(widen<TYPE>(u16(largest))));
 }
 
 // What `put` left -> fixed point, its bits as operands of `mma_bits`, in the same place. Returns the sum of
 // the fixed-point numbers.
-template <Type TYPE, int T, int WARPS> DEVICE float split(uint4* tiles, int lane, float scale) {
-    const float inverse = 1.0f / scale;
-    float whole = 0.0f;
+template <Type TYPE, int T, int WARPS> DEVICE int split(uint4* tiles, int lane, float scale) {
+    const float inverse = reciprocal(scale);
+    u32 sum = 0;
     sync_warp();
     // A lane makes bits 8 m .. 8 m + 7 of word h of the lanes that have thread u in their group.
     const int h = lane / 16, u = lane / 4 % 4, m = lane % 4;
@@ -104,11 +112,10 @@ template <Type TYPE, int T, int WARPS> DEVICE float split(uint4* tiles, int lane
         UNROLL for (int c = 0; c < 4; c++) {
             const u32 two = from[16 * (3 - c)];
             UNROLL for (int odd = 0; odd < 2; odd++) {
-                // 1.5 * 2^23: the low 16 bits are the rounded number in two's complement
-                const float rounded =
-                    multiply_add(widen<TYPE>(u16(two >> (16 * odd))), inverse, 12582912.0f);
-                whole += rounded - 12582912.0f;
-                fixed[c + 4 * odd] = bits_of(rounded);
+                // the low 16 bits are the rounded number in two's complement
+                const float value = widen<TYPE>(u16(two >> (16 * odd)));
+                fixed[c + 4 * odd] = bits_of(multiply_add(value, inverse, WHOLE));
+                sum += fixed[c + 4 * odd];
             }
         }
         sync_warp();
@@ -121,8 +128,7 @@ template <Type TYPE, int T, int WARPS> DEVICE float split(uint4* tiles, int lane
             UNROLL for (int j = 0; j < 8; j++) to[64 * j + 8 * q] = u8((j < 4 ? low : high) >> (8 * (j % 4)));
         }
     }
-    UNROLL for (int mask = 16; mask; mask /= 2) whole += shuffle_xor(whole, mask);
-    return whole;
+    return warp_sum(int(sum - 8u * T * WHOLE_BITS));
 }
 
 // BITS of the first token, BITS1 <= BITS of the second (0: there is none).
@@ -134,10 +140,12 @@ KERNEL(WARPS * 32, BLOCKS) bits_product(const Arguments a) {
     constexpr bool RAGGED = TILES % SPLITS != 0;  // some warps have no last tile
     constexpr int PASSES = BITS > 3 ? 1 << (BITS - 3) : 1, PASSES1 = BITS1 > 3 ? 1 << (BITS1 - 3) : 1;
     constexpr int CHUNK = LIVE == PASSES ? T : SLOTS, EARLY = (SLOTS + 1) / 2;
+    constexpr int TURN = LIVE == PASSES && T % SLOTS == 0 ? SLOTS : 1;  // tiles unrolled: the ring once around
     constexpr int LOW = BITS < 3 ? BITS : 3, LOW1 = BITS1 < 3 ? BITS1 : 3, SUBSETS = 1 << LOW;
     constexpr int CODES = 1 << BITS, CODES1 = BITS1 && BITS1 != BITS ? 1 << BITS1 : 0;
     constexpr int TABLE = 16 * (CODES + CODES1), FETCH = (TABLE / 4 + SPLITS * 32 - 1) / (SPLITS * 32);
     static_assert(BITS >= 2 && BITS <= 8 && BITS1 <= BITS && BITS1 != 1);
+    static_assert(CHUNK <= 16, "counts lie in -2^22 .. 2^22");
     static_assert(WARPS % SPLITS == 0 && SLOTS <= T && (LIVE == PASSES || LIVE == 1));
     SHARED Room<TOKENS, WARPS> room;
     // [WARPS][SLOTS][BITS][32], the activations' bits [TOKENS][OWN][WARPS][32], then for each team the
@@ -152,23 +160,26 @@ KERNEL(WARPS * 32, BLOCKS) bits_product(const Arguments a) {
     auto row_block = [&](int j) {
         return BACK == GATED ? first + j / 2 * teams + j % 2 * a.row_blocks : first + j * teams;
     };
-    const bool has_last = !RAGGED || member < TILES - (T - 1) * SPLITS;  // whether my tile T - 1 exists
+    const int tiles = !RAGGED || member < TILES - (T - 1) * SPLITS ? T : T - 1;  // mine of a row block
     let_next_start();
 
     uint4* const mine = ring + warp * (SLOTS * BITS * 32) + lane;
     const u32 to = shared_address(mine);
     const uint4* plane_of[BITS];
     UNROLL for (int p = 0; p < BITS; p++) plane_of[p] = a.planes + p * a.plane_stride + (member * 32 + lane);
-    // The tile that is asked for next, SLOTS in front of the one that is multiplied: tile `ahead` of my row
-    // block j_ahead, at `offset` of each plane.
-    int ahead = 0, j_ahead = 0, offset = row_block(0) * (TILES * 32);
-    auto ask = [&](int slot) {
-        if (j_ahead < count && (!RAGGED || ahead < T - 1 || has_last)) {
-            UNROLL for (int p = 0; p < BITS; p++) copy16(to + (slot * BITS + p) * 512, plane_of[p] + offset);
+    // What is asked for next, SLOTS tiles in front of what is multiplied: tile `asked` of my row block
+    // j_asked, at `offset` of each plane. `ask` tile n from there, `asked_for` so many.
+    int asked = 0, j_asked = 0, offset = row_block(0) * (TILES * 32);
+    auto ask = [&](int slot, int n = 0) {
+        if (j_asked < count && (!RAGGED || asked + n < tiles)) {
+            UNROLL for (int p = 0; p < BITS; p++)
+                copy16(to + (slot * BITS + p) * 512, plane_of[p] + offset + n * (SPLITS * 32));
         }
         close_group();
-        offset += SPLITS * 32;
-        if (++ahead == T) ahead = 0, offset = row_block(++j_ahead) * (TILES * 32);
+    };
+    auto asked_for = [&](int n) {
+        asked += n, offset += n * (SPLITS * 32);
+        if (asked == T) asked = 0, offset = row_block(++j_asked) * (TILES * 32);
     };
 
     float* const coefficients =
@@ -184,7 +195,7 @@ KERNEL(WARPS * 32, BLOCKS) bits_product(const Arguments a) {
         if (count > 0 && at < TABLE / 4)
             copy16(shared_address(coefficients + 4 * at), coefficients_of(row_block(0), at));
     }
-    UNROLL for (int q = 0; q < EARLY; q++) ask(q);
+    UNROLL for (int q = 0; q < EARLY; q++) ask(q, q);
 
     // Activations: lane l of a warp takes columns 8 l .. 8 l + 7 of tiles warp, warp + WARPS, ...
     auto column_of = [&](int i) { return (warp + i * WARPS) * 256 + lane * 8; };
@@ -196,7 +207,7 @@ KERNEL(WARPS * 32, BLOCKS) bits_product(const Arguments a) {
                             : uint4{0, 0, 0, 0};
     }
     wait_for_last();
-    float largest[TOKENS];
+    u32 largest[TOKENS];
     UNROLL for (int m = 0; m < TOKENS; m++) {
         uint4 v[OWN], delta[FRONT == NORM ? OWN : 1];
         float square = 0.0f;
@@ -210,16 +221,17 @@ KERNEL(WARPS * 32, BLOCKS) bits_product(const Arguments a) {
                     load_written(reinterpret_cast<const uint4*>(a.delta + m * a.delta_stride + column));
         }
         // the rest of the ring: the activations would have to queue behind it
-        if (m == 0) UNROLL for (int q = EARLY; q < SLOTS; q++) ask(q);
+        if (m == 0) {
+            UNROLL for (int q = EARLY; q < SLOTS; q++) ask(q, q);
+            asked_for(SLOTS);
+        }
         UNROLL for (int i = 0; i < OWN; i++) {
             const int column = column_of(i);
             if (column >= a.columns) continue;
             if (FRONT == NORM) {
                 if (a.delta) {
                     UNROLL for (int c = 0; c < 4; c++)
-                        word(v[i], c) = both<TYPE>(
-                            value_of<TYPE>(v[i], 2 * c) + value_of<TYPE>(delta[i], 2 * c),
-                            value_of<TYPE>(v[i], 2 * c + 1) + value_of<TYPE>(delta[i], 2 * c + 1));
+                        word(v[i], c) = add_halves<TYPE>(word(v[i], c), word(delta[i], c));
                 }
                 UNROLL for (int c = 0; c < 8; c++) {
                     const float wide = value_of<TYPE>(v[i], c);
@@ -238,11 +250,9 @@ KERNEL(WARPS * 32, BLOCKS) bits_product(const Arguments a) {
             const float normal = reciprocal_root(square / float(a.columns) + a.epsilon);
             UNROLL for (int i = 0; i < OWN; i++)
                 UNROLL for (int c = 0; c < 4; c++) {  // rounded as transformers does
-                    float two[2];
-                    UNROLL for (int odd = 0; odd < 2; odd++)
-                        two[odd] = widen<TYPE>(narrow<TYPE>(value_of<TYPE>(v[i], 2 * c + odd) * normal)) *
-                                   value_of<TYPE>(factor[i], 2 * c + odd);
-                    word(v[i], c) = both<TYPE>(two[0], two[1]);
+                    const u32 normed = both<TYPE>(value_of<TYPE>(v[i], 2 * c) * normal,
+                                                  value_of<TYPE>(v[i], 2 * c + 1) * normal);
+                    word(v[i], c) = multiply_halves<TYPE>(normed, word(factor[i], c));
                 }
         }
         largest[m] = put<TYPE, OWN, WARPS>(v, activations + (m * OWN * WARPS + warp) * 32, lane);
@@ -253,21 +263,19 @@ KERNEL(WARPS * 32, BLOCKS) bits_product(const Arguments a) {
     float scale[TOKENS];
     UNROLL for (int m = 0; m < TOKENS; m++) {
         if (TEAMS > 1) {
-            UNROLL for (int other = 0; other < TEAMS; other++)
-                largest[m] = fmaxf(largest[m], room.largest[m][other * SPLITS + member]);
+            UNROLL for (int other = 0; other < TEAMS; other++) {
+                const u32 theirs = room.largest[m][other * SPLITS + member];
+                largest[m] = theirs > largest[m] ? theirs : largest[m];
+            }
         }
-        scale[m] = fmaxf(largest[m], 1e-30f) / 32767.0f;
-        const float whole =
+        const u32 least = 0x0DA24260;  // 1e-30
+        scale[m] = float_of(largest[m] > least ? largest[m] : least) * (1.0f / 32767.0f);
+        const int sum =
             split<TYPE, OWN, WARPS>(activations + (m * OWN * WARPS + warp) * 32, lane, scale[m]);
-        if (lane == 0) room.part[m][warp] = whole * scale[m];
+        if (lane == 0) room.part[m][warp] = float(sum) * scale[m];
     }
     wait_pending(SLOTS - 1);  // the first coefficients are there
     sync_block();
-    float x_sum[TOKENS];
-    UNROLL for (int m = 0; m < TOKENS; m++) {
-        x_sum[m] = 0.0f;
-        UNROLL for (int w = 0; w < WARPS; w++) x_sum[m] += room.part[m][w];
-    }
     const uint4* const my_bits = activations + member * 32 + lane;
     // Lane t holds bits 2 t and 2 t + 1 of an octet; the highest of two's complement counts negatively.
     const float place = float(1 << (2 * t));
@@ -287,44 +295,52 @@ KERNEL(WARPS * 32, BLOCKS) bits_product(const Arguments a) {
             if (LIVE < PASSES) wait_pending(SLOTS - CHUNK);
             UNROLL for (int pass = 0; pass < PASSES; pass += LIVE) {
                 int acc[LIVE][TOKENS][SUBSETS][2][4] = {};
-                slot = slot_of_begin;
-                NO_UNROLL for (int i = begin; i < end; i++) {
-                    if (LIVE == PASSES) wait_pending(SLOTS - 1);
-                    const uint4* from = mine + slot * (BITS * 32);
-                    uint4 plane[BITS], b[TOKENS];
-                    UNROLL for (int p = 0; p < BITS; p++)
-                        if (p < 3 || LIVE == PASSES || pass >> (p - 3) & 1) plane[p] = from[p * 32];
+                UNROLL for (int live = 0; live < LIVE; live++)
                     UNROLL for (int m = 0; m < TOKENS; m++)
-                        b[m] = my_bits[(m * OWN * WARPS + i * SPLITS) * 32];
-                    UNROLL for (int live = 0; live < LIVE; live++) {
-                        const int high = pass + live;
-                        u32 joint[SUBSETS][4];  // of the subsets of the first planes, with those of `high`
-                        UNROLL for (int p = 3; p < BITS; p++) {
-                            if (!(high >> (p - 3) & 1)) continue;
-                            const bool begins = (high & ((1 << (p - 3)) - 1)) == 0;
-                            UNROLL for (int k = 0; k < 4; k++)
-                                joint[0][k] = begins ? word(plane[p], k) : joint[0][k] & word(plane[p], k);
-                        }
-                        UNROLL for (int p = 0; p < LOW; p++)
-                            UNROLL for (int k = 0; k < 4; k++)
-                                joint[1 << p][k] =
-                                    high ? word(plane[p], k) & joint[0][k] : word(plane[p], k);
-                        UNROLL for (int s = 0; s < SUBSETS; s++) {
-                            if (s == 0 && high == 0) continue;
-                            if (s & (s - 1)) {  // more than one plane
-                                const int most = s & 4 ? 4 : 2;
+                        UNROLL for (int s = 0; s < SUBSETS; s++)
+                            acc[live][m][s][0][0] = acc[live][m][s][0][2] = int(WHOLE_BITS);
+                slot = slot_of_begin;
+                NO_UNROLL for (int i = begin; i < end; i += TURN) {
+                    UNROLL for (int n = 0; n < TURN; n++) {
+                        const int at = TURN > 1 ? n : slot;
+                        if (LIVE == PASSES) wait_pending(SLOTS - 1);
+                        const uint4* from = mine + at * (BITS * 32);
+                        uint4 plane[BITS], b[TOKENS];
+                        UNROLL for (int p = 0; p < BITS; p++)
+                            if (p < 3 || LIVE == PASSES || pass >> (p - 3) & 1) plane[p] = from[p * 32];
+                        UNROLL for (int m = 0; m < TOKENS; m++)
+                            b[m] = my_bits[(m * OWN * WARPS + (i + n) * SPLITS) * 32];
+                        UNROLL for (int live = 0; live < LIVE; live++) {
+                            const int high = pass + live;
+                            u32 joint[SUBSETS][4];  // of the subsets of the first planes, with those of `high`
+                            UNROLL for (int p = 3; p < BITS; p++) {
+                                if (!(high >> (p - 3) & 1)) continue;
+                                const bool begins = (high & ((1 << (p - 3)) - 1)) == 0;
                                 UNROLL for (int k = 0; k < 4; k++)
-                                    joint[s][k] = joint[most][k] & joint[s - most][k];
+                                    joint[0][k] = begins ? word(plane[p], k) : joint[0][k] & word(plane[p], k);
                             }
-                            UNROLL for (int m = 0; m < TOKENS; m++) {
-                                if (m && (s >= 1 << LOW1 || high >= PASSES1)) continue;
-                                mma_bits(acc[live][m][s][0], joint[s], b[m].x, b[m].y);
-                                mma_bits(acc[live][m][s][1], joint[s], b[m].z, b[m].w);
+                            UNROLL for (int p = 0; p < LOW; p++)
+                                UNROLL for (int k = 0; k < 4; k++)
+                                    joint[1 << p][k] =
+                                        high ? word(plane[p], k) & joint[0][k] : word(plane[p], k);
+                            UNROLL for (int s = 0; s < SUBSETS; s++) {
+                                if (s == 0 && high == 0) continue;
+                                if (s & (s - 1)) {  // more than one plane
+                                    const int most = s & 4 ? 4 : 2;
+                                    UNROLL for (int k = 0; k < 4; k++)
+                                        joint[s][k] = joint[most][k] & joint[s - most][k];
+                                }
+                                UNROLL for (int m = 0; m < TOKENS; m++) {
+                                    if (m && (s >= 1 << LOW1 || high >= PASSES1)) continue;
+                                    mma_bits(acc[live][m][s][0], joint[s], b[m].x, b[m].y);
+                                    mma_bits(acc[live][m][s][1], joint[s], b[m].z, b[m].w);
+                                }
                             }
                         }
+                        if (LIVE == PASSES) ask(at, n);
                     }
-                    if (LIVE == PASSES) ask(slot);
-                    if (++slot == SLOTS) slot = 0;
+                    if (LIVE == PASSES) asked_for(TURN);
+                    if (TURN == 1 && ++slot == SLOTS) slot = 0;
                 }
                 // what the subsets are worth
                 UNROLL for (int live = 0; live < LIVE; live++)
@@ -342,8 +358,8 @@ KERNEL(WARPS * 32, BLOCKS) bits_product(const Arguments a) {
                             }
                             if (s == 0 && high == 0) continue;
                             const int(&of)[2][4] = acc[live][m][s];
-                            const int v0 = (of[1][0] + sign * of[1][1]) * 256 + of[0][0] + 2 * of[0][1];
-                            const int v1 = (of[1][2] + sign * of[1][3]) * 256 + of[0][2] + 2 * of[0][3];
+                            const float v0 = whole(of[0][0] + 2 * of[0][1] + (of[1][0] + sign * of[1][1]) * 256);
+                            const float v1 = whole(of[0][2] + 2 * of[0][3] + (of[1][2] + sign * of[1][3]) * 256);
                             const float t0 = s % 4 == 0   ? up_worth.x
                                              : s % 4 == 1 ? up_worth.y
                                              : s % 4 == 2 ? up_worth.z
@@ -352,14 +368,15 @@ KERNEL(WARPS * 32, BLOCKS) bits_product(const Arguments a) {
                                              : s % 4 == 1 ? down_worth.y
                                              : s % 4 == 2 ? down_worth.z
                                                           : down_worth.w;
-                            top[m] = multiply_add(t0, float(v0), top[m]);
-                            bottom[m] = multiply_add(t1, float(v1), bottom[m]);
+                            top[m] = multiply_add(t0, v0, top[m]);
+                            bottom[m] = multiply_add(t1, v1, bottom[m]);
                         }
                     }
             }
             if (LIVE < PASSES)
                 NO_UNROLL for (int i = begin, free = slot_of_begin; i < end; i++) {
                     ask(free);
+                    asked_for(1);
                     if (++free == SLOTS) free = 0;
                 }
         }
@@ -385,7 +402,9 @@ KERNEL(WARPS * 32, BLOCKS) bits_product(const Arguments a) {
         if (member == (BACK == GATED ? j / 2 : j) % SPLITS && lane < 16) {
             const int row = row_block(j) * 16 + lane;
             UNROLL for (int m = 0; m < TOKENS; m++) {
-                float y = constant[m] * x_sum[m];
+                float x_sum = 0.0f;
+                UNROLL for (int w = 0; w < WARPS; w++) x_sum += room.part[m][w];
+                float y = constant[m] * x_sum;
                 UNROLL for (int w = 0; w < SPLITS; w++) y += room.sums[j & 1][m][team * SPLITS + w][lane];
                 if (a.bias && row < a.rows) y += widen<TYPE>(load_constant(a.bias + row));
                 if (BACK == STORE) {

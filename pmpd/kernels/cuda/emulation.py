@@ -16,6 +16,8 @@ from pmpd.kernels.cuda.coefficients import subset_codes
 from pmpd.kernels.cuda.cut import TILE_COLUMNS, Cut
 
 MAGIC = 12582912.0  # 1.5 * 2^23
+STEPS = torch.tensor(1 / 32767)
+"""float32 []: one over the largest number of the fixed point."""
 
 
 class Split(NamedTuple):
@@ -39,7 +41,7 @@ def by_member(x: Tensor, cut: Cut) -> Tensor:
 def split(x: Tensor, cut: Cut) -> Split:
     """`x` [K], 16-bit floats."""
     wide = by_member(x.float(), cut)
-    scale = wide.abs().amax((1, 2)).clamp(min=1e-30) / 32767.0
+    scale = wide.abs().amax((1, 2)).clamp(min=1e-30) * STEPS
     inverse = 1.0 / scale
     rounded = (wide.double() * inverse.double()[:, None, None] + MAGIC).float() - MAGIC
     tiles = rounded.double().sum(2).T.flatten()  # [T S], whole numbers: exact
@@ -51,7 +53,7 @@ def represented(x: Tensor, cut: Cut) -> Tensor:
     """`x` [M, K] -> float32 [M, K]: the values that the fixed point stands for; all that the kernel's
     products lose of any weight."""
     wide = by_member(x.float(), cut)
-    scale = wide.abs().amax((2, 3), keepdim=True).clamp(min=1e-30) / 32767.0
+    scale = wide.abs().amax((2, 3), keepdim=True).clamp(min=1e-30) * STEPS
     return (torch.round(wide / scale) * scale).transpose(1, 2).reshape(len(x), -1)[:, : x.shape[1]]
 
 

@@ -140,13 +140,29 @@ DEVICE void store_in_cluster(float4* to, int rank, float4 value) {
 }
 
 DEVICE float shuffle_xor(float value, int mask) { return __shfl_xor_sync(0xffffffff, value, mask); }
-DEVICE float warp_max(float value) {  // not negative: ordered like its bits
-    return __uint_as_float(__reduce_max_sync(0xffffffff, __float_as_uint(value)));
+DEVICE u32 warp_max(u32 value) { return __reduce_max_sync(0xffffffff, value); }
+DEVICE int warp_sum(int value) { return __reduce_add_sync(0xffffffff, value); }
+// 1 / value, rounded to the nearest; neither value nor the result below 2^-126.
+DEVICE float reciprocal(float value) {
+    float near;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(near) : "f"(value));
+    return __fmaf_rn(near, __fmaf_rn(-value, near, 1.0f), near);
 }
 DEVICE float multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 DEVICE float reciprocal_root(float value) { return rsqrtf(value); }
 DEVICE float exponential(float value) { return __expf(value); }
 DEVICE u32 bits_of(float value) { return __float_as_uint(value); }
+DEVICE float float_of(u32 bits) { return __uint_as_float(bits); }
+// The larger of the two low halves, and of the two high ones, as numbers without sign.
+DEVICE u32 larger_halves(u32 a, u32 b) {
+#if __CUDA_ARCH__ >= 900
+    u32 larger;
+    asm("max.u16x2 %0, %1, %2;" : "=r"(larger) : "r"(a), "r"(b));
+    return larger;
+#else
+    return __vmaxu2(a, b);
+#endif
+}
 DEVICE u32 prmt(u32 a, u32 b, u32 selector) { return __byte_perm(a, b, selector); }
 // Byte i is byte `nibble i of selector` (each below 8) of the eight of b:a.
 DEVICE u32 look_up(u32 a, u32 b, u32 selector) {
@@ -172,5 +188,34 @@ template <Type TYPE> DEVICE u16 narrow(float value) {  // to the nearest, ties t
     if (TYPE == BFLOAT16) asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
     else asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
     return bits;
+}
+// Sums and products of the low halves and of the high ones, each rounded once.
+template <Type TYPE> DEVICE u32 add_halves(u32 a, u32 b) {
+    u32 sum;
+    if (TYPE == FLOAT16) {
+        asm("add.rn.f16x2 %0, %1, %2;" : "=r"(sum) : "r"(a), "r"(b));
+        return sum;
+    }
+#if __CUDA_ARCH__ >= 900
+    asm("add.rn.bf16x2 %0, %1, %2;" : "=r"(sum) : "r"(a), "r"(b));
+    return sum;
+#else
+    return u32(narrow<TYPE>(widen<TYPE>(u16(a)) + widen<TYPE>(u16(b)))) |
+           u32(narrow<TYPE>(widen<TYPE>(u16(a >> 16)) + widen<TYPE>(u16(b >> 16)))) << 16;
+#endif
+}
+template <Type TYPE> DEVICE u32 multiply_halves(u32 a, u32 b) {
+    u32 product;
+    if (TYPE == FLOAT16) {
+        asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
+        return product;
+    }
+#if __CUDA_ARCH__ >= 900
+    asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
+    return product;
+#else
+    return u32(narrow<TYPE>(widen<TYPE>(u16(a)) * widen<TYPE>(u16(b)))) |
+           u32(narrow<TYPE>(widen<TYPE>(u16(a >> 16)) * widen<TYPE>(u16(b >> 16)))) << 16;
+#endif
 }
 #endif
