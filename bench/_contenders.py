@@ -156,8 +156,10 @@ def cuts(rows: int, columns: int, bits: int, tokens: int, device: torch.device) 
             continue
         made += [
             cut_of_rules(rows, columns, each, gpu, warps, splits, slots, live, blocks, resident)
-            for slots in {1 if per_warp == 1 else tiles for tiles in (2, 4, 7, 8) if per_warp % tiles == 0}
-            or {1}
+            for slots in {
+                min(per_warp, tiles) for tiles in (2, 4, 7, 8) if not per_warp % min(per_warp, tiles)
+            }
+            or {min(per_warp, 4)}
         ]
     return [cut for cut in dict.fromkeys(made) if cut is not None]
 

@@ -140,12 +140,19 @@ def cut(
         longest = slots or max(1, RING_BYTES // (of_block * bits[0] * 512))
         # one block a multiprocessor, with all registers, so that nothing spills
         registers = blocks or 1
-        for size in range(min(longest, math.ceil(tiles / team)), 0, -1):
+        for size in _rings(math.ceil(tiles / team), longest):
             made = Cut(bits, tiles, of_block, team, size, live, registers, 1)
             if made.block_bytes() <= gpu.block_bytes:
                 fit = gpu.multiprocessor_bytes // (made.block_bytes() + RESERVED_BYTES)
                 return replace(made, resident=max(1, min(registers, fit, resident or 1)))
     return None
+
+
+def _rings(per_warp: int, longest: int) -> list[int]:
+    """Lengths of a ring, the best first: the longer the better, but a ring that goes around a whole number of
+    times in a row block lets the kernel unroll one turn."""
+    lengths = range(min(longest, per_warp), 0, -1)
+    return sorted(lengths, key=lambda size: -size * (1 if per_warp % size else 2))
 
 
 def _team(rows: int, tiles: int, warps: int, gpu: Gpu) -> int:
