@@ -238,11 +238,11 @@ def test_a_gpu_fits_the_tables_that_a_cpu_fits() -> None:
     weight, hessian = example(40, 320)
     rows = seeds(weight, hessian)
     there = QuantizedRows(rows.codes.cuda(), {bits: table.cuda() for bits, table in rows.tables.items()})
-    fitted, metric = refit_tables(weight, hessian, rows)
-    found, metric_there = refit_tables(weight.cuda(), hessian.cuda(), there)
-    torch.testing.assert_close(metric_there.sums.cpu(), metric.sums, rtol=1e-4, atol=1e-3)
-    for bits, table in fitted.tables.items():
-        torch.testing.assert_close(found.tables[bits].cpu(), table, rtol=0.02, atol=1e-3)
+    metric = refit_tables(weight, hessian, rows)[1]
+    found = refit_tables(weight.cuda(), hessian.cuda(), there)[1]
+    assert (found.sums.cpu() - metric.sums).abs().max() < 1e-5 * metric.sums.abs().max()
+    # H in one part would lose 4e-4 of the sums, and a tenth of the errors, small differences of large numbers
+    torch.testing.assert_close(by_precision(found).cpu(), by_precision(metric), rtol=0.01, atol=0)
 
 
 def test_values_that_no_column_uses_stay() -> None:
