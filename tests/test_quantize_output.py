@@ -444,3 +444,16 @@ def test_a_gpu_quantizes_as_well_as_a_cpu() -> None:
     here = by_precision(feedback.quantize_for_output(weight, hessian, 2, 4)[1])
     there = by_precision(feedback.quantize_for_output(weight.cuda(), hessian.cuda(), 2, 4)[1])
     torch.testing.assert_close(there.cpu().sum(1), here.sum(1), rtol=0.03, atol=0)
+
+
+def test_the_benchmark_of_a_layer_times_every_part() -> None:
+    from bench.quantize_layer import Parts, one_matrix
+
+    device = torch.device("cpu")
+    parts, blocks = Parts(device), block_steps((2, 3, 4), device)
+    one_matrix(parts, 8, 64, blocks, torch.Generator().manual_seed(0))
+    assert sorted(parts.seconds) == [
+        *("bases", "codes", "factor", "k-means", "moments", "packing", "tables"),
+        *(f"tuning, {bits} bits" for bits in (2, 3, 4)),
+    ]
+    assert all(seconds > 0 for seconds in parts.seconds.values())

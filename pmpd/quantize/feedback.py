@@ -34,7 +34,7 @@ little weight."""
 _JOINT_BITS = 4
 """Codes of up to so many bits are chosen among all; of longer ones first so many bits, then the rest."""
 
-_SEED_CANDIDATES = 32
+SEED_CANDIDATES = 32
 """Of the k-means that gives the first tables: with four times as many it takes five times as long, and the
 errors in the end differ by a few parts in a thousand, either way."""
 
@@ -71,7 +71,7 @@ def quantize_for_output(
     hessian = damped(hessian)
     importance = hessian.diagonal().float().expand(weight.shape)
     weight = weight.float()
-    rows = quantize_rows(weight, importance, seed_bits, parent_bits, _SEED_CANDIDATES)
+    rows = quantize_rows(weight, importance, seed_bits, parent_bits, SEED_CANDIDATES)
     codes = choose_codes(weight, error_factor(hessian), rows.tables, blocks)
     return refit_tables(weight, hessian, QuantizedRows(codes, rows.tables))
 
