@@ -97,8 +97,9 @@ def report(summary: Summary, source: str, output: str, console: Console) -> None
         f"{summary.peak_bytes / 1e9:.1f} GB of memory at most{again}",
         soft_wrap=True,
     )
-    stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in summary.stage_seconds.items())
-    console.print(f"seconds by stage: {stages}", soft_wrap=True)
+    if summary.stage_seconds:  # a folder that was finished before there were any has none
+        stages = ", ".join(f"{stage} {seconds:.1f}" for stage, seconds in summary.stage_seconds.items())
+        console.print(f"seconds by stage: {stages}", soft_wrap=True)
     reference = "" if Path(source) == demo.DENSE else f" --reference-model-path {source} --dataset TEXTS"
     console.print(
         f"next: pmpd perplexity --model-path {output}, or pmpd label --model-path {output}{reference}",
