@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from bench import _bars, _clusters, _record, _step_cuts, _team_cuts, _timing
+from bench import _bars, _clusters, _read_roof, _record, _step_cuts, _team_cuts, _timing
 from bench._contenders import (
     ROTATE_BYTES,
     clones,
@@ -56,6 +56,9 @@ SHAPES = {  # name: (out_features, in_features)
 }  # fmt: skip
 
 HUMMING_TOKENS = (1, 8, 32)
+
+READING = "reading alone"
+"""The roof of a product's launch, in the tables."""
 
 
 def copy_bandwidth(device: torch.device) -> float:
@@ -233,6 +236,7 @@ def time_kernels(
         del copies, dense
         seen: dict[tuple[int, str], dict[float, float]] = {}
         for bits in sorted(DIGITS_BITS, reverse=True):
+            yield time_reading(name, n, k, bits, packed, bandwidth)
             for tokens, x in inputs.items():
                 moved, expected = moved_bytes(n, k, bits, tokens), exact_product(packed, x, bits)
                 of_product = None if plain is None else taken(plain, tokens, bits)
@@ -262,6 +266,14 @@ def time_kernels(
                 except Refused as why:
                     yield refused(name, 0, tokens, impl, why)
         torch.cuda.empty_cache()
+
+
+def time_reading(name: str, n: int, k: int, bits: int, packed: PackedWeights, bandwidth: float) -> dict:
+    """A row of a launch that reads as many bytes of codes, and does nothing with them."""
+    planes = packed.planes[:bits]
+    copies = [planes, *(planes.clone() for _ in range(min(47, int(ROTATE_BYTES / planes.nbytes))))]
+    calls, expected = _read_roof.calls(copies)
+    return timed_row(name, n, k, bits, 1, READING, calls, expected, planes.nbytes, bandwidth, 1e-12)
 
 
 def time_humming(
