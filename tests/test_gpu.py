@@ -8,6 +8,7 @@ import torch
 
 from pmpd import PMPDForCausalLM, demo
 from pmpd.decode.requests import Request
+from pmpd.kernels.cuda.matrix import CudaMatrix
 from pmpd.kernels.triton import DIGITS_BITS, ROUTES
 from tests import test_kernels_triton as kernels
 from tests import test_lean_cuda as lean
@@ -20,10 +21,7 @@ from tests.test_engine import random_prompts
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 
 BITS_ROUTES = [
-    (bits, route)
-    for bits in range(2, 9)
-    for route in ROUTES
-    if bits in DIGITS_BITS or route in ("fused", "dense")
+    (bits, route) for bits in range(2, 9) for route in ROUTES if bits in DIGITS_BITS or route != "digits"
 ]
 
 
@@ -45,6 +43,32 @@ def test_every_route_multiplies_as_the_reference_at_model_sizes(bits, route):
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_gptq(bits, act_order):
     kernels.test_gptq_codes_scales_and_zeros(bits, act_order)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("bits", [5, 8])
+def test_look_ups_in_shared_memory_with_any_number_of_warps(bits, dtype):
+    """Columns that fill no tile, more tokens than a program takes, an outlier of 3000 standard deviations."""
+    packed = kernels.packed_weights(200, 2912, tuple({bits, 8}), bias=True)
+    matrix = CudaMatrix(packed, dtype)
+    for tokens in (8, 37):
+        x = kernels.activations(tokens, 2912, dtype=dtype, seed=tokens)
+        x[:, 970] += 3000.0
+        for warps in (4, 16):
+            y = matrix.multiply(x, bits, "halves", warps)
+            off = kernels.error(y, kernels.expected_product(packed, x, bits))
+            assert off < kernels.TOLERANCE[dtype], f"{tokens} tokens, {warps} warps: {off:.1e}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(("columns", "group_size"), [(96, 32), (4096, 128), (2912, 416)])
+def test_gptq_of_eight_bits_in_bytes(columns, group_size, dtype):
+    matrix, weight = kernels.gptq_matrix(200, columns, 8, group_size, True, dtype)
+    assert torch.equal(matrix.dequantize().cpu(), weight.to(dtype))
+    for tokens in (8, 37):
+        x = kernels.activations(tokens, columns, dtype=dtype, seed=tokens)
+        off = kernels.error(matrix.multiply(x, "halves"), x.double() @ weight.to(kernels.DEVICE).double().T)
+        assert off < kernels.TOLERANCE[dtype], f"{tokens} tokens: {off:.1e}"
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])

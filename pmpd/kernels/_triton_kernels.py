@@ -68,6 +68,24 @@ def _load16(pointer, EMULATE: tl.constexpr, STREAM: tl.constexpr):
 
 
 @triton.jit
+def _store16(pointer, words, where, EMULATE: tl.constexpr):
+    """Four consecutive 32-bit words per thread, 16-byte aligned."""
+    if EMULATE:
+        for i in tl.static_range(4):
+            tl.store(pointer + i, words[i].to(tl.int32, bitcast=True), mask=where)
+    else:
+        tl.inline_asm_elementwise(
+            "{ .reg .pred p; setp.ne.u32 p, $6, 0;\n"
+            "@p st.global.v4.b32 [$1], {$2,$3,$4,$5}; mov.u32 $0, $6; }",
+            "=r,l,r,r,r,r,r",
+            [pointer.to(tl.int64), words[0], words[1], words[2], words[3], where.to(tl.uint32)],
+            dtype=tl.uint32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
 def _prmt(low, high, selector, EMULATE: tl.constexpr):
     """Four byte look-ups: byte i of the result is byte `nibble i of selector` of the 8-byte table high:low.
 
@@ -241,24 +259,134 @@ def _plane(base, TURN: tl.constexpr, EMULATE: tl.constexpr):
 
 @triton.jit
 def _planes(base, plane_stride, BITS: tl.constexpr, PLAIN: tl.constexpr, EMULATE: tl.constexpr):
-    """The tile's words of the first BITS planes, 4 a plane (half h, row part r: word 2 h + r), zeros for
-    absent planes. PLAIN: in memory every plane has a column at the same bit."""
-    p0 = _plane(base, 0, EMULATE)
-    p1 = _plane(base + plane_stride, 31 if PLAIN else 0, EMULATE)
-    p2 = p1
-    p3 = p1
-    if BITS >= 3:
-        p2 = _plane(base + 2 * plane_stride, 30 if PLAIN else 0, EMULATE)
-    if BITS >= 4:
-        p3 = _plane(base + 3 * plane_stride, 29 if PLAIN else 0, EMULATE)
-    return p0 + p1 + p2 + p3
+    """The tile's words of the first BITS planes, 4 a plane (half h, row part r: word 2 h + r). PLAIN: in
+    memory every plane has a column at the same bit. Of bytes (`triton.tile_bytes`) the eight parts."""
+    words = ()
+    for p in tl.static_range(BITS):
+        words = words + _plane(base + p * plane_stride, (32 - p % 4) % 32 if PLAIN else 0, EMULATE)
+    return words
 
 
 @triton.jit
 def _tile_nibbles(words, AT: tl.constexpr, BITS: tl.constexpr, EMULATE: tl.constexpr):
     """`_nibbles` of one half and row part of a tile: word AT = 2 h + r of each plane in `words`, four words a
     plane."""
-    return _nibbles(words[AT], words[AT + 4], words[AT + 8], words[AT + 12], BITS, EMULATE)
+    if BITS == 2:
+        return _nibbles(words[AT], words[AT + 4], words[AT], words[AT], 2, EMULATE)
+    elif BITS == 3:
+        return _nibbles(words[AT], words[AT + 4], words[AT + 8], words[AT], 3, EMULATE)
+    else:
+        return _nibbles(words[AT], words[AT + 4], words[AT + 8], words[AT + 12], 4, EMULATE)
+
+
+@triton.jit
+def _low_nibbles(words, AT: tl.constexpr, BITS: tl.constexpr, EMULATE: tl.constexpr):
+    """As `_tile_nibbles`, of the planes behind the fourth: the first of them is the highest bit of a nibble,
+    absent ones are zeros."""
+    p4 = words[AT + 16]
+    none = p4 & 0
+    if BITS == 5:
+        return _nibbles(p4, none, none, none, 4, EMULATE)
+    elif BITS == 6:
+        return _nibbles(p4, words[AT + 20], none, none, 4, EMULATE)
+    elif BITS == 7:
+        return _nibbles(p4, words[AT + 20], words[AT + 24], none, 4, EMULATE)
+    else:
+        return _nibbles(p4, words[AT + 20], words[AT + 24], words[AT + 28], 4, EMULATE)
+
+
+@triton.jit
+def _own_tables(table, BITS: tl.constexpr, WARPS: tl.constexpr, EMULATE: tl.constexpr):
+    """Copies of a row block's tables in shared memory, one a lane, that lies in the lane's own bank: look-ups
+    of a warp never wait for each other. A word holds the values of a code in rows g and g + 8.
+
+    `table`: of row g, `tables` as of `halves_matmul`. Returns what `_look_up` takes for the two rows: the
+    addresses of their values of code 0.
+    """
+    if EMULATE:
+        return table, table + (8 << BITS)
+    else:
+        thread = tl.arange(0, 32 * WARPS)
+        own = tl.inline_asm_elementwise(
+            "{ .shared .align 128 .b8 own_tables[32768]; mov.u32 $0, own_tables; }",
+            "=r,r",
+            [thread],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+        own += thread % 32 * 4
+        EIGHTS: tl.constexpr = (1 << BITS) // 8
+        words = table.to(tl.pointer_type(tl.int32), bitcast=True)
+        for i in tl.static_range((EIGHTS + WARPS - 1) // WARPS):
+            eight = tl.minimum(thread // 32 + i * WARPS, EIGHTS - 1)  # of the codes
+            a = _load16(words + eight * 4, EMULATE, False)
+            b = _load16(words + (4 << BITS) + eight * 4, EMULATE, False)
+            tl.inline_asm_elementwise(
+                "{ .reg .b32 w<8>;\n"
+                "prmt.b32 w0, $2, $6, 0x5410; prmt.b32 w1, $2, $6, 0x7632;\n"
+                "prmt.b32 w2, $3, $7, 0x5410; prmt.b32 w3, $3, $7, 0x7632;\n"
+                "prmt.b32 w4, $4, $8, 0x5410; prmt.b32 w5, $4, $8, 0x7632;\n"
+                "prmt.b32 w6, $5, $9, 0x5410; prmt.b32 w7, $5, $9, 0x7632;\n"
+                "st.shared.b32 [$1], w0; st.shared.b32 [$1+128], w1;\n"
+                "st.shared.b32 [$1+256], w2; st.shared.b32 [$1+384], w3;\n"
+                "st.shared.b32 [$1+512], w4; st.shared.b32 [$1+640], w5;\n"
+                "st.shared.b32 [$1+768], w6; st.shared.b32 [$1+896], w7;\n"
+                "mov.b32 $0, w0; }",
+                "=r,r,r,r,r,r,r,r,r,r",
+                [own + eight * 1024, a[0], a[1], a[2], a[3], b[0], b[1], b[2], b[3]],
+                dtype=tl.uint32,
+                is_pure=False,
+                pack=1,
+            )
+        tl.debug_barrier()
+        return own, own + 2
+
+
+@triton.jit
+def _look_up(table, codes, SHIFT: tl.constexpr, BITS: tl.constexpr):
+    """The 16-bit table value of the code in BITS bits of `codes` from SHIFT on, as uint32; `table`: pointers
+    to a row's values."""
+    code = ((codes >> SHIFT) & ((1 << BITS) - 1)).to(tl.int32)
+    return tl.load(table + code).to(tl.uint16, bitcast=True).to(tl.uint32)
+
+
+@triton.jit
+def _look_up_own(table, codes, BYTE: tl.constexpr, BITS: tl.constexpr):
+    """As `_look_up`, of byte BYTE of `codes`, whose highest BITS bits are the code and the others zeros;
+    `table` of `_own_tables`."""
+    byte = _prmt(codes, codes & 0, (codes & 0) + (0x4440 + BYTE), False).to(tl.int32)
+    return tl.inline_asm_elementwise(
+        "ld.shared.u16 $0, [$1];",
+        "=r,r",
+        [table + byte * (128 >> (8 - BITS))],
+        dtype=tl.uint32,
+        is_pure=False,  # stays behind the barrier
+        pack=1,
+    )
+
+
+@triton.jit
+def _looked_up(table, high, low, PART: tl.constexpr, BITS: tl.constexpr, OWN: tl.constexpr):
+    """Table values of codes 4 PART .. 4 PART + 3 of two words of nibbles (of up to 4 bits all of them are in
+    `high`): two words of two 16-bit floats. OWN: `table` is of `_own_tables`."""
+    even = high
+    odd = high >> 4
+    AT: tl.constexpr = 16 * PART + (8 - BITS if BITS > 4 else 0)
+    if BITS > 4:
+        even = ((high & 0x0F0F0F0F) << 4) | (low & 0x0F0F0F0F)  # codes 0, 2, 4, 6, a byte each
+        odd = (high & 0xF0F0F0F0) | ((low >> 4) & 0x0F0F0F0F)
+    if OWN:
+        v0 = _look_up_own(table, even, 2 * PART, BITS)
+        v1 = _look_up_own(table, odd, 2 * PART, BITS)
+        v2 = _look_up_own(table, even, 2 * PART + 1, BITS)
+        v3 = _look_up_own(table, odd, 2 * PART + 1, BITS)
+    else:
+        v0 = _look_up(table, even, AT, BITS)
+        v1 = _look_up(table, odd, AT, BITS)
+        v2 = _look_up(table, even, AT + 8, BITS)
+        v3 = _look_up(table, odd, AT + 8, BITS)
+    return v0 | (v1 << 16), v2 | (v3 << 16)
 
 
 @triton.jit
@@ -439,6 +567,59 @@ def _affine(words, minus_zero, scale, EMULATE: tl.constexpr):
 
 
 @triton.jit
+def _byte_weights(word, minus_zero, scale, BFLOAT16: tl.constexpr, EMULATE: tl.constexpr):
+    """(code - zero) * scale of the four bytes of `word`, rounded once: two words of two 16-bit floats each.
+
+    A byte becomes the last bits of 1024 in float16 (`minus_zero` and `scale` hold their value twice, and
+    1024 is taken away with the zero), of 2^23 in float32 for bfloat16, which holds no 255.
+    """
+    if EMULATE:
+        off = _halves(minus_zero, False)[0] + 1024.0
+        factor = _halves(scale, False)[0]
+        if BFLOAT16:
+            off = minus_zero.to(tl.float32, bitcast=True) + 8388608.0
+            factor = scale.to(tl.float32, bitcast=True)
+        found = (word & 0, word & 0)
+        for i in tl.static_range(4):
+            weight = (((word >> (8 * i)) & 0xFF).to(tl.float32) + off) * factor
+            if BFLOAT16:
+                bits = weight.to(tl.uint32, bitcast=True)
+                bits = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
+            else:
+                bits = weight.to(tl.float16).to(tl.uint16, bitcast=True).to(tl.uint32)
+            if i < 2:
+                found = (found[0] | (bits << (16 * i)), found[1])
+            else:
+                found = (found[0], found[1] | (bits << (16 * i - 32)))
+        return found
+    elif BFLOAT16:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 v<4>;\n"
+            "prmt.b32 v0, $2, 0x4B000000, 0x7540; prmt.b32 v1, $2, 0x4B000000, 0x7541;\n"
+            "prmt.b32 v2, $2, 0x4B000000, 0x7542; prmt.b32 v3, $2, 0x4B000000, 0x7543;\n"
+            "add.f32 v0, v0, $3; add.f32 v1, v1, $3; add.f32 v2, v2, $3; add.f32 v3, v3, $3;\n"
+            "mul.f32 v0, v0, $4; mul.f32 v1, v1, $4; mul.f32 v2, v2, $4; mul.f32 v3, v3, $4;\n"
+            "cvt.rn.bf16x2.f32 $0, v1, v0; cvt.rn.bf16x2.f32 $1, v3, v2; }",
+            "=&r,=&r,r,r,r",
+            [word, minus_zero, scale],
+            dtype=(tl.uint32, tl.uint32),
+            is_pure=True,
+            pack=1,
+        )
+    else:
+        return tl.inline_asm_elementwise(
+            "{ .reg .b32 l, h;\n"
+            "prmt.b32 l, $2, 0x64646464, 0x4140; prmt.b32 h, $2, 0x64646464, 0x4342;\n"
+            "add.f16x2 l, l, $3; add.f16x2 h, h, $3; mul.f16x2 $0, l, $4; mul.f16x2 $1, h, $4; }",
+            "=&r,=&r,r,r,r",
+            [word, minus_zero, scale],
+            dtype=(tl.uint32, tl.uint32),
+            is_pure=True,
+            pack=1,
+        )
+
+
+@triton.jit
 def _x_words(x_row, column, K, EXACT: tl.constexpr, EMULATE: tl.constexpr):
     """Eight 16-bit activations from `column` (a multiple of 8) as four words; zeros past K."""
     if EXACT:
@@ -482,6 +663,8 @@ def _sum_tiles(
     DIGITS: `x` are digits and GROUPS pairs of tokens; else 16-bit floats and GROUPS octets. BLOCKS = tiles of
     the row block, TILES = those of one warp. The rest as in the kernels.
     """
+    BYTES: tl.constexpr = BITS == 8 and GROUP > 0
+    WIDE: tl.constexpr = BITS > 4 and GROUP == 0
     row_block = tl.program_id(0)
     thread = tl.arange(0, 32 * WARPS)
     warp = thread // 32
@@ -495,6 +678,8 @@ def _sum_tiles(
         acc = acc + (zero,)  # type: ignore[assignment]  # noqa: RUF005 - Triton's tuples grow, and it knows no unpacking
     first = row_base + lane * 4 + tl.minimum(warp, BLOCKS - 1) * 128
     words = _planes(first, plane_stride, BITS, PLAIN, EMULATE)
+    if WIDE:
+        top, bottom = _own_tables(top, BITS, WARPS, EMULATE)
     _wait_for_last(PDL)
 
     for i in range(TILES):
@@ -510,8 +695,12 @@ def _sum_tiles(
             x_words = ()
             if DIGITS:
                 x_words = _digit_words(x, x_stride, block, g, t, M, h, GROUPS, EMULATE)
-            n_top = _tile_nibbles(words, 2 * h, BITS, EMULATE)
-            n_bottom = _tile_nibbles(words, 2 * h + 1, BITS, EMULATE)
+            if not BYTES:
+                n_top = _tile_nibbles(words, 2 * h, BITS, EMULATE)
+                n_bottom = _tile_nibbles(words, 2 * h + 1, BITS, EMULATE)
+            if WIDE:
+                low_top = _low_nibbles(words, 2 * h, BITS, EMULATE)
+                low_bottom = _low_nibbles(words, 2 * h + 1, BITS, EMULATE)
             for s in tl.static_range(4):
                 if DIGITS:
                     acc = _add_digits(
@@ -529,7 +718,7 @@ def _sum_tiles(
                         EMULATE,
                     )
                 else:
-                    if GROUP > 0 and s * 32 % GROUP == 0:
+                    if GROUP > 0 and s * 32 % (GROUP & -GROUP) == 0:
                         of_group = (
                             tl.minimum((block * 256 + h * 128 + s * 32) // GROUP, LAST_GROUP) * group_stride
                             + row_block * 16
@@ -546,9 +735,18 @@ def _sum_tiles(
                             x_row, block * 256 + h * 128 + s * 32 + t * 8, K, EXACT, EMULATE
                         )
                     for part in tl.static_range(2):
-                        a0, a2 = _values(top, n_top[s], part, BITS, EMULATE)
-                        a1, a3 = _values(bottom, n_bottom[s], part, BITS, EMULATE)
-                        if GROUP > 0:
+                        if BYTES:
+                            word = words[16 * h + 4 * s + part]
+                            a0, a2 = _byte_weights(word, zero_top, scale_top, BFLOAT16, EMULATE)
+                            word = words[16 * h + 4 * s + 2 + part]
+                            a1, a3 = _byte_weights(word, zero_bottom, scale_bottom, BFLOAT16, EMULATE)
+                        elif WIDE:
+                            a0, a2 = _looked_up(top, n_top[s], low_top[s], part, BITS, not EMULATE)
+                            a1, a3 = _looked_up(bottom, n_bottom[s], low_bottom[s], part, BITS, not EMULATE)
+                        else:
+                            a0, a2 = _values(top, n_top[s], part, BITS, EMULATE)
+                            a1, a3 = _values(bottom, n_bottom[s], part, BITS, EMULATE)
+                        if GROUP > 0 and not BYTES:
                             a0 = _affine(a0, zero_top, scale_top, EMULATE)
                             a2 = _affine(a2, zero_top, scale_top, EMULATE)
                             a1 = _affine(a1, zero_bottom, scale_bottom, EMULATE)
@@ -641,22 +839,25 @@ def halves_matmul(
     s + 8 t + 0..7 of 128 in two products, four consecutive ones each. EXACT: TILES * WARPS * 256 = K, so that
     no column is past the end.
 
-    GROUP = 0: `tables` holds a table a row. Else it holds one for all, of the float16 codes, and every GROUP
+    GROUP = 0: `tables` holds a table a row, of more than 4 bits int16 [N padded, 2^b], the values themselves.
+    Else it holds one for all, of the float16 codes, and every GROUP
     columns (a multiple of 32) of a row have a scale and a zero: `scales`, `minus_zeros` int32 [groups, N
-    padded], each value twice.
+    padded], each value twice. BITS = 8 has groups, no tables, and words as `_byte_weights` takes them.
     """
     _let_next_start(PDL)
     row_block = tl.program_id(0)
     token0 = tl.program_id(1) * (8 * OCTETS)
     g = tl.arange(0, 32 * WARPS) % 32 // 4
     WORDS: tl.constexpr = 2 if BITS == 2 else (4 if BITS == 3 else 8)
-    table_row = g * 0
-    if GROUP == 0:
-        table_row = row_block * 16 + g
-    top = _table(tables + table_row * WORDS, BITS, EMULATE)
-    bottom = top
-    if GROUP == 0:
-        bottom = _table(tables + (table_row + 8) * WORDS, BITS, EMULATE)
+    if BITS > 4:
+        top = tables + ((row_block * 16 + g) << BITS)  # bytes have none
+        bottom = top
+    elif GROUP > 0:
+        top = _table(tables + g * 0, BITS, EMULATE)
+        bottom = top
+    else:
+        top = _table(tables + (row_block * 16 + g) * WORDS, BITS, EMULATE)
+        bottom = _table(tables + (row_block * 16 + 8 + g) * WORDS, BITS, EMULATE)
     acc = _sum_tiles(
         tl.float32, x, planes, top, bottom, scales, minus_zeros, M, K, token0, plane_stride, x_stride,
         group_stride, LAST_GROUP,
@@ -711,6 +912,16 @@ def _tile_codes(
 
 
 @triton.jit
+def _byte_codes(words, row, first, plane_stride, BLOCKS: tl.constexpr, COLUMNS: tl.constexpr):
+    """As `_tile_codes`, of bytes (`triton.tile_bytes`)."""
+    column = first + tl.arange(0, COLUMNS)
+    at = (row // 16).to(tl.int64)[:, None] * (BLOCKS * 512) + ((row % 8) * 64 + (row % 16) // 8 * 8)[:, None]
+    part = (column // 32 % 8).to(tl.int64) * plane_stride * 4
+    at += (part + tl.minimum(column // 256, BLOCKS - 1) * 512 + column // 8 % 4 * 16 + column % 8)[None, :]
+    return tl.load(words.to(tl.pointer_type(tl.uint8), bitcast=True) + at).to(tl.int32)
+
+
+@triton.jit
 def _tile_weights(
     planes, values, zeros, groups, row, first, plane_stride, N_PADDED,
     BLOCKS: tl.constexpr, BITS: tl.constexpr, AFFINE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -718,7 +929,10 @@ def _tile_weights(
 ):  # fmt: skip
     """float32 weights [ROWS, COLUMNS]: table look-up, or (AFFINE) scale * (code - zero) of the column's
     group."""
-    codes = _tile_codes(planes, row, first, plane_stride, BLOCKS, BITS, ROWS, COLUMNS, PLAIN)
+    if AFFINE and BITS == 8:
+        codes = _byte_codes(planes, row, first, plane_stride, BLOCKS, COLUMNS)
+    else:
+        codes = _tile_codes(planes, row, first, plane_stride, BLOCKS, BITS, ROWS, COLUMNS, PLAIN)
     if AFFINE:
         group = tl.load(groups + tl.minimum(first + tl.arange(0, COLUMNS), BLOCKS * 256 - 1))
         at = group[None, :] * N_PADDED + row[:, None]
@@ -742,6 +956,61 @@ def dequantize_tiles(
     column = first + tl.arange(0, 256)
     at = row.to(tl.int64)[:, None] * K + column[None, :]
     tl.store(out + at, weights.to(out.dtype.element_ty), mask=(row < N)[:, None] & (column < K)[None, :])
+
+
+@triton.jit
+def dequantize_words(
+    planes, values, out, N, K, plane_stride,
+    BLOCKS: tl.constexpr, BITS: tl.constexpr, PLAIN: tl.constexpr, EMULATE: tl.constexpr,
+):  # fmt: skip
+    """out [N, K] (int32 words of two 16-bit floats, K a multiple of 32) <- the weights by table, `values`
+    int16 [N padded, 2^b]. One program = 16 rows of eight tiles; a warp looks up in the tables of two rows
+    only, one after the other, so that its lanes find their values in few cache lines."""
+    row_block = tl.program_id(0)
+    thread = tl.arange(0, 256)
+    g = thread // 32
+    t = thread % 4
+    block = tl.program_id(1) * 8 + thread % 32 // 4
+    base = planes + (row_block.to(tl.int64) * BLOCKS + tl.minimum(block, BLOCKS - 1)) * 128 + (4 * g + t) * 4
+    words = _planes(base, plane_stride, BITS, PLAIN, EMULATE)
+    for at in tl.static_range(4):  # half and row part of the tile
+        row = row_block * 16 + g + at % 2 * 8
+        table = values + (row << BITS)
+        high = _tile_nibbles(words, at, BITS, EMULATE)
+        low = high
+        if BITS > 4:
+            low = _low_nibbles(words, at, BITS, EMULATE)
+        for s in tl.static_range(4):
+            column = block * 256 + at // 2 * 128 + s * 32 + t * 8
+            found = _looked_up(table, high[s], low[s], 0, BITS, False)
+            found = found + _looked_up(table, high[s], low[s], 1, BITS, False)
+            place = out + (row.to(tl.int64) * K + column) // 2
+            _store16(place, found, (row < N) & (column < K), EMULATE)
+
+
+@triton.jit
+def dequantize_bytes(
+    words, scales, minus_zeros, out, N, K, part_stride, group_stride, LAST_GROUP,
+    BLOCKS: tl.constexpr, GROUP: tl.constexpr, BFLOAT16: tl.constexpr, EMULATE: tl.constexpr,
+):  # fmt: skip
+    """out [N, K] (int32 words of two 16-bit floats, K a multiple of 8) <- GPTQ codes of 8 bits, scales and
+    zeros as of `halves_matmul`. One program = 16 rows of eight tiles, a warp a tile."""
+    row_block = tl.program_id(0)
+    lane = tl.arange(0, 256) % 32
+    block = tl.program_id(1) * 8 + tl.arange(0, 256) // 32
+    base = words + (row_block.to(tl.int64) * BLOCKS + tl.minimum(block, BLOCKS - 1)) * 128 + lane * 4
+    tile = _planes(base, part_stride, 8, False, EMULATE)
+    for part in tl.static_range(8):
+        column = block * 256 + part * 32 + lane % 4 * 8
+        for r in tl.static_range(2):
+            row = row_block * 16 + lane // 4 + 8 * r
+            of_group = tl.minimum(column // GROUP, LAST_GROUP) * group_stride + row
+            scale = tl.load(scales + of_group).to(tl.uint32, bitcast=True)
+            zero = tl.load(minus_zeros + of_group).to(tl.uint32, bitcast=True)
+            found = _byte_weights(tile[4 * part + 2 * r], zero, scale, BFLOAT16, EMULATE)
+            found = found + _byte_weights(tile[4 * part + 2 * r + 1], zero, scale, BFLOAT16, EMULATE)
+            place = out + (row.to(tl.int64) * K + column) // 2
+            _store16(place, found, (row < N) & (column < K), EMULATE)
 
 
 @triton.jit(do_not_specialize=["M"])

@@ -29,10 +29,20 @@ table values and puts them together: exact values of the type, operands of its t
 product. Operations a weight: b = 2, 3: 1.5, b = 4: 2.5. GPTQ in float16 (M <= 64, groups of a multiple of 32
 columns) looks up its codes in the same way, then subtracts and scales pairs.
 
-*fused* (other b and float32, up to M = 64): decodes a tile with one table load a weight, then a tensor-core
-dot (a float32 sum for M < 4).
+At b = 5..8 (M <= 64) tables of 64 to 512 bytes fit no registers: *halves* keeps a copy for each lane in
+shared memory, in the lane's own bank, so that a warp looks up 32 values a clock. 32 KiB for 16 rows, made
+once for all their columns. 6.5 instructions a weight (b = 8), one of them the look-up: some 15 us at 14336 x
+4096.
 
-*dense* (larger M): writes the matrix in the activations' type, then cuBLAS.
+GPTQ of 8 bits (float16 and bfloat16, groups as above) is stored as bytes in the order of the operands
+(`tile_bytes`), once: a byte becomes a float by `prmt`, then an addition and a multiplication. 1.5 operations
+a weight in float16, 3.5 in bfloat16: memory bounds it.
+
+*fused* (float32, GPTQ with other groups; up to M = 64): decodes a tile with one table load a weight, then a
+tensor-core dot (a float32 sum for M < 4).
+
+*dense* (larger M; at b = 5..8 from where the GPU's autotune table says): writes the matrix in the
+activations' type, then cuBLAS. In 16-bit types a weight takes some 8 instructions, so that writing bounds it.
 
 Bytes of one multiplication: N K b / 8 planes + N 2^b 2 tables (digits: N (8, 16, 32) + 8 N) + 2 M (K + N)
 activations; digits adds 4 M K for the split activations. FLOP: 2 M N K. Memory bounds all of it for M <= 16.
@@ -138,6 +148,20 @@ def tile_codes(codes_NK: Tensor, bits: int, plain: bool = False) -> Tensor:
     return planes.view(bits, row_blocks, blocks, 32, 4)
 
 
+def tile_bytes(codes_NK: Tensor) -> Tensor:
+    """Codes uint8 [N, K] -> int32 [8, N/16, K/256, 32, 4], padded with zeros: the shape of eight planes, but
+    part 4 h + s of lane 4 g + t of a tile holds bytes: columns 128 h + 32 s + 8 t + 0..7 of row g, then of
+    row g + 8."""
+    rows, columns = codes_NK.shape
+    row_blocks, blocks = math.ceil(rows / TILE_ROWS), math.ceil(columns / TILE_COLUMNS)
+    codes = torch.nn.functional.pad(
+        codes_NK, (0, blocks * TILE_COLUMNS - columns, 0, row_blocks * TILE_ROWS - rows)
+    )
+    # [row block, r, g, block, h, s, t, i] -> [h, s, row block, block, g, t, r, i]
+    codes = codes.view(row_blocks, 2, 8, blocks, 2, 4, 4, 8).permute(4, 5, 0, 3, 2, 6, 1, 7)
+    return codes.reshape(8, row_blocks, blocks, 32, 16).view(torch.int32)
+
+
 def _table_words(high: Tensor, low: Tensor, bits: int) -> Tensor:
     """Bytes int64 [N, 2**bits], the high and the low ones of a table -> int32 [N, words] in the order
     `_triton_kernels._table` reads."""
@@ -150,6 +174,12 @@ def _table_words(high: Tensor, low: Tensor, bits: int) -> Tensor:
     else:
         octets = torch.cat([high, low], dim=1)
     return (octets << torch.tensor([0, 8, 16, 24], device=high.device)).sum(-1).to(torch.int32).contiguous()
+
+
+def table_values(table: Tensor, dtype: torch.dtype) -> Tensor:
+    """`table` [N, 2**bits] with rows padded, in `dtype` where that has 16 bits, else as given."""
+    padded = torch.nn.functional.pad(table, (0, 0, 0, -len(table) % TILE_ROWS)).contiguous()
+    return padded if dtype == torch.float32 else padded.to(dtype)
 
 
 def table_halves(table: Tensor, bits: int, dtype: torch.dtype) -> Tensor:
@@ -238,6 +268,12 @@ def warps_of(gpu_name: str, route: str, rows: int, columns: int, bits: int, toke
     while warps < min(MOST_WARPS, max(wanted, math.ceil(blocks / 8)), blocks):
         warps *= 2
     return warps
+
+
+def dense_from(gpu_name: str, bits: int) -> int:
+    """From so many tokens on a matrix of tables is dequantized: as measured for this GPU (5 to 8 bits only),
+    else where `halves`, which takes 32 at a time, would decode the planes a third time."""
+    return measured(gpu_name, "dense", str(bits), ("from",)).get("from", FUSED_TOKENS + 1)
 
 
 def _token_bucket(tokens: int) -> int:
@@ -346,11 +382,34 @@ class _TileMatrix:
 
         rows, columns = self.shape
         out = torch.empty(rows, columns, dtype=dtype, device=self.planes.device)
+        if zeros is None and dtype == values.dtype != torch.float32:
+            kernels.dequantize_words[(self.row_blocks, math.ceil(self.blocks / 8))](
+                self.planes, values.view(torch.int16), out.view(torch.int32),
+                rows, columns, self.planes.stride(0),
+                BLOCKS=self.blocks, BITS=bits, PLAIN=self.plain, EMULATE=_interpreted(), num_warps=8,
+            )  # fmt: skip
+            return out
         kernels.dequantize_tiles[(self.row_blocks, self.blocks)](
             self.planes, values, values if zeros is None else zeros,
             self.planes if groups is None else groups, out,
             rows, columns, self.planes.stride(0), self.padded_rows,
             BLOCKS=self.blocks, BITS=bits, AFFINE=zeros is not None, PLAIN=self.plain, num_warps=4,
+        )  # fmt: skip
+        return out
+
+    def dequantize_bytes(
+        self, scales: Tensor, minus_zeros: Tensor, group_size: int, dtype: torch.dtype
+    ) -> Tensor:
+        """Of `tile_bytes`, in a 16-bit type; scales and zeros as of `halves`."""
+        from pmpd.kernels import _triton_kernels as kernels
+
+        rows, columns = self.shape
+        out = torch.empty(rows, columns, dtype=dtype, device=self.planes.device)
+        kernels.dequantize_bytes[(self.row_blocks, math.ceil(self.blocks / 8))](
+            self.planes, scales, minus_zeros, out.view(torch.int32),
+            rows, columns, self.planes.stride(0), scales.stride(0), len(scales) - 1,
+            BLOCKS=self.blocks, GROUP=group_size, BFLOAT16=dtype == torch.bfloat16,
+            EMULATE=_interpreted(), num_warps=8,
         )  # fmt: skip
         return out
 
@@ -439,12 +498,12 @@ class TritonMatrix(BitplaneMatrix):
 
     def route(self, tokens: int, bits: int) -> str:
         """Which of `ROUTES` a multiplication of `tokens` takes."""
-        tables = self._tables[bits]
-        if "words" in tables and tokens <= (SPLIT_TOKENS if "halves" in tables else DIGITS_TOKENS):
+        wide = self.dtype == torch.float32
+        if "words" in self._tables[bits] and tokens <= (DIGITS_TOKENS if wide else SPLIT_TOKENS):
             return "digits"
-        if tokens <= FUSED_TOKENS:
-            return "halves" if "halves" in tables else "fused"
-        return "dense"
+        if tokens >= dense_from(self._gpu_name, bits):
+            return "dense"
+        return "fused" if wide else "halves"
 
     def multiply(self, x: Tensor, bits: int, route: str | None = None, warps: int | None = None) -> Tensor:
         """As in the base class. `route` forces one of `ROUTES`, `warps` as in the kernels (default: as
@@ -462,7 +521,10 @@ class TritonMatrix(BitplaneMatrix):
             self.multiply_split(split_activations(x_MK), bits, y_MN, warps)
         elif route == "halves":
             y_MN = self._tiles.halves(
-                x_MK, bits, tables["halves"], warps or self._warps("halves", bits, x_MK.shape[0])
+                x_MK,
+                bits,
+                tables["halves"] if bits in DIGITS_BITS else tables["values"].view(torch.int16),
+                warps or self._warps("halves", bits, x_MK.shape[0]),
             )
         elif route == "fused":
             y_MN = self._tiles.fused(x_MK, bits, tables["values"], None, None)
@@ -497,9 +559,9 @@ class TritonMatrix(BitplaneMatrix):
             )  # fmt: skip
 
     def _tables_of(self, table: Tensor, bits: int) -> dict[str, Tensor]:
-        """What the kernels look up, by name, each [N padded, …]: `values` as given, the three results of
+        """What the kernels look up, by name, each [N padded, …]: `table_values`, the three results of
         `table_digits`, `table_halves`."""
-        tables = {"values": torch.nn.functional.pad(table, (0, 0, 0, -len(table) % TILE_ROWS)).contiguous()}
+        tables = {"values": table_values(table, self.dtype)}
         if bits in DIGITS_BITS:
             tables["words"], tables["scales"], tables["offsets"] = table_digits(table, bits)
             if self.dtype != torch.float32:
@@ -577,9 +639,8 @@ class GPTQMatrix:
                 self._order, codes_NK = order, codes_NK[:, order]
             else:
                 self._group_size, groups = 0, g_idx  # groups of different sizes
-        self._tiles = _TileMatrix(
-            tile_codes(codes_NK, bits), self.shape, None if bias is None else bias.to(dtype)
-        )
+        tiles = tile_bytes(codes_NK) if bits == 8 else tile_codes(codes_NK, bits)
+        self._tiles = _TileMatrix(tiles, self.shape, None if bias is None else bias.to(dtype))
         pad = self._tiles.padded_rows - rows
         self._scales = torch.nn.functional.pad(scales, (0, pad)).contiguous()  # [G, N padded]
         zeros = gptq.unpack(qzeros.T, bits, rows).T.to(torch.int16) + zero_offset
@@ -587,15 +648,19 @@ class GPTQMatrix:
         self._groups = torch.nn.functional.pad(
             groups.to(torch.int32), (0, self._tiles.blocks * TILE_COLUMNS - columns)
         ).contiguous()
-        self._halves: tuple[Tensor, Tensor, Tensor] | None = None
-        if bits in DIGITS_BITS and dtype == torch.float16 and self._group_size and self._group_size % 32 == 0:
-            codes = torch.arange(2.0**bits, device=qweight.device)[None]
-            self._halves = table_halves(codes, bits, dtype), _twice(self._scales), _twice(-self._zeros)
+        self._halves: tuple[Tensor, Tensor] | None = None  # scales and minus zeros, as the kernel takes them
+        self._codes: Tensor | None = None  # float16 numbers, by which it looks up codes of up to 4 bits
+        if self._group_size and self._group_size % 32 == 0:
+            if bits in DIGITS_BITS and dtype == torch.float16:
+                self._halves = _twice(self._scales), _twice(-self._zeros)
+                self._codes = table_halves(torch.arange(2.0**bits, device=qweight.device)[None], bits, dtype)
+            elif bits == 8 and dtype != torch.float32:
+                self._halves = _byte_groups(self._scales, self._zeros, dtype)
         self._gpu_name = _gpu_name(qweight.device)
 
-    def multiply(self, x: Tensor, route: str | None = None) -> Tensor:
+    def multiply(self, x: Tensor, route: str | None = None, warps: int | None = None) -> Tensor:
         """`x` [..., K] -> [..., N], bias added. `route`: `halves`, `fused` or `dense` (default: by the number
-        of tokens)."""
+        of tokens), `warps` as in the kernels (default: as measured for GPU and shape)."""
         rows, columns = self.shape
         x_MK = x.reshape(-1, columns)
         if self._order is not None:
@@ -609,9 +674,10 @@ class GPTQMatrix:
             y_MN = x_MK.new_empty(0, rows)
         elif route == "halves":
             assert self._halves is not None
-            table, *groups = self._halves
-            warps = warps_of(self._gpu_name, "halves", rows, columns, self.bits, tokens)
-            y_MN = self._tiles.halves(x_MK, self.bits, table, warps, (groups[0], groups[1]), self._group_size)
+            table = self._halves[0] if self._codes is None else self._codes  # bytes need none
+            kind = "bytes" if self.bits == 8 else "halves"
+            warps = warps or warps_of(self._gpu_name, kind, rows, columns, self.bits, tokens)
+            y_MN = self._tiles.halves(x_MK, self.bits, table, warps, self._halves, self._group_size)
         elif route == "fused":
             y_MN = self._tiles.fused(x_MK, self.bits, self._scales, self._zeros, self._groups)
         else:
@@ -625,17 +691,20 @@ class GPTQMatrix:
 
     def _stored(self, dtype: torch.dtype) -> Tensor:
         """The matrix with its columns in the order in which they lie in memory."""
+        if self.bits == 8 and self._halves is not None and dtype == self.dtype and self.shape[1] % 8 == 0:
+            return self._tiles.dequantize_bytes(*self._halves, self._group_size, dtype)
         return self._tiles.dequantize(self.bits, self._scales, self._zeros, self._groups, dtype)
 
     def packed_bytes(self) -> int:
-        halves = sum(part.nbytes for part in self._halves or ())
-        return (
-            self._tiles.planes.nbytes
-            + self._scales.nbytes
-            + self._zeros.nbytes
-            + self._groups.nbytes
-            + halves
-        )
+        parts = [self._tiles.planes, self._scales, self._zeros, self._groups, *(self._halves or ())]
+        return sum(part.nbytes for part in parts + ([] if self._codes is None else [self._codes]))
+
+
+def _byte_groups(scales: Tensor, zeros: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Scales and minus zeros as `_triton_kernels._byte_weights` takes them for `dtype`."""
+    if dtype == torch.float16:
+        return _twice(scales), _twice(-1024 - zeros)
+    return scales.float().view(torch.int32), (-(2.0**23) - zeros.float()).view(torch.int32)
 
 
 def _twice(values: Tensor) -> Tensor:

@@ -3,8 +3,9 @@ measured to be faster); more tokens and more bits take the routes of `pmpd.kerne
 resident planes.
 
 Memory of a matrix [N, K]: planes N K P / 8 bytes, the only copy; and for each precision b, a row, 4 2^b bytes
-of coefficients (`bits`), 2 2^b of values (`fused` and `dense`), 2 2^b of the same values by bytes (`halves`,
-up to 4 bits). At P = 4, K = 4096 that is 11 % beside the planes, half of it the float32 coefficients.
+of coefficients (`bits`, up to 6 bits), 2 2^b of values (`dense`, and `halves` from 5 bits on), 2 2^b of the
+same values by bytes (`halves`, up to 4 bits). At P = 4, K = 4096 that is 11 % beside the planes, half of it
+the float32 coefficients.
 
 Bytes of one multiplication: N K b / 8 + N 2^b 4 + 2 M (K + N). What it reaches: bench/results/gpu.md.
 """
@@ -69,10 +70,8 @@ class CudaMatrix(TritonMatrix):
         """`bits`, `teams` or `clusters` (of `halves.cu`), or one of Triton's routes."""
         if 0 < tokens <= MOST_TOKENS and self._cut((bits,) * tokens) is not None:
             return "bits"
-        if tokens > triton.FUSED_TOKENS:
-            return "dense"
-        if bits not in DIGITS_BITS:
-            return "fused"
+        if bits not in DIGITS_BITS or tokens > triton.FUSED_TOKENS:
+            return super().route(tokens, bits)
         if self._teams_cut(tokens, bits):
             return "teams"
         return "clusters" if self._halves_cut(tokens, bits) else "halves"
@@ -137,8 +136,7 @@ class CudaMatrix(TritonMatrix):
         return teams.cut_of(self._gpu_name, self._tiles.planes.device, *self.shape, bits, tokens)
 
     def _tables_of(self, table: Tensor, bits: int) -> dict[str, Tensor]:
-        padded = -len(table) % triton.TILE_ROWS
-        tables = {"values": torch.nn.functional.pad(table, (0, 0, 0, padded)).contiguous()}
+        tables = {"values": triton.table_values(table, self.dtype)}
         if bits in BITS:
             tables["coefficients"] = coefficients(table, bits)
         if bits in DIGITS_BITS:
