@@ -43,6 +43,7 @@ from pmpd.kernels.reference import CacheBudget, ReferenceMatrix
 from pmpd.kernels.step_attention import StepAttention
 from pmpd.kernels.triton import (
     DIGITS_BITS,
+    FUSED_TOKENS,
     ROUTES,
     GPTQMatrix,
     TritonMatrix,
@@ -54,6 +55,10 @@ SHAPES = {  # name: (out_features, in_features)
     "8b.down": (4096, 14336),
     "1.1b.qkv": (2560, 2048), "1.1b.gate_up": (11264, 2048), "1.1b.down": (2048, 5632),
 }  # fmt: skip
+WIDE = SHAPES["14336x4096"]
+WIDE_BITS = (5, 6, 7, 8)
+WIDE_WARPS = (4, 8, 16)
+BYTES_WARPS = (2, 4, 8, 16)
 
 HUMMING_TOKENS = (1, 8, 32)
 
@@ -117,12 +122,39 @@ def median_seconds(calls: list[Callable[[], object]], repeats: int = 15, rounds:
     return statistics.median(seconds[3:]) / (len(calls) * rounds)
 
 
+def usable(device: torch.device) -> bool:
+    """Whether `CudaMatrix` runs there."""
+    return unavailable(device, torch.float16) is None
+
+
 def compile_one(job: tuple[int, int, int, str, int]) -> None:
     """In a process of its own: fills Triton's cache on disk."""
     columns, bits, tokens, route, warps = job
     device = torch.device("cuda")
-    matrix = TritonMatrix(random_weights(64, columns, (4, 3, 2), 0, device), torch.float16)
+    packed = random_weights(64, columns, DIGITS_BITS if bits in DIGITS_BITS else (bits,), 0, device)
+    as_timed = CudaMatrix if bits not in DIGITS_BITS and usable(device) else TritonMatrix
+    matrix = as_timed(packed, torch.float16)
     matrix.multiply(torch.randn(tokens, columns, device=device).half(), bits, route, warps)
+    torch.cuda.synchronize()
+
+
+def random_gptq(rows: int, columns: int, bits: int, copies: int, device: torch.device) -> list[GPTQMatrix]:
+    """Copies of one matrix with groups of 128."""
+    groups = columns // 128
+
+    def words(*shape: int) -> torch.Tensor:
+        return torch.randint(-(2**31), 2**31, shape, device=device, dtype=torch.int32)
+
+    codes, zeros = words(columns * bits // 32, rows), words(groups, rows * bits // 32)
+    scales = (0.001 + 0.01 * torch.rand(groups, rows, device=device)).half()
+    return [GPTQMatrix(codes, zeros, scales, None, bits, 1, torch.float16) for _ in range(copies)]
+
+
+def compile_gptq(tokens: int, warps: int) -> None:
+    """As `compile_one`, of 8 bits."""
+    device = torch.device("cuda")
+    matrix = random_gptq(64, WIDE[1], 8, 1, device)[0]
+    matrix.multiply(torch.randn(tokens, WIDE[1], device=device).half(), "halves", warps)
     torch.cuda.synchronize()
 
 
@@ -144,7 +176,7 @@ def check_one(job: tuple[int, int, torch.dtype, float, int]) -> dict:
     outlier."""
     n, k, dtype, limit, bits = job
     device = torch.device("cuda")
-    packed = random_weights(n, k, (2, 3, 4, 5, 8), 7 * bits, device)
+    packed = random_weights(n, k, (2, 3, 4, 5, 6, 7, 8), 7 * bits, device)
     matrix, weight = (
         TritonMatrix(packed, dtype),
         ReferenceMatrix(packed, torch.float32, CacheBudget(0)).dequantize(bits),
@@ -156,7 +188,7 @@ def check_one(job: tuple[int, int, torch.dtype, float, int]) -> dict:
         x[:, 5] *= 100
         expected = x.double() @ weight.double().T
         for route in ROUTES:
-            if route in ("digits", "halves") and bits not in DIGITS_BITS:
+            if route == "digits" and bits not in DIGITS_BITS:
                 continue
             error = relative_error(matrix.multiply(x, bits, route), expected)
             worst[route] = max(worst.get(route, 0.0), error if error == error else float("inf"))
@@ -164,26 +196,31 @@ def check_one(job: tuple[int, int, torch.dtype, float, int]) -> dict:
     return {"check": f"{n}x{k} {dtype} b={bits}", "dequantize_exact": same, "worst": worst, "passed": passed}
 
 
-def prepare(shapes: list[tuple[int, int]], tokens: list[int], workers: int) -> list[dict]:
-    """In many processes: compiles what will be timed (into Triton's cache on disk), and checks results.
-    Returns the checks."""
+def prepare(
+    shapes: list[tuple[int, int]], tokens: list[int], workers: int, wide: bool, check: tuple[int, ...]
+) -> list[dict]:
+    """In many processes: compiles what will be timed (into Triton's cache on disk; `wide`: by `time_wide`
+    too), and checks results at the precisions `check`. Returns the checks."""
     started = time.perf_counter()
     jobs = {  # one kernel serves several numbers of tokens
         (k, b, 1 if route == "digits" else min(32, max(8, m)), route, w)
         for _, k in shapes for b in DIGITS_BITS for m in tokens for route, w in variants(k, m)
     }  # fmt: skip
+    if wide:
+        jobs |= {(WIDE[1], b, m, "halves", w) for b in WIDE_BITS for m in (8, 32) for w in WIDE_WARPS}
     checks = [
         (n, k, dtype, limit, bits)
         for n, k in ((4096, 4096), (1000, 2912))
         for dtype, limit in ((torch.float16, 1.5e-3), (torch.bfloat16, 8e-3))
-        for bits in (2, 3, 4, 5, 8)
+        for bits in check
     ]
     rows = []
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
         checking = [pool.submit(check_one, job) for job in checks]
         compiling = [pool.submit(compile_one, job) for job in sorted(jobs, key=lambda job: -job[2])]
+        compiling += [pool.submit(compile_gptq, tokens, w) for tokens in (8, 32) for w in BYTES_WARPS]
         device = torch.device("cuda")
-        if unavailable(device, torch.float16) is None:
+        if usable(device):
             shaped = [
                 (n, k, (b,) * m) for n, k in shapes for b in DIGITS_BITS for m in tokens if m <= MOST_TOKENS
             ]
@@ -223,8 +260,7 @@ def time_kernels(
     Every route for the numbers of tokens in `swept`, for the others what the product takes and the peer's."""
     for name, (n, k) in shapes.items():
         packed = random_weights(n, k, DIGITS_BITS, 1, device)
-        usable = unavailable(device, torch.float16) is None
-        plain = CudaMatrix(packed, torch.float16) if usable else None
+        plain = CudaMatrix(packed, torch.float16) if usable(device) else None
         matrices = TritonMatrix(packed, torch.float16), plain
         inputs = {tokens: torch.randn(tokens, k, device=device).half() for tokens in tokens_of}
         dense = torch.randn(n, k, device=device).half()
@@ -412,51 +448,72 @@ def time_attention(device: torch.device, bandwidth: float) -> Iterator[dict]:
         print(f"     attention error {error:.1e}", flush=True)
 
 
-def time_gptq(device: torch.device, bandwidth: float) -> Iterator[dict]:
-    n, k, group = 14336, 4096, 128
-    for bits in (2, 3, 4, 8):
-        words = torch.randint(-(2**31), 2**31, (k * bits // 32, n), device=device, dtype=torch.int32)
-        zeros = torch.randint(-(2**31), 2**31, (k // group, n * bits // 32), device=device, dtype=torch.int32)
-        scales = (0.001 + 0.01 * torch.rand(k // group, n, device=device)).half()
-        matrices = [
-            GPTQMatrix(words, zeros, scales, None, bits, 1, torch.float16)
-            for _ in range(max(3, int(2e8 / (n * k * bits / 8))))
+def time_gptq(device: torch.device, bandwidth: float, widths: Sequence[int] = (2, 3, 4, 8)) -> Iterator[dict]:
+    """At 8 bits also other numbers of warps, as `bytes`."""
+    n, k = WIDE
+    for bits in widths:
+        matrices = random_gptq(n, k, bits, max(3, int(2e8 / (n * k * bits / 8))), device)
+        routes: list[tuple[str, str, int | None]] = [
+            (route, route, None) for route in ("halves", "fused", "dense")
         ]
-        for tokens in (1, 8, 32):
+        if bits == 8:
+            routes += [(f"bytes w{warps}", "halves", warps) for warps in BYTES_WARPS]
+        for tokens in (1, 8, 32, 64):
             x = torch.randn(tokens, k, device=device).half()
             exact = x.double() @ matrices[0].dequantize().double().T
-            for route in ("halves", "fused", "dense") if bits in DIGITS_BITS else ("fused", "dense"):
-                error = relative_error(matrices[0].multiply(x, route), exact)
-                seconds = median_seconds(
-                    [lambda m=m, x=x, route=route: m.multiply(x, route) for m in matrices]
-                )
-                yield row("gptq", n, k, bits, tokens, route, seconds, n * k * bits / 8, bandwidth) | {
-                    "error": error
-                }
+            for impl, route, warps in routes:
+                calls: list[_timing.Call] = [
+                    lambda m=m, x=x, r=route, w=warps: m.multiply(x, r, w) for m in matrices
+                ]
+                yield timed_row("gptq", n, k, bits, tokens, impl, calls, exact, n * k * bits / 8, bandwidth)
 
 
 def time_wide(device: torch.device, bandwidth: float) -> Iterator[dict]:
-    """5 to 8 bits: what is taken for so few tokens, and dequantizing."""
-    n, k = 14336, 4096
-    packed = random_weights(n, k, (5, 6, 7, 8), 1, device)
-    usable = unavailable(device, torch.float16) is None
-    matrix = (CudaMatrix if usable else TritonMatrix)(packed, torch.float16)
+    """5 to 8 bits: what is taken for so few tokens, `halves` with each number of warps, and dequantizing."""
+    n, k = WIDE
+    packed = random_weights(n, k, WIDE_BITS, 1, device)
+    matrix = (CudaMatrix if usable(device) else TritonMatrix)(packed, torch.float16)
     matrices = clones(matrix, n * k)
     for bits in packed.tables:
-        for tokens in (1, 2, 8, 32):
+        for tokens in (1, 2, 8, 32, 64):
             x = torch.randn(tokens, k, device=device).half()
             expected, moved = exact_product(packed, x, bits), moved_bytes(n, k, bits, tokens)
-            for route in (matrix.route(tokens, bits), "dense"):
+            routes: list[tuple[str, int | None]] = [("halves", warps) for warps in WIDE_WARPS]
+            routes += [(route, None) for route in dict.fromkeys((matrix.route(tokens, bits), "dense"))]
+            for route, warps in routes:
                 calls: list[_timing.Call] = [
-                    lambda m=m, r=route, x=x, b=bits: m.multiply(x, b, r) for m in matrices
+                    lambda m=m, r=route, w=warps, x=x, b=bits: m.multiply(x, b, r, w) for m in matrices
                 ]
-                yield timed_row("14336x4096", n, k, bits, tokens, route, calls, expected, moved, bandwidth)
+                impl = route if warps is None else f"{route} w{warps}"
+                yield timed_row("14336x4096", n, k, bits, tokens, impl, calls, expected, moved, bandwidth)
+
+
+def dense_from(rows: list[dict]) -> dict[str, dict[str, int]]:
+    """For 5 to 8 bits: from which number of tokens on dequantizing was faster than all else, at that and at
+    every larger number that was timed; as `triton.dense_from` reads it."""
+    best: dict[str, dict[str, int]] = {}
+    for bits in WIDE_BITS:
+        times: dict[int, dict[bool, float]] = {}
+        for r in (r for r in rows if "us" in r and r["bits"] == bits and r["shape"] != "gptq"):
+            of = times.setdefault(r["tokens"], {})
+            dense = r["impl"] == "dense"
+            of[dense] = min(of.get(dense, math.inf), r["us"])
+        first = FUSED_TOKENS + 1
+        for tokens, of in sorted(times.items(), reverse=True):
+            if of.get(True, math.inf) >= of.get(False, 0.0):
+                break
+            first = tokens
+        if times:
+            best[str(bits)] = {"from": first}
+    return best
 
 
 def best_settings(rows: list[dict]) -> dict[str, dict[str, dict]]:
-    """The autotune table: for each route, shape, b and number of tokens the warps that were fastest, and the
-    best cuts of `bits.cu`."""
-    table: dict[str, dict[str, dict]] = {"digits": {}, "halves": {}, "bits": _step_cuts.best(rows)}
+    """The autotune table: for each route, shape, b and number of tokens the warps that were fastest, the best
+    cuts of `bits.cu`, and from where on dequantizing is."""
+    table: dict[str, dict[str, dict]] = {
+        "digits": {}, "halves": {}, "bytes": {}, "bits": _step_cuts.best(rows), "dense": dense_from(rows)
+    }  # fmt: skip
     for r in rows:
         if "us" not in r:
             continue
@@ -510,6 +567,9 @@ def main(arguments: list[str] | None = None) -> None:
         action="store_true",
         help="two shapes, M = 1, 8, 32; of M = 2, 4 only what the product takes, and Any-Precision's kernel",
     )
+    parser.add_argument(
+        "--wide", action="store_true", help="8-bit GPTQ and 5 to 8 bits, and nothing else: about a minute"
+    )
     parser.add_argument("--workers", type=int, default=14, help="processes that compile")
     parser.add_argument("--tune", action="store_true", help="cuts of the CUDA kernels, and nothing else")
     parser.add_argument("--models", nargs="+", default=["8B", "1.1B"], help="with --tune: whose steps")
@@ -537,8 +597,12 @@ def main(arguments: list[str] | None = None) -> None:
     print(f"read {reading / 1e9:.0f} GB/s", flush=True)
     result["predictions"] = _bars.predictions(shapes, reading)
     save()
-    if not options.tune:
-        result["checks"] = prepare(list(shapes.values()), list(tokens), options.workers)
+    if options.wide:
+        result["checks"] = prepare([], [], options.workers, True, WIDE_BITS)
+    elif not options.tune:
+        result["checks"] = prepare(
+            list(shapes.values()), list(tokens), options.workers, not options.quick, (2, 3, 4, 5, 8)
+        )
     bandwidth = copy_bandwidth(device)
     result["copy_gb_s"] = bandwidth / 1e9
     print(f"{_record.hardware('cuda')}: copy {bandwidth / 1e9:.0f} GB/s", flush=True)
@@ -553,7 +617,8 @@ def main(arguments: list[str] | None = None) -> None:
         of_steps.tune(options.models, tuple(options.tokens), device, options.workers),
         time_clusters(device, bandwidth, shapes if options.clusters else {}, options.workers),
     )
-    for part in tuning if options.tune else everything:
+    wide = time_gptq(device, bandwidth, (8,)), time_wide(device, bandwidth)
+    for part in tuning if options.tune else wide if options.wide else everything:
         try:
             for found in part:
                 result["rows"].append(found)

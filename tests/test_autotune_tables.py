@@ -13,6 +13,7 @@ from pmpd import gpu
 from pmpd.kernels import triton
 from pmpd.kernels.cuda import halves, launch, matrix, teams
 from pmpd.kernels.cuda.cut import H100, cut
+from tests.test_kernels_triton import packed_weights
 
 CUDA = torch.device("cuda:0")
 SHAPE = (4096, 4096)
@@ -123,6 +124,31 @@ def test_every_entry_of_the_tables_in_the_package_is_taken(read, caplog, path):
                 of = teams if route == "teams" else halves
                 assert of.cut_of("gpu", CUDA, int(rows), int(columns), int(last), int(tokens[0])), shape
     assert not caplog.records
+
+
+def test_where_dequantizing_was_faster_it_is_taken(read, monkeypatch, tmp_path):
+    """From the smallest number of tokens on at which it was, and at every larger one that was timed."""
+
+    def row(bits: int, tokens: int, impl: str, us: float, shape: str = "14336x4096") -> dict:
+        return {"shape": shape, "n": 1, "k": 1, "bits": bits, "tokens": tokens, "impl": impl, "us": us}
+
+    rows = [
+        row(8, 1, "halves w4", 20), row(8, 1, "dense", 19),
+        row(8, 8, "halves w4", 30), row(8, 8, "dense", 40),
+        row(8, 32, "halves w4", 50), row(8, 32, "halves w8", 60), row(8, 32, "dense", 45),
+        row(8, 64, "halves w4", 90), row(8, 64, "dense", 45),
+        row(7, 64, "halves w4", 20), row(7, 64, "dense", 45),
+        row(8, 8, "dense", 1, "gptq"), row(4, 8, "dense", 1), {"shape": "x", "bits": 8, "refused": "why"},
+    ]  # fmt: skip
+    best = _cuda.best_settings(rows)
+    assert best["dense"] == {"8": {"from": 32}, "7": {"from": 65}}
+    read(json.dumps({"dense": best["dense"]}).encode())
+    assert [triton.dense_from("gpu", bits) for bits in (8, 7, 6)] == [32, 65, 65]
+    packed = packed_weights(16, 64, (3, 8))
+    for kind in (triton.TritonMatrix, matrix.CudaMatrix):
+        made = kind(packed, torch.float16)
+        assert [made.route(tokens, 8) for tokens in (3, 31, 32)] == ["halves", "halves", "dense"]
+        assert made.route(32, 3) == "halves"
 
 
 def test_a_table_says_with_which_commit_each_route_was_measured(tmp_path, monkeypatch):
