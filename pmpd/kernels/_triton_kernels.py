@@ -684,13 +684,9 @@ def _sum_tiles(
 
     for i in range(TILES):
         block = warp + i * WARPS
-        after = _planes(
-            row_base + lane * 4 + tl.minimum(block + WARPS, BLOCKS - 1) * 128,
-            plane_stride,
-            BITS,
-            PLAIN,
-            EMULATE,
-        )
+        # behind the last tile all lanes read the same word, in place of a tile once more
+        ahead = tl.where(block + WARPS < BLOCKS, lane * 4 + (block + WARPS) * 128, 0)
+        after = _planes(row_base + ahead, plane_stride, BITS, PLAIN, EMULATE)
         for h in tl.static_range(2):
             x_words = ()
             if DIGITS:
