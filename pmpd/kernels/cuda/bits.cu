@@ -140,7 +140,7 @@ KERNEL(WARPS * 32, BLOCKS) bits_product(const Arguments a) {
     constexpr bool RAGGED = TILES % SPLITS != 0;  // some warps have no last tile
     constexpr int PASSES = BITS > 3 ? 1 << (BITS - 3) : 1, PASSES1 = BITS1 > 3 ? 1 << (BITS1 - 3) : 1;
     constexpr int CHUNK = LIVE == PASSES ? T : SLOTS, EARLY = (SLOTS + 1) / 2;
-    constexpr int TURN = LIVE == PASSES && T % SLOTS == 0 ? SLOTS : 1;  // tiles unrolled: the ring once around
+    constexpr int TURN = LIVE == PASSES && T % SLOTS == 0 ? SLOTS : 1;  // tiles unrolled: once around
     constexpr int LOW = BITS < 3 ? BITS : 3, LOW1 = BITS1 < 3 ? BITS1 : 3, SUBSETS = 1 << LOW;
     constexpr int CODES = 1 << BITS, CODES1 = BITS1 && BITS1 != BITS ? 1 << BITS1 : 0;
     constexpr int TABLE = 16 * (CODES + CODES1), FETCH = (TABLE / 4 + SPLITS * 32 - 1) / (SPLITS * 32);
@@ -312,12 +312,14 @@ KERNEL(WARPS * 32, BLOCKS) bits_product(const Arguments a) {
                             b[m] = my_bits[(m * OWN * WARPS + (i + n) * SPLITS) * 32];
                         UNROLL for (int live = 0; live < LIVE; live++) {
                             const int high = pass + live;
-                            u32 joint[SUBSETS][4];  // of the subsets of the first planes, with those of `high`
+                            // of the subsets of the first planes, with those of `high`
+                            u32 joint[SUBSETS][4];
                             UNROLL for (int p = 3; p < BITS; p++) {
                                 if (!(high >> (p - 3) & 1)) continue;
                                 const bool begins = (high & ((1 << (p - 3)) - 1)) == 0;
                                 UNROLL for (int k = 0; k < 4; k++)
-                                    joint[0][k] = begins ? word(plane[p], k) : joint[0][k] & word(plane[p], k);
+                                    joint[0][k] =
+                                        begins ? word(plane[p], k) : joint[0][k] & word(plane[p], k);
                             }
                             UNROLL for (int p = 0; p < LOW; p++)
                                 UNROLL for (int k = 0; k < 4; k++)
@@ -358,8 +360,9 @@ KERNEL(WARPS * 32, BLOCKS) bits_product(const Arguments a) {
                             }
                             if (s == 0 && high == 0) continue;
                             const int(&of)[2][4] = acc[live][m][s];
-                            const float v0 = whole(of[0][0] + 2 * of[0][1] + (of[1][0] + sign * of[1][1]) * 256);
-                            const float v1 = whole(of[0][2] + 2 * of[0][3] + (of[1][2] + sign * of[1][3]) * 256);
+                            const int high0 = of[1][0] + sign * of[1][1], high1 = of[1][2] + sign * of[1][3];
+                            const float v0 = whole(of[0][0] + 2 * of[0][1] + 256 * high0);
+                            const float v1 = whole(of[0][2] + 2 * of[0][3] + 256 * high1);
                             const float t0 = s % 4 == 0   ? up_worth.x
                                              : s % 4 == 1 ? up_worth.y
                                              : s % 4 == 2 ? up_worth.z

@@ -137,10 +137,11 @@ def cut(
     few_sums = passes == 1 and (bits[0] == 2 or len(bits) == 1)  # 128 registers hold them
     for of_block in (warps,) if warps else (16, 8, 4) if few_sums or tiles > 64 else (8, 4):
         team = splits or _team(rows, tiles, of_block, gpu)
-        longest = slots or max(1, RING_BYTES // (of_block * bits[0] * 512))
+        longest = max(1, RING_BYTES // (of_block * bits[0] * 512))
         # one block a multiprocessor, with all registers, so that nothing spills
         registers = blocks or 1
-        for size in _rings(math.ceil(tiles / team), longest):
+        per_warp = math.ceil(tiles / team)
+        for size in range(min(slots, per_warp), 0, -1) if slots else _rings(per_warp, longest):
             made = Cut(bits, tiles, of_block, team, size, live, registers, 1)
             if made.block_bytes() <= gpu.block_bytes:
                 fit = gpu.multiprocessor_bytes // (made.block_bytes() + RESERVED_BYTES)
