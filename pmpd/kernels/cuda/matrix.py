@@ -1,9 +1,9 @@
-"""A matrix for `bits.cu` (one or two tokens at 2 to 6 bits) and `halves.cu` (3 to 32 tokens, where that was
+"""A matrix for `bits.cu` (one or two tokens at 2 to 4 bits) and `halves.cu` (3 to 32 tokens, where that was
 measured to be faster); more tokens and more bits take the routes of `pmpd.kernels.triton`, over the same
 resident planes.
 
 Memory of a matrix [N, K]: planes N K P / 8 bytes, the only copy; and for each precision b, a row, 4 2^b bytes
-of coefficients (`bits`, up to 6 bits), 2 2^b of values (`dense`, and `halves` from 5 bits on), 2 2^b of the
+of coefficients (`bits`, up to 4 bits), 2 2^b of values (`dense`, and `halves` from 5 bits on), 2 2^b of the
 same values by bytes (`halves`, up to 4 bits). At P = 4, K = 4096 that is 11 % beside the planes, half of it
 the float32 coefficients.
 
