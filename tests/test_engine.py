@@ -205,7 +205,10 @@ def test_what_is_not_finite_behind_a_rows_end_is_not_its_own(anyprec_folder, own
             for i, p in enumerate(prompts)
         ]  # fmt: skip
         engine = Engine(model.model, 3, 80, sync_every)
-        return {c.key: (c.tokens, c.finish_reason, c.error) for c in engine.run(requests, scheduler, 4, ends)}
+        rows = {c.key: (c.tokens, c.finish_reason, c.error) for c in engine.run(requests, scheduler, 4, ends)}
+        left = [*engine.cache.keys, *engine.cache.values]
+        assert all(torch.isfinite(part).all() for part in left), "for the next rows in these slots"
+        return rows
 
     tokens = found(1, None)["0"][0]
     eos = next(token for place, token in enumerate(tokens) if place >= 4 and token not in tokens[:place])
@@ -218,6 +221,23 @@ def test_what_is_not_finite_behind_a_rows_end_is_not_its_own(anyprec_folder, own
     assert all(error is None for _, _, error in truth.values())
     for sync_every in (3, 8):
         assert found(sync_every, eos) == truth
+
+
+def test_rows_that_end_at_one_look_are_cleared_together_and_full_ones_not_at_all(anyprec_model, monkeypatch):
+    model, prompt = anyprec_model("llama"), random_prompts(1, 5)[0]
+    cleared: list[int] = []
+    monkeypatch.setattr(SlotCache, "clear_tokens", lambda cache, slots, at: cleared.append(len(slots)))
+    requests = [Request(str(i), prompt, 12) for i in range(6)]
+
+    def tokens(ends: set[int]) -> list[int]:
+        engine = Engine(model.model, 6, 80, sync_every=4)
+        return list(engine.run(requests, None, 4, ends))[0].tokens
+
+    whole = tokens(set())
+    assert not cleared, "a full row runs on to nothing"
+    assert 1 < len(tokens({whole[2]})) < 8
+    assert len(cleared) == 1
+    assert cleared[0] % 6 == 0
 
 
 def test_an_out_of_memory_halves_the_slots_and_loses_nothing(anyprec_folder, monkeypatch, caplog):
@@ -342,10 +362,11 @@ def test_copied_slots_hold_the_beginning_of_their_sources_in_every_layer():
     for tensor in everything:
         tensor.copy_(torch.randn_like(tensor))
     before = [tensor.clone() for tensor in everything]
-    cache.copy_slots(torch.tensor([3, 3, 0]), torch.tensor([1, 4, 2]), 5)
+    cache.copy_slots(torch.tensor([3, 3, 0]), torch.tensor([1, 4, 2]), torch.tensor([5, 3, 4]), 5)
     for tensor, old in zip(everything, before, strict=True):
-        for source, target in ((3, 1), (3, 4), (0, 2)):
-            assert torch.equal(tensor[target, :, :5], old[source, :, :5])
+        for source, target, length in ((3, 1, 5), (3, 4, 3), (0, 2, 4)):
+            assert torch.equal(tensor[target, :, :length], old[source, :, :length])
+            assert not tensor[target, :, length:5].any(), "of what the source ran on to"
             assert torch.equal(tensor[target, :, 5:], old[target, :, 5:])
         assert torch.equal(tensor[[0, 3]], old[[0, 3]])
 

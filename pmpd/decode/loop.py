@@ -397,21 +397,37 @@ class DecodeLoop:
         count = seen + np.where(ended, is_end.argmax(axis=1) + 1, new.counts)
         self.seen[new.at] = seen + new.counts
         due = ended | (new.bad < count) | self.stops[new.at] | (count >= self.limit[new.at]) | self.stream
+        unclean = []
         for index in np.flatnonzero(due).tolist():
             slot, tokens = int(new.at[index]), new.tokens[index, : new.counts[index]]
             end, reason = int(count[index]), "eos" if ended[index] else None
             if self.stops[slot]:
                 end, reason = self._stop_of(slot, int(seen[index]), end, reason)
-            if reason is not None:
-                self.produced[slot] = end
             if self.stream:
                 self._stream_tokens(slot, int(seen[index]), tokens[: end - seen[index]])
             if new.bad[index] < end:  # what a row runs on to behind its end is not its own
-                self._finish(slot, "error", f"FloatingPointError: {not_finite(self.engine.dtype)}")
-            elif reason is not None:
-                self._finish(slot, reason)
-            elif end >= self.limit[slot]:
-                self._finish(slot, "length")
+                reason = "error"
+            elif reason is None and end >= self.limit[slot]:
+                reason = "length"
+            if reason is None:
+                continue
+            # new token i lies at position `prompt_length` + i once a forward has read it
+            prompt, read = int(self.prompt_length[slot]), int(self.produced[slot]) - 1
+            unclean.append((slot, 0 if reason == "error" else prompt + end - 1, prompt + read))
+            self.produced[slot] = end
+            self._finish(slot, reason)
+        self._clear(unclean)
+
+    def _clear(self, parts: Sequence[tuple[int, int, int]]) -> None:
+        """Zeros in the cache for (slot, first position, the one behind the last): what rows ran on to behind
+        their end, and all of rows that are not finite. A fork that takes its parent's slot over has less than
+        what is kept."""
+        slots, firsts, stops = np.asarray(parts, dtype=np.int64).reshape(-1, 3).T
+        counts = stops - firsts
+        if counts.any():
+            within = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
+            where = self._tensor(np.stack([np.repeat(slots, counts), np.repeat(firsts, counts) + within]))
+            self.cache.clear_tokens(*where)
 
     def _stop_of(self, slot: int, seen: int, count: int, reason: str | None) -> tuple[int, str | None]:
         """(new tokens of the row, why it ends with them; None: it does not), asked of its own rule for every
@@ -429,17 +445,15 @@ class DecodeLoop:
         for token, precision in zip(new.tolist(), bits.tolist(), strict=False):
             self.done.append(TokenEvent(self._row(slot).key, token, precision))
 
-    def _finish(self, slot: int, reason: str, error: str | None = None) -> None:
+    def _finish(self, slot: int, reason: str) -> None:
         row = self._row(slot)
         self.alive[slot] = False
-        if error is not None:
+        if reason == "error":
+            error = f"FloatingPointError: {not_finite(self.engine.dtype)}"
             self._fail(Fork(row.key, 0, (), tuple(row.pending)), error)
-            self.cache.clear_slot(slot)
             self._release(slot)
             return
         count = int(self.produced[slot])
-        if self.sync_every > 1:  # it ran on behind its end: what is not finite there would reach the next row
-            self.cache.clear_slot(slot, int(self.prompt_length[slot]) + count - 1)
         decision = self.precision.decision(slot, count)
         self.done.append(self._completion(row, row.key, decision, count, reason))
         # a fork behind the end of its parent never leaves it: the same tokens under the fork's name
@@ -506,10 +520,10 @@ class DecodeLoop:
         if not copies:
             return
         # a source is a row from before, a target was free: none is both
-        sources, targets, lengths = np.asarray(copies).T
-        self.cache.copy_slots(self._tensor(sources), self._tensor(targets), int(lengths.max()))
-        self.tokens[self._tensor(targets)] = self.tokens[self._tensor(sources)]
-        self.bad[self._tensor(targets)] = NEVER
+        of, to, kept = self._tensor(np.asarray(copies).T)
+        self.cache.copy_slots(of, to, kept, max(length for _, _, length in copies))
+        self.tokens[to] = self.tokens[of]
+        self.bad[to] = NEVER
 
     def _become_fork(self, source: int, target: int, fork: Fork, inherited: list[Fork]) -> None:
         """Makes `target`, which holds or will hold the shared part of `source`'s cache, the live row of

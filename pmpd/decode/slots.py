@@ -170,20 +170,23 @@ class SlotCache(Cache):
         return 0
 
     @torch.inference_mode()
-    def copy_slots(self, sources: Tensor, targets: Tensor, length: int) -> None:
-        """The first `length` tokens of the slots `sources` int64 [n], to `targets` int64 [n], none of which
-        is a source."""
+    def copy_slots(self, sources: Tensor, targets: Tensor, lengths: Tensor, longest: int) -> None:
+        """The first `lengths` int64 [n] tokens, at most `longest`, of the slots `sources` int64 [n], to
+        `targets` int64 [n], none of which is a source; behind them zeros, up to `longest`: what a source has
+        there may not be finite."""
+        behind = torch.arange(longest, device=lengths.device) >= lengths[:, None]
         for block in self._blocks:
             for tensor in block:
-                tensor[:, targets, :, :length] = tensor[:, sources, :, :length]
+                copied = tensor[:, sources, :, :longest]
+                tensor[:, targets, :, :longest] = copied.masked_fill_(behind[:, None, :, None], 0)
 
     @torch.inference_mode()
-    def clear_slot(self, slot: int, start: int = 0) -> None:
-        """Zeros from token `start` on: what is not finite would reach the slot's next row through the mask
-        (NaN plus -inf is NaN)."""
+    def clear_tokens(self, slots: Tensor, positions: Tensor) -> None:
+        """Zeros at `positions` int64 [n] of `slots` int64 [n]: what is not finite would reach the slot's next
+        row through the mask (NaN plus -inf is NaN)."""
         for block in self._blocks:
             for tensor in block:
-                tensor[:, slot, :, start:] = 0
+                tensor[:, slots, :, positions] = 0
 
     def read_slot(self, slot: int, length: int) -> list[tuple[Tensor, Tensor]]:
         """A copy of the first `length` tokens, per layer keys and values [H, length, D]."""
