@@ -5,8 +5,9 @@ killed on the way. `after_first` is the workers' rates in rows a second, each fr
 last, added up: without their start and their first unit, which compiles and captures. Efficiency of n
 workers: their rows a second over n times those of one, of whole runs (`efficiency`: starts and the wait for
 the last unit with it) and of `after_first` (`efficiency_after_first`). Busy percentages and the driver's
-share of a core count from the first shard to the last. References are made once: every other run of labels
-starts with a copy of them. The JSON is written anew after every step.
+share of a core count from the first shard to the last. References are made once, in a step of their own:
+every run of labels starts with a copy of them, and with cold workers. The JSON is written anew after every
+step.
 """
 
 from __future__ import annotations
@@ -171,6 +172,7 @@ class Farm:
             run(f"quantize {self.name}", self.quantize, always=True)
             if not self.quantized:
                 return
+        run(f"references {self.name}", self.references, always=True)
         for count in config.workers:
             entry = run(
                 f"label {self.name} with {count}",
@@ -229,7 +231,7 @@ class Farm:
         rule: str | None = None,
     ) -> dict[str, Any]:
         output = self.folder(what)
-        if labels_there(output) == self.config.size:
+        if is_done(output, "labels"):
             return measured(output)
         self.share_references(output)
         arguments = [*self.label_arguments(output, batch_size), *self.flags(workers, share)]
@@ -249,12 +251,23 @@ class Farm:
             "busy_percent": busy,
         }
 
+    def references(self) -> dict[str, Any]:
+        """Once, so that every run of labels starts alike: with a copy of them, and workers that are cold."""
+        output = self.folder("references")
+        if not is_done(output, "references"):
+            arguments = [*self.label_arguments(output), *self.flags(self.most), "--stage", "references"]
+            ended(self.head.job(*arguments, timeout=self.steps.left))
+        run = last_run(output / "references")
+        return {
+            "rows": run["rows"],
+            "rows_per_second": round(run["rows"] / run["wall_seconds"], 3),
+            "tokens_per_second": round(run["tokens"] / run["wall_seconds"], 1),
+        }
+
     def share_references(self, output: Path) -> None:
-        """Prompts and references are those of the first run of labels: a copy of them."""
-        if "dataset" not in self.alone or output.exists():
-            return
-        for part in ("prompts", "references"):
-            shutil.copytree(Path(self.alone["dataset"]).parent / part, output / part)
+        if not output.exists():
+            for part in ("prompts", "references"):
+                shutil.copytree(self.folder("references") / part, output / part)
 
     def compare(self, entry: dict[str, Any], workers: int) -> None:
         """Efficiency against the run alone, and how many rows differ from its rows."""
@@ -411,20 +424,29 @@ def ended(job: Job) -> None:
         raise RuntimeError(f"{' '.join(job.arguments)}: exit {job.code}\n{job.output[-1200:]}")
 
 
-def labels_there(output: Path) -> int:
-    summary = read_summary(str(output / "labels"))
-    return summary["total"]["rows"] if summary else 0
+def last_run(dataset: Path) -> dict[str, Any]:
+    """What the last run wrote of itself."""
+    return (read_summary(str(dataset)) or {"runs": [{}]})["runs"][-1]
+
+
+def is_done(output: Path, stage: str) -> bool:
+    """Whether there is a row of every prompt."""
+
+    def rows(part: str) -> int:
+        folder = output / part
+        return len(storage.read_table(str(folder), ["prompt_id"])) if folder.exists() else 0
+
+    return 0 < rows("prompts") == rows(stage)
 
 
 def measured(output: Path) -> dict[str, Any]:
     """Rate, workers and errors of a labels data set, from what the run wrote."""
     labels = str(output / "labels")
-    run = (read_summary(labels) or {"runs": [{}]})["runs"][-1]
+    run = last_run(output / "labels")
     rows = storage.read_table(labels, ["prompt_id", "worker", "error"]).to_pylist()
     ids = [row["prompt_id"] for row in rows]
     seconds = run.get("wall_seconds") or float("nan")
     done = run.get("rows", len(rows))
-    references = (read_summary(str(output / "references")) or {"runs": [{}]})["runs"][-1]
     after_first, first, last = after_first_shards(output / "labels" / "data")
     return {
         "dataset": labels,
@@ -435,7 +457,6 @@ def measured(output: Path) -> dict[str, Any]:
         "after_first": after_first,
         "first_shard": first,
         "last_shard": last,
-        "references_per_second": round(references.get("rows", 0) / references.get("wall_seconds", 1), 2),
         "tokens_per_second": round(run.get("tokens", 0) / seconds, 1),
         "forwards_per_second": round(sum((run.get("forwards") or {}).values()) / seconds, 1),
         "worker_seconds_per_1000": round(1000 * run.get("worker_seconds", float("nan")) / max(1, done), 1),
