@@ -231,7 +231,7 @@ def test_rows_that_end_at_one_look_are_cleared_together_and_full_ones_not_at_all
 
     def tokens(ends: set[int]) -> list[int]:
         engine = Engine(model.model, 6, 80, sync_every=4)
-        return list(engine.run(requests, None, 4, ends))[0].tokens
+        return next(iter(engine.run(requests, None, 4, ends))).tokens
 
     whole = tokens(set())
     assert not cleared, "a full row runs on to nothing"
