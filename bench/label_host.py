@@ -123,14 +123,15 @@ class CountedSteps(GraphSteps):
 
     def __init__(self, forward: Any) -> None:
         super().__init__(forward)
-        self.device_seconds, self.graphs_made, self.replays = 0.0, 0, 0
+        self.device_seconds, self.graphs_made, self.replays, self.copies = 0.0, 0, 0, 0
         self.rows: list[int] = []
         self.segments: Counter[int] = Counter()
 
-    def run(self, engine: Any, at: np.ndarray, *rest: Any) -> Any:
-        self.rows.append(len(at))
-        self.segments[len(engine.state.segments)] += 1
-        return super().run(engine, at, *rest)
+    def run(self, engine: Any, at: np.ndarray, step: Any, position: Any, count: int, *rest: Any) -> Any:
+        self.rows += [len(at)] * count
+        self.segments[len(engine.state.segments)] += count
+        self.copies += 1
+        return super().run(engine, at, step, position, count, *rest)
 
     def _step(self, buffers: Any, layout: Any) -> None:
         begin = time.thread_time()
@@ -287,6 +288,7 @@ def measure(config: Config, slots: int) -> dict[str, Any]:
         "rows_a_step": float(np.mean(steps.rows)),
         "steps_with_a_graph_percent": 100 * steps.replays / count,
         "graphs": steps.graphs_made,
+        "steps_that_are_told_their_rows_percent": 100 * steps.copies / count,
         "steps_by_segments": dict(sorted(steps.segments.items())),
         "copies_of_caches": device.cache.copies,
     }

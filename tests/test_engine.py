@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import random
 
+import numpy as np
 import pytest
 import torch
 
 from pmpd import PMPDForCausalLM, Scheduler
 from pmpd.decode import oracle
 from pmpd.decode.engine import Engine
+from pmpd.decode.precision import RowPrecisions
 from pmpd.decode.requests import Completion, Fork, Request, TokenEvent
 from pmpd.decode.slots import SlotCache, Stretch, TokenPlaces, attend_slots
 from pmpd.schedulers.chain import class_steps
@@ -221,6 +223,47 @@ def test_what_is_not_finite_behind_a_rows_end_is_not_its_own(anyprec_folder, own
     assert all(error is None for _, _, error in truth.values())
     for sync_every in (3, 8):
         assert found(sync_every, eos) == truth
+
+
+def test_precisions_stay_alike_up_to_the_first_switch_or_decision():
+    draw = np.random.default_rng(0)
+    scheduler = Scheduler.get_scheduler("static", precisions=[4, 3, 2], high_bit_steps=[1, 1])
+    for deciding in (0, 9):
+        scheduler.decision_step = deciding
+        for _ in range(100):
+            rows = RowPrecisions(scheduler, 4, 6, 40)
+            at, step = np.asarray([4, 0, 2]), draw.integers(1, 9, 3)
+            for slot in at:
+                rows.start(slot, draw.integers(0, 12, 2))
+            rows.start(5, [0, 1])  # not of the forward
+            if deciding:
+                rows.start(0, None)
+            alike, first = rows.alike(at, step), rows.bits(at, step)
+            later = [rows.bits(at, step + done) for done in range(30)]
+            assert all(np.array_equal(bits, first) for bits in later[:alike])
+            assert not deciding or step[1] + alike - 1 <= deciding, "it is asked too late"
+
+
+def test_a_captured_step_is_told_its_rows_only_where_they_change(anyprec_model):
+    """One row of nine forwards, the first two at 4 bits and the next three at 3, looked at after every
+    fourth."""
+
+    class Told:
+        def __init__(self) -> None:
+            self.forwards: list[tuple[int, int, int]] = []
+
+        def run(self, engine, at, step, position, count, *rest):
+            assert position.tolist() == [4 + step[0] - 1]
+            self.forwards.append((engine.state.segments[0].bits, int(step[0]), count))
+            return None, None
+
+    engine = Engine(anyprec_model("llama").model, 2, 80, sync_every=4)
+    engine.steps = told = Told()
+    scheduler = Scheduler.get_scheduler("static", precisions=[4, 3, 2], high_bit_steps=[2, 5])
+    (completion,) = engine.run([Request("a", [5, 6, 7, 8], 10)], scheduler, 4, ())
+    assert told.forwards == [(4, 1, 2), (3, 3, 2), (3, 5, 1), (2, 6, 3), (2, 9, 1)]
+    assert completion.precision_trace == [(4, 3), (3, 3), (2, 4)]
+    assert engine.pulse.by_bits() == {4: 3, 3: 3, 2: 4}
 
 
 def test_rows_that_end_at_one_look_are_cleared_together_and_full_ones_not_at_all(anyprec_model, monkeypatch):

@@ -1,8 +1,8 @@
 """The engine's decode step on a CUDA device: forward, arg-max and end-of-row bookkeeping, replayed as one
 CUDA graph.
 
-A step reads where its rows are (slot, column of the last token, position) from one static tensor, so a replay
-costs the host one small copy.
+A step reads where its rows are (slot, column of the last token, position) from one static tensor and moves it
+on by itself, so steps of the same rows and precisions cost the host one small copy and a replay each.
 """
 
 from __future__ import annotations
@@ -121,13 +121,15 @@ class GraphSteps:
         at: np.ndarray,
         step: np.ndarray,
         position: np.ndarray,
+        count: int,
         statistics: tuple[str, ...],
         sampled: bool,
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Decode forward `step` int [n] of the rows in slots `at` int [n], at `position` int [n]: appends
-        their greedy tokens on the device.
+        """`count` decode forwards from `step` int [n] on of the rows in slots `at` int [n], the first one at
+        `position` int [n]: appends their greedy tokens on the device. Every row has room for so many.
 
-        Returns the `statistics` float32 [n, k] asked for, if any, and where `sampled` the logits [n, V].
+        Returns the `statistics` float32 [n, k] asked for, if any, and where `sampled` the logits [n, V], of
+        the last one.
         """
         if self._engine is not engine:
             self._engine = engine
@@ -143,23 +145,27 @@ class GraphSteps:
         else:
             places, segments = padded(engine.state.segments, len(at))
             n = int(places[-1]) + 1
-        longest = 1 << int(position.max()).bit_length()
-        layout = (segments, min(longest, engine.max_length), statistics, sampled)
-        use = self._graphs.bucket(n), layout
-        self._uses[use] += 1
+        size, last = self._graphs.bucket(n), int(position.max())
         before = 0 if self.forward.tiled else USES_BEFORE_CAPTURE
-        graphs = self._graphs if self._uses[use] > before else self._eager
-        buffers = graphs.buffers(n)
-        if len(which):
-            gpu.copy_in(buffers["which"][: len(which)], which)
-        where = np.zeros((3, graphs.bucket(n)), dtype=np.int64)
-        where[0] = engine.slots  # unused rows work in the spare slot
-        where[:, places] = at, step - 1, position
-        gpu.copy_in(buffers["where"], where)
-        if sampled and "logits" not in buffers:
-            weights = self.forward.weights
-            buffers["logits"] = weights.embedding.new_zeros(graphs.bucket(n), weights.head.shape[0])
-        graphs.run(n, layout)
+        filled: Buffers = {}
+        for done in range(count):
+            longest = 1 << (last + done).bit_length()
+            layout = (segments, min(longest, engine.max_length), statistics, sampled)
+            self._uses[size, layout] += 1
+            graphs = self._graphs if self._uses[size, layout] > before else self._eager
+            buffers = graphs.buffers(n)
+            if buffers is not filled:
+                inputs = np.zeros(buffers["inputs"].shape, dtype=np.int64)
+                where = inputs[: 3 * size].reshape(3, size)
+                where[0] = engine.slots  # unused rows work in the spare slot
+                where[:, places] = at, step - 1 + done, position + done
+                inputs[3 * size :].view(np.int32)[: len(which)] = which
+                gpu.copy_in(buffers["inputs"], inputs)
+                filled = buffers
+            if sampled and "logits" not in buffers:
+                weights = self.forward.weights
+                buffers["logits"] = weights.embedding.new_zeros(size, weights.head.shape[0])
+            graphs.run(n, layout)
         if not statistics and not sampled:
             return None, None
         rows = gpu.to_device(places, engine.device)
@@ -169,12 +175,15 @@ class GraphSteps:
         )
 
     def _make_buffers(self, rows: int) -> dict[str, Tensor]:
+        """`inputs` are `where` and `which`, end to end: one copy for both."""
         assert self._engine is not None
-        device = self._engine.device
-        where = torch.tensor([[self._engine.slots], [0], [0]], device=device).repeat(1, rows)
-        which = torch.zeros(rows // SMALL_TILE, dtype=torch.int32, device=device)
-        statistics = torch.zeros(rows, len(STATISTICS), device=device)
-        return {"where": where, "which": which, "statistics": statistics}
+        tiles = rows // SMALL_TILE
+        inputs = torch.zeros(3 * rows + (tiles + 1) // 2, dtype=torch.int64, device=self._engine.device)
+        where = inputs[: 3 * rows].view(3, rows)
+        where[0] = self._engine.slots
+        which = inputs[3 * rows :].view(torch.int32)[:tiles]
+        statistics = torch.zeros(rows, len(STATISTICS), device=self._engine.device)
+        return {"inputs": inputs, "where": where, "which": which, "statistics": statistics}
 
     def _step(self, buffers: Buffers, layout: Hashable) -> None:
         engine = self._engine
@@ -195,3 +204,4 @@ class GraphSteps:
             buffers["statistics"][:, : len(statistics)] = token_statistics(statistics, logits)
         if sampled:
             buffers["logits"].copy_(logits)
+        buffers["where"][1:].add_(1)

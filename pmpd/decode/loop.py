@@ -138,9 +138,9 @@ class DecodeLoop:
                 if self.next_request is None and not self.holders:
                     return
                 continue
-            for _ in range(self.sync_every):  # a row that is full waits for the others: a look costs more
-                if not self._decode_step():
-                    break
+            left = self.sync_every
+            while left and (ran := self._decode_steps(left)):
+                left -= ran  # a row that is full waits for the others: a look costs more
             self._look_at_tokens()  # of the steps before these
             self.coming = self._fetch()
             if self.sync_every == 1:
@@ -315,40 +315,50 @@ class DecodeLoop:
         assert row is not None
         return row
 
-    # -- one step
-    # -------------------------------------------------------------------------------------------------------
+    # -- steps
+    # --------------------------------------------------------------------------------------------------------
 
-    def _decode_step(self) -> bool:
-        """One more token for the rows whose turn it is; False: all are full."""
+    def _decode_steps(self, most: int) -> int:
+        """Up to `most` more tokens for the rows whose turn it is, as long as they and their precisions stay
+        the same: how many it were. 0: all are full."""
         started = time.perf_counter()
         live = np.flatnonzero(self.alive & (self.produced < self.limit))
         if len(live) == 0:
-            return False
+            return 0
         step = self.produced[live]
         bits = self.precision.bits(live, step)
         order = np.argsort(-bits, kind="stable")
         at, step, bits = live[order], step[order], bits[order]
+        sampled = self.sampling.is_needed(at)
+        room = int((self.limit[at] - step).min())
+        count = 1 if sampled else min(most, room, self.precision.alike(at, step))
         position = self.prompt_length[at] + step - 1
-        self.precision.log[at, step] = bits
+        self.precision.log[at[:, None], step[:, None] + np.arange(count)] = bits[:, None]
         self.engine.state.set_tokens(bits)
         if self.engine.steps is not None:
-            wanted, sampled = self.precision.wanted, self.sampling.is_needed(at)
-            statistics, logits = self.engine.steps.run(self.engine, at, step, position, wanted, sampled)
+            wanted = self.precision.wanted
+            statistics, logits = self.engine.steps.run(
+                self.engine, at, step, position, count, wanted, sampled
+            )
             if logits is not None:
                 self.tokens[self._tensor(at), self._tensor(step)] = self.sampling.choose(at, step, logits)
-            self.produced[at] += 1
+            self.produced[at] += count
         else:
-            slots = self._tensor(at)
-            places = TokenPlaces(slots, self._tensor(position), int(position.max()) + 1, int(at.max()) + 1)
-            logits = self.engine.forward(self.tokens[slots, self._tensor(step - 1)], places, None)
-            statistics = self._take_tokens(at, logits)
+            statistics = None
+            for done in range(count):
+                slots, positions = self._tensor(at), self._tensor(position + done)
+                longest = int(position.max()) + done + 1
+                places = TokenPlaces(slots, positions, longest, int(at.max()) + 1)
+                tokens = self.tokens[slots, self._tensor(step - 1 + done)]
+                statistics = self._take_tokens(at, self.engine.forward(tokens, places, None))
+        step = step + count - 1
         if self.precision.scheduler is not None and self.precision.scheduler.observes:
             keys = [self._row(slot).request.draws_from for slot in at]
             self.precision.observe(at, step, keys, self._by_name(statistics))
         self.decode_seconds[at] += (time.perf_counter() - started) / len(at)
         self._decide(at, step, statistics)
-        self.engine.pulse.step(bits)
-        return True
+        self.engine.pulse.step(bits, count)
+        return count
 
     def _take_tokens(self, at: np.ndarray, logits: Tensor) -> Tensor | None:
         """Appends the next token of each row; the statistics [n, k] that the scheduler wants."""

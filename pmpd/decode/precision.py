@@ -105,6 +105,18 @@ class RowPrecisions:
         bits = chain_bits(self.chain, self.switch_steps[at], step)
         return np.where(self._next[at] > 0, self._next[at], bits)
 
+    def alike(self, at: np.ndarray, step: np.ndarray) -> int:
+        """Decode forwards from `step` int [n] on that the rows in slots `at` int [n] run at the precisions of
+        the first, and only after the last of which somebody may have to be asked."""
+        scheduler = self.scheduler
+        if scheduler is None:
+            return NEVER
+        if scheduler.observes:
+            return 1
+        ahead = self.switch_steps[at] - step[:, None]
+        to_decide = scheduler.decision_step - step[self._waits[at]]
+        return 1 + int(min(ahead[ahead >= 0].min(initial=NEVER), to_decide.min(initial=NEVER)))
+
     def due(self, at: np.ndarray, step: int | np.ndarray) -> np.ndarray:
         """Those of `at` that are at their decision point, having run decode forward `step` (0: the
         prefill)."""

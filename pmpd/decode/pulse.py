@@ -19,9 +19,9 @@ class Pulse:
         self.doing = ""
         """What it is at, for people to read, where rows and forwards say little."""
 
-    def step(self, bits: Iterable[int]) -> None:
-        """One forward of the model; `bits`: the precision of each of its rows."""
-        self._by_bits += np.bincount(np.asarray(bits, np.int64), minlength=33)
+    def step(self, bits: Iterable[int], forwards: int = 1) -> None:
+        """One forward of the model, or several; `bits`: the precision of each of its rows."""
+        self._by_bits += forwards * np.bincount(np.asarray(bits, np.int64), minlength=33)
         now = time.monotonic()
         if self._last is not None:
             self.longest_seconds = max(self.longest_seconds, now - self._last)
