@@ -1,7 +1,7 @@
 """The learned scheduler: what a decision costs, and what it learned on held-out prompts.
 
-    python bench/scheduler.py cost  # decision against the decode of 256 tokens
-    python bench/scheduler.py proof --data-path TRAIN --held-out-path A B  # learned against baselines
+    python -m bench.scheduler cost  # decision against the decode of 256 tokens
+    python -m bench.scheduler proof --data-path TRAIN --held-out-path A B  # learned against baselines
 
 `proof` fits on the training split of one labels dataset, stops early by its validation split, and compares on
 prompts that were never trained on: its test split and all prompts of the other datasets (of the demo:

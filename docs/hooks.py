@@ -32,6 +32,8 @@ def on_page_markdown(markdown: str, page, **_) -> str:
     markdown = re.sub(
         r"\]\((?:\.\./)+bench/results/", f"]({'../' * page.file.src_uri.count('/')}{RESULTS}/", markdown
     )
+    if page.file.src_uri.startswith(f"{RESULTS}/"):  # and a result that links to a page
+        markdown = markdown.replace("](../../docs/", "](../")
     make = {"reference/commands.md": commands, "reference/tables.md": tables}.get(page.file.src_uri)
     return markdown.replace("<!-- generated -->", make()) if make else markdown
 
