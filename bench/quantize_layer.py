@@ -66,7 +66,7 @@ class Parts:
     def timed(self, part: str, work: Callable[[], Any]) -> Any:
         watch = gpu.Stopwatch(self.device)
         result = work()
-        self.seconds[part] += watch.stop()
+        self.seconds[part] += watch.stop()()
         return result
 
 

@@ -107,14 +107,19 @@ class Stopwatch:
         for event in self._events[:1]:
             event.record()
 
-    def stop(self) -> float:
-        """Waits for the work that was given since the beginning, and says how long it took."""
+    def stop(self) -> Callable[[], float]:
+        """What says how long the work given since the beginning took, and waits for it when asked."""
         if not self._events:
-            return time.perf_counter() - self._begin
+            seconds = time.perf_counter() - self._begin
+            return lambda: seconds
         begin, end = self._events
         end.record()
-        end.synchronize()
-        return begin.elapsed_time(end) / 1e3
+
+        def took() -> float:
+            end.synchronize()
+            return begin.elapsed_time(end) / 1e3
+
+        return took
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from pmpd import PMPDForCausalLM, Scheduler
+from pmpd import PMPDForCausalLM, Scheduler, gpu
 from pmpd.decode import oracle
 from pmpd.decode.engine import Engine
+from pmpd.decode.loop import DecodeLoop
 from pmpd.decode.precision import RowPrecisions
 from pmpd.decode.requests import Completion, Fork, Request, TokenEvent
 from pmpd.decode.slots import SlotCache, Stretch, TokenPlaces, attend_slots
@@ -264,6 +265,39 @@ def test_a_captured_step_is_told_its_rows_only_where_they_change(anyprec_model):
     assert told.forwards == [(4, 1, 2), (3, 3, 2), (3, 5, 1), (2, 6, 3), (2, 9, 1)]
     assert completion.precision_trace == [(4, 3), (3, 3), (2, 4)]
     assert engine.pulse.by_bits() == {4: 3, 3: 3, 2: 4}
+
+
+def test_a_prefill_waits_for_nothing_that_the_device_still_does(anyprec_model, monkeypatch):
+    """Neither for the steps before it nor for itself: its tokens, features and seconds are asked for at the
+    next look."""
+    waited: list[str] = []
+    within: list[bool] = []
+    prefill, to_host = DecodeLoop._prefill, gpu.to_host
+
+    def watched(loop, batch):
+        within.append(True)
+        prefill(loop, batch)
+        within.pop()
+
+    def sent(values):
+        arrived = to_host(values)
+        return lambda: waited.append("in a prefill" if within else "at a look") or arrived()
+
+    monkeypatch.setattr(DecodeLoop, "_prefill", watched)
+    monkeypatch.setattr(gpu, "to_host", sent)
+    model = anyprec_model("llama")
+    scheduler = scheduler_named("static", (4, 3, 2))
+    requests = [
+        Request(str(i), prompt, 3 + 2 * i, want_features=True)
+        for i, prompt in enumerate(random_prompts(7, 9))
+    ]
+    for sync_every in (4, 1):
+        waited.clear()
+        completions = list(Engine(model.model, 3, 40, sync_every).run(requests, scheduler, 4, ()))
+        assert all(len(c.features[0]) == len(requests[int(c.key)].input_ids) for c in completions)
+        assert all(c.prefill_seconds > 0 for c in completions)
+        assert "at a look" in waited
+        assert ("in a prefill" in waited) == (sync_every == 1)
 
 
 def test_rows_that_end_at_one_look_are_cleared_together_and_full_ones_not_at_all(anyprec_model, monkeypatch):

@@ -285,6 +285,33 @@ def test_rows_in_tiles_of_dequantized_weights_have_the_tokens_of_those_weights_a
     assert same >= 14, f"{same} of 20 rows decode as they do alone: more than near ties in float16"
 
 
+def test_a_prefill_of_rows_that_nobody_decides_on_makes_the_host_wait_for_nothing(monkeypatch):
+    """PyTorch says where an operation waits for the device."""
+    from pmpd import Scheduler
+    from pmpd.decode.engine import Engine
+    from pmpd.decode.loop import DecodeLoop
+
+    model = PMPDForCausalLM(demo.ANYPREC, dtype=torch.float16, kernel="dense").eval().cuda()
+    prefill, prefills = DecodeLoop._prefill, []
+
+    def strict(loop, batch):
+        prefills.append(len(batch))
+        torch.cuda.set_sync_debug_mode("error" if len(prefills) > 1 else "default")  # the first one compiles
+        try:
+            prefill(loop, batch)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    monkeypatch.setattr(DecodeLoop, "_prefill", strict)
+    scheduler = Scheduler.get_scheduler("static", precisions=[4, 3, 2], high_bit_steps=[9, 19])
+    prompts = random_prompts(20, 30, seed=2)
+    requests = [Request(str(i), ids, 24, want_features=True) for i, ids in enumerate(prompts)]
+    done = list(Engine(model.model, 8, 128, sync_every=8).run(requests, scheduler, 4, ()))
+    assert len(done) == 20
+    assert all(c.error is None for c in done)
+    assert len(prefills) > 1
+
+
 def test_the_numbers_of_a_prompt_are_the_cpus_and_looking_changes_no_token():
     """Of a scheduler that looks at prompts, with prefill's logits and with forwards of its own, in batches of
     captured steps."""

@@ -49,8 +49,8 @@ class _Row:
     slot: int
     pending: list[Fork]
     """Forks that are still to start from this slot, longest shared part last."""
-    features: tuple[np.ndarray, np.ndarray] | None = None
-    prefill_seconds: float = 0.0
+    features: Callable[[], tuple[np.ndarray, np.ndarray]] | None = None
+    prefill_seconds: Callable[[], float] = float
 
 
 def not_finite(dtype: torch.dtype) -> str:
@@ -126,7 +126,7 @@ class DecodeLoop:
         self.decision_seconds = np.zeros(slots)
         self.tokens, self.bad = engine.tokens, engine.bad
         self.known = np.zeros(tuple(self.tokens.shape), dtype=np.int64)  # the tokens that the host has seen
-        self.coming: _ComingTokens | None = None
+        self.coming: deque[_ComingTokens] = deque()
         self.done: deque[TokenEvent | Completion] = deque()
 
     def events(self) -> Iterator[TokenEvent | Completion]:
@@ -142,7 +142,7 @@ class DecodeLoop:
             while left and (ran := self._decode_steps(left)):
                 left -= ran  # a row that is full waits for the others: a look costs more
             self._look_at_tokens()  # of the steps before these
-            self.coming = self._fetch()
+            self._fetch(self.alive)
             if self.sync_every == 1:
                 self._look_at_tokens()
             yield from self._drain()
@@ -194,7 +194,8 @@ class DecodeLoop:
             self._fail(fork, error)
 
     def _prefill(self, batch: list[_Row]) -> None:
-        self._look_at_tokens()
+        """Gives the device the prompts of `batch` behind the steps that it still has: nothing here waits for
+        it, unless the scheduler decides by what it finds."""
         stopwatch = gpu.Stopwatch(self.device)
         flat: list[int] = []
         slots: list[int] = []
@@ -233,18 +234,26 @@ class DecodeLoop:
         for array in (self.produced, self.seen, self.decode_seconds, self.decision_seconds):
             array[at] = 0
         statistics = self._take_tokens(at, logits)
-        self.coming = self._fetch()
+        new = np.zeros_like(self.alive)
+        new[at] = True
+        self._fetch(new)
         self.engine.pulse.step([self.precision.prefill_bits] * len(batch))
-        seconds = stopwatch.stop() / len(batch)
+        took, count = stopwatch.stop(), len(batch)  # a row is not to hold the others
         for row in batch:
-            row.prefill_seconds = seconds
+            row.prefill_seconds = lambda: took() / count
             if row.request.want_features:
-                keys, values = self.cache.mean_features(row.slot, len(row.request.input_ids))
-                row.features = (keys.half().cpu().numpy(), values.half().cpu().numpy())
+                row.features = self._send_features(row.slot, len(row.request.input_ids))
             if row.pending:
                 self.holders.add(row.slot)
         self._decide(at, 0, statistics, dict(zip(at.tolist(), known, strict=False)))
-        self._look_at_tokens()
+        if self.sync_every == 1:
+            self._look_at_tokens()
+
+    def _send_features(self, slot: int, length: int) -> Callable[[], tuple[np.ndarray, np.ndarray]]:
+        """The KV features of a prompt, float16 [length, D] keys and values: what is returned waits for
+        them."""
+        arrived = [gpu.to_host(part.half()) for part in self.cache.mean_features(slot, length)]
+        return lambda: (arrived[0](), arrived[1]())
 
     def _probes(self, batch: Sequence[_Row], ends: Sequence[int]) -> list[list[int]]:
         """Of each row of a prefill, whose last tokens are at `ends`, the tokens whose logits the scheduler
@@ -377,27 +386,27 @@ class DecodeLoop:
 
     def _look_at_tokens(self) -> None:
         """Waits for the tokens that are coming, if any, and ends the rows that have ended."""
-        if self.coming is None:
-            return
-        started = time.perf_counter()
-        coming, self.coming = self.coming, None
-        tokens = coming.arrived()
-        # a GPU has run the forwards by now, but not when they were given to it
-        self.decode_seconds[coming.at] += (time.perf_counter() - started) / len(coming.at)
-        self.known[coming.at[:, None], coming.columns] = tokens[:, :-1]
-        self._end_rows(_NewTokens(coming.at, coming.counts, tokens[:, :-1], tokens[:, -1]))
+        while self.coming:
+            started = time.perf_counter()
+            coming = self.coming.popleft()
+            tokens = coming.arrived()
+            # a GPU has run the forwards by now, but not when they were given to it
+            self.decode_seconds[coming.at] += (time.perf_counter() - started) / len(coming.at)
+            self.known[coming.at[:, None], coming.columns] = tokens[:, :-1]
+            self._end_rows(_NewTokens(coming.at, coming.counts, tokens[:, :-1], tokens[:, -1]))
 
-    def _fetch(self) -> _ComingTokens | None:
-        """Sends for what the host has not seen yet, in one transfer."""
-        at = np.flatnonzero(self.alive & (self.produced > self.seen))
+    def _fetch(self, of: np.ndarray) -> None:
+        """Sends for what the host has not seen yet of the rows in the slots `of` bool [S], in one transfer.
+        What is on its way already is not theirs."""
+        at = np.flatnonzero(of & (self.produced > self.seen))
         if len(at) == 0:
-            return None
+            return
         seen, produced = self.seen[at], self.produced[at]
         columns = seen[:, None] + np.arange((produced - seen).max())
         columns = np.minimum(columns, produced[:, None] - 1)  # a row's last new token, again
         slots = self._tensor(at)
         new = torch.cat([self.tokens[slots[:, None], self._tensor(columns)], self.bad[slots, None]], 1)
-        return _ComingTokens(at, produced - seen, columns, gpu.to_host(new))
+        self.coming.append(_ComingTokens(at, produced - seen, columns, gpu.to_host(new)))
 
     def _end_rows(self, new: _NewTokens) -> None:
         """Looks at each row only where something is to be done about it."""
@@ -499,9 +508,9 @@ class DecodeLoop:
             finish_reason=reason,
             classes=decision.classes,
             scores=decision.scores,
-            features=row.features if key == request.key else None,
+            features=row.features() if row.features and key == request.key else None,
             prefix=prefix,
-            prefill_seconds=row.prefill_seconds,
+            prefill_seconds=row.prefill_seconds(),
             decode_seconds=float(self.decode_seconds[slot]),
             decision_seconds=float(self.decision_seconds[slot]),
         )

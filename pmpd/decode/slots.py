@@ -18,11 +18,13 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import Cache
 
+from pmpd import gpu
 from pmpd.errors import UserError
 from pmpd.kernels import dispatch
 
@@ -86,14 +88,15 @@ class TokenPlaces:
         begun = any(stretch.offset for stretch in self.stretches)
         if not self.together or begun or len(lengths) * max(lengths) > 2 * sum(lengths):
             return None
-        device = self.slots.device
-        starts = torch.tensor([stretch.start for stretch in self.stretches], device=device)
-        column = torch.arange(max(lengths), device=device)
-        tokens = starts[:, None] + torch.minimum(column, torch.tensor(lengths, device=device)[:, None] - 1)
-        row = torch.repeat_interleave(
-            torch.arange(len(lengths), device=device), torch.tensor(lengths, device=device)
-        )
-        return PaddedPrompts(self.slots[starts], tokens, row, max(lengths))
+        parts = [
+            np.asarray([stretch.slot for stretch in self.stretches]),
+            np.asarray([stretch.start for stretch in self.stretches])[:, None]
+            + np.minimum(np.arange(max(lengths)), np.asarray(lengths)[:, None] - 1),
+            np.repeat(np.arange(len(lengths)), lengths),
+        ]
+        whole = gpu.to_device(np.concatenate([part.ravel() for part in parts]), self.slots.device)
+        slots, tokens, row = whole.split([part.size for part in parts])
+        return PaddedPrompts(slots, tokens.view(parts[1].shape), row, max(lengths))
 
     def stretch_mask(self, stretch: Stretch, window: int | None) -> Tensor:
         """Which of the tokens up to a stretch's end each of its tokens sees."""
