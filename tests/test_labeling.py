@@ -394,9 +394,9 @@ class CountedSteps(Pulse):
         super().__init__()
         self.steps = 0
 
-    def step(self, bits):
-        self.steps += 1
-        super().step(bits)
+    def step(self, bits, forwards=1):
+        self.steps += forwards
+        super().step(bits, forwards)
 
 
 def test_an_offer_that_has_no_room_waits_for_its_unit_and_a_unit_that_fails_leaves_nothing_behind(models):
