@@ -580,6 +580,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--clusters", action="store_true", help="with --tune: cuts of halves.cu too")
     parser.add_argument("--write-settings", action="store_true", help="write the autotune table of this GPU")
     options = parser.parse_args(arguments)
+    _record.need_cuda()
     device = torch.device("cuda")
     shapes = {name: SHAPES[name] for name in ("8b.o", "14336x4096")} if options.quick else SHAPES
     tokens = (1, 2, 4, 8, 32) if options.quick else (1, 2, 4, 8, 16, 32, 64)

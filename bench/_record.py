@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import subprocess
+import sys
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,12 @@ def hardware(device: str = "cpu") -> str:
             name = line.partition(":")[2].strip()
             break
     return f"{name}, {torch.get_num_threads()} threads"
+
+
+def need_cuda() -> None:
+    """Ends a benchmark of a GPU with a sentence where there is none."""
+    if not torch.cuda.is_available():
+        sys.exit("error: this needs a CUDA device, and there is none here (or this torch is without CUDA)")
 
 
 def commit() -> str | None:

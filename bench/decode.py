@@ -362,6 +362,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=_record.RESULTS, help="folder of the JSON")
     options = parser.parse_args()
     if options.device == "cuda":
+        _record.need_cuda()
         measure_cuda(options.models, options.head_bits, options.out, options.batches, options.kernels)
     else:
         from bench import _decode_cpu, _peer_cpu

@@ -13,6 +13,7 @@ runs all of it, on a CPU or a GPU.
 from __future__ import annotations
 
 import json
+import sys
 import time
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -37,6 +38,7 @@ from bench._frontier_model import OnlineExact, Steps, given_tokens
 from bench.frontier_labels import main_folders
 from pmpd import PMPDForCausalLM, storage
 from pmpd.decode.requests import Request
+from pmpd.errors import UserError
 from pmpd.evaluation.curve_set import (
     LABEL_COLUMNS,
     CurveSet,
@@ -90,10 +92,17 @@ class Prompts:
 
 def load(folders: tuple[str, ...]) -> tuple[CurveSet, dict[str, Any]]:
     """The labelled prompts of all folders, and what their manifests say of them. A folder is a kind of
-    prompt; those that differ in a number behind the name are of one kind (`texts-0`, `texts-1`)."""
+    prompt; those that differ in a number behind the name are of one kind (`texts-0`, `texts-1`).
+
+    UserError: a folder that is not the output of `pmpd label`.
+    """
     rows, groups, kinds, about = [], {}, {}, {}
     names = [storage.base_name(folder).rstrip("0123456789").rstrip("-") for folder in folders]
     for name, folder in zip(names, folders, strict=True):
+        if not storage.exists(storage.join(folder, "labels")):
+            raise UserError(
+                f"{folder}: no labels/ in it; give the whole --output-dir of `pmpd label --rule kl`"
+            )
         labels, prompts = (storage.join(folder, name) for name in ("labels", "prompts"))
         for row in storage.read_table(prompts, ["prompt_id", "source"]).to_pylist():
             groups[row["prompt_id"]] = f"{folder}/{_frontier_prompts.group_of(row['source'])}"
@@ -587,6 +596,7 @@ class Study:
         (_record.RESULTS / f"{self.name}.md").write_text(text)
         _frontier_page.figure(results, _record.RESULTS / f"{self.name}.png")
         print(text)
+        print(f"this page, its figure and its figures as JSON: {_record.RESULTS / self.name}.md, .png, .json")
 
     def _answers(
         self, curves: CurveSet, fold: np.ndarray, fits: dict[str, KvFits], tokens: int
@@ -698,8 +708,9 @@ def decode_times(
     return rows
 
 
-if __name__ == "__main__":
-    tyro.cli(
+def main() -> None:
+    """UserErrors are a line, as those of `pmpd`."""
+    what = tyro.cli(
         Annotated[Texts, tyro.conf.subcommand("texts")]
         | Annotated[Prompts, tyro.conf.subcommand("prompts")]
         | Annotated[Unpack, tyro.conf.subcommand("unpack")]
@@ -712,4 +723,12 @@ if __name__ == "__main__":
         | Annotated[OnlineExact, tyro.conf.subcommand("online")]
         | Annotated[Steps, tyro.conf.subcommand("steps")],  # type: ignore[arg-type]
         description=__doc__,
-    ).run()
+    )
+    try:
+        what.run()
+    except UserError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -106,6 +106,7 @@ def measure(name: str, config: Config, device: torch.device = CUDA) -> list[dict
 
 
 def main(config: Config) -> None:
+    _record.need_cuda()
     rows = [row for name in config.models for row in measure(name, config)]
     print(_record.write("mixed_steps_cuda", rows, "cuda", config.out))
 

@@ -5,6 +5,7 @@ Each is a process of its own, the median of several; on a busy machine the figur
 
 from __future__ import annotations
 
+import argparse
 import os
 import statistics
 import subprocess
@@ -32,6 +33,7 @@ def seconds_of(arguments: list[str]) -> float:
 
 
 def main() -> int:
+    argparse.ArgumentParser(description=__doc__).parse_args()
     print(f"{'command':24} {'median s':>9}   bar {BAR_SECONDS} s; load {os.getloadavg()[0]:.1f}")
     results = []
     for arguments in CALLS:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
+import sys
 
 import pytest
 
@@ -37,3 +39,16 @@ def test_the_name_of_a_result_of_one_layer_follows_its_settings():
     assert linear.LinearBenchConfig(threads=1, clock="cpu").result_name == "linear_cpu_1_thread"
     assert linear.LinearBenchConfig(name="mine").result_name == "mine"
     assert (_record.RESULTS / "linear_cpu_2_threads.json").is_file()
+
+
+@pytest.mark.parametrize(
+    "command", [["bench._cuda", "--wide"], ["bench.mixed_steps"], ["bench.decode", "--device", "cuda"]]
+)
+def test_a_benchmark_of_a_gpu_says_in_a_line_that_there_is_none(command):
+    environment = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, "-m", *command], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: this needs a CUDA device")
+    assert len(done.stderr.splitlines()) == 1

@@ -145,6 +145,18 @@ def test_a_package_of_an_extra_that_is_not_installed_is_named_with_the_extra(fai
         main(["inspect", "x"])
 
 
+def test_a_reader_that_left_is_no_fault_of_the_command_and_another_broken_pipe_is(failing):
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "pmpd", "kernels"]
+    done = subprocess.run(command, stdout=write, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, "")
+    failing(BrokenPipeError())
+    with pytest.raises(BrokenPipeError):
+        main(["inspect", "x"])
+
+
 def test_a_stopped_command_says_what_is_kept(failing, capsys, monkeypatch):
     failing(KeyboardInterrupt())
     command = COMMANDS["inspect"]

@@ -7,7 +7,7 @@ import json
 import pytest
 from rich.console import Console
 
-from bench import _frontier_prompts, _record, label_noise
+from bench import _frontier_prompts, _record, frontier, label_noise
 from bench.frontier import Confirm, Decoded, Steps, Study, load
 from pmpd import storage
 from pmpd.cli.flags.label import LabelJob
@@ -83,6 +83,14 @@ def test_policies_are_judged_on_label_sets_that_they_were_not_fitted_to(labelled
     assert {"regression, no probe", "static per kind", "KV classifier, kl", "KV classifier, loss"} <= policies
     with pytest.raises(AssertionError, match="a prompt is in both sets"):
         Confirm(folders, folders[1:], name="it").run()
+
+
+def test_a_folder_that_is_no_output_of_label_is_an_error_of_a_line(tmp_path, monkeypatch):
+    (tmp_path / "labels").mkdir()
+    command = ["frontier", "study", "--labels", str(tmp_path / "labels")]
+    monkeypatch.setattr("sys.argv", command)
+    with pytest.raises(SystemExit, match=r"error: .*labels: no labels/ in it; give the whole --output-dir"):
+        frontier.main()
 
 
 def test_what_a_free_decode_chooses_is_judged_by_the_labels(labelled, tmp_path, monkeypatch):

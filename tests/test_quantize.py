@@ -545,6 +545,7 @@ def test_the_job_says_what_it_wrote_and_what_comes_next(half_folder: Path, tmp_p
     assert all(f"{value:,.2f}" in printed for value in summary.perplexity.values())
     assert "seconds by stage: preparing " in printed
     assert "layers quantized: 3/3" in printed, "progress where there is no terminal"
+    assert "already" not in printed
     assert f"pmpd label --model-path {output} --reference-model-path {config.model_path} " in printed
     assert f"{summary.model_bytes / 1e6:.2f} MB" in printed
     manifest = json.loads((output / "manifest.json").read_text())
@@ -553,6 +554,7 @@ def test_the_job_says_what_it_wrote_and_what_comes_next(half_folder: Path, tmp_p
     text.truncate(0)
     main(config, Console(file=text, width=200))
     assert "wrote" in text.getvalue()
+    assert f"{output} is finished already" in text.getvalue()
     assert "by stage" not in text.getvalue()
     with pytest.raises(ValueError, match="no such file or folder"):
         main(QuantizeJob(model_path=str(half_folder), output_dir=str(output), dataset="./missing.txt"))

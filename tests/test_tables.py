@@ -418,6 +418,17 @@ def test_command_line_finds_a_dataset_that_has_no_shard_yet(tmp_path, capsys):
     assert f"{tmp_path}/references\n  0 rows" in capsys.readouterr().out
 
 
+def test_a_checkpoint_is_called_one_and_is_no_problem_of_the_datasets_beside_it(tmp_path, capsys):
+    checkpoint = tmp_path / "anyprec"
+    checkpoint.mkdir()
+    for name in ("config.json", "manifest.json"):
+        (checkpoint / name).write_text("{}")
+    assert run_command(["inspect", str(checkpoint)]) == 1
+    assert f"a checkpoint, no dataset; `pmpd perplexity --model-path {checkpoint}`" in capsys.readouterr().err
+    write_dataset(tmp_path / "labels", label_rows(6))
+    assert run_command(["inspect", str(tmp_path)]) == 0
+
+
 def test_importing_tables_imports_neither_torch_nor_ray():
     script = "import sys, pmpd.storage; sys.exit(bool({'torch', 'ray', 'transformers'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

@@ -9,8 +9,15 @@ import pyarrow as pa
 from pmpd import plugins
 from pmpd.cli.flags.inspect import InspectJob
 from pmpd.errors import UserError
-from pmpd.storage.dataset import SOURCE_KEY, dataset_folder, datasets_under, list_shards, read_shard
-from pmpd.storage.files import exists, resolve
+from pmpd.storage.dataset import (
+    SOURCE_KEY,
+    data_folder,
+    dataset_folder,
+    datasets_under,
+    list_shards,
+    read_shard,
+)
+from pmpd.storage.files import exists, join, resolve
 from pmpd.storage.manifest import MANIFEST_KEYS, read_manifest
 from pmpd.storage.schemas import SCHEMA_VERSION
 
@@ -96,6 +103,11 @@ def describe(dataset: str | Path) -> tuple[list[str], list[str]]:
     return lines, problems
 
 
+def _is_checkpoint(folder: str) -> bool:
+    """`pmpd quantize` writes a manifest, too, of another kind than a dataset's."""
+    return exists(join(folder, "config.json")) and not exists(data_folder(folder))
+
+
 def main(job: InspectJob) -> int:
     """Prints what is at the path. Exit code 1 if there is a problem."""
     plugins.load(job.plugins)
@@ -103,6 +115,13 @@ def main(job: InspectJob) -> int:
     if not exists(path):
         raise UserError(f"{path}: no such file or folder")
     found = [path] if path.endswith(".parquet") else list(datasets_under(path))
+    checkpoints = [folder for folder in found if _is_checkpoint(folder)]
+    found = [folder for folder in found if folder not in checkpoints]
+    if not found and checkpoints:
+        raise UserError(
+            f"{checkpoints[0]}: a checkpoint, no dataset; `pmpd perplexity --model-path {checkpoints[0]}` "
+            "says what its precisions are worth"
+        )
     if not found:
         raise UserError(
             f"{path}: no dataset in it (a dataset is a folder with data/*.parquet and manifest.json)"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
+import select
 import signal
 import sys
 import threading
@@ -68,6 +70,9 @@ INTERRUPTED = 130
 
 TERMINATED = 143
 """Exit code after SIGTERM (`ray job stop`, a node that is about to go)."""
+
+READER_LEFT = 141
+"""Exit code where what reads the output has ended, as of a process that SIGPIPE ended."""
 
 _FLAGS = {"slots": "--batch-size", "unit_rows": "--batch-size"}
 """Names in the library's messages that are flags under another name."""
@@ -196,6 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             )
             # only now: torch, Ray and transformers take seconds to import
             result = importlib.import_module(f"pmpd.cli.{command.module}").main(config)
+        sys.stdout.flush()
         return result if isinstance(result, int) else 0
     except UserError as error:
         told = str(error) if config is None else in_flags(str(error), config)
@@ -209,10 +215,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cure = f"pip install 'pmpd[{extra}]', or 'pmpd[all]'"
         print(f"error: pmpd {name}: this needs the package {missing}; {cure}", file=sys.stderr)
         return 1
+    except BrokenPipeError:
+        if not _reader_left():
+            raise
+        return READER_LEFT
     except KeyboardInterrupt as stop:
         again = f"; {command.kept}: run the same command again to go on" if command.kept else ""
         print(f"stopped{again}", file=sys.stderr)
         return TERMINATED if isinstance(stop, Terminated) else INTERRUPTED
+
+
+def _reader_left() -> bool:
+    """Whether nobody reads what is printed (`pmpd … | head`). If so, what is left to print goes nowhere."""
+    try:
+        printed = sys.stdout.fileno()
+    except OSError:  # no file: a notebook's
+        return False
+    poll = select.poll()
+    poll.register(printed, 0)
+    left = any(events & select.POLLERR for _, events in poll.poll(0))
+    if left:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), printed)
+    return left
 
 
 def _without_secrets(texts: list[str], redact: bool = False) -> list[str]:

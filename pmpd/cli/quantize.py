@@ -59,8 +59,17 @@ def main(config: QuantizeJob, console: Console | None = None) -> Summary:
         farm.connect(options)
         summary = quantize_on_farm(task, options)
     else:
+        worked = False
+
+        def on_progress(stage: str, done: int, total: int) -> None:
+            nonlocal worked
+            worked = True
+            steps(STAGES[stage], done, total)
+
         with Steps(console) as steps:
-            summary = task.quantize(None, lambda stage, done, total: steps(STAGES[stage], done, total))
+            summary = task.quantize(None, on_progress)
+        if not worked:
+            console.print(f"{task.output} is finished already; what its run said:", soft_wrap=True)
     report(summary, path, task.output, console)
     return summary
 
