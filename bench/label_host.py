@@ -81,8 +81,8 @@ class NoCache(SlotCache):
     def clear_tokens(self, *_: Any) -> None:
         pass
 
-    def mean_features(self, slot: int, length: int) -> tuple[Tensor, Tensor]:
-        return torch.zeros(length, 4), torch.zeros(length, 4)
+    def token_features(self, slots: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        return torch.zeros(len(slots), 4), torch.zeros(len(slots), 4)
 
 
 class Nothing:
@@ -115,8 +115,9 @@ class FreeDevice:
 
     def __post_init__(self) -> None:
         self.state, self.pulse, self.cache = PrecisionState(), Pulse(), NoCache(self.slots)
-        self.tokens = torch.zeros(self.slots + 1, self.max_length + 1, dtype=torch.int64)
-        self.bad = torch.full((self.slots + 1,), NEVER)
+        self.told = torch.zeros(self.slots + 1, self.max_length + 2, dtype=torch.int64)
+        self.tokens, self.bad = self.told[:, :-1], self.told[:, -1]
+        self.bad[:] = NEVER
         self.given: Callable[[], None] = lambda: None
         self.prefills = 0
         self.steps = CountedSteps(Nothing(self.mean_tokens, self.tiles))  # type: ignore[arg-type]

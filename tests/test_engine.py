@@ -272,15 +272,19 @@ def test_a_prefill_waits_for_nothing_that_the_device_still_does(anyprec_model, m
     next look."""
     waited: list[str] = []
     within: list[bool] = []
+    transfers: list[int] = []
     prefill, to_host = DecodeLoop._prefill, gpu.to_host
 
     def watched(loop, batch):
         within.append(True)
+        transfers.append(0)
         prefill(loop, batch)
         within.pop()
 
     def sent(values):
         arrived = to_host(values)
+        if within:
+            transfers[-1] += 1
         return lambda: waited.append("in a prefill" if within else "at a look") or arrived()
 
     monkeypatch.setattr(DecodeLoop, "_prefill", watched)
@@ -297,6 +301,7 @@ def test_a_prefill_waits_for_nothing_that_the_device_still_does(anyprec_model, m
         assert all(len(c.features[0]) == len(requests[int(c.key)].input_ids) for c in completions)
         assert all(c.prefill_seconds > 0 for c in completions)
         assert "at a look" in waited
+        assert set(transfers) == {2}, "tokens and features, of however many prompts"
         assert ("in a prefill" in waited) == (sync_every == 1)
 
 
@@ -418,16 +423,20 @@ def test_a_row_that_is_not_finite_leaves_nothing_to_the_next_one_in_its_slot(
 
 
 def test_kv_features_are_the_mean_over_heads_of_the_last_layer(anyprec_model):
+    """Of each prompt's own tokens, where several are prefilled together."""
     model = anyprec_model("llama")
-    prompt = random_prompts(1, 1)[0] * 9
-    (completion,) = Engine(model.model, 1, 40).run([Request("a", prompt, 3, want_features=True)], None, 4, ())
-    with torch.inference_mode():
-        cache = model.model(torch.tensor([prompt]), use_cache=True).past_key_values
-    expected = cache.layers[-1].keys[0].mean(0)
-    assert completion.features[0].shape == (9, 16)
-    torch.testing.assert_close(
-        torch.from_numpy(completion.features[0]).float(), expected, atol=2e-3, rtol=2e-3
-    )
+    prompts = [ids * times for ids, times in zip(random_prompts(3, 4, seed=5), (9, 2, 3), strict=True)]
+    requests = [Request(str(i), ids, 3, want_features=i != 1) for i, ids in enumerate(prompts)]
+    found = {c.key: c.features for c in Engine(model.model, 3, 40).run(requests, None, 4, ())}
+    assert found["1"] is None
+    for i in (0, 2):
+        with torch.inference_mode():
+            last = model.model(torch.tensor([prompts[i]]), use_cache=True).past_key_values.layers[-1]
+        for got, expected in zip(found[str(i)], (last.keys, last.values), strict=True):
+            assert got.shape == (len(prompts[i]), 16)
+            torch.testing.assert_close(
+                torch.from_numpy(got).float(), expected[0].mean(0), atol=2e-3, rtol=2e-3
+            )
 
 
 def test_copied_slots_hold_the_beginning_of_their_sources_in_every_layer():

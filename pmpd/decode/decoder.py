@@ -20,5 +20,7 @@ class Decoder(Rows, Protocol):
     pulse: Pulse
     sync_every: int
     steps: GraphSteps | None
+    told: Tensor
+    """`tokens` and, in the last column, `bad`: what the host looks at is one transfer."""
 
     def forward(self, input_ids: Tensor, places: TokenPlaces, keep: Tensor | None) -> Tensor: ...

@@ -53,8 +53,9 @@ class Engine:
         spare = 1 if self.steps else 0  # a slot for the unused rows of a captured step
         layers = getattr(model.config, "num_hidden_layers", 1)
         self.cache = SlotCache(slots + spare, max_length, layers)
-        self.tokens = torch.zeros(slots + spare, max_length + 1, dtype=torch.int64, device=self.device)
-        self.bad = torch.full((slots + spare,), NEVER, device=self.device)
+        self.told = torch.zeros(slots + spare, max_length + 2, dtype=torch.int64, device=self.device)
+        self.tokens, self.bad = self.told[:, :-1], self.told[:, -1]
+        self.bad[:] = NEVER
         self.pulse = Pulse()
 
     def run(

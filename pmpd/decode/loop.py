@@ -21,6 +21,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -62,6 +63,12 @@ def not_finite(dtype: torch.dtype) -> str:
             "as bfloat16 or float32 (--dtype, dtype=)"
         )
     return f"the model's logits are not finite in {name}; its weights may be damaged: make or copy them again"
+
+
+def _halves(arrived: Callable[[], np.ndarray], rows: slice, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of `rows`, the first `width` columns and the others: copies, which hold nobody else's."""
+    whole = arrived()[rows]
+    return whole[:, :width].copy(), whole[:, width:].copy()
 
 
 class _NewTokens(NamedTuple):
@@ -241,19 +248,26 @@ class DecodeLoop:
         took, count = stopwatch.stop(), len(batch)  # a row is not to hold the others
         for row in batch:
             row.prefill_seconds = lambda: took() / count
-            if row.request.want_features:
-                row.features = self._send_features(row.slot, len(row.request.input_ids))
             if row.pending:
                 self.holders.add(row.slot)
+        self._send_features([row for row in batch if row.request.want_features])
         self._decide(at, 0, statistics, dict(zip(at.tolist(), known, strict=False)))
         if self.sync_every == 1:
             self._look_at_tokens()
 
-    def _send_features(self, slot: int, length: int) -> Callable[[], tuple[np.ndarray, np.ndarray]]:
-        """The KV features of a prompt, float16 [length, D] keys and values: what is returned waits for
-        them."""
-        arrived = [gpu.to_host(part.half()) for part in self.cache.mean_features(slot, length)]
-        return lambda: (arrived[0](), arrived[1]())
+    def _send_features(self, batch: Sequence[_Row]) -> None:
+        """Sends for the KV features of prompts, all in one transfer, which rows wait for when asked."""
+        if not batch:
+            return
+        lengths = [len(row.request.input_ids) for row in batch]
+        slots = np.repeat([row.slot for row in batch], lengths)
+        positions = np.concatenate([np.arange(length) for length in lengths])
+        keys, values = self.cache.token_features(*self._tensor(np.stack([slots, positions])))
+        arrived = gpu.to_host(torch.cat([keys, values], 1).half())
+        width, stops = keys.shape[1], np.cumsum(lengths)
+        for row, length, stop in zip(batch, lengths, stops.tolist(), strict=True):
+            part = slice(stop - length, stop)
+            row.features = partial(_halves, arrived, part, width)
 
     def _probes(self, batch: Sequence[_Row], ends: Sequence[int]) -> list[list[int]]:
         """Of each row of a prefill, whose last tokens are at `ends`, the tokens whose logits the scheduler
@@ -404,8 +418,9 @@ class DecodeLoop:
         seen, produced = self.seen[at], self.produced[at]
         columns = seen[:, None] + np.arange((produced - seen).max())
         columns = np.minimum(columns, produced[:, None] - 1)  # a row's last new token, again
-        slots = self._tensor(at)
-        new = torch.cat([self.tokens[slots[:, None], self._tensor(columns)], self.bad[slots, None]], 1)
+        width = self.engine.told.shape[1]
+        places = np.concatenate([columns, np.full((len(at), 1), width - 1)], 1) + width * at[:, None]
+        new = self.engine.told.take(self._tensor(places))
         self.coming.append(_ComingTokens(at, produced - seen, columns, gpu.to_host(new)))
 
     def _end_rows(self, new: _NewTokens) -> None:
@@ -436,6 +451,9 @@ class DecodeLoop:
             self.produced[slot] = end
             self._finish(slot, reason)
         self._clear(unclean)
+        heirs = [slot for slot, first, stop in unclean if stop > first and self.alive[slot]]
+        if heirs:
+            self.bad[self._tensor(heirs)] = NEVER  # of what their parents ran on to
 
     def _clear(self, parts: Sequence[tuple[int, int, int]]) -> None:
         """Zeros in the cache for (slot, first position, the one behind the last): what rows ran on to behind
@@ -554,14 +572,12 @@ class DecodeLoop:
             sorted([*fork.forks, *inherited], key=lambda other: other.step),
         )
         self.rows[target] = row
-        if source == target:
-            self.bad[target] = NEVER  # of what the parent ran on to behind its end
         for array in (self.prompt_length, self.limit, self.stops):
             array[target] = array[source]
         self.produced[target] = self.seen[target] = fork.step + 1
         self.known[target, : fork.step + 1] = self.known[source, : fork.step + 1]
         self.precision.fork(source, target, fork.step, fork.switch_steps)
-        self.sampling.fork(source, target, self.tokens[source, : fork.step + 1])
+        self.sampling.fork(source, target, lambda: self.tokens[source, : fork.step + 1])
         self.decode_seconds[target] = self.decision_seconds[target] = 0.0
         self.alive[target] = True
         if row.pending:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
@@ -104,14 +104,14 @@ class RowSampling:
                 self._seen = torch.zeros(len(self._needed), vocabulary, dtype=torch.bool, device=self.device)
             self._see(slot, torch.tensor(list(request.input_ids), device=self.device))
 
-    def fork(self, source: int, target: int, new_tokens: Tensor) -> None:
+    def fork(self, source: int, target: int, new_tokens: Callable[[], Tensor]) -> None:
         """`target` goes on as `source`, with these new tokens so far, int64 [n]: with the same draws."""
         request = self._requests[target] = self._requests[source]
         self._needed[target] = self._needed[source]
         assert request is not None
         if request.sampling.repetition_penalty != 1:
             prompt = torch.tensor(list(request.input_ids), device=self.device)
-            self._see(target, torch.cat([prompt, new_tokens]))
+            self._see(target, torch.cat([prompt, new_tokens()]))
 
     def _see(self, slot: int, tokens: Tensor) -> None:
         assert self._seen is not None

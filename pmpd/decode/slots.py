@@ -217,6 +217,11 @@ class SlotCache(Cache):
             keys[:, slots, :, positions] = own_keys
             values[:, slots, :, positions] = own_values
 
+    def token_features(self, slots: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """As `mean_features`, of the tokens at `positions` int64 [n] of `slots` int64 [n]: [n, D] each."""
+        keys, values = (part[-1][slots, :, positions].float().mean(1) for part in (self.keys, self.values))
+        return keys, values
+
     def mean_features(self, slot: int, length: int) -> tuple[Tensor, Tensor]:
         """KV features of one prompt: the last layer's keys and values averaged over KV heads, float32
         [length, D] each."""
