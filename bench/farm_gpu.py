@@ -320,6 +320,7 @@ class Farm:
         while True:
             again = self.label("driver", self.most, batch_size=size, may_fail=True)
             if "exit" not in again:
+                again["seconds_to_first_shard"] = None  # that one came before this command was given
                 return {**again, "killed": killed, "rows_before": before, "batch_size": size}
             if time.monotonic() - begin > 90:
                 raise RuntimeError(f"the same command does not go on: {again['output']}")
