@@ -109,6 +109,7 @@ class FreeDevice:
     mean_tokens: float
     tiles: bool
     sync_every: int = 8
+    prefill_tokens: int = 16384
     vocabulary: int = VOCABULARY
     dtype: torch.dtype = torch.float32
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))

@@ -305,6 +305,23 @@ def test_a_prefill_waits_for_nothing_that_the_device_still_does(anyprec_model, m
         assert ("in a prefill" in waited) == (sync_every == 1)
 
 
+def test_prompts_are_prefilled_together_up_to_a_number_of_tokens(anyprec_model, monkeypatch):
+    prefill, prefills = DecodeLoop._prefill, []
+    monkeypatch.setattr(
+        DecodeLoop,
+        "_prefill",
+        lambda loop, batch: (
+            prefills.append([len(r.request.input_ids) for r in batch]) or prefill(loop, batch)
+        ),
+    )
+    engine = Engine(anyprec_model("llama").model, 6, 60)
+    engine.prefill_tokens = 20
+    lengths = (9, 11, 1, 25, 20, 3)
+    requests = [Request(str(i), [5] * length, 2) for i, length in enumerate(lengths)]
+    assert len(list(engine.run(requests, None, 4, ()))) == 6
+    assert prefills == [[9, 11], [1], [25], [20], [3]]
+
+
 def test_rows_that_end_at_one_look_are_cleared_together_and_full_ones_not_at_all(anyprec_model, monkeypatch):
     model, prompt = anyprec_model("llama"), random_prompts(1, 5)[0]
     cleared: list[int] = []

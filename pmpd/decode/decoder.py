@@ -20,6 +20,8 @@ class Decoder(Rows, Protocol):
     pulse: Pulse
     sync_every: int
     steps: GraphSteps | None
+    prefill_tokens: int
+    """Prompt tokens of one prefill forward, at most (a longer prompt runs alone)."""
     told: Tensor
     """`tokens` and, in the last column, `bad`: what the host looks at is one transfer."""
 

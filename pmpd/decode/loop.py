@@ -37,9 +37,6 @@ from pmpd.decode.sampling import RowSampling, highest
 from pmpd.decode.slots import NEVER, Stretch, TokenPlaces
 from pmpd.schedulers.base import PrefillState, PromptState, Scheduler
 
-PREFILL_TOKENS = 4096
-"""Prompt tokens of one prefill forward, at most (a longer prompt runs alone)."""
-
 
 @dataclass
 class _Row:
@@ -176,14 +173,14 @@ class DecodeLoop:
             while self.next_request is not None and self.free:
                 request = self.next_request
                 problem = request.problem(self.engine.vocabulary, self.engine.max_length)
-                cached = len(request.prefix.tokens) if request.prefix else 0
-                if not problem and batch and tokens + len(request.input_ids) - cached > PREFILL_TOKENS:
+                new = len(request.input_ids) - (len(request.prefix.tokens) if request.prefix else 0)
+                if not problem and batch and tokens + new > self.engine.prefill_tokens:
                     break
                 self.next_request = next(self.waiting, None)
                 if problem:
                     self._fail(request, problem)
                     continue
-                tokens += len(request.input_ids) - cached
+                tokens += new
                 batch.append(
                     _Row(
                         request.key,
