@@ -299,8 +299,9 @@ def test_the_conclusion_says_what_the_intervals_say(made) -> None:
     )
     if rival is not best:
         assert f"the best fixed plan with no more bits, {rival['run']}, has" in section.conclusion
-    nearest = rows[row["nearest_uniform"]]["average_bits"]
-    assert f"; with {abs(nearest - row['average_bits']):.2f} bits " in section.conclusion
+    more = rows[row["nearest_uniform"]]["average_bits"] - row["average_bits"]
+    told = f"; that run has {abs(more):.2f} bits {'more' if more > 0 else 'less'})"
+    assert told in section.conclusion
     page = written["report.html"].read_text()
     assert section.conclusion.replace("'", "&#39;") in page
 

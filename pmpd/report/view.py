@@ -251,7 +251,7 @@ def _more_bits(row: ScoreRow, rows: Sequence[ScoreRow]) -> str:
     """How many more or fewer bits the uniform run of nearest bits has, where that can be seen."""
     nearest = next(other["average_bits"] for other in rows if other["run"] == row["nearest_uniform"])
     more = round(nearest - row["average_bits"], 2)
-    return f"; with {abs(more):.2f} bits {'more' if more > 0 else 'less'}" if more else ""
+    return f"; that run has {abs(more):.2f} bits {'more' if more > 0 else 'less'}" if more else ""
 
 
 def _range(row: ScoreRow, which: str = "") -> str:

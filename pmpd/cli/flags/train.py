@@ -20,7 +20,7 @@ class TrainJob:
     second stage is. Several with commas between them train one regression, of all kinds of prompt."""
     output_dir: str = "results/train"
     """Gets `scheduler/` (the artefact) and `runs/` (checkpoints). The same command goes on where it
-    stopped."""
+    stopped; another one replaces the artefact."""
     scheduler: Literal["auto", "regression", "kv_cache"] = "auto"
     """What is trained. auto: the regression where the labels are by divergence (pmpd label --rule kl), unless
     --objective loss, --tune or --again-path ask for classifiers (kv_cache); else the classifiers. A flag
