@@ -425,6 +425,8 @@ def test_a_checkpoint_is_called_one_and_is_no_problem_of_the_datasets_beside_it(
         (checkpoint / name).write_text("{}")
     assert run_command(["inspect", str(checkpoint)]) == 1
     assert f"a checkpoint, no dataset; `pmpd perplexity --model-path {checkpoint}`" in capsys.readouterr().err
+    assert run_command(["inspect", str(tmp_path)]) == 1
+    assert f"{tmp_path}: no dataset in it" in capsys.readouterr().err
     write_dataset(tmp_path / "labels", label_rows(6))
     assert run_command(["inspect", str(tmp_path)]) == 0
 

@@ -117,10 +117,10 @@ def main(job: InspectJob) -> int:
     found = [path] if path.endswith(".parquet") else list(datasets_under(path))
     checkpoints = [folder for folder in found if _is_checkpoint(folder)]
     found = [folder for folder in found if folder not in checkpoints]
-    if not found and checkpoints:
+    if checkpoints == [path]:
         raise UserError(
-            f"{checkpoints[0]}: a checkpoint, no dataset; `pmpd perplexity --model-path {checkpoints[0]}` "
-            "says what its precisions are worth"
+            f"{path}: a checkpoint, no dataset; `pmpd perplexity --model-path {path}` says what its "
+            "precisions are worth"
         )
     if not found:
         raise UserError(
