@@ -63,6 +63,9 @@ class Config:
     30 layers, however many prompts."""
     prefill_gpu_ms: float = 5.0
     """With `gpu_ms`: what a prefill takes on the device, if it is given in time."""
+    host_times: float | None = None
+    """With `gpu_ms`: a host that takes so many times the CPU time of this one, by a clock of CPU time, which
+    others on this machine do not move. `launch_ms` and `prefill_ms` stay as they are; rows are not scored."""
     scoring: Literal["process", "thread", "none"] = "process"
     """With `gpu_ms`: where rows are scored."""
     out: Path = _record.RESULTS
@@ -168,8 +171,22 @@ class Clock:
     prefill: float
     """Of the host."""
     prefill_step: float
+    host_times: float | None
     busy: float = 0.0
     done: float = 0.0
+    slept: float = 0.0
+    stand_in: Callable[[], float] = float
+    """Seconds of CPU time that were no host's."""
+
+    def now(self) -> float:
+        if self.host_times is None:
+            return time.perf_counter()
+        return self.host_times * (time.thread_time() - self.stand_in()) + self.slept
+
+    def sleep(self, seconds: float) -> None:
+        if self.host_times is None:
+            time.sleep(seconds)
+        self.slept += seconds
 
     def capture(self, plain: Any) -> Any:
         """`plain` as it is, with replays that take the device's time."""
@@ -179,8 +196,8 @@ class Clock:
 
             def timed() -> None:
                 replay()
-                time.sleep(self.launch)
-                self.done = max(self.done, time.perf_counter()) + self.step
+                self.sleep(self.launch)
+                self.done = max(self.done, self.now()) + self.step
                 self.busy += self.step
 
             return timed
@@ -189,16 +206,16 @@ class Clock:
 
     def given_prefill(self) -> None:
         """The device begins with the first of its operations and ends with the last, at the earliest."""
-        begin = max(self.done, time.perf_counter())
-        time.sleep(self.prefill)
-        self.done = max(begin + self.prefill_step, time.perf_counter())
+        begin = max(self.done, self.now())
+        self.sleep(self.prefill)
+        self.done = max(begin + self.prefill_step, self.now())
         self.busy += self.prefill_step
 
     def to_host(self, values: Tensor) -> Any:
         done = self.done
 
         def arrived() -> np.ndarray:
-            time.sleep(max(0.0, done - time.perf_counter()))
+            self.sleep(max(0.0, done - self.now()))
             return values.numpy()
 
         return arrived
@@ -261,20 +278,24 @@ def measure_clock(config: Config, slots: int) -> dict[str, Any]:
     """As `measure`, by the clock of a device."""
     assert config.gpu_ms is not None
     times = config.gpu_ms, config.launch_ms, config.prefill_ms, config.prefill_gpu_ms
-    clock = Clock(*(ms / 1e3 for ms in times))
+    step, launch, prefill, prefill_step = (ms / 1e3 for ms in times)
+    clock = Clock(step, launch, prefill, prefill_step, config.host_times)
     loop, plan, device = prepare(config, slots)
-    texts = Texts(plan, config.scoring)
+    clock.stand_in = lambda: device.steps.device_seconds
+    scoring: Literal["process", "thread", "none"] = "none" if config.host_times else config.scoring
+    texts = Texts(plan, scoring)
     gpu.capture = clock.capture(device.steps.capture)
     gpu.to_host, device.given = clock.to_host, clock.given_prefill
     completions = (event for event in loop.events() if isinstance(event, Completion))
-    begin = time.perf_counter()
+    begin = clock.now()
     done = sum(1 for _ in texts.rows(completions))
-    seconds = time.perf_counter() - begin
+    seconds = clock.now() - begin
     assert done == config.prompts
     count = len(device.steps.rows)
     return {
         "slots": slots,
-        "scoring": config.scoring,
+        "scoring": scoring,
+        "host_times": config.host_times,
         "gpu_ms": config.gpu_ms,
         "steps": count,
         "prefills": device.prefills,
