@@ -131,8 +131,9 @@ class Progress:
             return f"{doing}  workers {self.up}/{self.wanted}  errors {self.errors}"
         bound = "<" * (not self.new and eta == eta)  # an item's most forwards are all that is known of it yet
         share = (self.done + n["rows_under_way"]) / max(self.total, 1)
+        under_way = f", {n['rows_under_way']:.0f} under way" * (n["rows_under_way"] >= 0.5)
         text = (
-            f"{self.done}/{self.total} rows ({share:.1%})  {n['rows_per_second']:.2f} rows/s  "
+            f"{self.done}/{self.total} rows{under_way} ({share:.1%})  {n['rows_per_second']:.2f} rows/s  "
             f"{n['tokens_per_second']:.0f} tokens/s  ETA {bound}{left}  "
             f"workers {self.up}/{self.wanted}  errors {self.errors}"
         )
