@@ -23,6 +23,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from os.path import relpath
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,8 @@ from bench.same_rows import compare_datasets
 from pmpd import demo, storage
 from pmpd.storage.summary import read_summary
 
+WHERE = ("dataset", "output")
+"""Of a step's entry, what names a folder: the JSON has it as seen from `results`, whatever machine it was."""
 LEAST_SECONDS = 20.0
 """A step is not begun with less time than that."""
 
@@ -143,7 +146,11 @@ class Steps:
 
     def write(self) -> Path:
         config = self.config
-        return _record.write(config.name or f"farm_{config.device}", self.found, config.device, config.out)
+        found = [
+            entry | {name: relpath(entry[name], config.results) for name in WHERE if name in entry}
+            for entry in self.found
+        ]
+        return _record.write(config.name or f"farm_{config.device}", found, config.device, config.out)
 
 
 @dataclass
