@@ -86,9 +86,7 @@ def tensor_float32() -> Iterator[None]:
     """Inside, a CUDA device rounds the factors of float32 matrix products to TF32 (11 significant bits; what
     came from 16 bits stays as it is) and adds up in float32: several times as fast."""
     settings = torch.backends.cuda.matmul
-    old = not hasattr(
-        settings, "fp32_precision"
-    )  # torch 2.8; later ones want one of the two names used, always
+    old = not hasattr(settings, "fp32_precision")  # torch 2.8; later ones take one of the two names, always
     name, value = ("allow_tf32", True) if old else ("fp32_precision", "tf32")
     before = getattr(settings, name)
     setattr(settings, name, value)

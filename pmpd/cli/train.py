@@ -20,7 +20,7 @@ from pmpd.errors import UserError
 from pmpd.farm.train import Fleet, LabelSource, fit, read_labels, search
 from pmpd.labeling.noise import Agreement, ceilings
 from pmpd.labeling.prompts import TORCH_SUFFIX
-from pmpd.schedulers.chain import pairs_of, parse_chain
+from pmpd.schedulers.chain import chain_of_pairs, pairs_of, parse_chain
 from pmpd.schedulers.regression import WEIGHTS
 from pmpd.training.config import TrainConfig
 from pmpd.training.data import Labels, in_words
@@ -303,7 +303,7 @@ def main(job: TrainJob) -> dict[str, Any]:
         raise UserError(f"--data-path {job.data_path}: classifiers are trained on one labels dataset")
     highest = labels.pairs[0][0]
     if chain is None:
-        chain = (labels.pairs[0][0], *(low for _, low in labels.pairs))
+        chain = chain_of_pairs(labels.pairs)
     else:
         labels = labels.within(pairs_of(chain))
     for pair in range(len(labels.pairs)):

@@ -218,16 +218,15 @@ class SlotCache(Cache):
             values[:, slots, :, positions] = own_values
 
     def token_features(self, slots: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """As `mean_features`, of the tokens at `positions` int64 [n] of `slots` int64 [n]: [n, D] each."""
+        """KV features of the tokens at `positions` int64 [n] of `slots` int64 [n]: the last layer's keys and
+        values averaged over KV heads, float32 [n, D] each."""
         keys, values = (part[-1][slots, :, positions].float().mean(1) for part in (self.keys, self.values))
         return keys, values
 
     def mean_features(self, slot: int, length: int) -> tuple[Tensor, Tensor]:
-        """KV features of one prompt: the last layer's keys and values averaged over KV heads, float32
-        [length, D] each."""
-        return self.keys[-1][slot, :, :length].float().mean(0), self.values[-1][
-            slot, :, :length
-        ].float().mean(0)
+        """`token_features` of the first `length` tokens of one slot."""
+        positions = torch.arange(length, device=self.keys[-1].device)
+        return self.token_features(torch.full_like(positions, slot), positions)
 
 
 def attend(

@@ -58,6 +58,11 @@ def pairs_of(chain: Sequence[int]) -> list[tuple[int, int]]:
     return list(pairwise(chain))
 
 
+def chain_of_pairs(pairs: Sequence[tuple[int, int]]) -> tuple[int, ...]:
+    """The chain whose neighbours these pairs are, one at least."""
+    return pairs[0][0], *(low for _, low in pairs)
+
+
 def class_steps(max_new_tokens: int) -> tuple[int, int, int, int]:
     """`high_bit_steps` of the four switch classes: (0, m//3, 2(m//3), m) with m = max_new_tokens - 1 decode
     forwards."""

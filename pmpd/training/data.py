@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pmpd.errors import UserError
-from pmpd.schedulers.chain import NUM_CLASSES, pairs_of
+from pmpd.schedulers.chain import NUM_CLASSES, chain_of_pairs, pairs_of
 from pmpd.training.config import SPLITS, TrainConfig
 
 NO_LABEL = -1
@@ -96,7 +96,7 @@ def in_words(pairs: Sequence[tuple[int, int]]) -> str:
 
 def chain_in_words(pairs: Sequence[tuple[int, int]]) -> str:
     """The chain of these pairs: 4,3,2; the pairs in words where they are none."""
-    chain = [*(high for high, _ in pairs[:1]), *(low for _, low in pairs)]
+    chain = chain_of_pairs(pairs)
     return ",".join(map(str, chain)) if pairs_of(chain) == list(pairs) else f"the pairs {in_words(pairs)}"
 
 

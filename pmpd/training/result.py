@@ -6,7 +6,6 @@ import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from torch import Tensor
 from pmpd.errors import UserError
 from pmpd.schedulers.artefact import ArtefactConfig, artefact_files
 from pmpd.schedulers.budget import calibrate, choose_classes, described, plan_bits
-from pmpd.schedulers.chain import NUM_CLASSES
+from pmpd.schedulers.chain import NUM_CLASSES, chain_of_pairs, pairs_of
 from pmpd.training.config import TrainConfig
 from pmpd.training.data import Labels
 from pmpd.training.evaluate import evaluate
@@ -25,8 +24,8 @@ from pmpd.training.fit import TrainState, loss_scale
 
 def check_target(pairs: Sequence[tuple[int, int]], target_bits: float) -> list[int]:
     """The chain of the pairs. ValueError where they are none, or the target is outside of it."""
-    chain = [pairs[0][0], *(low for _, low in pairs)]
-    if list(pairs) != list(pairwise(chain)):
+    chain = list(chain_of_pairs(pairs))
+    if list(pairs) != pairs_of(chain):
         raise UserError(f"target_bits: the pairs {list(pairs)} are no chain; give --precisions")
     if not chain[-1] <= target_bits <= chain[0]:
         raise UserError(f"target_bits {target_bits}: the chain {chain} has {chain[-1]} to {chain[0]}")
@@ -65,7 +64,7 @@ def budget_choices(
     labels: Labels, state: TrainState, config: TrainConfig, multiplier: float
 ) -> dict[str, Tensor]:
     """As `TrainState.logits`, but 1 for the class that the budget chooses and 0 for the others."""
-    chain = [labels.pairs[0][0], *(low for _, low in labels.pairs)]
+    chain = chain_of_pairs(labels.pairs)
     found = {}
     for head in {name.split("/")[0] for name in state.logits}:
         scores = outputs_of(labels, state, config, head)

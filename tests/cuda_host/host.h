@@ -309,13 +309,15 @@ template <Type TYPE> u16 narrow(float value) {
     std::memcpy(&bits, &half, 2);
     return bits;
 }
+template <Type TYPE, class Join> unsigned of_halves(unsigned a, unsigned b, Join join) {
+    return unsigned(narrow<TYPE>(join(widen<TYPE>(u16(a)), widen<TYPE>(u16(b))))) |
+           unsigned(narrow<TYPE>(join(widen<TYPE>(u16(a >> 16)), widen<TYPE>(u16(b >> 16))))) << 16;
+}
 template <Type TYPE> unsigned add_halves(unsigned a, unsigned b) {
-    return unsigned(narrow<TYPE>(widen<TYPE>(u16(a)) + widen<TYPE>(u16(b)))) |
-           unsigned(narrow<TYPE>(widen<TYPE>(u16(a >> 16)) + widen<TYPE>(u16(b >> 16)))) << 16;
+    return of_halves<TYPE>(a, b, [](float x, float y) { return x + y; });
 }
 template <Type TYPE> unsigned multiply_halves(unsigned a, unsigned b) {
-    return unsigned(narrow<TYPE>(widen<TYPE>(u16(a)) * widen<TYPE>(u16(b)))) |
-           unsigned(narrow<TYPE>(widen<TYPE>(u16(a >> 16)) * widen<TYPE>(u16(b >> 16)))) << 16;
+    return of_halves<TYPE>(a, b, [](float x, float y) { return x * y; });
 }
 
 template <Type TYPE> float half_of(unsigned word, int upper) {

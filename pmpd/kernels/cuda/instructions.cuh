@@ -189,7 +189,12 @@ template <Type TYPE> DEVICE u16 narrow(float value) {  // to the nearest, ties t
     else asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
     return bits;
 }
-// Sums and products of the low halves and of the high ones, each rounded once.
+// What `join` makes of the low halves and of the high ones as floats, each rounded once.
+template <Type TYPE, class Join> DEVICE u32 of_halves(u32 a, u32 b, Join join) {
+    return u32(narrow<TYPE>(join(widen<TYPE>(u16(a)), widen<TYPE>(u16(b))))) |
+           u32(narrow<TYPE>(join(widen<TYPE>(u16(a >> 16)), widen<TYPE>(u16(b >> 16))))) << 16;
+}
+// Sums and products of the low halves and of the high ones.
 template <Type TYPE> DEVICE u32 add_halves(u32 a, u32 b) {
     u32 sum;
     if (TYPE == FLOAT16) {
@@ -200,8 +205,7 @@ template <Type TYPE> DEVICE u32 add_halves(u32 a, u32 b) {
     asm("add.rn.bf16x2 %0, %1, %2;" : "=r"(sum) : "r"(a), "r"(b));
     return sum;
 #else
-    return u32(narrow<TYPE>(widen<TYPE>(u16(a)) + widen<TYPE>(u16(b)))) |
-           u32(narrow<TYPE>(widen<TYPE>(u16(a >> 16)) + widen<TYPE>(u16(b >> 16)))) << 16;
+    return of_halves<TYPE>(a, b, [](float x, float y) { return x + y; });
 #endif
 }
 template <Type TYPE> DEVICE u32 multiply_halves(u32 a, u32 b) {
@@ -214,8 +218,7 @@ template <Type TYPE> DEVICE u32 multiply_halves(u32 a, u32 b) {
     asm("mul.rn.bf16x2 %0, %1, %2;" : "=r"(product) : "r"(a), "r"(b));
     return product;
 #else
-    return u32(narrow<TYPE>(widen<TYPE>(u16(a)) * widen<TYPE>(u16(b)))) |
-           u32(narrow<TYPE>(widen<TYPE>(u16(a >> 16)) * widen<TYPE>(u16(b >> 16)))) << 16;
+    return of_halves<TYPE>(a, b, [](float x, float y) { return x * y; });
 #endif
 }
 #endif
