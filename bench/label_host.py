@@ -92,9 +92,12 @@ class Nothing:
     """A forward that returns at once: an end token by chance."""
 
     def __init__(self, mean_tokens: float, tiles: bool) -> None:
-        self.tiled, self.tile_rows = ((4, 3, 2) if tiles else ()), 32
+        self.tiled = (4, 3, 2) if tiles else ()
         self.draw = np.random.default_rng(0)
         self.chance = 1 / mean_tokens
+
+    def tile_rows(self, rows: int) -> int:
+        return 32 if rows <= 384 else 64
 
     def __call__(self, input_ids: Tensor, *_: Any) -> Tensor:
         logits = np.zeros((len(input_ids), VOCABULARY), dtype=np.float32)

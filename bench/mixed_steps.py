@@ -87,7 +87,8 @@ def measure(name: str, config: Config, device: torch.device = CUDA) -> list[dict
     for row in found:
         segments = segments_of(row["rows"])
         row["dequantized"] = step_ms(model, row["rows"], segments)
-        places, which, size = tiles_of(segments, row["rows"], model.forward.tiled, model.forward.tile_rows)
+        tile = model.forward.tile_rows(row["rows"])
+        places, which, size = tiles_of(segments, row["rows"], model.forward.tiled, tile)
         del places
         row["tiles"] = step_ms(model, len(which) * size, (), torch.from_numpy(which).to(device))
         row["rows of tiles"], row["rows a tile"] = len(which) * size, size

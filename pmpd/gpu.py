@@ -131,38 +131,38 @@ def release_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def capture(
-    step: Callable[[], None], prepare: Callable[[], None] = lambda: None, warmups: int = 2
-) -> Callable[[], None]:
-    """A CUDA graph of `step`: runs it `warmups` times (compiles kernels, fills workspaces), records it once,
-    returns its replay.
+def capture(step: Callable[[], None], prepare: Callable[[], None] = lambda: None) -> Callable[[], None]:
+    """A CUDA graph of `step`: runs it once (compiles kernels, fills workspaces), records it, returns its
+    replay. The host waits for nothing, and no cached memory is given back (`torch.cuda.graph` does both).
 
-    `prepare` resets before each of these runs what a step moves on; it is not recorded.
+    `prepare` resets what that one run has moved on; it is not recorded.
     RuntimeError where `step` does something that can't be captured, e.g. waits for the device.
     """
-    side = torch.cuda.Stream()
+    keeper, side = _capturing()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        for _ in range(warmups):
-            prepare()
-            step()
-        prepare()
-    torch.cuda.current_stream().wait_stream(side)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=_pool().pool()):
         step()
+        prepare()
+        graph = torch.cuda.CUDAGraph()
+        graph.capture_begin(pool=keeper.pool(), capture_error_mode="thread_local")
+        try:
+            step()
+        finally:
+            graph.capture_end()
+    torch.cuda.current_stream().wait_stream(side)
     return graph.replay
 
 
 @lru_cache(maxsize=1)
-def _pool() -> torch.cuda.CUDAGraph:
-    """A graph that holds the one memory pool of all graphs: they run one after the other, and what a step
-    leaves behind is in buffers made outside. PyTorch drops a pool with its last graph, so this one stays."""
+def _capturing() -> tuple[torch.cuda.CUDAGraph, torch.cuda.Stream]:
+    """A graph that holds the one memory pool of all graphs, and the stream that they are recorded on.
+
+    They run one after the other, and what a step leaves behind is in buffers made outside. PyTorch drops a
+    pool with its last graph, so this one stays; a stream has workspaces of its own, so there is one."""
     keeper = torch.cuda.CUDAGraph()
     with torch.cuda.graph(keeper):
         torch.zeros(1, device="cuda")
-    return keeper
+    return keeper, torch.cuda.Stream()
 
 
 def plan_slots(

@@ -31,6 +31,9 @@ _log = logging.getLogger(__name__)
 
 ENGINE_LENGTHS = 256
 """On a GPU an engine's rows have room for a multiple of so many tokens."""
+ROOMY_LENGTH, ROOMY_SHARE = 2304, 0.25
+"""On a GPU a new engine has room for prompt and continuation by the commands' defaults at once, where its
+cache takes such a share of the free memory at most: a longer prompt later on costs all captured steps."""
 
 
 class PMPDForCausalLM(nn.Module):
@@ -158,6 +161,7 @@ class PMPDForCausalLM(nn.Module):
         slots = min(slots, self._most_slots)
         if engine is None or engine.slots < slots:
             engine = self._engine = None
+            max_length = self._roomy(slots, max_length)
             # a GPU runs ahead of the host, so the host looks at the tokens now and then only
             with torch.inference_mode(False):  # also where a caller is in it: others write to it outside
                 engine = self._engine = Engine(
@@ -237,13 +241,28 @@ class PMPDForCausalLM(nn.Module):
     def _planned_slots(self, max_length: int) -> int:
         if self.device.type != "cuda":
             return 32
+        return gpu.plan_slots(self._free_bytes(), self._token_bytes, max_length)
+
+    def _roomy(self, slots: int, max_length: int) -> int:
+        """Tokens that a row of a new engine has room for: on a GPU with memory to spare more than asked."""
+        roomy = min(ROOMY_LENGTH, self.max_positions)
+        if self.device.type != "cuda" or roomy <= max_length:
+            return max_length
+        spare = ROOMY_SHARE * self._free_bytes()
+        return roomy if slots * roomy * self._token_bytes <= spare else max_length
+
+    @property
+    def _token_bytes(self) -> int:
+        """Of the cache, for each token of a row."""
+        element_bytes = next(self.model.parameters()).element_size()
+        return 2 * self.model.config.num_hidden_layers * self.kv_heads * self.head_dim * element_bytes
+
+    def _free_bytes(self) -> int:
+        """Of the GPU, once the weights are packed for its kernels."""
         for module in self.model.modules():
             if isinstance(module, PrecisionLinear):
-                # packs what is not packed yet, else that would take of what the plan counts as free
                 module.packed_bytes()
-        element_bytes = next(self.model.parameters()).element_size()
-        token_bytes = 2 * self.model.config.num_hidden_layers * self.kv_heads * self.head_dim * element_bytes
-        return gpu.plan_slots(gpu.free_bytes(self.device), token_bytes, max_length)
+        return gpu.free_bytes(self.device)
 
     def decide(self, scheduler: Scheduler | None, prefill_bit: int | None) -> tuple[Scheduler | None, int]:
         """Checks scheduler and prefill precision against the model and what is loaded; the precision defaults

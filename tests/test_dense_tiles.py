@@ -10,10 +10,10 @@ import torch
 from pmpd import PMPDForCausalLM, Scheduler, gpu
 from pmpd.decode import oracle
 from pmpd.decode.engine import Engine
-from pmpd.decode.graph_steps import GraphSteps, tile_buckets, tiles_of
+from pmpd.decode.graph_steps import TILE_BUCKETS, GraphSteps, tiles_of
 from pmpd.decode.requests import Request
 from pmpd.kernels import dispatch
-from pmpd.kernels.dense import DenseMatrix
+from pmpd.kernels.dense import LEFT_OF_MEMORY, DenseMatrix, program_of
 from pmpd.weights.anyprec import AnyPrecisionLinear
 from pmpd.weights.base import Segment
 from pmpd.weights.batch_kernel import prefer_dense
@@ -50,11 +50,20 @@ def test_a_row_does_not_depend_on_the_tiles_beside_it():
     assert torch.equal(together[32:48], alone)
 
 
+@pytest.mark.parametrize("shared", [99 << 10, 163 << 10, 227 << 10])
+def test_a_program_fits_the_shared_memory_of_every_gpu(shared):
+    """Of compute capability 8.9, 8.0 and 9.0."""
+    for rows in (576, 2048, 3072, 11264):
+        for tokens in (16, 32, 64):
+            found = program_of(rows, tokens, 2, shared)
+            assert found.stages >= 2
+            assert (found.rows + tokens) * found.columns * 2 * found.stages <= shared - LEFT_OF_MEMORY
+
+
 def test_rows_have_tiles_of_their_precision_that_fit_a_bucket():
     """Whatever the mix: each row has a place of its own, in a tile of its precision."""
     draw = np.random.default_rng(0)
     for size in (32, 64):
-        buckets = tile_buckets(size)
         for _ in range(200):
             counts = draw.integers(0, draw.choice([6, 40, 300]), 3)
             bits = np.repeat([4, 3, 2], counts)
@@ -69,7 +78,7 @@ def test_rows_have_tiles_of_their_precision_that_fit_a_bucket():
             places, which, tile = tiles_of(segments, len(bits), (4, 3, 2), size)
             assert len(set(places.tolist())) == len(bits)
             assert np.array_equal(np.asarray([4, 3, 2])[which[places // tile]], bits)
-            bucket = next(b for b in buckets if b >= len(which) * tile)
+            bucket = next(b for b in TILE_BUCKETS if b >= len(which) * tile)
             assert bucket % tile == 0, f"{bucket} rows do not divide into tiles of {tile}"
 
 

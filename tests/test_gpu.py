@@ -6,10 +6,13 @@ from __future__ import annotations
 import pytest
 import torch
 
-from pmpd import PMPDForCausalLM, demo
-from pmpd.decode.requests import Request
+from pmpd import PMPDForCausalLM, demo, gpu
+from pmpd.decode.engine import Engine
+from pmpd.decode.requests import Completion, Request
 from pmpd.kernels.cuda.matrix import CudaMatrix
 from pmpd.kernels.triton import DIGITS_BITS, ROUTES
+from pmpd.labeling.config import LabelConfig
+from pmpd.labeling.label import LabelPlan
 from tests import test_kernels_triton as kernels
 from tests import test_lean_cuda as lean
 from tests import test_regression_scheduler as prompts_seen
@@ -178,9 +181,15 @@ def test_a_graph_of_decode_steps_gives_the_tokens_of_eager_steps_and_of_transfor
     assert torch.equal(graph_tokens, eager_tokens)
 
 
-def test_graphs_can_be_captured_after_all_others_are_gone():
-    from pmpd import gpu
+def test_capturing_keeps_the_memory_that_is_cached():
+    kept = torch.empty(64 << 20, dtype=torch.uint8, device="cuda")
+    del kept
+    before = torch.cuda.memory_reserved()
+    gpu.capture(lambda: None)
+    assert torch.cuda.memory_reserved() >= before
 
+
+def test_graphs_can_be_captured_after_all_others_are_gone():
     count = torch.zeros(1, device="cuda")
     for _ in range(2):
         replay = gpu.capture(lambda: count.add_(torch.ones(1, device="cuda")))
@@ -285,31 +294,40 @@ def test_rows_in_tiles_of_dequantized_weights_have_the_tokens_of_those_weights_a
     assert same >= 14, f"{same} of 20 rows decode as they do alone: more than near ties in float16"
 
 
-def test_a_prefill_of_rows_that_nobody_decides_on_makes_the_host_wait_for_nothing(monkeypatch):
-    """PyTorch says where an operation waits for the device."""
-    from pmpd import Scheduler
-    from pmpd.decode.engine import Engine
-    from pmpd.decode.loop import DecodeLoop
+def label_requests(prompts: int = 20) -> tuple[LabelPlan, list[Request]]:
+    plan = LabelPlan(LabelConfig(max_new_tokens=24, slots=8))
+    return plan, [plan.request(str(i), ids) for i, ids in enumerate(random_prompts(prompts, 30, seed=2))]
 
+
+def test_labelling_makes_the_host_wait_for_nothing_but_tokens():
+    """Not in a prefill, at a fork or at a row's end: PyTorch says where an operation waits for the device."""
     model = PMPDForCausalLM(demo.ANYPREC, dtype=torch.float16, kernel="dense").eval().cuda()
-    prefill, prefills = DecodeLoop._prefill, []
+    plan, requests = label_requests()
+    engine = Engine(model.model, 8, 128, sync_every=8)
 
-    def strict(loop, batch):
-        prefills.append(len(batch))
-        torch.cuda.set_sync_debug_mode("error" if len(prefills) > 1 else "default")  # the first one compiles
-        try:
-            prefill(loop, batch)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+    def decode(ends: set[int]) -> list[Completion]:
+        return list(engine.run(requests, plan.scheduler, 4, ends))
 
-    monkeypatch.setattr(DecodeLoop, "_prefill", strict)
-    scheduler = Scheduler.get_scheduler("static", precisions=[4, 3, 2], high_bit_steps=[9, 19])
-    prompts = random_prompts(20, 30, seed=2)
-    requests = [Request(str(i), ids, 24, want_features=True) for i, ids in enumerate(prompts)]
-    done = list(Engine(model.model, 8, 128, sync_every=8).run(requests, scheduler, 4, ()))
-    assert len(done) == 20
-    assert all(c.error is None for c in done)
-    assert len(prefills) > 1
+    ends = {done.tokens[11] for done in decode(set())}
+    decode(ends)  # compiles and captures
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        done = decode(ends)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(done) == 20 * plan.trajectories
+    assert {c.finish_reason for c in done} == {"eos", "length"}
+
+
+def test_prefills_make_no_plans_of_cudnn():
+    """It would make one for every shape that a prefill has."""
+    model = PMPDForCausalLM(demo.ANYPREC, dtype=torch.float16).eval().cuda()
+    plan, requests = label_requests(3)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        list(Engine(model.model, 8, 128).run(requests, plan.scheduler, 4, ()))
+    kinds = {event.key for event in profile.key_averages() if "scaled_dot_product" in event.key}
+    assert any("flash" in kind or "efficient" in kind for kind in kinds)
+    assert not any("cudnn" in kind for kind in kinds)
 
 
 def test_the_numbers_of_a_prompt_are_the_cpus_and_looking_changes_no_token():

@@ -194,6 +194,20 @@ def test_slots_are_planned_after_the_weights_are_packed(anyprec_folder, monkeypa
     assert model._planned_slots(128) == 256
 
 
+def test_a_new_engine_has_room_for_longer_prompts_where_memory_is_plenty(anyprec_folder, monkeypatch):
+    """A longer one later on would cost the cache and every captured step."""
+    model = PMPDForCausalLM(anyprec_folder("llama"), kernel="reference")
+    model.model.config.max_position_embeddings = 8192
+    monkeypatch.setattr(PMPDForCausalLM, "device", torch.device("cuda"))
+    cache = 64 * 2304 * model._token_bytes
+    for free, wanted in ((4 * cache, 2304), (4 * cache - 1, 512)):
+        monkeypatch.setattr(gpu, "free_bytes", lambda device, free=free: free)
+        assert model._roomy(64, 512) == wanted
+        assert model._roomy(64, 4096) == 4096
+    model.model.config.max_position_embeddings = 1024
+    assert model._roomy(1, 512) == 1024
+
+
 def test_batches_of_several_precisions_come_back_to_few_layouts():
     """Each row keeps its order and its precision, and few layouts serve all sizes: a layout is captured
     once, and one that never comes back runs eagerly."""

@@ -71,12 +71,9 @@ def padded(segments: Sequence[Segment], rows: int) -> tuple[np.ndarray, tuple[Se
 SMALL_TILE, FEW_ROWS = 16, 64
 """Up to so many rows lie in tiles of so many, more in tiles of `CudaForward.tile_rows`."""
 
-
-def tile_buckets(size: int) -> tuple[int, ...]:
-    """Rows of a captured step of tiles: little more than are wanted, since one step serves all mixes of
-    precisions."""
-    coarser = (range(512, 1024, 2 * size), range(1024, 4097, 4 * size))
-    return *range(16, 65, 16), *range(64 + size, 512, size), *coarser[0], *coarser[1]
+TILE_BUCKETS = (*range(16, 65, 16), *range(96, 512, 32), *range(512, 1024, 64), *range(1024, 4097, 128))
+"""Rows of a captured step of tiles: little more than are wanted, since one step serves all mixes of
+precisions. Every number of whole tiles of 64 finds one of whole tiles."""
 
 
 def tiles_of(
@@ -102,7 +99,7 @@ class GraphSteps:
         self.forward = forward
         self._engine: Rows | None = None
         self._uses: Counter[Hashable] = Counter()
-        self._buckets = tile_buckets(forward.tile_rows) if forward.tiled else BUCKETS
+        self._buckets = TILE_BUCKETS if forward.tiled else BUCKETS
 
     @classmethod
     def of(cls, model: PreTrainedModel) -> GraphSteps | None:
@@ -139,7 +136,7 @@ class GraphSteps:
         which = np.zeros(0, dtype=np.int32)
         if self.forward.tiled:
             places, which, segments = tiles_of(
-                engine.state.segments, len(at), self.forward.tiled, self.forward.tile_rows
+                engine.state.segments, len(at), self.forward.tiled, self.forward.tile_rows(len(at))
             )
             n = len(which) * segments
         else:

@@ -38,7 +38,7 @@ class StepGraphs:
         make_buffers: Callable[[int], dict[str, Tensor]],
         buckets: Sequence[int] = BUCKETS,
         capture: Callable[[Callable[[], None], Callable[[], None]], Callable[[], None]] | None = gpu.capture,
-        most: int = 64,
+        most: int = 128,
     ) -> None:
         self._step = step
         self._make_buffers = make_buffers

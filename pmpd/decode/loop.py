@@ -450,7 +450,7 @@ class DecodeLoop:
         self._clear(unclean)
         heirs = [slot for slot, first, stop in unclean if stop > first and self.alive[slot]]
         if heirs:
-            self.bad[self._tensor(heirs)] = NEVER  # of what their parents ran on to
+            self.bad.index_fill_(0, self._tensor(heirs), NEVER)  # of what their parents ran on to
 
     def _clear(self, parts: Sequence[tuple[int, int, int]]) -> None:
         """Zeros in the cache for (slot, first position, the one behind the last): what rows ran on to behind
@@ -557,7 +557,7 @@ class DecodeLoop:
         of, to, kept = self._tensor(np.asarray(copies).T)
         self.cache.copy_slots(of, to, kept, max(length for _, _, length in copies))
         self.tokens[to] = self.tokens[of]
-        self.bad[to] = NEVER
+        self.bad.index_fill_(0, to, NEVER)
 
     def _become_fork(self, source: int, target: int, fork: Fork, inherited: list[Fork]) -> None:
         """Makes `target`, which holds or will hold the shared part of `source`'s cache, the live row of

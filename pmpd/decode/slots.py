@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.cache_utils import Cache
 
@@ -33,6 +34,9 @@ NEVER = 1 << 40
 
 IMPLEMENTATION = "pmpd_slots"
 """The name under which transformers finds `attend`."""
+
+BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+"""Of PyTorch's attention. Not cuDNN's, which makes a plan for every new shape: no two prefills are alike."""
 
 _active = threading.local()
 
@@ -189,7 +193,7 @@ class SlotCache(Cache):
         row through the mask (NaN plus -inf is NaN)."""
         for block in self._blocks:
             for tensor in block:
-                tensor[:, slots, :, positions] = 0
+                tensor[:, slots, :, positions] = tensor.new_zeros(())  # a 0 would be sent, and waited for
 
     def read_slot(self, slot: int, length: int) -> list[tuple[Tensor, Tensor]]:
         """A copy of the first `length` tokens, per layer keys and values [H, length, D]."""
@@ -349,7 +353,8 @@ def slot_attention(model: PreTrainedModel, cache: SlotCache, places: TokenPlaces
     model.config._attn_implementation = IMPLEMENTATION
     cache.places, _active.places, _active.calls = places, places, 0
     try:
-        yield
+        with sdpa_kernel(BACKENDS):
+            yield
     finally:
         model.config._attn_implementation = before
     if _active.calls != len(cache.keys) or not cache.keys:
