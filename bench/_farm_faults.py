@@ -18,7 +18,7 @@ import torch
 from pmpd.cli import label as label_command
 from pmpd.cli.main import main
 from pmpd.farm.label_task import LabelTask
-from pmpd.farm.task import BuiltTask, Item, Place
+from pmpd.farm.task import BuiltTask, Item, LateRow, Place
 
 
 def break_gpu() -> None:
@@ -35,7 +35,7 @@ class FaultyLabelTask(LabelTask):
     def build(self, place: Place) -> BuiltTask:
         built = super().build(place)
 
-        def run(items: list[Item]) -> Iterable[dict[str, Any]]:
+        def run(items: list[Item]) -> Iterable[dict[str, Any] | LateRow]:
             if not Path(self.marker).exists():
                 Path(self.marker).write_text(place.worker)
                 break_gpu()

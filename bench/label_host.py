@@ -16,6 +16,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -35,7 +36,7 @@ from pmpd.decode.pulse import Pulse
 from pmpd.decode.requests import Completion
 from pmpd.decode.slots import NEVER, SlotCache
 from pmpd.labeling.config import LabelConfig
-from pmpd.labeling.label import LabelPlan, beside
+from pmpd.labeling.label import LabelPlan, in_order, submitted
 from pmpd.labeling.scoring import RowScorer, Score, decode_text
 from pmpd.labeling.scoring_process import ScoringProcess
 from pmpd.weights.base import PrecisionState
@@ -263,7 +264,7 @@ class Texts:
     def rows(self, completions: Iterable[Completion]) -> Iterator[dict[str, Any]]:
         """One a prompt, made beside the decoding."""
 
-        def calls() -> Iterator[Callable[[], dict[str, Any]]]:
+        def calls() -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
             open_rows: dict[str, dict[str, Completion]] = {}
             for completion in completions:
                 key, _, name = completion.key.partition("/")
@@ -272,9 +273,10 @@ class Texts:
                     completion, tokens=self.some(len(completion.tokens)), features=None
                 )
                 if len(trajectories) == self.plan.trajectories:
-                    yield self.call(key, open_rows.pop(key))
+                    yield key, self.call(key, open_rows.pop(key))
 
-        return beside(calls())
+        with ThreadPoolExecutor(1) as thread:
+            yield from in_order(row for _, row in submitted(thread, calls()))
 
 
 def measure_clock(config: Config, slots: int) -> dict[str, Any]:

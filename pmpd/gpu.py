@@ -159,10 +159,12 @@ def _capturing() -> tuple[torch.cuda.CUDAGraph, torch.cuda.Stream]:
 
     They run one after the other, and what a step leaves behind is in buffers made outside. PyTorch drops a
     pool with its last graph, so this one stays; a stream has workspaces of its own, so there is one."""
-    keeper = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(keeper):
+    keeper, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        keeper.capture_begin(capture_error_mode="thread_local")
         torch.zeros(1, device="cuda")
-    return keeper, torch.cuda.Stream()
+        keeper.capture_end()
+    return keeper, side
 
 
 def plan_slots(

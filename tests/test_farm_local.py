@@ -22,7 +22,7 @@ from pmpd.farm import ledger
 from pmpd.farm.blame import KILLS_AT_MOST, NODE_LOSSES_BEFORE_STOP, after_kill, after_node_loss, after_stall
 from pmpd.farm.ledger import Ledger, unit_rows
 from pmpd.farm.progress import Progress
-from pmpd.farm.task import Beat, Place, Unit, UnitResult
+from pmpd.farm.task import Beat, LateRow, Place, Unit, UnitResult
 from pmpd.farm.workbench import Workbench, poisons_process
 from pmpd.storage import keys
 from pmpd.storage.lease import LeaseLostError
@@ -557,6 +557,55 @@ def test_a_unit_that_nobody_brings_meanwhile_is_read_ahead_and_on_offer(bench, m
     assert worker.run(second).error_items == 0
     assert task.offered == [list(second.ids), []]
     assert reads == [first.name, second.name], "read twice"
+
+
+@dataclasses.dataclass(frozen=True)
+class LateTask(FakeTask):
+    """A `FakeTask` whose rows come once `others` is set, which the unit of the row `last` does."""
+
+    last: str = ""
+    others: threading.Event = dataclasses.field(default_factory=threading.Event)
+
+    def build(self, place):
+        built = super().build(place)
+
+        def run(items):
+            for item in items:
+                key = item["prompts"]["prompt_id"]
+                if key == self.last:
+                    self.others.set()
+
+                def row(item=item):
+                    assert self.others.wait(60), "the next unit waited for rows that need no device"
+                    return next(iter(built.run([item])))
+
+                yield LateRow(key, row)
+
+        return dataclasses.replace(built, run=run)
+
+
+def test_late_rows_are_made_beside_the_next_unit_and_an_exception_is_of_its_row(bench, tmp_path):
+    make, unit, _ = bench
+    first, second = (
+        Unit(unit.ids[part], {"prompts": unit.rows["prompts"][part]}) for part in (slice(0, 2), slice(2, 3))
+    )
+    worker = make(LateTask(raises=(first.ids[0],), last=second.ids[0]))
+    results: dict[str, UnitResult] = {}
+    threads = [
+        threading.Thread(target=lambda some=some: results.update({some.name: worker.run(some)}))
+        for some in (first, second)
+    ]
+    threads[0].start()
+    while not worker._writing.locked():  # its turn is over
+        time.sleep(0.01)
+    threads[1].start()
+    for thread in threads:
+        thread.join(60)
+    assert [results[some.name].error_items for some in (first, second)] == [1, 0]
+    rows = storage.read_table(tmp_path / "out").to_pylist()
+    assert {row["prompt_id"]: bool(row["error"]) for row in rows} == {
+        key: key == first.ids[0] for key in unit.ids
+    }
 
 
 @dataclasses.dataclass(frozen=True)

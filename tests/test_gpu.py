@@ -308,7 +308,7 @@ def test_labelling_makes_the_host_wait_for_nothing_but_tokens():
     def decode(ends: set[int]) -> list[Completion]:
         return list(engine.run(requests, plan.scheduler, 4, ends))
 
-    ends = {done.tokens[11] for done in decode(set())}
+    ends = set(sorted({done.tokens[11] for done in decode(set())})[:2])
     decode(ends)  # compiles and captures
     torch.cuda.set_sync_debug_mode("error")
     try:

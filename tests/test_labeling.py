@@ -10,6 +10,8 @@ import threading
 import types
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,7 +26,7 @@ from pmpd.decode.pulse import Pulse
 from pmpd.decode.requests import Completion, Request
 from pmpd.errors import UserError
 from pmpd.labeling.config import LabelConfig
-from pmpd.labeling.label import Labeler, beside, label_prompts, reference_prompts
+from pmpd.labeling.label import Labeler, in_order, label_prompts, reference_prompts, submitted
 from pmpd.labeling.rule import LabelRule, Trajectory, label_of
 from pmpd.labeling.scoring import PairBranches, RowScorer
 from pmpd.labeling.scoring_process import ScoringProcess
@@ -219,6 +221,10 @@ def test_references_come_from_an_unquantized_model(anyprec_folder, dense_folder,
     assert not (tmp_path / "out").exists()
 
 
+def labelled(labeler: Labeler, unit: list[dict], references: dict) -> list[dict]:
+    return list(in_order(row for _, row in labeler(unit, references)))
+
+
 def test_rows_are_scored_beside_the_decoding():
     """The next call is made while the last one is still at work; results keep their order, an exception is
     that of its own row."""
@@ -233,18 +239,40 @@ def test_rows_are_scored_beside_the_decoding():
         raise ZeroDivisionError
 
     def calls():
-        yield first
+        yield "0", first
         assert begun.wait(30)
         go_on.set()
-        yield lambda: {"row": 1}
-        yield fails
+        yield "1", lambda: {"row": 1}
+        yield "2", fails
 
-    before, rows = sys.getswitchinterval(), []
-    with pytest.raises(ZeroDivisionError):
-        rows.extend(beside(calls()))
-    assert sys.getswitchinterval() == before
-    rows = list(itertools.islice(beside(calls()), 2))
-    assert rows == [{"row": 0}, {"row": 1}]
+    before = sys.getswitchinterval()
+    with ThreadPoolExecutor(1) as thread:
+        keys, futures = zip(*submitted(thread, calls()), strict=True)
+        assert sys.getswitchinterval() == before
+        assert keys == ("0", "1", "2")
+        rows = in_order(futures)
+        assert list(itertools.islice(rows, 2)) == [{"row": 0}, {"row": 1}]
+        with pytest.raises(ZeroDivisionError):
+            next(rows)
+
+
+def test_a_unit_has_ended_while_its_last_rows_are_still_scored(models):
+    """The next one decodes meanwhile."""
+    quantized, reference = models
+    rows, config = prompt_rows(4), LabelConfig(CHAIN, NEW_TOKENS, slots=16)
+    references = {row["prompt_id"]: row for row in reference_prompts(reference, rows, config)}
+    labeler, go_on = Labeler(quantized, config), threading.Event()
+    score = labeler._score
+
+    def waits(*arguments: Any) -> dict:
+        assert go_on.wait(30), "the decoding waited for the scores"
+        return score(*arguments)
+
+    labeler._score = waits
+    late = [row for unit in (rows[:2], rows[2:]) for _, row in labeler(unit, references)]
+    assert not any(row.done() for row in late)
+    go_on.set()
+    assert same_labels(list(in_order(late)), list(label_prompts(quantized, rows, references, config)))
 
 
 def test_rows_scored_in_a_process_of_their_own_are_the_same(models):
@@ -252,9 +280,9 @@ def test_rows_scored_in_a_process_of_their_own_are_the_same(models):
     rows = prompt_rows(4)
     config = LabelConfig(CHAIN, NEW_TOKENS, slots=16)
     references = {row["prompt_id"]: row for row in reference_prompts(reference, rows, config)}
-    here = list(Labeler(quantized, config)(rows, references))
+    here = labelled(Labeler(quantized, config), rows, references)
     labeler = Labeler(quantized, config, own_process=True)
-    there = list(labeler(rows, references))
+    there = labelled(labeler, rows, references)
     assert same_labels(there, here)
     for row, other in zip(sorted(here, key=of_prompt), sorted(there, key=of_prompt), strict=True):
         assert row.keys() == other.keys()
@@ -377,7 +405,7 @@ def test_the_next_unit_decodes_in_slots_that_the_last_rows_of_a_unit_leave_free(
         found = []
         for index, unit in enumerate(units):
             waiting[:] = units[index + 1] if offers and index + 1 < len(units) else []
-            of_unit = list(labeler(unit, references))
+            of_unit = labelled(labeler, unit, references)
             assert {row["prompt_id"] for row in of_unit} == {row["prompt_id"] for row in unit}
             found += of_unit
         steps.append(quantized.pulse.steps)
@@ -408,7 +436,9 @@ def test_an_offer_that_has_no_room_waits_for_its_unit_and_a_unit_that_fails_leav
     waiting = [{row["prompt_id"]: row for row in long}]
     labeler = Labeler(quantized, config, offer=lambda: waiting.pop() if waiting else {})
     quantized._engine = None  # one of exactly the first unit's length
-    assert same_labels([*labeler(short, references), *labeler(long, references)], expected)
+    assert same_labels(
+        [*labelled(labeler, short, references), *labelled(labeler, long, references)], expected
+    )
     assert not waiting
 
     waiting.append({row["prompt_id"]: row for row in long})
@@ -417,7 +447,9 @@ def test_an_offer_that_has_no_room_waits_for_its_unit_and_a_unit_that_fails_leav
     labels.close()
     waiting.clear()
     assert quantized._engine is not None
-    assert same_labels([*labeler(short, references), *labeler(long, references)], expected)
+    assert same_labels(
+        [*labelled(labeler, short, references), *labelled(labeler, long, references)], expected
+    )
 
 
 def test_a_decode_that_goes_on_from_unit_to_unit_holds_no_rows_that_are_done(models):

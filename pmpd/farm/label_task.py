@@ -8,7 +8,7 @@ from typing import Any
 
 from pmpd import storage
 from pmpd.farm.load_model import load_model
-from pmpd.farm.task import BuiltTask, FarmTask, Item, Place
+from pmpd.farm.task import BuiltTask, FarmTask, Item, LateRow, Place
 from pmpd.labeling.rule import RULES, LabelRule
 from pmpd.schedulers.chain import class_steps
 from pmpd.weights.model_spec import ModelSpec
@@ -97,9 +97,10 @@ class LabelTask(FarmTask):
         on_gpu = model.device.type == "cuda"
         labeler = Labeler(model, config, unquantized, offered, own_process=on_gpu and not forced)
 
-        def label(items: list[Item]) -> Iterable[dict[str, Any]]:
+        def label(items: list[Item]) -> Iterable[LateRow]:
             references = {item["references"]["prompt_id"]: item["references"] for item in items}
-            return labeler([item["prompts"] for item in items], references)
+            for key, row in labeler([item["prompts"] for item in items], references):
+                yield LateRow(key, row.result)
 
         def tokens(row: dict[str, Any]) -> int:  # none is decoded by a teacher-forced rule
             return sum(count or 0 for pair in row["pairs"] for count in pair["branch_tokens"])

@@ -32,10 +32,20 @@ class Place:
 
 
 @dataclass(frozen=True)
+class LateRow:
+    """A row for which a worker's device has nothing more to do: the next unit has its turn meanwhile."""
+
+    key: str
+    """The item's id."""
+    row: Callable[[], dict[str, Any]]
+    """Waits for it. An exception is charged to it."""
+
+
+@dataclass(frozen=True)
 class BuiltTask:
     """A task with its model loaded, inside a worker."""
 
-    run: Callable[[list[Item]], Iterable[dict[str, Any]]]
+    run: Callable[[list[Item]], Iterable[dict[str, Any] | LateRow]]
     """Rows for a unit of items, in any order. An exception is charged to the one row that raises it (the
     others are done again)."""
     schema: pa.Schema

@@ -1,8 +1,8 @@
 """What a worker does with a unit of items: read, run the task, write one shard. Imports no Ray.
 
 A row that raises is an error row; a unit's shard is written all or nothing, and only for a run that holds its
-lease and has not replaced this worker. Two threads may each do a unit: while one works, the shard of the one
-before is written, so that a GPU does not wait for storage.
+lease and has not replaced this worker. Two threads may each do a unit: while one works, the last rows of the
+one before are made where they need no device any more, and its shard is written, so that a GPU does not wait.
 """
 
 from __future__ import annotations
@@ -19,7 +19,17 @@ import pyarrow as pa
 
 from pmpd import storage
 from pmpd.errors import UserError
-from pmpd.farm.task import Beat, FarmTask, Item, Place, Unit, UnitResult, WorkerInfo, shard_path
+from pmpd.farm.task import (
+    Beat,
+    FarmTask,
+    Item,
+    LateRow,
+    Place,
+    Unit,
+    UnitResult,
+    WorkerInfo,
+    shard_path,
+)
 from pmpd.storage.lease import check_publication
 
 
@@ -101,9 +111,10 @@ class Workbench:
                 with contextlib.suppress(Exception):  # told when it is its turn
                     self._later = {later.name: self._read(later)}
                     self._next = self._workable(later, self._later[later.name])
-            rows, forwards = self._done(unit, items)
+            rows, late, forwards = self._done(unit, items)
             self._writing.acquire()  # before the next unit has its turn: no two shards at once
         try:
+            self._wait_for(late, items, rows)
             table = self._table(items, rows)
             self._check_publication()
             path = shard_path(self.dataset, unit)
@@ -134,11 +145,13 @@ class Workbench:
 
     def _done(
         self, unit: Unit, items: dict[str, Item]
-    ) -> tuple[dict[str, list[dict[str, Any]]], dict[int, int]]:
-        """(the rows of the unit's items, precision -> forwards of rows)."""
+    ) -> tuple[dict[str, list[dict[str, Any]]], list[LateRow], dict[int, int]]:
+        """(the rows of the unit's items, those of them that are still to come, precision -> forwards of
+        rows)."""
         pulse = self.built.pulse
         before = pulse.by_bits()
         rows: dict[str, list[dict[str, Any]]] = {}
+        late: list[LateRow] = []
         self._forwards_before, self._rows, self._unit = pulse.forwards, rows, unit
         try:
             for key, item in items.items():
@@ -146,12 +159,22 @@ class Workbench:
                 if problem is not None:
                     rows[key] = [self._error_row(item, problem)]
             self._may_offer = True
-            self._work({key: item for key, item in items.items() if key not in rows}, rows)
+            self._work({key: item for key, item in items.items() if key not in rows}, rows, late)
         finally:
             self._may_offer = False
             pulse.rest()
             self._unit, self._rows = None, {}
-        return rows, dict(pulse.by_bits() - before)
+        return rows, late, dict(pulse.by_bits() - before)
+
+    def _wait_for(
+        self, late: Iterable[LateRow], items: Mapping[str, Item], rows: dict[str, list[dict[str, Any]]]
+    ) -> None:
+        for coming in late:
+            try:
+                row = coming.row()
+            except Exception as error:
+                row = self._error_row(items[coming.key], error_text(error))
+            rows[coming.key].append(row)
 
     def beat(self) -> Beat | None:
         """How far the unit is, None between units; another thread asks."""
@@ -180,12 +203,14 @@ class Workbench:
                     items[key][name] = row
         return items
 
-    def _work(self, items: dict[str, Item], rows: dict[str, list[dict[str, Any]]]) -> None:
-        """Fills `rows`. After an exception the items not yet done are tried one by one, to find the row it
-        belongs to."""
+    def _work(
+        self, items: dict[str, Item], rows: dict[str, list[dict[str, Any]]], late: list[LateRow]
+    ) -> None:
+        """Fills `rows` and `late`. After an exception the items not yet done are tried one by one, to find
+        the row it belongs to."""
         try:
             if items:
-                self._collect(list(items.values()), rows)
+                self._collect(list(items.values()), rows, late)
         except Exception as error:
             self._may_offer = False
             if poisons_process(error):
@@ -195,20 +220,24 @@ class Workbench:
             left = {key: item for key, item in items.items() if key not in rows}
             if len(items) > 1:
                 for key, item in left.items():
-                    self._work({key: item}, rows)
+                    self._work({key: item}, rows, late)
             else:
                 rows.update({key: [self._error_row(item, error_text(error))] for key, item in left.items()})
         for key, item in items.items():
             if key not in rows:
                 rows[key] = [self._error_row(item, "the task returned no row for it")]
 
-    def _collect(self, items: list[Item], rows: dict[str, list[dict[str, Any]]]) -> None:
+    def _collect(self, items: list[Item], rows: dict[str, list[dict[str, Any]]], late: list[LateRow]) -> None:
         expected = {next(iter(item.values()))[self.task.id_column] for item in items}
         for row in self.built.run(items):
-            key = row[self.task.id_column]
+            key = row.key if isinstance(row, LateRow) else row[self.task.id_column]
             assert key in expected, f"a row of an item that was not asked for: {key}"
             assert not (self.task.one_row_per_item and key in rows), f"two rows of one item: {key}"
-            rows.setdefault(key, []).append(row)
+            of_item = rows.setdefault(key, [])
+            if isinstance(row, LateRow):
+                late.append(row)
+            else:
+                of_item.append(row)
 
     def _table(self, items: Mapping[str, Item], rows: dict[str, list[dict[str, Any]]]) -> pa.Table:
         """The unit's shard. An item with a value that its column can't hold becomes an error row, in `rows`

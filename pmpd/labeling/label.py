@@ -75,12 +75,13 @@ def label_prompts(
     A prompt whose reference is missing, an error or nothing that can be scored, or whose logits are not
     finite, becomes a row with `error` set.
     """
-    return Labeler(model, config, unquantized)(prompts, references)
+    return in_order(row for _, row in Labeler(model, config, unquantized)(prompts, references))
 
 
 class Labeler:
     """Labels prompts, a unit a call. What `offer` gives meanwhile, of the unit that comes next, decodes in
-    slots that the last rows of a unit leave free; the call for that unit goes on with it."""
+    slots that the last rows of a unit leave free; the call for that unit goes on with it. Rows are scored
+    beside the decoding, so a unit's last ones are still to come when its decoding has ended."""
 
     def __init__(
         self,
@@ -96,49 +97,66 @@ class Labeler:
         self._branches = _CarriedBranches(offer)
         scorer = RowScorer(model.tokenizer, frozenset(model.eos_token_ids), config)
         self._score: Score = ScoringProcess(scorer) if own_process else scorer
+        self._thread = ThreadPoolExecutor(1, "label-rows")
 
-    def __call__(self, prompts: Iterable[Mapping[str, Any]], references: Rows) -> Iterator[Row]:
-        """As `label_prompts`. All of it is to be taken before the next call."""
+    def __call__(
+        self, prompts: Iterable[Mapping[str, Any]], references: Rows
+    ) -> Iterator[tuple[str, Future[Row]]]:
+        """(prompt_id, its row as in `label_prompts`), in any order. All of it is to be taken before the next
+        call; the rows themselves may be waited for later."""
         model, config = self._model, self._config
         usable = {}
         for row in prompts:
             reference = references.get(row["prompt_id"])
             if reference is None or reference["error"]:
                 why = reference["error"] if reference else "not in the references"
-                yield error_row(row, config, f"ValueError: no reference output ({why})")
+                yield _there(error_row(row, config, f"ValueError: no reference output ({why})"))
             else:
                 usable[row["prompt_id"]] = row
         if not usable:
             return
         if config.rule.branches == "teacher_forced":
             assert self._unquantized is not None, "a teacher-forced rule needs the unquantized model"
-            yield from forced_labels(model, self._unquantized, usable, references, config)
+            yield from map(_there, forced_labels(model, self._unquantized, usable, references, config))
             return
         decode = _published_branches if config.rule.branches == "published" else self._branches
-        score = self._score
-        made = (
-            functools.partial(_label_row, score, usable[key], references[key], pairs, config)
+        calls = (
+            (key, functools.partial(_label_row, self._score, usable[key], references[key], pairs, config))
             for key, pairs in decode(model, usable, config)
         )
-        yield from beside(made)
+        yield from submitted(self._thread, calls)
 
 
-def beside(calls: Iterable[Callable[[], Row]]) -> Iterator[Row]:
-    """What `calls` give, in their order. They run in a thread of their own, so that whatever makes them (a
-    GPU that decodes) goes on meanwhile."""
+def _there(row: Row) -> tuple[str, Future[Row]]:
+    """A row that is made already."""
+    future: Future[Row] = Future()
+    future.set_result(row)
+    return row["prompt_id"], future
+
+
+def submitted(
+    thread: ThreadPoolExecutor, calls: Iterable[tuple[str, Callable[[], Row]]]
+) -> Iterator[tuple[str, Future[Row]]]:
+    """What `calls` will give, in their order. They run in `thread`, so that whatever makes them (a GPU that
+    decodes) goes on meanwhile."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(min(before, SWITCH_SECONDS))
     try:
-        with ThreadPoolExecutor(1, "label-rows") as thread:
-            waiting: deque[Future[Row]] = deque()
-            for call in calls:
-                waiting.append(thread.submit(call))
-                while waiting and waiting[0].done():
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
+        for key, call in calls:
+            yield key, thread.submit(call)
     finally:
         sys.setswitchinterval(before)
+
+
+def in_order(futures: Iterable[Future[Row]]) -> Iterator[Row]:
+    """Each as soon as it and those before it are there."""
+    waiting: deque[Future[Row]] = deque()
+    for future in futures:
+        waiting.append(future)
+        while waiting and waiting[0].done():
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
 
 
 def _own_branches(
