@@ -7,6 +7,7 @@ import itertools
 import os
 import sys
 import threading
+import time
 import types
 from collections import Counter
 from collections.abc import Callable
@@ -28,8 +29,8 @@ from pmpd.errors import UserError
 from pmpd.labeling.config import LabelConfig
 from pmpd.labeling.label import Labeler, in_order, label_prompts, reference_prompts, submitted
 from pmpd.labeling.rule import LabelRule, Trajectory, label_of
-from pmpd.labeling.scoring import PairBranches, RowScorer
-from pmpd.labeling.scoring_process import ScoringProcess
+from pmpd.labeling.scoring import PairBranches, RowScorer, Score
+from pmpd.labeling.scoring_process import ScoringProcess, ScoringProcesses
 from pmpd.metrics.rouge import rouge_l
 from tests.helpers import write_anyprec, write_dense
 from tests.test_engine import random_prompts
@@ -324,12 +325,20 @@ def a_rule_that_exits(trajectory: Trajectory, reference: Trajectory) -> float:
     sys.exit(2)
 
 
+def a_rule_that_says_where_it_runs(trajectory: Trajectory, reference: Trajectory) -> float:
+    time.sleep(0.3)
+    return float(os.getpid())
+
+
+def scorer_by(score: Callable[..., float]) -> RowScorer:
+    return RowScorer(Words(), frozenset({0}), LabelConfig((4, 3), 8, 4, LabelRule("odd", 1, score)))
+
+
 def scoring_process(score: Callable[..., float]) -> ScoringProcess:
-    rule = LabelRule("odd", 1, score)
-    return ScoringProcess(RowScorer(Words(), frozenset({0}), LabelConfig((4, 3), 8, 4, rule)))
+    return ScoringProcess(scorer_by(score))
 
 
-def scored_row(score: ScoringProcess, first: int = 5) -> dict:
+def scored_row(score: Score, first: int = 5) -> dict:
     branch = Completion("a", [5, 6, 7], [(4, 3)], (7,), "length")
     row = {"prompt_id": "a", "input_ids": [5, 6], "prompt_text": "x"}
     reference = {"reference_ids": [first, 6, 8], "reference_text": "a word"}
@@ -347,6 +356,13 @@ def test_a_process_that_scores_is_replaced_and_ends_with_its_owner():
     assert second is not first
     del score
     assert second.poll() == 0, "it ends with its standard input"
+
+
+def test_several_threads_score_at_a_time_each_with_a_process_for_itself():
+    score = ScoringProcesses(scorer_by(a_rule_that_says_where_it_runs), 2)
+    with ThreadPoolExecutor(2) as threads:
+        rows = list(threads.map(lambda _: scored_row(score), range(4)))
+    assert len({row["pairs"][0]["scores"][0] for row in rows}) == 2
 
 
 def test_what_a_rule_raises_elsewhere_is_raised_here():

@@ -19,6 +19,7 @@ import pytest
 
 from pmpd import storage
 from pmpd.cli.main import main as run_command
+from pmpd.storage.dataset import parquet_options
 
 
 def label_rows(count: int, head_dim: int = 4) -> list[dict]:
@@ -87,6 +88,16 @@ def test_float16_features_are_exact_in_every_reader(tmp_path):
             np.testing.assert_array_equal(
                 np.stack([np.asarray(vector, np.float16) for vector in features]), wanted[key]
             )
+
+
+def test_every_column_but_the_features_may_have_a_dictionary(tmp_path):
+    """Parquet's own names of them, of every table."""
+    for schema in (storage.PROMPTS, storage.CONVERSATIONS, storage.GENERATIONS, storage.labels_schema(64)):
+        pq.write_table(schema.empty_table(), tmp_path / "empty.parquet")
+        columns = pq.ParquetFile(tmp_path / "empty.parquet").schema
+        paths = [columns.column(index).path for index in range(len(columns))]
+        features = [path for path in paths if path.split(".")[0] in ("keys", "values")]
+        assert sorted([*parquet_options(schema)["use_dictionary"], *features]) == sorted(paths)
 
 
 def test_nulls_inside_a_pair_stay_null(tmp_path):

@@ -28,7 +28,7 @@ from pmpd.labeling import published
 from pmpd.labeling.config import LabelConfig, error_row
 from pmpd.labeling.forced import forced_labels
 from pmpd.labeling.scoring import PairBranches, RowScorer, Score, decode_text
-from pmpd.labeling.scoring_process import ScoringProcess
+from pmpd.labeling.scoring_process import ScoringProcesses
 from pmpd.model import PMPDForCausalLM
 from pmpd.schedulers.chain import NUM_CLASSES, class_steps
 from pmpd.schedulers.static import StaticScheduler
@@ -36,6 +36,9 @@ from pmpd.schedulers.static import StaticScheduler
 SWITCH_SECONDS = 2e-4
 """How long the decode loop waits for the interpreter while rows are scored beside it: it lets go of it in
 every call of torch, and Python's 5 ms would starve a GPU."""
+
+SCORING_PROCESSES = 3
+"""Many rows end together, at the limit of their tokens, and their unit is over once they are scored."""
 
 Row = dict[str, Any]
 Rows = Mapping[str, Mapping[str, Any]]
@@ -91,13 +94,14 @@ class Labeler:
         offer: Callable[[], Rows] = dict,
         own_process: bool = False,
     ) -> None:
-        """`own_process`: trajectories are scored in another process, so that no Python of theirs keeps this
+        """`own_process`: trajectories are scored in other processes, so that no Python of theirs keeps this
         one from giving a GPU its next steps."""
         self._model, self._config, self._unquantized = model, config, unquantized
         self._branches = _CarriedBranches(offer)
         scorer = RowScorer(model.tokenizer, frozenset(model.eos_token_ids), config)
-        self._score: Score = ScoringProcess(scorer) if own_process else scorer
-        self._thread = ThreadPoolExecutor(1, "label-rows")
+        count = SCORING_PROCESSES if own_process else 1
+        self._score: Score = ScoringProcesses(scorer, count) if own_process else scorer
+        self._threads = ThreadPoolExecutor(count, "label-rows")
 
     def __call__(
         self, prompts: Iterable[Mapping[str, Any]], references: Rows
@@ -124,7 +128,7 @@ class Labeler:
             (key, functools.partial(_label_row, self._score, usable[key], references[key], pairs, config))
             for key, pairs in decode(model, usable, config)
         )
-        yield from submitted(self._thread, calls)
+        yield from submitted(self._threads, calls)
 
 
 def _there(row: Row) -> tuple[str, Future[Row]]:
@@ -135,15 +139,15 @@ def _there(row: Row) -> tuple[str, Future[Row]]:
 
 
 def submitted(
-    thread: ThreadPoolExecutor, calls: Iterable[tuple[str, Callable[[], Row]]]
+    threads: ThreadPoolExecutor, calls: Iterable[tuple[str, Callable[[], Row]]]
 ) -> Iterator[tuple[str, Future[Row]]]:
-    """What `calls` will give, in their order. They run in `thread`, so that whatever makes them (a GPU that
+    """What `calls` will give, in their order. They run in `threads`, so that whatever makes them (a GPU that
     decodes) goes on meanwhile."""
     before = sys.getswitchinterval()
     sys.setswitchinterval(min(before, SWITCH_SECONDS))
     try:
         for key, call in calls:
-            yield key, thread.submit(call)
+            yield key, threads.submit(call)
     finally:
         sys.setswitchinterval(before)
 

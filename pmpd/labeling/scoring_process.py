@@ -14,6 +14,7 @@ import subprocess
 import sys
 import weakref
 from collections.abc import Mapping, Sequence
+from queue import SimpleQueue
 from typing import Any
 
 from pmpd.errors import UserError
@@ -77,6 +78,25 @@ class ScoringProcess:
         stdin.write(question)
         stdin.flush()
         return pickle.load(stdout)
+
+
+class ScoringProcesses:
+    """A `Score` that several threads may call at a time, as many as there are processes."""
+
+    def __init__(self, scorer: RowScorer, count: int) -> None:
+        self._free: SimpleQueue[ScoringProcess] = SimpleQueue()
+        for _ in range(count):
+            self._free.put(ScoringProcess(scorer))
+
+    def __call__(
+        self, row: Mapping[str, Any], reference: Mapping[str, Any], decoded: Sequence[PairBranches]
+    ) -> dict[str, Any]:
+        """As `ScoringProcess`; waits for one that is free."""
+        process = self._free.get()
+        try:
+            return process(row, reference, decoded)
+        finally:
+            self._free.put(process)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

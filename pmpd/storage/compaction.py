@@ -31,6 +31,7 @@ from pmpd.storage.dataset import (
     COMPACTED,
     SOURCE_KEY,
     dataset_folder,
+    parquet_options,
     remove_leftovers,
     shard_files,
 )
@@ -125,8 +126,7 @@ def _copy(paths: list[str], target: str, row_group_bytes: int, file_bytes: int) 
                     resolve(written[-1])[1],
                     schema.with_metadata({**(schema.metadata or {}), SOURCE_KEY: ",".join(sources)}),
                     filesystem=file_system,
-                    compression="zstd",
-                    write_page_checksum=True,
+                    **parquet_options(schema),
                 )
             writer.write_table(group.replace_schema_metadata(writer.schema.metadata), len(group))
             in_file += group.nbytes
