@@ -14,6 +14,7 @@ from rich.console import Console
 from pmpd import PMPDForCausalLM, storage
 from pmpd.cli.flags.label import LabelJob
 from pmpd.cli.label import main
+from pmpd.decode.slots import TokenPlaces
 from pmpd.labeling import curves as curves_module
 from pmpd.labeling.config import LabelConfig
 from pmpd.labeling.curves import curves_columns, exact_divergence, forced_rows, plain_divergence
@@ -77,10 +78,20 @@ def test_an_exact_plan_is_the_plain_one_and_no_curve(models, texts):
         np.testing.assert_allclose(divergence, plain, rtol=1e-3, atol=2e-6)
 
 
-def test_the_plans_of_a_row_are_the_plain_ones(models, texts, monkeypatch):
+@pytest.mark.parametrize("together", [False, True])
+def test_the_plans_of_a_row_are_the_plain_ones(models, texts, monkeypatch, together):
     """A switching plan costs a forward over its tail alone, against the cache of the plan that it left, and
-    has the divergence of a decode of it from its start, in batches of rows of other lengths."""
+    has the divergence of a decode of it from its start, in batches of rows of other lengths; also where the
+    rows of a forward attend together, as on a GPU."""
     quantized, unquantized = models
+    if together:
+        padded = []
+
+        def places(*some, **more):
+            padded.append(TokenPlaces(*some, **{**more, "together": True}))
+            return padded[-1]
+
+        monkeypatch.setattr("pmpd.decode.forced.TokenPlaces", places)
     prompts, references = texts
     vocabulary = unquantized.model.config.vocab_size
     monkeypatch.setitem(curves_module.LOGIT_BYTES, "cpu", 4 * vocabulary * 130)  # some rows a batch
@@ -110,6 +121,8 @@ def test_the_plans_of_a_row_are_the_plain_ones(models, texts, monkeypatch):
         assert [each["divergence"] for each in stored] == [
             pytest.approx(found.mean(), rel=1e-3) for found in exact
         ]
+    if together:
+        assert any(each.padded is not None and each.padded.begun for each in padded)
     assert len(seen) > 60
     assert apart > 0.01, "a plan is no sum of uniform curves"
 

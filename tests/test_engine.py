@@ -474,19 +474,21 @@ def test_copied_slots_hold_the_beginning_of_their_sources_in_every_layer():
         assert torch.equal(tensor[[0, 3]], old[[0, 3]])
 
 
+@pytest.mark.parametrize("offsets", [(0, 0, 0), (2, 0, 6)])
 @pytest.mark.parametrize("window", [None, 64, 4])
-def test_whole_prompts_attend_together_as_they_do_one_by_one(window, monkeypatch):
-    """In slots that hold what others have left; where a window is shorter than a prompt, one by one."""
+def test_stretches_attend_together_as_they_do_one_by_one(window, offsets, monkeypatch):
+    """Whole prompts and parts of them, in slots that hold what others have left."""
     draw = torch.Generator().manual_seed(0)
     lengths, slots = (5, 9, 7), (3, 0, 2)
     keys, values = (torch.randn(4, 2, 16, 8, generator=draw) for _ in range(2))
     query = torch.randn(sum(lengths), 4, 8, generator=draw)
     stops = list(itertools.accumulate(lengths))
     stretches = [
-        Stretch(stop - n, stop, slot, 0) for n, stop, slot in zip(lengths, stops, slots, strict=True)
+        Stretch(stop - n, stop, slot, offset)
+        for n, stop, slot, offset in zip(lengths, stops, slots, offsets, strict=True)
     ]
     at = torch.repeat_interleave(torch.tensor(slots), torch.tensor(lengths))
-    positions = torch.cat([torch.arange(n) for n in lengths])
+    positions = torch.cat([offset + torch.arange(n) for n, offset in zip(lengths, offsets, strict=True)])
     calls = []
     attention = torch.nn.functional.scaled_dot_product_attention
     monkeypatch.setattr(
@@ -496,15 +498,18 @@ def test_whole_prompts_attend_together_as_they_do_one_by_one(window, monkeypatch
     )
     alone, together = (
         attend_slots(
-            TokenPlaces(at, positions, 9, 4, stretches, together=together), query, keys, values, None, window
+            TokenPlaces(at, positions, 13, 4, stretches, together=together), query, keys, values, None, window
         )
         for together in (False, True)
     )
     torch.testing.assert_close(together, alone)
-    assert len(calls) == 3 + (3 if window == 4 else 1)
+    assert len(calls) == 3 + 1
+    for slot, n, offset in zip(slots, lengths, offsets, strict=True):
+        for left in (keys, values):
+            left[slot, :, n + offset :] = float("nan")
+    careful = TokenPlaces(at, positions, 13, 4, stretches, together=True, leftovers=True)
+    torch.testing.assert_close(attend_slots(careful, query, keys, values, None, window), alone)
     padding = [Stretch(0, 1, 0, 0), Stretch(1, 2, 1, 0), Stretch(2, 18, 2, 0)]
     assert TokenPlaces(at, positions, 16, 4, padding, together=True).padded is None, (
         "more padding than tokens"
     )
-    begun = [Stretch(0, 5, 0, 0), Stretch(5, 9, 1, 4)]
-    assert TokenPlaces(at, positions, 16, 4, begun, together=True).padded is None, "a part of a prompt"

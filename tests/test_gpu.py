@@ -3,6 +3,7 @@ device."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,6 +13,7 @@ from pmpd.decode.requests import Completion, Request
 from pmpd.kernels.cuda.matrix import CudaMatrix
 from pmpd.kernels.triton import DIGITS_BITS, ROUTES
 from pmpd.labeling.config import LabelConfig
+from pmpd.labeling.curves import ForcedRow, forced_rows
 from pmpd.labeling.label import LabelPlan
 from tests import test_kernels_triton as kernels
 from tests import test_lean_cuda as lean
@@ -328,6 +330,29 @@ def test_prefills_make_no_plans_of_cudnn():
     kinds = {event.key for event in profile.key_averages() if "scaled_dot_product" in event.key}
     assert any("flash" in kind or "efficient" in kind for kind in kinds)
     assert not any("cudnn" in kind for kind in kinds)
+
+
+def test_the_divergence_of_every_plan_on_the_device_is_the_cpus():
+    """Rows attend together there, and the host looks at nothing before all forwards are given."""
+    prompts = {f"{i}": ids for i, ids in enumerate(random_prompts(7, 60, seed=4))}
+    references = {f"{i}": ids for i, ids in enumerate(random_prompts(7, 30, seed=5))}
+    references = {key: ids if len(ids) > 1 else [*ids, 3] for key, ids in references.items()}
+
+    def rows(device: str) -> dict[str, ForcedRow]:
+        quantized, unquantized = (
+            PMPDForCausalLM(path, dtype=torch.float32).eval().to(device)
+            for path in (demo.ANYPREC, demo.DENSE)
+        )
+        return {
+            row.key: row for row in forced_rows(quantized, unquantized, prompts, references, (4, 3, 2), 31)
+        }
+
+    here, there = rows("cpu"), rows("cuda")
+    assert here.keys() == there.keys() == prompts.keys()
+    for key, row in here.items():
+        for plan, found in row.plans.items():
+            np.testing.assert_allclose(there[key].plans[plan], found, rtol=2e-2, atol=1e-4)
+        np.testing.assert_allclose(there[key].features[0], row.features[0], rtol=1e-2, atol=1e-2)
 
 
 def test_the_numbers_of_a_prompt_are_the_cpus_and_looking_changes_no_token():

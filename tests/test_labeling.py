@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import itertools
 import os
+import subprocess
 import sys
 import threading
 import time
@@ -363,6 +365,26 @@ def test_several_threads_score_at_a_time_each_with_a_process_for_itself():
     with ThreadPoolExecutor(2) as threads:
         rows = list(threads.map(lambda _: scored_row(score), range(4)))
     assert len({row["pairs"][0]["scores"][0] for row in rows}) == 2
+
+
+def test_nobody_waits_for_a_scoring_process_to_start(monkeypatch):
+    """Its scorer is larger than what a pipe holds while nobody reads it."""
+    started, made, popen = [], [], subprocess.Popen
+
+    def asleep(command, **more):
+        started.append(popen([sys.executable, "-c", "import time; time.sleep(600)"], **more))
+        return started[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", asleep)
+    scorer = dataclasses.replace(scorer_by(a_rule_that_prints), eos_token_ids=frozenset(range(100_000)))
+    thread = threading.Thread(target=lambda: made.append(ScoringProcess(scorer)), daemon=True)
+    thread.start()
+    while not started:
+        time.sleep(0.01)
+    thread.join(5)
+    waits = not made
+    started[0].kill()
+    assert not waits
 
 
 def test_what_a_rule_raises_elsewhere_is_raised_here():

@@ -1,7 +1,8 @@
 """Forwards over tokens that are given, whole stretches at a time: prefill and teacher forcing, no decoding.
 
-Rows lie in the slots of an engine's cache, one after the other in one flat forward, so nothing is padded. A
-stretch that is run again, at another precision, overwrites what it had put into the cache.
+Rows lie in the slots of an engine's cache, one after the other in one flat forward; nothing but a GPU's
+attention pads them. A stretch that is run again, at another precision, overwrites what it had put into the
+cache.
 
 Legend: n tokens of the forward, V vocabulary.
 """
@@ -10,13 +11,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
-import torch
 from torch import Tensor
 
+from pmpd import gpu
 from pmpd.decode.decoder import Decoder
-from pmpd.decode.slots import Stretch, TokenPlaces
+from pmpd.decode.slots import Stretch, TokenPlaces, within
 
 FEW_STRETCHES = 8
 """Of one precision: from more on, its tokens are multiplied together."""
@@ -38,18 +40,22 @@ def forward_given(engine: Decoder, rows: Sequence[GivenTokens], bits: int | Sequ
 
     A row's tokens before its offset must be in its slot already, by an earlier call.
     """
-    flat = [token for row in rows for token in row.ids]
-    slots = [row.slot for row in rows for _ in row.ids]
-    positions = [row.offset + index for row in rows for index in range(len(row.ids))]
-    ends = np.cumsum([len(row.ids) for row in rows]).tolist()
+    return list(forward_flat(engine, rows, bits).split([row.keep for row in rows]))
+
+
+def forward_flat(engine: Decoder, rows: Sequence[GivenTokens], bits: int | Sequence[int]) -> Tensor:
+    """As `forward_given`, the rows' logits end to end."""
+    counts = np.asarray([len(row.ids) for row in rows])
+    ends = np.cumsum(counts)
+    flat = np.concatenate([np.asarray(row.ids, dtype=np.int64) for row in rows])
+    slots = np.repeat([row.slot for row in rows], counts)
+    positions = within(counts) + np.repeat([row.offset for row in rows], counts)
+    kept = np.asarray([row.keep for row in rows])
+    keep = within(kept) + np.repeat(ends - kept, kept)
     stretches = [
-        Stretch(end - len(row.ids), end, row.slot, row.offset) for row, end in zip(rows, ends, strict=True)
+        Stretch(end - len(row.ids), end, row.slot, row.offset)
+        for row, end in zip(rows, ends.tolist(), strict=True)
     ]
-    keep = [index for row, end in zip(rows, ends, strict=True) for index in range(end - row.keep, end)]
-
-    def tensor(values: Sequence[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=engine.device)
-
     if isinstance(bits, int):
         engine.state.set_uniform(bits)
         engine.pulse.step([bits] * len(rows))
@@ -57,8 +63,12 @@ def forward_given(engine: Decoder, rows: Sequence[GivenTokens], bits: int | Sequ
         engine.state.set_tokens(bits)
         if len(engine.state.segments) > FEW_STRETCHES * len(set(bits)):
             engine.state.gather(engine.device)
-        engine.pulse.step([bits[end - 1] for end in ends])
-    places = TokenPlaces(tensor(slots), tensor(positions), max(positions) + 1, engine.slots, stretches)
-    logits = engine.forward(tensor(flat), places, tensor(keep or [0]))
+        engine.pulse.step([bits[end - 1] for end in ends.tolist()])
+    tensor = partial(gpu.to_device, device=engine.device)
+    places = TokenPlaces(
+        tensor(slots), tensor(positions), int(positions.max()) + 1, engine.slots, stretches,
+        together=engine.device.type == "cuda", leftovers=True,
+    )  # fmt: skip
+    logits = engine.forward(tensor(flat), places, tensor(keep if keep.size else np.zeros(1, np.int64)))
     engine.state.gathered = ()
-    return list(logits[: len(keep)].split([row.keep for row in rows]))
+    return logits[: keep.size]

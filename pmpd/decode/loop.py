@@ -21,7 +21,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -34,7 +33,7 @@ from pmpd.decode.precision import RowDecision, RowPrecisions, token_statistics
 from pmpd.decode.prompt_state import look_back, most_logits, probe_offset
 from pmpd.decode.requests import Completion, Fork, Prefix, Request, TokenEvent
 from pmpd.decode.sampling import RowSampling, highest
-from pmpd.decode.slots import NEVER, Stretch, TokenPlaces
+from pmpd.decode.slots import NEVER, Stretch, TokenPlaces, within
 from pmpd.schedulers.base import PrefillState, PromptState, Scheduler
 
 
@@ -60,12 +59,6 @@ def not_finite(dtype: torch.dtype) -> str:
             "as bfloat16 or float32 (--dtype, dtype=)"
         )
     return f"the model's logits are not finite in {name}; its weights may be damaged: make or copy them again"
-
-
-def _halves(arrived: Callable[[], np.ndarray], rows: slice, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """Of `rows`, the first `width` columns and the others: copies, which hold nobody else's."""
-    whole = arrived()[rows]
-    return whole[:, :width].copy(), whole[:, width:].copy()
 
 
 class _NewTokens(NamedTuple):
@@ -257,14 +250,9 @@ class DecodeLoop:
         if not batch:
             return
         lengths = [len(row.request.input_ids) for row in batch]
-        slots = np.repeat([row.slot for row in batch], lengths)
-        positions = np.concatenate([np.arange(length) for length in lengths])
-        keys, values = self.cache.token_features(*self._tensor(np.stack([slots, positions])))
-        arrived = gpu.to_host(torch.cat([keys, values], 1).half())
-        width, stops = keys.shape[1], np.cumsum(lengths)
-        for row, length, stop in zip(batch, lengths, stops.tolist(), strict=True):
-            part = slice(stop - length, stop)
-            row.features = partial(_halves, arrived, part, width)
+        coming = self.cache.send_features([row.slot for row in batch], lengths, self.device)
+        for row, features in zip(batch, coming, strict=True):
+            row.features = features
 
     def _probes(self, batch: Sequence[_Row], ends: Sequence[int]) -> list[list[int]]:
         """Of each row of a prefill, whose last tokens are at `ends`, the tokens whose logits the scheduler
@@ -459,8 +447,8 @@ class DecodeLoop:
         slots, firsts, stops = np.asarray(parts, dtype=np.int64).reshape(-1, 3).T
         counts = stops - firsts
         if counts.any():
-            within = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
-            where = self._tensor(np.stack([np.repeat(slots, counts), np.repeat(firsts, counts) + within]))
+            positions = np.repeat(firsts, counts) + within(counts)
+            where = self._tensor(np.stack([np.repeat(slots, counts), positions]))
             self.cache.clear_tokens(*where)
 
     def _stop_of(self, slot: int, seen: int, count: int, reason: str | None) -> tuple[int, str | None]:

@@ -12,10 +12,10 @@ only place where rows and slots matter.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -35,10 +35,18 @@ NEVER = 1 << 40
 IMPLEMENTATION = "pmpd_slots"
 """The name under which transformers finds `attend`."""
 
+MASK_ALIGNMENT = 16
+"""PyTorch copies a mask whose rows are no multiple of so many keys, in every layer."""
+
 BACKENDS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """Of PyTorch's attention. Not cuDNN's, which makes a plan for every new shape: no two prefills are alike."""
 
 _active = threading.local()
+
+
+def within(counts: np.ndarray) -> np.ndarray:
+    """0, 1, … of each of several stretches of `counts` int [n], end to end: int64 [sum]."""
+    return np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
 
 
 @dataclass(frozen=True)
@@ -51,13 +59,19 @@ class Stretch:
     offset: int
 
 
-class PaddedPrompts(NamedTuple):
-    """B whole prompts of a prefill forward of n tokens, the longest of L tokens."""
+class PaddedStretches(NamedTuple):
+    """B stretches of a prefill forward of n tokens, the longest of L tokens."""
 
     slots: Tensor  # int64 [B]
-    tokens: Tensor  # int64 [B, L]: places in the forward, a prompt's last one again behind its end
+    offsets: Tensor  # int64 [B]
+    seen: Tensor  # int64 [B]: keys that a stretch's last token sees
+    tokens: Tensor  # int64 [B, L]: places in the forward, a stretch's last one again behind its end
     row: Tensor  # int64 [n]
+    column: Tensor  # int64 [n]: place within the stretch
     longest: int
+    """Keys that any token sees."""
+    begun: bool
+    """Whether some are not whole prompts."""
 
 
 @dataclass
@@ -75,10 +89,14 @@ class TokenPlaces:
     masks: dict[int | None, Tensor] = field(default_factory=dict)
     """Decode masks bool [used_slots, 1, 1, longest], by window: all layers share them."""
     together: bool = False
-    """Whole prompts of a prefill are one attention a layer where padding them does not double the tokens: a
+    """The stretches of a prefill are one attention a layer where padding them does not double the tokens: a
     launch costs a GPU's host more than the padding."""
+    leftovers: bool = False
+    """Behind a row's end its slot may hold what is not finite: of rows before it that nobody cleared."""
     stretch_masks: dict[tuple[int, int, int | None], Tensor] = field(default_factory=dict)
     """Prefill masks bool [tokens, seen], by offset, tokens seen and window, likewise."""
+    padded_masks: dict[tuple[int, int | None], Tensor] = field(default_factory=dict)
+    """Of the stretches together, by keys and window."""
 
     @cached_property
     def lengths(self) -> Tensor:
@@ -86,21 +104,41 @@ class TokenPlaces:
         return self.positions + 1
 
     @cached_property
-    def padded(self) -> PaddedPrompts | None:
-        """The stretches as one batch of whole prompts; None where they are not, or not `together`."""
-        lengths = [stretch.stop - stretch.start for stretch in self.stretches]
-        begun = any(stretch.offset for stretch in self.stretches)
-        if not self.together or begun or len(lengths) * max(lengths) > 2 * sum(lengths):
+    def padded(self) -> PaddedStretches | None:
+        """The stretches as one batch; None where they are not to be `together`, or too unlike."""
+        starts, stops, slots, offsets = (
+            np.asarray([getattr(stretch, name) for stretch in self.stretches])
+            for name in ("start", "stop", "slot", "offset")
+        )
+        lengths = stops - starts
+        if not self.together or lengths.size * lengths.max() > 2 * lengths.sum():
             return None
-        parts = [
-            np.asarray([stretch.slot for stretch in self.stretches]),
-            np.asarray([stretch.start for stretch in self.stretches])[:, None]
-            + np.minimum(np.arange(max(lengths)), np.asarray(lengths)[:, None] - 1),
-            np.repeat(np.arange(len(lengths)), lengths),
-        ]
+        seen = offsets + lengths
+        tokens = starts[:, None] + np.minimum(np.arange(lengths.max()), lengths[:, None] - 1)
+        row = np.repeat(np.arange(lengths.size), lengths)
+        parts = (slots, offsets, seen, tokens, row, within(lengths))
         whole = gpu.to_device(np.concatenate([part.ravel() for part in parts]), self.slots.device)
-        slots, tokens, row = whole.split([part.size for part in parts])
-        return PaddedPrompts(slots, tokens.view(parts[1].shape), row, max(lengths))
+        cut = whole.split([part.size for part in parts])
+        at, first, last, places, of, columns = (
+            some.view(part.shape) for some, part in zip(cut, parts, strict=True)
+        )
+        return PaddedStretches(at, first, last, places, of, columns, int(seen.max()), bool(offsets.any()))
+
+    def padded_mask(self, keys: int, window: int | None, dtype: torch.dtype) -> Tensor:
+        """What is added to the scores of the padded stretches' tokens [B, 1, L, keys]: 0 or -inf."""
+        if (keys, window) not in self.padded_masks:
+            stretches = self.padded
+            assert stretches is not None
+            column, index = (
+                torch.arange(count, device=self.slots.device) for count in (stretches.tokens.shape[1], keys)
+            )
+            at = stretches.offsets[:, None] + column
+            hidden = index > at[..., None]
+            if window is not None:
+                hidden |= index <= at[..., None] - window
+            mask = torch.zeros(hidden.shape, dtype=dtype, device=self.slots.device)
+            self.padded_masks[keys, window] = mask.masked_fill_(hidden, float("-inf"))[:, None]
+        return self.padded_masks[keys, window]
 
     def stretch_mask(self, stretch: Stretch, window: int | None) -> Tensor:
         """Which of the tokens up to a stretch's end each of its tokens sees."""
@@ -227,10 +265,28 @@ class SlotCache(Cache):
         keys, values = (part[-1][slots, :, positions].float().mean(1) for part in (self.keys, self.values))
         return keys, values
 
+    def send_features(
+        self, slots: Sequence[int], lengths: Sequence[int], device: torch.device
+    ) -> list[Callable[[], tuple[np.ndarray, np.ndarray]]]:
+        """Sends for `token_features` of the first `lengths` tokens of `slots`, all in one transfer. Of each
+        slot what waits for its own: keys and values, float16 [T, D]."""
+        where = gpu.to_device(np.stack([np.repeat(slots, lengths), within(np.asarray(lengths))]), device)
+        keys, values = self.token_features(*where)
+        arrived, width = gpu.to_host(torch.cat([keys, values], 1).half()), keys.shape[1]
+        stops = np.cumsum(lengths).tolist()
+        parts = (slice(stop - length, stop) for stop, length in zip(stops, lengths, strict=True))
+        return [partial(_halves, arrived, part, width) for part in parts]
+
     def mean_features(self, slot: int, length: int) -> tuple[Tensor, Tensor]:
         """`token_features` of the first `length` tokens of one slot."""
         positions = torch.arange(length, device=self.keys[-1].device)
         return self.token_features(torch.full_like(positions, slot), positions)
+
+
+def _halves(arrived: Callable[[], np.ndarray], rows: slice, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of `rows`, the first `width` columns and the others: copies, which hold nobody else's."""
+    whole = arrived()[rows]
+    return whole[:, :width].copy(), whole[:, width:].copy()
 
 
 def attend(
@@ -309,18 +365,8 @@ def _attend_prefill(
     scaling: float | None,
     window: int | None,
 ) -> Tensor:
-    prompts = places.padded
-    if prompts is not None and (window is None or prompts.longest <= window):
-        slots, length = prompts.slots, prompts.longest
-        whole = torch.nn.functional.scaled_dot_product_attention(
-            query[prompts.tokens].transpose(1, 2),
-            keys[slots, :, :length],
-            values[slots, :, :length],
-            is_causal=True,
-            scale=scaling,
-            enable_gqa=query.shape[1] != keys.shape[1],
-        )
-        return whole[prompts.row, :, places.positions]
+    if places.padded is not None:
+        return _attend_padded(places, places.padded, query, keys, values, scaling, window)
     output = query.new_empty(*query.shape[:2], values.shape[3])
     for stretch in places.stretches:
         seen = stretch.offset + stretch.stop - stretch.start
@@ -338,6 +384,38 @@ def _attend_prefill(
         )
         output[stretch.start : stretch.stop] = part[0].transpose(0, 1)
     return output
+
+
+def _attend_padded(
+    places: TokenPlaces,
+    stretches: PaddedStretches,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scaling: float | None,
+    window: int | None,
+) -> Tensor:
+    group, length, mask = query.shape[1] // keys.shape[1], stretches.longest, None
+    if stretches.begun or (window is not None and length > window):
+        length = min(-(-length // MASK_ALIGNMENT) * MASK_ALIGNMENT, keys.shape[2])
+        mask = places.padded_mask(length, window, query.dtype)
+    own_keys, own_values = (part[stretches.slots, :, :length] for part in (keys, values))
+    if places.leftovers:
+        behind = torch.arange(length, device=keys.device) >= stretches.seen[:, None]
+        for part in (own_keys, own_values):
+            part.masked_fill_(behind[:, None, :, None], 0)
+    if mask is not None and group > 1:  # with a mask only the slow one of PyTorch's attentions shares heads
+        own_keys, own_values = (part.repeat_interleave(group, dim=1) for part in (own_keys, own_values))
+    whole = torch.nn.functional.scaled_dot_product_attention(
+        query[stretches.tokens].transpose(1, 2),
+        own_keys,
+        own_values,
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scaling,
+        enable_gqa=mask is None and group > 1,
+    )
+    return whole[stretches.row, :, stretches.column]
 
 
 AttentionInterface.register(IMPLEMENTATION, attend)

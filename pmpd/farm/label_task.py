@@ -84,7 +84,8 @@ class LabelTask(FarmTask):
 
         model, device = load_model(self.model, place)
         forced = self.rule.branches == "teacher_forced"
-        note = prefer_dense(model, model.device, self.slots) if self.prefer_dense and not forced else ""
+        together = None if forced else self.slots  # a forced row's tokens are all multiplied together
+        note = prefer_dense(model, model.device, together) if self.prefer_dense else ""
         assert not forced or self.reference_model is not None
         unquantized = load_model(self.reference_model, place)[0] if forced and self.reference_model else None
         config = LabelConfig(self.precisions, self.max_new_tokens, self.slots, self.rule)

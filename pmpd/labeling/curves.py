@@ -21,8 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pmpd import gpu
 from pmpd.decode.engine import Engine
-from pmpd.decode.forced import GivenTokens, forward_given
+from pmpd.decode.forced import GivenTokens, forward_flat, forward_given
 from pmpd.decode.precision import token_statistics
 from pmpd.decode.prompt_state import (
     LOGIT_BYTES,
@@ -32,12 +33,15 @@ from pmpd.decode.prompt_state import (
     probe_offset,
     prompt_states,
 )
+from pmpd.decode.slots import within
 from pmpd.model import PMPDForCausalLM
 from pmpd.schedulers.base import STATISTICS
 from pmpd.schedulers.chain import SIXTHS, plan_points, sixths_plans
 
 BATCH_TOKENS = {"cpu": 4096, "cuda": 2**15}
 """Tokens of one forward, about, by device."""
+TOGETHER = 1024
+"""Distributions that are compared at a time."""
 
 
 @dataclass(frozen=True)
@@ -117,10 +121,11 @@ def forced_rows(
             GivenTokens(slot, 0, [*prompts[key], *references[key][:-1]], len(references[key]) - 1)
             for slot, key in enumerate(keys)
         ]
-        wanted = [
-            logits.float().log_softmax(-1)
-            for logits in forward_given(target, whole, unquantized.precisions[0])
-        ]
+        logits = forward_flat(target, whole, unquantized.precisions[0])
+        wanted = torch.empty(logits.shape, device=logits.device)
+        for own, some in zip(wanted.split(TOGETHER), logits.split(TOGETHER), strict=True):
+            own.copy_(some.float().log_softmax(-1))
+        del logits
         yield from _forced_batch(engine, keys, prompts, references, wanted, precisions, points)
 
 
@@ -135,10 +140,12 @@ def _forced_batch(
     keys: Sequence[str],
     prompts: Mapping[str, Sequence[int]],
     references: Mapping[str, Sequence[int]],
-    wanted: Sequence[Tensor],
+    wanted: Tensor,
     precisions: Sequence[int],
     points: Sequence[int],
 ) -> Iterator[ForcedRow]:
+    """`wanted` float32 [sum of m, V]: the unquantized model's log probabilities, rows end to end. The GPU is
+    given all forwards before the host looks at what came of the first."""
     before = [
         GivenTokens(slot, 0, list(prompts[key])[: probe_offset(len(prompts[key]))])
         for slot, key in enumerate(keys)
@@ -147,36 +154,54 @@ def _forced_batch(
     if before:
         forward_given(engine, before, precisions[0])
     states = prompt_states(engine, [(slot, prompts[key]) for slot, key in enumerate(keys)], precisions)
-    features = [engine.cache.mean_features(slot, len(prompts[key])) for slot, key in enumerate(keys)]
+    lengths = [len(prompts[key]) for key in keys]
+    features = engine.cache.send_features(range(len(keys)), lengths, engine.device)
     given = [
         GivenTokens(slot, len(prompts[key]), references[key][:-1], len(references[key]) - 1)
         for slot, key in enumerate(keys)
     ]
+    forwards = np.asarray([len(row.ids) for row in given])
+    begins = forwards.cumsum() - forwards
+    sent = []
+    for plan, parent, start, logits in plan_forwards(engine, given, precisions, points):
+        counts = np.maximum(forwards - start, 0)
+        at = gpu.to_device(np.repeat(begins + start, counts) + within(counts), engine.device)
+        of_one = not any(plan[: switches(plan)])
+        table = compared(wanted, at, logits, of_one)
+        sent.append((plan, parent, start, counts, of_one, gpu.to_host(table)))
     curves: list[list[Curve]] = [[] for _ in keys]
     plans: list[dict[tuple[int, ...], np.ndarray]] = [{} for _ in keys]
-    for plan, parent, start, logits in plan_forwards(engine, given, precisions, points):
-        level = sum(at < SIXTHS for at in plan)
-        uniform = not any(plan[:level])
-        lost = torch.cat(
-            [divergence_from(row[start:], tail) for row, tail in zip(wanted, logits, strict=True)]
-        )
-        ends = np.cumsum([len(tail) for tail in logits])[:-1]
-        for row, (tail, behind) in enumerate(zip(logits, np.split(lost.cpu().numpy(), ends), strict=True)):
+    for plan, parent, start, counts, of_one, arrived in sent:
+        for row, behind in enumerate(np.split(arrived(), counts.cumsum()[:-1])):
             kept = plans[row][parent][:start] if start else np.zeros(0, np.float32)
-            found = np.concatenate([kept, behind])
-            plans[row][plan] = found
-            if uniform:
-                bits = precisions[level]
+            found = plans[row][plan] = np.concatenate([kept, behind[:, 0]])
+            if of_one:
+                bits = precisions[switches(plan)]
                 probe = states[row].probes.get(bits)
-                curves[row].append(_curve(bits, found, tail, references[keys[row]][1:], probe))
+                curves[row].append(_curve(bits, found, behind, references[keys[row]][1:], probe))
     steps = {
         tuple(plan): tuple(points[at] for at in plan) for plan in sixths_plans(len(precisions) - 1).tolist()
     }
     for row, key in enumerate(keys):
-        halves = tuple(part.half().cpu().numpy() for part in features[row])
-        yield ForcedRow(
-            key, tuple(curves[row]), plans[row], steps, states[row].values, (halves[0], halves[1])
-        )
+        yield ForcedRow(key, tuple(curves[row]), plans[row], steps, states[row].values, features[row]())
+
+
+def switches(plan: Sequence[int]) -> int:
+    """How many switches of a plan of `chain.sixths_plans` come at all."""
+    return sum(at < SIXTHS for at in plan)
+
+
+def compared(wanted: Tensor, at: Tensor, logits: Tensor, all_numbers: bool) -> Tensor:
+    """What forwards' logits [n, V] say: the divergence from the distributions `at` int64 [n] of `wanted`, and
+    with `all_numbers` the `STATISTICS` and the likeliest token: float32 [n, 1 or 2 + statistics]. Some at a
+    time, so that memory holds few distributions."""
+    rows = [wanted.new_zeros(0, 2 + len(STATISTICS) if all_numbers else 1)]
+    for index, some in zip(at.split(TOGETHER), logits.split(TOGETHER), strict=True):
+        columns = [divergence_from(wanted[index], some)[:, None]]
+        if all_numbers:
+            columns += [token_statistics(STATISTICS, some), some.argmax(-1, keepdim=True).float()]
+        rows.append(torch.cat(columns, 1))
+    return torch.cat(rows)
 
 
 def plan_forwards(
@@ -185,10 +210,10 @@ def plan_forwards(
     chain: Sequence[int],
     points: Sequence[int],
     plan: tuple[int, ...] = (),
-) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], int, list[Tensor]]]:
+) -> Iterator[tuple[tuple[int, ...], tuple[int, ...], int, Tensor]]:
     """Every plan of `chain.sixths_plans`, its parent (the plan without its last switch), the step `start` at
-    which they part, and of each row of `given` (its decode forwards) the logits of its forwards behind
-    `start`: [m - start, V], none of a shorter row. A plan comes after its parent.
+    which they part, and the logits [n, V] of the forwards behind `start` of the rows of `given` (their decode
+    forwards), end to end: m - start of each, none of a shorter one. A plan comes after its parent.
 
     In place: children switch late ones first, so that what a forward overwrites in the cache is behind all
     that is read later.
@@ -200,13 +225,12 @@ def plan_forwards(
         for row in given
         if len(row.ids) > start
     ]
-    logits = iter(forward_given(engine, tails, chain[len(plan)]) if tails else ())
     nothing = torch.zeros(0, engine.vocabulary, device=engine.device)
     yield (
         (*plan, *never[len(plan) :]),
         (*plan[:-1], *never[max(0, len(plan) - 1) :]),
         start,
-        [next(logits) if len(row.ids) > start else nothing for row in given],
+        forward_flat(engine, tails, chain[len(plan)]) if tails else nothing,
     )
     if len(plan) < len(never):
         for at in reversed(range(plan[-1] if plan else 0, SIXTHS)):
@@ -214,16 +238,11 @@ def plan_forwards(
 
 
 def _curve(
-    bits: int, found: np.ndarray, logits: Tensor, next_tokens: Sequence[int], probe: float | None
+    bits: int, found: np.ndarray, numbers: np.ndarray, next_tokens: Sequence[int], probe: float | None
 ) -> Curve:
-    table = token_statistics(STATISTICS, logits).cpu().numpy()
-    return Curve(
-        bits,
-        found,
-        {name: table[:, column] for column, name in enumerate(STATISTICS)},
-        logits.argmax(-1).cpu().numpy() == np.asarray(next_tokens),
-        probe,
-    )
+    """`numbers`: of `compared`, all of them."""
+    statistics = {name: numbers[:, 1 + column] for column, name in enumerate(STATISTICS)}
+    return Curve(bits, found, statistics, numbers[:, -1] == np.asarray(next_tokens), probe)
 
 
 @torch.inference_mode()

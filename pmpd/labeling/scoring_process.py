@@ -65,16 +65,16 @@ class ScoringProcess:
             env={**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
         )
         self._end = weakref.finalize(self, _end, process)
-        assert process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # told when a row is asked for
-            process.stdin.write(self._scorer)
-            process.stdin.flush()
+        self._told = False
         return process
 
     def _ask(self, question: bytes) -> bytes:
         stdin, stdout = self._process.stdin, self._process.stdout
         assert stdin is not None
         assert stdout is not None
+        if not self._told:  # it takes seconds to start, and more fits into no pipe before
+            stdin.write(self._scorer)
+            self._told = True
         stdin.write(question)
         stdin.flush()
         return pickle.load(stdout)
