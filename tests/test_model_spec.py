@@ -46,6 +46,17 @@ def test_a_spec_is_known_without_torch():
     subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent, check=True)
 
 
+def test_a_checkpoint_is_opened_without_the_code_of_models(anyprec_folder):
+    """A command asks what a checkpoint holds; to import transformers' models is for workers."""
+    code = (
+        "import sys; from pmpd.weights.model_spec import ModelSpec, check_held;"
+        f"spec = ModelSpec({str(anyprec_folder('llama'))!r}, False, (4, 3)); opened = spec.open();"
+        "check_held(opened, spec.path, {'--precisions': (4, 3)}); opened.config(); opened.fingerprint();"
+        "assert 'transformers.modeling_utils' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 def test_activations_are_what_dtype_says(anyprec_folder, dtype):
     model, _ = load_model(ModelSpec(str(anyprec_folder()), dtype=dtype), PLACE)

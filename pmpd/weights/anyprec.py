@@ -8,7 +8,7 @@ are quantized). The precisions available are seed..parent; a lower one reads few
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,9 @@ from pmpd.kernels.base import BitplaneMatrix, PackedWeights
 from pmpd.weights.base import PrecisionState
 from pmpd.weights.checkpoint import Checkpoint
 from pmpd.weights.lazy import LazyLinear
-from pmpd.weights.naming import NamedTensors
+
+if TYPE_CHECKING:
+    from pmpd.weights.naming import NamedTensors
 
 
 class AnyPrecisionLinear(LazyLinear[PackedWeights]):

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-from transformers import PreTrainedModel
 
 from pmpd.weights.checkpoint import Checkpoint
-from pmpd.weights.naming import NamedTensors
 from pmpd.weights.skeleton import build_skeleton, fill
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
 
 BITS = 16
 """The precision number of unquantized weights (see the vocabulary in CONTRIBUTING)."""
@@ -16,5 +20,7 @@ BITS = 16
 def load(checkpoint: Checkpoint, dtype: torch.dtype) -> PreTrainedModel:
     """The model with its weights as `dtype`, on the CPU."""
     model = build_skeleton(checkpoint)
+    from pmpd.weights.naming import NamedTensors
+
     fill(model, NamedTensors(checkpoint, model), dtype)
     return model

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from pmpd.errors import UserError
 from pmpd.weights import anyprec, dense, gptq
 from pmpd.weights.base import PrecisionLinear, PrecisionState
 from pmpd.weights.checkpoint import Checkpoint
 from pmpd.weights.mixed_linear import MixedLinear
-from pmpd.weights.naming import NamedTensors
 from pmpd.weights.skeleton import build_skeleton, fill, replace_linears
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from pmpd.weights.naming import NamedTensors
 
 
 class WeightFormat(ABC):
@@ -163,6 +166,8 @@ def load(
     loaded = tuple(sorted(precisions or form.precisions(checkpoint) or (), reverse=True))
     form.check(checkpoint, loaded)
     model, state = build_skeleton(checkpoint), PrecisionState()
+    from pmpd.weights.naming import NamedTensors
+
     tensors, problems = NamedTensors(checkpoint, model), []
     state.set_uniform(loaded[0])
 

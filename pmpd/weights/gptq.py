@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,9 @@ from pmpd.kernels.gptq import PackedGPTQ
 from pmpd.weights.base import PrecisionState
 from pmpd.weights.checkpoint import Checkpoint
 from pmpd.weights.lazy import LazyLinear
-from pmpd.weights.naming import NamedTensors
+
+if TYPE_CHECKING:
+    from pmpd.weights.naming import NamedTensors
 
 BITS = (2, 3, 4, 8)
 FORMATS = ("gptq", "gptq_v2")

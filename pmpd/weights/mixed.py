@@ -12,10 +12,10 @@ import hashlib
 import json
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from pmpd.errors import UserError
 from pmpd.weights import dense, formats
@@ -24,8 +24,12 @@ from pmpd.weights.checkpoint import Checkpoint
 from pmpd.weights.gguf import GGUFCheckpoint, gguf_file
 from pmpd.weights.hub import CONFIG_FILES, download
 from pmpd.weights.mixed_linear import MixedLinear
-from pmpd.weights.naming import FirstOf, NamedTensors
 from pmpd.weights.skeleton import build_skeleton, fill, replace_linears
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from pmpd.weights.naming import NamedTensors
 
 Layer = Callable[[str, nn.Linear], tuple[PrecisionLinear | None, list[str]]]
 """(name, linear) -> its quantized layer without bias (None where the checkpoint leaves it unquantized), and
@@ -144,6 +148,8 @@ def load(
     problems: list[str] = []
     state.set_uniform(max(precisions))
     model = build_skeleton(checkpoint)
+    from pmpd.weights.naming import FirstOf, NamedTensors
+
     named = {holder: NamedTensors(holder, model) for holder in checkpoint.holders}
     members = {bits: named[checkpoint.members[bits]] for bits in sorted(precisions, reverse=True)}
     layers = {

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 
 from pmpd.errors import UserError
 from pmpd.weights.checkpoint import Checkpoint, one_line
-from pmpd.weights.naming import NamedTensors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from pmpd.weights.naming import NamedTensors
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _SCALES = ("_scale", "_scale_inv", "_zero_point", ".absmax", ".quant_map")
