@@ -31,6 +31,7 @@ from transformers import AutoTokenizer
 from bench import _record
 from pmpd import demo, gpu
 from pmpd.decode.graph_steps import GraphSteps
+from pmpd.decode.llama_cuda import SMALL_TILES_UP_TO
 from pmpd.decode.loop import DecodeLoop
 from pmpd.decode.pulse import Pulse
 from pmpd.decode.requests import Completion
@@ -98,7 +99,7 @@ class Nothing:
         self.chance = 1 / mean_tokens
 
     def tile_rows(self, rows: int) -> int:
-        return 32 if rows <= 384 else 64
+        return 32 if rows <= SMALL_TILES_UP_TO[True] else 64
 
     def __call__(self, input_ids: Tensor, *_: Any) -> Tensor:
         logits = np.zeros((len(input_ids), VOCABULARY), dtype=np.float32)

@@ -1,5 +1,5 @@
 """Everything that is asked of the CUDA runtime, in one place: a test on a CPU puts a stand-in here
-(`monkeypatch.setattr(cuda, ...)`)."""
+(`monkeypatch.setattr(gpu, ...)`)."""
 
 from __future__ import annotations
 

@@ -2,8 +2,8 @@
 replayed over static buffers.
 
 A layout is whatever a captured step bakes in (the precision segments, the bound of the attention's length);
-anything else must be read from the buffers on the device. A step runs a few times before it is recorded, each
-time from the same contents of the buffers.
+anything else must be read from the buffers on the device. A step runs once before it is recorded, from the
+same contents of the buffers.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class StepGraphs:
     """Runs `step(buffers, layout)` through captured graphs.
 
     `make_buffers(rows)` allocates the static tensors of a bucket (once), with values that are harmless for
-    rows that a run does not use. `capture(closure, reset)` returns the replay (`pmpd.cuda.capture`). `most`
+    rows that a run does not use. `capture(closure, reset)` returns the replay (`pmpd.gpu.capture`). `most`
     graphs are kept, the least recently used one goes.
     """
 
