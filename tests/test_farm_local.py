@@ -608,6 +608,25 @@ def test_late_rows_are_made_beside_the_next_unit_and_an_exception_is_of_its_row(
     }
 
 
+class SteppedTask(FakeTask):
+    """A `FakeTask` whose rows are late: one comes each time that `come` is released."""
+
+    come = threading.Semaphore(0)
+
+    def build(self, place):
+        built = super().build(place)
+
+        def made(row):
+            assert self.come.acquire(timeout=60)
+            return row
+
+        def run(items):
+            for row in built.run(items):
+                yield LateRow(row["prompt_id"], lambda row=row: made(row))
+
+        return dataclasses.replace(built, run=run)
+
+
 @dataclasses.dataclass(frozen=True)
 class HeldTask(FakeTask):
     """A `FakeTask` whose unit ends only once its last beat was read."""
@@ -643,6 +662,26 @@ def test_a_beat_tells_how_far_a_unit_is(bench):
     assert [beat.forwards for beat in seen] == sorted(beat.forwards for beat in seen)
     assert seen[-1].forwards == 30, "three rows of two forwards of five"
     assert 0.1 <= seen[-1].longest_seconds < 60
+    assert worker.beat() is None
+
+
+def test_a_beat_tells_of_late_rows_too_once_no_other_unit_is_worked_on(bench):
+    """A worker whose rows take long to score has not stalled."""
+    make, unit, _ = bench
+    worker, come = make(SteppedTask()), SteppedTask.come
+    thread = threading.Thread(target=worker.run, args=(unit,))
+    thread.start()
+    seen, until = [], time.monotonic() + 30
+    for made in range(3):
+        while worker._unit is not None or (beat := worker.beat()) is None or beat.rows < made:
+            assert time.monotonic() < until, "it tells nothing of them"
+            time.sleep(0.01)
+        seen.append(beat)
+        come.release()
+    thread.join(60)
+    assert [(beat.unit, beat.rows, beat.forwards) for beat in seen] == [
+        (unit.name, made, 30) for made in range(3)
+    ]
     assert worker.beat() is None
 
 

@@ -72,6 +72,8 @@ class Workbench:
         self._unit: Unit | None = None
         self._rows: dict[str, list[dict[str, Any]]] = {}
         self._forwards_before = 0
+        self._ending: tuple[Unit, dict[str, list[dict[str, Any]]], int] | None = None
+        """The unit whose last rows are waited for, its rows and its forwards."""
         self._next: list[Item] = []
         """Of the unit that waits for its turn, if they are on offer."""
         self._later: dict[str, dict[str, Item]] = {}
@@ -114,6 +116,7 @@ class Workbench:
             rows, late, forwards = self._done(unit, items)
             self._writing.acquire()  # before the next unit has its turn: no two shards at once
         try:
+            self._ending = unit, rows, sum(forwards.values())
             self._wait_for(late, items, rows)
             table = self._table(items, rows)
             self._check_publication()
@@ -121,6 +124,7 @@ class Workbench:
             size = storage.write_shard(table, path, self.task.row_group_rows)
             entry = storage.entry_of(path, size, storage.rows_of(table, self.task.id_column))
         finally:
+            self._ending = None
             self._writing.release()
         error_items = sum(any(row.get("error") for row in rows[key]) for key in unit.ids)
         tokens = sum(self.built.tokens(row) for key in unit.ids for row in rows[key] if not row.get("error"))
@@ -177,13 +181,17 @@ class Workbench:
             rows[coming.key].append(row)
 
     def beat(self) -> Beat | None:
-        """How far the unit is, None between units; another thread asks."""
-        unit = self._unit
-        if unit is None:
+        """How far the unit is that is worked on, else the one whose last rows are waited for; None between
+        units. Another thread asks."""
+        unit, rows, ending, pulse = self._unit, self._rows, self._ending, self.built.pulse
+        if unit is not None:
+            forwards = pulse.forwards - self._forwards_before
+        elif ending is not None:
+            unit, rows, forwards = ending
+        else:
             return None
-        pulse = self.built.pulse
-        forwards = pulse.forwards - self._forwards_before
-        return Beat(unit.name, len(self._rows), forwards, pulse.longest_seconds, pulse.doing)
+        there = sum(map(bool, list(rows.values())))
+        return Beat(unit.name, there, forwards, pulse.longest_seconds, pulse.doing)
 
     def _check_publication(self) -> None:
         check_publication(self.lease_path, self.lease_token, self.worker_id)
