@@ -15,12 +15,15 @@ from pmpd import PMPDForCausalLM, storage
 from pmpd.cli.flags.label import LabelJob
 from pmpd.cli.label import main
 from pmpd.decode.slots import TokenPlaces
+from pmpd.farm.label_task import LabelTask
 from pmpd.labeling import curves as curves_module
 from pmpd.labeling.config import LabelConfig
 from pmpd.labeling.curves import curves_columns, exact_divergence, forced_rows, plain_divergence
 from pmpd.labeling.label import label_prompts
 from pmpd.labeling.rule import RULES, LabelRule
 from pmpd.schedulers.chain import chain_bits, class_steps, sixths_plans
+from pmpd.storage.summary import read_summary
+from pmpd.weights.model_spec import ModelSpec
 from tests.test_engine import random_prompts
 
 CHAIN = (4, 3, 2)
@@ -190,6 +193,10 @@ def test_the_job_labels_by_divergence_without_a_decode(dense_folder, anyprec_fol
     )
     main(job, Console(quiet=True))
     table = storage.read_table(storage.join(job.output_dir, "labels"))
+    summary = read_summary(storage.join(job.output_dir, "labels"))
+    taken = sum(summary["runs"][-1]["forwards"].values()) / len(table)
+    task = LabelTask(ModelSpec(job.model_path), CHAIN, job.max_new_tokens, None, RULES["kl"])
+    assert 0.75 * task.most_forwards < taken <= task.most_forwards, "what the first ETA is reckoned with"
     assert set(table["rule"].to_pylist()) == {"kl/0.05/v2"}
     assert pa.types.is_list(table["curves"].type)
     for row in table.to_pylist():

@@ -442,6 +442,19 @@ def test_a_checkpoint_is_called_one_and_is_no_problem_of_the_datasets_beside_it(
     assert run_command(["inspect", str(tmp_path)]) == 0
 
 
+@pytest.mark.parametrize("kind", ["regression", "kv_cache"])
+def test_a_scheduler_is_called_one(tmp_path, capsys, kind):
+    """Its own folder, and the one that `pmpd train` wrote it in."""
+    (tmp_path / "scheduler").mkdir()
+    (tmp_path / "scheduler" / "config.json").write_text(f'{{"architecture": "{kind}"}}')
+    for folder in (tmp_path, tmp_path / "scheduler"):
+        assert run_command(["inspect", str(folder)]) == 1
+        told = capsys.readouterr().err
+        assert (
+            f"{folder}: a scheduler ({kind}), no dataset; `pmpd generate --classifier-path {folder}`" in told
+        )
+
+
 def test_importing_tables_imports_neither_torch_nor_ray():
     script = "import sys, pmpd.storage; sys.exit(bool({'torch', 'ray', 'transformers'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

@@ -108,6 +108,13 @@ def _is_checkpoint(folder: str) -> bool:
     return exists(join(folder, "config.json")) and not exists(data_folder(folder))
 
 
+def _scheduler(folder: str) -> str | None:
+    """The kind of scheduler that `pmpd train` wrote there; None where there is none."""
+    from pmpd.schedulers.artefact import architecture  # torch, which takes a second and datasets do without
+
+    return architecture(folder)
+
+
 def main(job: InspectJob) -> int:
     """Prints what is at the path. Exit code 1 if there is a problem."""
     plugins.load(job.plugins)
@@ -121,6 +128,11 @@ def main(job: InspectJob) -> int:
         raise UserError(
             f"{path}: a checkpoint, no dataset; `pmpd perplexity --model-path {path}` says what its "
             "precisions are worth"
+        )
+    if not found and (kind := _scheduler(path)) is not None:
+        raise UserError(
+            f"{path}: a scheduler ({kind}), no dataset; `pmpd generate --classifier-path {path}` answers "
+            "with it, its metrics.json has its figures on held-out prompts"
         )
     if not found:
         raise UserError(

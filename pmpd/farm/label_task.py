@@ -10,7 +10,7 @@ from pmpd import storage
 from pmpd.farm.load_model import load_model
 from pmpd.farm.task import BuiltTask, FarmTask, Item, LateRow, Place
 from pmpd.labeling.rule import RULES, LabelRule
-from pmpd.schedulers.chain import class_steps
+from pmpd.schedulers.chain import class_steps, sixths_plans
 from pmpd.weights.model_spec import ModelSpec
 
 
@@ -61,9 +61,9 @@ class LabelTask(FarmTask):
     @property
     def most_forwards(self) -> float:
         """Trajectories share what they have in common: of each pair, the branches from their forks on. A
-        teacher-forced rule takes two forwards of the row a precision, and the prefill's."""
+        teacher-forced rule takes a forward a plan, the prefill's, and the probe's at each precision."""
         if self.rule.branches == "teacher_forced":
-            return 2.0 * len(self.precisions) + 1
+            return float(len(sixths_plans(len(self.precisions) - 1)) + 1 + len(self.precisions))
         steps, most = class_steps(self.max_new_tokens), float(self.max_new_tokens)
         return most + (len(self.precisions) - 1) * sum(most - step for step in steps[:-1])
 
