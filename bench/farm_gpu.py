@@ -133,6 +133,7 @@ class Steps:
         if self.left < LEAST_SECONDS:
             self.found.append({"step": name, "failed": "left out: no time"})
             return self.found[-1]
+        print(f"{name} ...", flush=True)
         begin = time.monotonic()
         try:
             result = step()
@@ -533,7 +534,11 @@ def main(config: FarmBench) -> int:
                 )
                 farm.compare(entry, count)
     print(table(steps.found))
-    print(f"JSON: {steps.write()}")
+    print(f"JSON:    {steps.write()}")
+    print(f"Parquet: in {config.results}, a folder a step")
+    for farm in farms:
+        if "dataset" in farm.alone:
+            print(f"look:    pmpd inspect {farm.alone['dataset']}")
     return int(any("failed" in step for step in steps.found))
 
 
