@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gc
 import itertools
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -14,6 +16,7 @@ import types
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -323,6 +326,12 @@ def a_rule_that_fails_once(trajectory: Trajectory, reference: Trajectory) -> flo
     return 0.5
 
 
+def a_rule_that_hangs(trajectory: Trajectory, reference: Trajectory) -> float:
+    print("hangs in", os.getpid(), flush=True)
+    while True:
+        time.sleep(0.01)
+
+
 def a_rule_that_exits(trajectory: Trajectory, reference: Trajectory) -> float:
     sys.exit(2)
 
@@ -358,6 +367,36 @@ def test_a_process_that_scores_is_replaced_and_ends_with_its_owner():
     assert second is not first
     del score
     assert second.poll() == 0, "it ends with its standard input"
+
+
+HANGING_DRIVER = """
+from pmpd.labeling.row_threads import RowThreads
+from tests import test_labeling as made
+process = made.scoring_process(made.a_rule_that_hangs)
+RowThreads(1).submit(made.scored_row, process).result()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_rule_that_hangs_outlives_nobody_and_keeps_nobody(number):
+    """However the process ends that its rows are scored for."""
+    driver = subprocess.Popen(
+        [sys.executable, "-c", HANGING_DRIVER],
+        cwd=Path(__file__).parents[1],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert driver.stdout is not None
+    scoring = int(next(line for line in driver.stdout if line.startswith("hangs in")).split()[2])
+    driver.send_signal(number)
+    try:
+        driver.communicate(timeout=30)  # both write into this pipe, so it ends with the last of them
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(scoring, signal.SIGKILL)
+        driver.kill()
+    assert driver.returncode != 0
 
 
 def test_several_threads_score_at_a_time_each_with_a_process_for_itself():

@@ -19,7 +19,7 @@ import functools
 import sys
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future
 from itertools import pairwise
 from typing import Any, cast
 
@@ -27,6 +27,7 @@ from pmpd.decode.requests import Completion, Fork, Request
 from pmpd.labeling import published
 from pmpd.labeling.config import LabelConfig, error_row
 from pmpd.labeling.forced import forced_labels
+from pmpd.labeling.row_threads import RowThreads
 from pmpd.labeling.scoring import PairBranches, RowScorer, Score, decode_text
 from pmpd.labeling.scoring_process import ScoringProcesses
 from pmpd.model import PMPDForCausalLM
@@ -101,7 +102,7 @@ class Labeler:
         scorer = RowScorer(model.tokenizer, frozenset(model.eos_token_ids), config)
         count = SCORING_PROCESSES if own_process else 1
         self._score: Score = ScoringProcesses(scorer, count) if own_process else scorer
-        self._threads = ThreadPoolExecutor(count, "label-rows")
+        self._threads = RowThreads(count)
 
     def __call__(
         self, prompts: Iterable[Mapping[str, Any]], references: Rows
@@ -139,7 +140,7 @@ def _there(row: Row) -> tuple[str, Future[Row]]:
 
 
 def submitted(
-    threads: ThreadPoolExecutor, calls: Iterable[tuple[str, Callable[[], Row]]]
+    threads: Executor, calls: Iterable[tuple[str, Callable[[], Row]]]
 ) -> Iterator[tuple[str, Future[Row]]]:
     """What `calls` will give, in their order. They run in `threads`, so that whatever makes them (a GPU that
     decodes) goes on meanwhile."""

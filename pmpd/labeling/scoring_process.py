@@ -2,7 +2,8 @@
 
 Scoring is Python. In a thread of the decoding process it takes the interpreter away between a GPU's steps,
 and the GPU waits. The two talk over pipes: a pickled scorer, then one pickled row after the other. The
-process ends with its standard input, so it never outlives who started it, however that ends.
+process ends with its standard input, so it never outlives who started it, however that ends, and whatever its
+rule is at.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ import os
 import pickle
 import subprocess
 import sys
+import threading
+import time
 import weakref
 from collections.abc import Mapping, Sequence
 from queue import SimpleQueue
@@ -22,6 +25,9 @@ from pmpd.labeling.scoring import PairBranches, RowScorer
 
 TRIES = 2
 """Processes for a row: one that was killed was not to blame for it."""
+
+LEAVE_SECONDS = 1.0
+"""For the row that a process is at when its standard input ends."""
 
 
 class ScoringProcess:
@@ -43,11 +49,13 @@ class ScoringProcess:
     ) -> dict[str, Any]:
         """RuntimeError: the process ended twice over this row. What the scorer raises is raised here; as a
         RuntimeError where it can't be brought here."""
-        question = pickle.dumps((row, reference, decoded))
+        question = pickle.dumps(pickle.dumps((row, reference, decoded)))
         for _ in range(TRIES):
             with contextlib.suppress(EOFError, BrokenPipeError, pickle.UnpicklingError):
                 answer = pickle.loads(self._ask(question))
                 break
+            if not self._end.alive:
+                raise RuntimeError("the interpreter ends, and the process that scores rows with it")
             self._end()
             self._process = self._started()
         else:
@@ -63,6 +71,7 @@ class ScoringProcess:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
+            start_new_session=True,  # Ctrl-C is for who started it
         )
         self._end = weakref.finalize(self, _end, process)
         self._told = False
@@ -100,33 +109,50 @@ class ScoringProcesses:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    for pipe in (process.stdin, process.stdout):
-        assert pipe is not None
-        with contextlib.suppress(BrokenPipeError):
-            pipe.close()
-    process.wait()
+    assert process.stdin is not None
+    assert process.stdout is not None
+    with contextlib.suppress(BrokenPipeError):
+        process.stdin.close()
+    try:
+        process.wait(5 * LEAVE_SECONDS)
+    except subprocess.TimeoutExpired:  # in code that lets no thread of Python run
+        process.kill()
+        process.wait()
+    process.stdout.close()
 
 
 def main() -> None:
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # whatever prints must not be taken for an answer
-    questions = sys.stdin.buffer
+    questions: SimpleQueue[bytes | None] = SimpleQueue()
+    threading.Thread(target=_read, args=(questions,), daemon=True).start()
     scorer: RowScorer | None = None
     try:
-        scorer = pickle.loads(pickle.load(questions))
+        scorer = pickle.loads(questions.get() or b"")
     except Exception as error:  # of a rule that this process can't import; told with the first row
         problem = error
-    while True:
-        try:
-            row, reference, decoded = pickle.load(questions)
-        except EOFError:
-            return
+    while (question := questions.get()) is not None:
+        row, reference, decoded = pickle.loads(question)
         try:
             answer: Any = problem if scorer is None else scorer(row, reference, decoded)
         except BaseException as error:  # SystemExit too
             answer = error
-        pickle.dump(_sendable(answer), answers)  # as bytes, so that the next answer begins behind it
-        answers.flush()
+        try:
+            pickle.dump(_sendable(answer), answers)  # as bytes, so that the next answer begins behind it
+            answers.flush()
+        except BrokenPipeError:  # nobody waits for it any more
+            os._exit(1)
+
+
+def _read(questions: SimpleQueue[bytes | None]) -> None:
+    """Puts what comes, and None at its end; then ends a process that does not end by itself."""
+    with contextlib.suppress(EOFError, pickle.UnpicklingError):  # the latter in the middle of a question
+        while True:
+            questions.put(pickle.load(sys.stdin.buffer))
+    questions.put(None)
+    questions.put(None)  # one in place of a scorer that never came
+    time.sleep(LEAVE_SECONDS)
+    os._exit(1)
 
 
 def _sendable(answer: Any) -> bytes:
