@@ -33,6 +33,7 @@ from pmpd.decode.requests import Completion, Request
 from pmpd.errors import UserError
 from pmpd.labeling.config import LabelConfig
 from pmpd.labeling.label import Labeler, in_order, label_prompts, reference_prompts, submitted
+from pmpd.labeling.row_threads import RowThreads
 from pmpd.labeling.rule import LabelRule, Trajectory, label_of
 from pmpd.labeling.scoring import PairBranches, RowScorer, Score
 from pmpd.labeling.scoring_process import ScoringProcess, ScoringProcesses
@@ -397,6 +398,12 @@ def test_a_rule_that_hangs_outlives_nobody_and_keeps_nobody(number):
             os.kill(scoring, signal.SIGKILL)
         driver.kill()
     assert driver.returncode != 0
+
+
+def test_a_rule_that_exits_ends_no_run():
+    score = scorer_by(a_rule_that_exits)
+    with pytest.raises(RuntimeError, match="SystemExit: 2"):
+        RowThreads(1).submit(scored_row, score).result(60)
 
 
 def test_several_threads_score_at_a_time_each_with_a_process_for_itself():

@@ -36,8 +36,10 @@ def _serve(calls: Calls) -> None:
         if future.set_running_or_notify_cancel():
             try:
                 future.set_result(call())
-            except BaseException as error:  # SystemExit too
+            except Exception as error:
                 future.set_exception(error)
+            except BaseException as error:  # a rule that exits is at fault for its row, and ends no run
+                future.set_exception(RuntimeError(f"{type(error).__name__}: {error}"))
         del asked, future, call  # a row's features must not wait here for the next row
 
 
