@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as parquet
+import torch
 import tyro
 
 from bench import _random_llama, _record
@@ -515,7 +516,17 @@ def checkpoints(config: FarmBench) -> Iterator[tuple[str, str, str]]:
         yield name, "", str(folder)
 
 
+def need_gpus(config: FarmBench) -> None:
+    """Ends with a sentence where there are fewer GPUs than workers: jobs would wait for them."""
+    _record.need_cuda()
+    most, there = max(config.workers), torch.cuda.device_count()
+    if most > there:
+        sys.exit(f"error: --workers {most}, but {there} GPU(s); each worker has one of its own")
+
+
 def main(config: FarmBench) -> int:
+    if not config.cpu:
+        need_gpus(config)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the Ray that was started ends too
     config.results.mkdir(parents=True, exist_ok=True)
     steps, farms = Steps(config), []

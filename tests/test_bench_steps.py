@@ -54,3 +54,15 @@ def test_models_of_a_name_have_one_shape(name):
     assert down == shape["mlp.down_proj"]
     assert out == shape["self_attn.o_proj"]
     assert qkv[0] == sum(shape[f"self_attn.{part}_proj"][0] for part in "qkv")
+
+
+@pytest.mark.parametrize("there", [0, 1])
+def test_the_farms_benchmark_ends_at_once_where_workers_would_wait_for_gpus(monkeypatch, tmp_path, there):
+    from bench import farm_gpu
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: there > 0)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: there)
+    monkeypatch.setattr(farm_gpu, "ray_of", lambda *_: pytest.fail("a Ray was started"))
+    told = r"--workers 2, but 1 GPU" if there else "needs a CUDA device"
+    with pytest.raises(SystemExit, match=told):
+        farm_gpu.main(farm_gpu.FarmBench(workers=(1, 2), results=tmp_path))

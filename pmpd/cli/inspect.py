@@ -136,7 +136,8 @@ def main(job: InspectJob) -> int:
         )
     if not found:
         raise UserError(
-            f"{path}: no dataset in it (a dataset is a folder with data/*.parquet and manifest.json)"
+            f"{path}: no dataset in it, nor right below it (a dataset is a folder with data/*.parquet and "
+            "manifest.json)"
         )
     failed = False
     for dataset in found:
