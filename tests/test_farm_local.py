@@ -608,6 +608,31 @@ def test_late_rows_are_made_beside_the_next_unit_and_an_exception_is_of_its_row(
     }
 
 
+def test_a_lease_lost_while_rows_are_late_leaves_nothing_written_or_locked(bench, tmp_path):
+    make, unit, lease = bench
+    task, ended = LateTask(), []
+    worker = make(task)
+
+    def work() -> None:
+        try:
+            worker.run(unit)
+        except LeaseLostError as error:
+            ended.append(error)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    while not worker._writing.locked():
+        time.sleep(0.01)
+    storage.write_bytes(lease.path, b'{"token": "another"}')
+    task.others.set()
+    thread.join(60)
+    assert ended
+    assert storage.list_shards(tmp_path / "out") == []
+    assert not worker._turn.locked()
+    assert not worker._writing.locked()
+    assert worker.beat() is None
+
+
 class SteppedTask(FakeTask):
     """A `FakeTask` whose rows are late: one comes each time that `come` is released."""
 
