@@ -239,9 +239,10 @@ class Stages:
                 )
         if len(self.samples.validation):
             with self.work.clock.stage("validation"):
-                found = self._validate(quantized, self.samples.validation)
+                times = 2 if steps else 1
+                found = self._validate(quantized, self.samples.validation, times)
                 if steps:
-                    before = self._validate(fitted, self.samples.validation)
+                    before = self._validate(fitted, self.samples.validation, times, done_before=1)
                     quantized, found = better_tables(fitted, before, quantized, found)
         tables = {
             f"{path}.lut{bits}": table.cpu()
@@ -272,8 +273,10 @@ class Stages:
                 result[path] = RowMetric(errors, stored[f"{path}.sums"])
         return result
 
-    def _validate(self, quantized: dict[str, QuantizedRows], pieces: Tensor) -> dict[str, float]:
-        """Precision, 16 too -> perplexity on `pieces`."""
+    def _validate(
+        self, quantized: dict[str, QuantizedRows], pieces: Tensor, times: int, done_before: int = 0
+    ) -> dict[str, float]:
+        """Precision, 16 too -> perplexity on `pieces`. Progress counts all `times` that this is asked for."""
         model = self.loaded()
         found: dict[str, float] = {}
         with with_tables(model, quantized) as linears:
@@ -282,7 +285,8 @@ class Stages:
                 set_bits(linears, bits)
                 value = perplexity(model, pieces.flatten(), pieces.shape[1]).value
                 found[str(bits or dense.BITS)] = value
-                self.on_progress("validation", done, len(choices))
+                all_done = done_before * len(choices) + done
+                self.on_progress("validation", all_done, times * len(choices))
         return found
 
     # ---- the output ----
