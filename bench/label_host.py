@@ -16,7 +16,6 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -31,13 +30,14 @@ from transformers import AutoTokenizer
 from bench import _record
 from pmpd import demo, gpu
 from pmpd.decode.graph_steps import GraphSteps
-from pmpd.decode.llama_cuda import SMALL_TILES_UP_TO
+from pmpd.decode.llama_cuda import NARROW, tile_rows
 from pmpd.decode.loop import DecodeLoop
 from pmpd.decode.pulse import Pulse
 from pmpd.decode.requests import Completion
 from pmpd.decode.slots import NEVER, SlotCache
 from pmpd.labeling.config import LabelConfig
 from pmpd.labeling.label import LabelPlan, in_order, submitted
+from pmpd.labeling.row_threads import RowThreads
 from pmpd.labeling.scoring import RowScorer, Score, decode_text
 from pmpd.labeling.scoring_process import ScoringProcess
 from pmpd.weights.base import PrecisionState
@@ -99,7 +99,7 @@ class Nothing:
         self.chance = 1 / mean_tokens
 
     def tile_rows(self, rows: int) -> int:
-        return 32 if rows <= SMALL_TILES_UP_TO[True] else 64
+        return tile_rows(rows, NARROW)
 
     def __call__(self, input_ids: Tensor, *_: Any) -> Tensor:
         logits = np.zeros((len(input_ids), VOCABULARY), dtype=np.float32)
@@ -276,8 +276,7 @@ class Texts:
                 if len(trajectories) == self.plan.trajectories:
                     yield key, self.call(key, open_rows.pop(key))
 
-        with ThreadPoolExecutor(1) as thread:
-            yield from in_order(row for _, row in submitted(thread, calls()))
+        return in_order(row for _, row in submitted(RowThreads(1), calls()))
 
 
 def measure_clock(config: Config, slots: int) -> dict[str, Any]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 from torch import Tensor
@@ -45,17 +44,9 @@ def forward_given(engine: Decoder, rows: Sequence[GivenTokens], bits: int | Sequ
 
 def forward_flat(engine: Decoder, rows: Sequence[GivenTokens], bits: int | Sequence[int]) -> Tensor:
     """As `forward_given`, the rows' logits end to end."""
-    counts = np.asarray([len(row.ids) for row in rows])
-    ends = np.cumsum(counts)
-    flat = np.concatenate([np.asarray(row.ids, dtype=np.int64) for row in rows])
-    slots = np.repeat([row.slot for row in rows], counts)
-    positions = within(counts) + np.repeat([row.offset for row in rows], counts)
+    flat, places, ends = lay_out(engine, rows, leftovers=True)
     kept = np.asarray([row.keep for row in rows])
     keep = within(kept) + np.repeat(ends - kept, kept)
-    stretches = [
-        Stretch(end - len(row.ids), end, row.slot, row.offset)
-        for row, end in zip(rows, ends.tolist(), strict=True)
-    ]
     if isinstance(bits, int):
         engine.state.set_uniform(bits)
         engine.pulse.step([bits] * len(rows))
@@ -64,11 +55,34 @@ def forward_flat(engine: Decoder, rows: Sequence[GivenTokens], bits: int | Seque
         if len(engine.state.segments) > FEW_STRETCHES * len(set(bits)):
             engine.state.gather(engine.device)
         engine.pulse.step([bits[end - 1] for end in ends.tolist()])
-    tensor = partial(gpu.to_device, device=engine.device)
-    places = TokenPlaces(
-        tensor(slots), tensor(positions), int(positions.max()) + 1, engine.slots, stretches,
-        together=engine.device.type == "cuda", leftovers=True,
-    )  # fmt: skip
-    logits = engine.forward(tensor(flat), places, tensor(keep if keep.size else np.zeros(1, np.int64)))
+    wanted = gpu.to_device(keep if keep.size else np.zeros(1, np.int64), engine.device)
+    logits = engine.forward(flat, places, wanted)
     engine.state.gathered = ()
     return logits[: keep.size]
+
+
+def lay_out(
+    engine: Decoder, rows: Sequence[GivenTokens], leftovers: bool
+) -> tuple[Tensor, TokenPlaces, np.ndarray]:
+    """`rows` end to end: their tokens int64 [n] and places on the engine's device, and the place behind each
+    row's last token, int64 [rows]. `leftovers`: see `TokenPlaces`."""
+    counts = np.asarray([len(row.ids) for row in rows])
+    ends = counts.cumsum()
+    positions = within(counts) + np.repeat([row.offset for row in rows], counts)
+    flat, slots, at = (
+        gpu.to_device(part, engine.device)
+        for part in (
+            np.concatenate([np.asarray(row.ids, dtype=np.int64) for row in rows]),
+            np.repeat([row.slot for row in rows], counts),
+            positions,
+        )
+    )
+    stretches = [
+        Stretch(end - len(row.ids), end, row.slot, row.offset)
+        for row, end in zip(rows, ends.tolist(), strict=True)
+    ]
+    places = TokenPlaces(
+        slots, at, int(positions.max()) + 1, engine.slots, stretches,
+        together=engine.device.type == "cuda", leftovers=leftovers,
+    )  # fmt: skip
+    return flat, places, ends

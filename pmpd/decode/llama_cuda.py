@@ -70,9 +70,11 @@ Weight = TritonMatrix | DenseMatrix | Dense | Several
 NARROW = 1024
 """Hidden size up to which tiles of 32 do for many rows: what is read twice is small then, and fewer rows are
 padding."""
-SMALL_TILES_UP_TO = {True: 384, False: 64}
-"""Rows that lie in tiles of 32, by whether the model is narrow; more lie in tiles of 64. As measured on an
-H200 at hidden sizes 576 and 2048."""
+
+
+def tile_rows(rows: int, hidden_size: int) -> int:
+    """Rows of a tile where `rows` decode together, as measured on an H200 at hidden sizes 576 and 2048."""
+    return 32 if rows <= (384 if hidden_size <= NARROW else 64) else 64
 
 
 @dataclass
@@ -214,11 +216,10 @@ class CudaForward:
         held = {part.precisions if can_tile(part) else () for part in every}
         self.tiled: tuple[int, ...] = held.pop() if len(held) == 1 else ()
         """Where it is not empty, rows can lie in tiles: their precisions, as `DenseMatrix.precisions`."""
-        self._small_tiles = SMALL_TILES_UP_TO[w.embedding.shape[1] <= NARROW]
 
     def tile_rows(self, rows: int) -> int:
         """Rows of a tile where `rows` decode together."""
-        return 32 if rows <= self._small_tiles else 64
+        return tile_rows(rows, self.weights.embedding.shape[1])
 
     def __call__(
         self, input_ids: Tensor, slots: Tensor, positions: Tensor, segments: Sequence[Segment],

@@ -29,11 +29,12 @@ from torch import Tensor
 
 from pmpd import gpu
 from pmpd.decode.decoder import Decoder
+from pmpd.decode.forced import GivenTokens, lay_out
 from pmpd.decode.precision import RowDecision, RowPrecisions, token_statistics
 from pmpd.decode.prompt_state import look_back, most_logits, probe_offset
 from pmpd.decode.requests import Completion, Fork, Prefix, Request, TokenEvent
 from pmpd.decode.sampling import RowSampling, highest
-from pmpd.decode.slots import NEVER, Stretch, TokenPlaces, within
+from pmpd.decode.slots import NEVER, TokenPlaces, within
 from pmpd.schedulers.base import PrefillState, PromptState, Scheduler
 
 
@@ -194,28 +195,19 @@ class DecodeLoop:
         """Gives the device the prompts of `batch` behind the steps that it still has: nothing here waits for
         it, unless the scheduler decides by what it finds."""
         stopwatch = gpu.Stopwatch(self.device)
-        flat: list[int] = []
-        slots: list[int] = []
-        positions: list[int] = []
-        stretches, ends = [], []
+        new: list[GivenTokens] = []
         for row in batch:
-            ids, prefix = list(row.request.input_ids), row.request.prefix
+            prefix = row.request.prefix
             offset = len(prefix.tokens) if prefix else 0
             if prefix:
                 self.cache.write_slot(row.slot, prefix.layers)
-            stretches.append(Stretch(len(flat), len(flat) + len(ids) - offset, row.slot, offset))
-            flat += ids[offset:]
-            slots += [row.slot] * (len(ids) - offset)
-            positions += range(offset, len(ids))
-            ends.append(len(flat) - 1)
-        places = TokenPlaces(
-            self._tensor(slots), self._tensor(positions), max(positions) + 1, self.engine.slots, stretches,
-            together=self.device.type == "cuda",
-        )  # fmt: skip
+            new.append(GivenTokens(row.slot, offset, row.request.input_ids[offset:]))
+        flat, places, behind = lay_out(self.engine, new, leftovers=False)
+        ends = (behind - 1).tolist()
         self.engine.state.set_uniform(self.precision.prefill_bits)
         probes = self._probes(batch, ends)
         keep = [*ends, *itertools.chain.from_iterable(probes)]
-        logits = self.engine.forward(self._tensor(flat), places, self._tensor(keep))
+        logits = self.engine.forward(flat, places, self._tensor(keep))
         known = list(logits[len(ends) :].split([len(probe) for probe in probes]))
         logits = logits[: len(ends)]
 
@@ -231,9 +223,9 @@ class DecodeLoop:
         for array in (self.produced, self.seen, self.decode_seconds, self.decision_seconds):
             array[at] = 0
         statistics = self._take_tokens(at, logits)
-        new = np.zeros_like(self.alive)
-        new[at] = True
-        self._fetch(new)
+        begun = np.zeros_like(self.alive)
+        begun[at] = True
+        self._fetch(begun)
         self.engine.pulse.step([self.precision.prefill_bits] * len(batch))
         took, count = stopwatch.stop(), len(batch)  # a row is not to hold the others
         for row in batch:
